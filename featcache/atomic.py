@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all, and stay after a power cut."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def sync_folder(path):
+    """Flush a folder's entries to disk (a rename is durable only after this)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path):
+    """Yield a binary file that takes the place of `path` when the block ends without an error.
+
+    Writes to `path` + ".partial", then fsync, rename, fsync of the folder. After an error the
+    partial file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(path, data):
+    """Write bytes or text to `path`, all or nothing."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)

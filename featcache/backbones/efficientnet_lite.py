@@ -1,0 +1,55 @@
+"""EfficientNet-Lite 0 to 4, as the package efficientnet-lite-pytorch builds and names them."""
+
+from functools import partial
+
+from torch import nn
+
+from featcache.backbones.architecture import Architecture
+from featcache.errors import BadInput
+
+# Input sizes of the published TensorFlow models, and their mean 127 and std 128 for pixels in 0..255.
+SIZES = (224, 240, 260, 280, 300)
+MEAN = (127 / 255,) * 3
+STD = (128 / 255,) * 3
+
+
+def _build(version):
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise BadInput(
+            "EfficientNet-Lite needs the package efficientnet-lite-pytorch: pip install 'featcache[demo]'"
+        ) from None
+    return EfficientNet.from_name(f"efficientnet-lite{version}")
+
+
+class Trunk(nn.Module):
+    """The network without its classifier: `stem`, `blocks`, `head` (the last map, 1280 channels)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.Sequential(*network._blocks)
+        self.head = nn.Sequential(network._conv_head, network._bn1, nn.ReLU6())
+
+    def forward(self, images):
+        """Map images [B, 3, H, W] to the last map [B, 1280, H/32, W/32]."""
+        return self.head(self.blocks(self.stem(images)))
+
+
+def architectures():
+    """Return the five EfficientNet-Lites by name. `last` is the map that the classifier pools."""
+    return {
+        f"efficientnet_lite{version}": Architecture(
+            name=f"efficientnet_lite{version}",
+            build=partial(_build, version),
+            trunk=Trunk,
+            signature="_conv_head.weight",
+            classifier="_fc.",
+            aliases={"last": "head"},
+            size=size,
+            mean=MEAN,
+            std=STD,
+        )
+        for version, size in enumerate(SIZES)
+    }

@@ -1,0 +1,37 @@
+"""The command line: parse, call, print. Commands import what is heavy only when they run."""
+
+import sys
+
+import click
+
+import featcache
+from featcache.cli.attribute import attribute
+from featcache.cli.demo import demo
+from featcache.cli.extract import extract
+from featcache.cli.report import report
+from featcache.cli.train_probes import train_probes
+
+
+@click.group(context_settings={"show_default": True})
+@click.version_option(featcache.__version__)
+def cli():
+    """Extract frozen features once; train, score and explain whole grids of probes on them.
+
+    Exit codes: 0 done, 2 bad input (one clear line), 130 interrupted.
+    """
+
+
+for command in (demo, extract, train_probes, attribute, report):
+    cli.add_command(command)
+
+
+def main():
+    """Run the command line and exit."""
+    try:
+        cli.main(prog_name="featcache", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,30 @@
+"""Options that several commands share, so that one word means one thing everywhere."""
+
+import click
+
+
+def backbone_options(required):
+    """Add --backbone and --arch."""
+
+    def add(command):
+        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(command)
+        return click.option(
+            "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
+        )(command)
+
+    return add
+
+
+def dataset_options(required):
+    """Add --dataset and --root."""
+
+    def add(command):
+        command = click.option(
+            "--root", type=click.Path(), metavar="DIR", help="Data folder.  [default: $FEATCACHE_DATA/NAME, else data/NAME]"
+        )(command)
+        return click.option("--dataset", required=required, metavar="NAME", help="voc (2007) or voc2012.")(command)
+
+    return add
+
+
+device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")

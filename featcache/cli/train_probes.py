@@ -1,0 +1,29 @@
+"""`featcache train-probes`."""
+
+import click
+
+from featcache.cli.options import device_option
+
+
+@click.command()
+@click.option("--grid", required=True, type=click.Path(), help="YAML file; see docs/grid.md.")
+@click.option("--store", type=click.Path(), help="Store to train on.  [default: the grid's own]")
+@click.option("--run", type=click.Path(), help="Where to write.  [default: runs/GRID-ID]")
+@device_option
+@click.option("--seed", type=int, default=0, help="Of the order of the mini-batches.")
+def train_probes(**options):
+    """Train and score a whole grid of probes on cached features.
+
+    The same command again trains only what is missing.
+    """
+    from featcache.probes.train import train_probes as run
+    from featcache.reporting.table import format_table, percent, score_rows
+
+    finished = run(**options)
+    click.echo(format_table(*score_rows(finished, most=10)))
+    summary = finished.summary
+    metric = summary["select"]["metric"]
+    click.echo(
+        f"best 10 of {summary['probes']} probes by {summary['select']['split']} {metric}; "
+        f"chance on test: {percent(summary['chance']['test'][metric])}; run: {finished.path}"
+    )

@@ -1,0 +1,1 @@
+"""The demo: real digits on real photographs, in VOC's layout, through the public commands."""

@@ -1,0 +1,131 @@
+"""A small VOC2007-layout dataset: handwritten digits pasted on crops of photographs."""
+
+import colorsys
+import json
+import os
+import shutil
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from featcache.atomic import PARTIAL, write_whole
+from featcache.errors import BadInput
+
+WIDTH, HEIGHT = 320, 240
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PHOTOGRAPHS = (
+    "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
+    "hubble_deep_field", "immunohistochemistry", "retina", "rocket",
+)  # fmt: skip
+MIN_SIDE, MAX_SIDE = 40, 120
+DIFFICULT_SIDE = 56
+
+
+def make_scenes(root, counts, seed=0):
+    """Write VOCdevkit/VOC2007 under `root`, all or nothing; leave it alone if it is there already.
+
+    counts: {split: number of scenes}. Each scene is a 320 x 240 JPEG with 1 to 3 digits of
+    scikit-learn's set, at most 120 pixels high, on a crop of one of scikit-image's photographs;
+    half of the digits under 56 pixels are marked difficult. Splits share photographs but no digit
+    image. Returns True if it was written, False if it was there.
+    Raises BadInput if a package is missing or other files are in the way.
+    """
+    root = Path(root)
+    recipe = json.dumps({"counts": counts, "seed": seed, "version": 1}, indent=1) + "\n"
+    stamp = root / "scenes.json"
+    if root.exists():
+        if stamp.is_file() and stamp.read_text() == recipe:
+            return False
+        raise BadInput(f"{root} is in the way: it holds something else than these scenes; move it, or choose another --out")
+    digits, photographs = _load_sources()
+    building = root.with_name(root.name + PARTIAL)
+    shutil.rmtree(building, ignore_errors=True)
+    home = building / "VOCdevkit" / "VOC2007"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (home / folder).mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    pools = np.array_split(random.permutation(len(digits)), len(counts))
+    number = 0
+    with tqdm(total=sum(counts.values()), unit="img", desc="scenes") as progress:
+        for pool, (split, count) in zip(pools, counts.items(), strict=True):
+            ids = []
+            for _ in range(count):
+                number += 1
+                ids.append(f"{number:06d}")
+                image, objects = _draw_scene(random, [digits[i] for i in pool], photographs)
+                image.save(home / "JPEGImages" / f"{ids[-1]}.jpg", quality=90)
+                (home / "Annotations" / f"{ids[-1]}.xml").write_text(_annotation(ids[-1], objects))
+                progress.update()
+            (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
+    write_whole(building / "scenes.json", recipe)
+    os.rename(building, root)
+    return True
+
+
+def _load_sources():
+    """Return ([(label, 8 x 8 array in 0..1)], [RGB photograph])."""
+    try:
+        from skimage import data
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadInput(f"the demo needs {error.name}: pip install 'featcache[demo]'") from None
+    source = load_digits()
+    digits = [(int(label), pixels / 16) for label, pixels in zip(source.target, source.images, strict=True)]
+    photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    return digits, photographs
+
+
+def _draw_scene(random, digits, photographs):
+    """Return an image and its objects [(class name, difficult, (x0, y0, x1, y1))], 0-based, half open."""
+    image = _crop(random, photographs[random.integers(len(photographs))])
+    objects = []
+    for _ in range(random.integers(1, 4)):
+        for _ in range(20):
+            side = int(random.integers(MIN_SIDE, MAX_SIDE + 1))
+            x, y = int(random.integers(WIDTH - side)), int(random.integers(HEIGHT - side))
+            if all(x + side <= a or x >= c or y + side <= b or y >= d for _, _, (a, b, c, d) in objects):
+                break
+        else:
+            continue
+        label, pixels = digits[random.integers(len(digits))]
+        box = _paste(random, image, pixels, side, x, y)
+        objects.append((NAMES[label], bool(side < DIFFICULT_SIDE and random.random() < 0.5), box))
+    return image, objects
+
+
+def _crop(random, photograph):
+    width, height = photograph.size
+    scale = random.uniform(0.4, 1.0) * min(width / WIDTH, height / HEIGHT)
+    w, h = int(WIDTH * scale), int(HEIGHT * scale)
+    x, y = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+    crop = photograph.crop((x, y, x + w, y + h)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
+
+
+def _paste(random, image, pixels, side, x, y):
+    """Paste a coloured, slightly turned digit and return its tight box."""
+    ink = Image.fromarray(np.uint8(255 * pixels)).resize((side, side), Image.Resampling.BICUBIC)
+    ink = ink.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC)
+    # Contrast up, so that the stroke is solid and its edge is not a halo.
+    alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.35) * 4, 0, 1)
+    colour = 255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0.3, 1), random.uniform(0.5, 1)))
+    image.paste(tuple(int(c) for c in colour), (x, y), Image.fromarray(np.uint8(255 * alpha)))
+    rows, columns = np.flatnonzero(alpha.max(1) > 0.1), np.flatnonzero(alpha.max(0) > 0.1)
+    return int(x + columns[0]), int(y + rows[0]), int(x + columns[-1] + 1), int(y + rows[-1] + 1)
+
+
+def _annotation(image_id, objects):
+    items = "".join(
+        f"\t<object>\n\t\t<name>{escape(name)}</name>\n\t\t<pose>Unspecified</pose>\n\t\t<truncated>0</truncated>\n"
+        f"\t\t<difficult>{int(difficult)}</difficult>\n\t\t<bndbox>\n\t\t\t<xmin>{x0 + 1}</xmin>\n\t\t\t<ymin>{y0 + 1}</ymin>\n"
+        f"\t\t\t<xmax>{x1}</xmax>\n\t\t\t<ymax>{y1}</ymax>\n\t\t</bndbox>\n\t</object>\n"
+        for name, difficult, (x0, y0, x1, y1) in objects
+    )
+    return (
+        f"<annotation>\n\t<folder>VOC2007</folder>\n\t<filename>{image_id}.jpg</filename>\n"
+        f"\t<size>\n\t\t<width>{WIDTH}</width>\n\t\t<height>{HEIGHT}</height>\n\t\t<depth>3</depth>\n\t</size>\n"
+        f"\t<segmented>0</segmented>\n{items}</annotation>\n"
+    )

@@ -1,0 +1,1 @@
+"""Stage 2: grids of probes trained together on a store. Never needs a backbone."""

@@ -1,0 +1,83 @@
+"""A finished run folder, and the choice of probes from it."""
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.errors import BadInput, nearest
+
+FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the contents of run.json, and the rows of scores.csv.
+
+    scores: dicts as in the file, with value, low and high as floats (None where the probe diverged).
+    """
+
+    path: Path
+    summary: dict
+    scores: list
+
+    def value(self, probe_id, metric, split):
+        """Return the row of scores.csv for a probe, metric and split."""
+        return next(r for r in self.scores if (r["probe"], r["metric"], r["split"]) == (probe_id, metric, split))
+
+
+def read_summary(folder):
+    """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
+    try:
+        return json.loads((Path(folder) / FILE).read_text())
+    except (OSError, ValueError):
+        there = "is not a run folder (it has no readable run.json)" if Path(folder).exists() else "not found"
+        raise BadInput(f"run {folder} {there}") from None
+
+
+def open_run(folder):
+    """Open a finished run. Raises BadInput if there is none, or it is not finished."""
+    summary = read_summary(folder)
+    if "key" not in summary:
+        raise BadInput(f"run {folder} is not finished; run the same train-probes again to finish it")
+    try:
+        with open(Path(folder) / "scores.csv", newline="") as file:
+            scores = list(csv.DictReader(file))
+        for row in scores:
+            row |= {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
+    return Run(Path(folder), summary, scores)
+
+
+def select(run, rule):
+    """Choose probes by the validation score: "best map", or "best map per loss,head".
+
+    Returns probe ids, one per group, in order of first appearance. Only the split that the grid
+    selects on is looked at, never test. Raises BadInput for a rule that cannot be read.
+    """
+    match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", rule)
+    if not match:
+        raise BadInput(f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'")
+    metric, split = match.group(1).lower(), run.summary["select"]["split"]
+    rows = [r for r in run.scores if r["split"] == split and r["value"] is not None]
+    metrics = sorted({r["metric"] for r in run.scores})
+    if metric not in metrics:
+        raise BadInput(f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})")
+    columns = [_column(name.strip(), run.scores[0], rule) for name in (match.group(2) or "").split(",") if name.strip()]
+    winners = {}
+    for row in rows:
+        group = tuple(row[c] for c in columns)
+        if row["metric"] == metric and (group not in winners or row["value"] > winners[group]["value"]):
+            winners[group] = row
+    if not winners:
+        raise BadInput(f"--select {rule!r}: every probe of run {run.path} diverged")
+    return [row["probe"] for row in winners.values()]
+
+
+def _column(name, row, rule):
+    for column in (name, f"{name}.type"):
+        if column in row:
+            return column
+    raise BadInput(f"--select {rule!r}: unknown field {name!r}{nearest(name, row)}")

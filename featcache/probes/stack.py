@@ -1,0 +1,129 @@
+"""Training a stack: probes of one shape on the same mini-batches, each as if it were alone."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from featcache.probes.heads import STACKS
+from featcache.probes.losses import LOSSES
+from featcache.probes.optimizers import OPTIMIZERS
+from featcache.probes.schedules import factors
+
+# Weights and momentum of the probes trained at a time should stay in the last-level cache, and the
+# activations of a spatial head in memory's good graces.
+BLOCK_WEIGHT_BYTES = 12 << 20
+BLOCK_ACTIVATION_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class TrainedProbe:
+    """What training leaves of a probe.
+
+    weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the
+    epoch (from 0) in which its loss stopped being finite, or None; its weights are then NaN.
+    """
+
+    spec: object
+    weights: dict
+    losses: list
+    diverged: int | None
+
+
+def blocks(specs, dim, positions, classes):
+    """Group specs into blocks that train together: same features, head, batches and rule; cache-sized.
+
+    dim, positions, classes: functions of a spec's features give way to ints here, so call it once
+    per set of features. Returns lists of specs, in the grid's order of first appearance.
+    """
+    shapes = {}
+    for spec in specs:
+        optimizer = replace(spec.optimizer, lr=0.0, weight_decay=0.0)
+        key = (spec.features, spec.head, optimizer, spec.epochs, spec.batch_size)
+        shapes.setdefault(key, []).append(spec)
+    result = []
+    for (_, head, _, _, batch_size), members in shapes.items():
+        # Sorted by loss, so that each loss sees one slice of the stack.
+        members.sort(key=lambda s: s.loss.type)
+        width = head.hidden or classes
+        fit = BLOCK_WEIGHT_BYTES // (4 * width * dim)
+        if head.hidden:
+            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * width * batch_size * positions))
+        count = -(-len(members) // max(fit, 1))
+        size = -(-len(members) // count)
+        result += [members[i : i + size] for i in range(0, len(members), size)]
+    return result
+
+
+def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: None):
+    """Train the probes of one block.
+
+    features: [N, D] or [N, D, S], any float dtype, on the device to train on. labels: int8 [N, C] or
+    int64 [N], same device. order_seed: of the mini-batches' order, shared by all probes of a run.
+    Returns a TrainedProbe for each spec, in order.
+    """
+    device = features.device
+    head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
+    stack = STACKS[head.type](specs, features.shape[1], classes, device)
+    optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
+    slices = _loss_slices(specs)
+    rates = torch.tensor([s.optimizer.lr for s in specs], dtype=torch.float64)
+    steps = -(-len(features) // batch_size)
+    history = torch.zeros(epochs, len(specs), dtype=torch.float64)
+    for epoch in range(epochs):
+        order = epoch_order(len(features), order_seed, epoch).to(device)
+        factor = torch.stack([factors(s.schedule, epochs, steps, epoch) for s in specs], dim=1)  # [steps, P]
+        step_rates = (factor * rates).float().to(device)
+        total = torch.zeros(len(specs), dtype=torch.float64, device=device)
+        for step, rows in enumerate(order.split(batch_size)):
+            batch, targets = features[rows].float(), labels[rows]
+            logits = stack.forward(batch, training=True)  # [B, P, C]
+            loss, gradient = _loss_and_gradient(logits, targets, slices)
+            optimizer.step(stack.backward(batch, logits, gradient), step_rates[step])
+            total += loss.double() * len(rows)
+        history[epoch] = (total / len(features)).cpu()
+        on_epoch()
+    return [_finish(spec, stack, history[:, p], p) for p, spec in enumerate(specs)]
+
+
+def epoch_order(rows, seed, epoch):
+    """Return the order in which an epoch visits the rows: a permutation [N] from (seed, epoch)."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def _loss_slices(specs):
+    """Return [(loss, start, end)] over probes that are sorted by loss."""
+    kinds = [spec.loss.type for spec in specs]
+    return [(kind, kinds.index(kind), kinds.index(kind) + kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+
+
+def _loss_and_gradient(logits, targets, slices):
+    """Return losses [P] and d(loss of p) / d(logits), [B, P, C]: no probe sees another's logits."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        parts = [LOSSES[kind](leaf[:, start:end], targets) for kind, start, end in slices]
+        loss = parts[0] if len(parts) == 1 else torch.cat(parts)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def _finish(spec, stack, losses, p):
+    weights = {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}
+    finite = torch.isfinite(losses)
+    healthy = all(bool(torch.isfinite(w).all()) for w in weights.values())
+    if finite.all() and healthy:
+        return TrainedProbe(spec, weights, losses.tolist(), None)
+    diverged = int((~finite).int().argmax()) if not finite.all() else len(losses) - 1
+    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses.tolist(), diverged)
+
+
+@torch.no_grad()
+def predict(specs, weights, features, classes, rows=1024):
+    """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
+
+    weights: one {name: tensor} a spec. features: as for train_block.
+    """
+    stack = STACKS[specs[0].head.type](specs, features.shape[1], classes, features.device)
+    for name, stacked in stack.weights.items():
+        stacked.copy_(torch.stack([w[name] for w in weights]))
+    parts = [stack.forward(part.float()).transpose(0, 1).cpu() for part in features.split(rows)]
+    return torch.cat(parts, dim=1)

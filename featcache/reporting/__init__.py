@@ -1,0 +1,1 @@
+"""Runs for people: tables on the terminal, and one self-contained page."""
