@@ -1,6 +1,21 @@
+"""`featcache demo`."""
+
 import click
 
 
 @click.command()
-def demo():
-    pass
+@click.option("--out", default="featcache-demo", type=click.Path(file_okay=False), help="Folder for all that the demo makes.")
+@click.option("--scale", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="Share of the 800 scenes to make.")
+@click.option("--data-only", is_flag=True, help="Make the dataset and the grid, and stop.")
+@click.pass_context
+def demo(context, out, scale, data_only):
+    """See the whole idea work: real images, a real backbone, a grid of probes, heatmaps, one page.
+
+    Every step prints the featcache command that does it.
+    """
+    from featcache.demo.demo import make_data, run_demo
+
+    if data_only:
+        return make_data(out, scale)
+    group = context.parent.command
+    return run_demo(lambda words: group.main(words, prog_name="featcache", standalone_mode=False), out, scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from featcache.atomic import PARTIAL, write_whole
@@ -20,16 +20,16 @@ PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
     "hubble_deep_field", "immunohistochemistry", "retina", "rocket",
 )  # fmt: skip
-MIN_SIDE, MAX_SIDE = 40, 120
-DIFFICULT_SIDE = 56
+MIN_SIDE, MAX_SIDE = 100, 190
+DIFFICULT_SIDE = 112
 
 
 def make_scenes(root, counts, seed=0):
     """Write VOCdevkit/VOC2007 under `root`, all or nothing; leave it alone if it is there already.
 
     counts: {split: number of scenes}. Each scene is a 320 x 240 JPEG with 1 to 3 digits of
-    scikit-learn's set, at most 120 pixels high, on a crop of one of scikit-image's photographs;
-    half of the digits under 56 pixels are marked difficult. Splits share photographs but no digit
+    scikit-learn's set, at most 190 pixels high, on a crop of one of scikit-image's photographs;
+    half of the digits under 112 pixels are marked difficult. Splits share photographs but no digit
     image. Returns True if it was written, False if it was there.
     Raises BadInput if a package is missing or other files are in the way.
     """
@@ -106,15 +106,17 @@ def _crop(random, photograph):
 
 
 def _paste(random, image, pixels, side, x, y):
-    """Paste a coloured, slightly turned digit and return its tight box."""
+    """Paste a light digit with a dark outline and return its tight box."""
     ink = Image.fromarray(np.uint8(255 * pixels)).resize((side, side), Image.Resampling.BICUBIC)
-    ink = ink.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC)
+    ink = ink.rotate(random.uniform(-5, 5), Image.Resampling.BICUBIC)
     # Contrast up, so that the stroke is solid and its edge is not a halo.
-    alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.35) * 4, 0, 1)
-    colour = 255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0.3, 1), random.uniform(0.5, 1)))
-    image.paste(tuple(int(c) for c in colour), (x, y), Image.fromarray(np.uint8(255 * alpha)))
-    rows, columns = np.flatnonzero(alpha.max(1) > 0.1), np.flatnonzero(alpha.max(0) > 0.1)
-    return int(x + columns[0]), int(y + rows[0]), int(x + columns[-1] + 1), int(y + rows[-1] + 1)
+    stroke = Image.fromarray(np.uint8(np.clip((np.asarray(ink, dtype=np.float32) - 90) * 4, 0, 255)))
+    outline = stroke.filter(ImageFilter.MaxFilter(7))
+    colour = 255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0, 0.6), 1))
+    image.paste((10, 10, 10), (x, y), outline)
+    image.paste(tuple(int(c) for c in colour), (x, y), stroke)
+    x0, y0, x1, y1 = outline.getbbox()
+    return x + x0, y + y0, x + x1, y + y1
 
 
 def _annotation(image_id, objects):

@@ -1,0 +1,198 @@
+"""`featcache attribute`: explain chosen probes of a run and score where the maps point."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from featcache.atomic import write_whole
+from featcache.attribution.epg import box_mask, energy_in_boxes
+from featcache.attribution.gradcam import gradcam, upsample
+from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.backbones.backbone import load_backbone
+from featcache.datasets import read_dataset
+from featcache.errors import BadInput, nearest
+from featcache.feature import Feature
+from featcache.probes.heads import Head
+from featcache.probes.probe_file import load_probe
+from featcache.probes.run import open_run, select
+from featcache.store.manifest import difference
+from featcache.store.reader import open_store
+
+# Methods, and whether they run the backbone.
+METHODS = {"gradcam": False, "input_x_gradient": True}
+COLUMNS = ("probe", "method", "split", "id", "class", "epg", "box_share")
+BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A class to explain in an image: row of the split, class, and the mask of its boxes [S, S]."""
+
+    row: int
+    label: int
+    mask: torch.Tensor
+
+
+def attribute(
+    run,
+    store=None,
+    probes=None,
+    rule="best map per loss",
+    methods=("gradcam",),
+    split="test",
+    backbone=None,
+    arch=None,
+    dataset=None,
+    root=None,
+    limit=None,
+    examples=6,
+    device=None,
+    seed=0,
+):
+    """Explain every class that has a box which is not difficult, and score the maps with EPG.
+
+    run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
+    (see featcache.probes.run.select). methods: of gradcam (from the store alone) and
+    input_x_gradient (needs backbone, dataset, root). limit: first images of the split that have such
+    a class. examples: images whose maps are kept for the report. seed: of a random backbone.
+    Writes attribution.csv (a row per probe, method, image and class) and attribution.npz into the
+    run; returns the rows. Raises BadInput.
+    """
+    finished = open_run(run)
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise BadInput(f"--method: unknown method {unknown[0]!r}{nearest(unknown[0], METHODS)} (known: {', '.join(METHODS)})")
+    opened = open_store(store or finished.summary["store"])
+    if opened.id != finished.summary["store_id"]:
+        raise BadInput(f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trained = [load_probe(run, probe) for probe in probes or select(finished, rule)]
+    heads = [Head(p.spec, p.weights).to(device) for p in trained]
+    features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]
+    size = opened.manifest.identity["preprocessing"]["size"]
+    data = opened[split]
+    targets = _targets(data, size, limit)
+    pictures = None
+    if backbone is not None:
+        model, pictures = _open_backbone(opened, split, backbone, arch, dataset, root, seed)
+        model.to(device)
+    kept = sorted({t.row for t in targets})[:examples]
+    rows, panels = [], []
+    for method in methods:
+        if METHODS[method] and pictures is None:
+            raise BadInput(f"--method {method} runs the backbone: give --backbone, --dataset and --root")
+        with tqdm(total=len(targets) * len(heads), unit="map", desc=method) as progress:
+            for batch in _batches(targets):
+                if method == "gradcam":
+                    results = _gradcams(data, features, heads, batch, size, device)
+                else:
+                    results = _input_x_gradients(model, pictures, features, heads, batch, device)
+                for number, maps in enumerate(results):
+                    scores = energy_in_boxes(maps, torch.stack([t.mask for t in batch])).tolist()
+                    for target, map_, epg in zip(batch, maps, scores, strict=True):
+                        share = float(target.mask.double().mean())
+                        values = (trained[number].spec.id, method, split, data.ids[target.row], opened.classes[target.label], epg, share)
+                        rows.append(dict(zip(COLUMNS, values, strict=True)))
+                        if target.row in kept:
+                            panels.append((rows[-1], target.row, map_.numpy().astype(np.float32)))
+                progress.update(len(batch) * len(heads))
+    _write(Path(run), rows, panels, data, kept, pictures, size)
+    return rows
+
+
+def _targets(data, size, limit):
+    """Return the Targets of a split, in order, of at most `limit` images."""
+    targets, images = [], 0
+    for row, (boxes, classes, difficult) in enumerate(data.boxes):
+        labels = np.unique(classes[~difficult])
+        if len(labels) and (limit is None or images < limit):
+            images += 1
+            height, width = data.sizes[row]
+            targets += [
+                Target(row, int(c), box_mask(boxes[(classes == c) & ~difficult], height, width, size)) for c in labels
+            ]
+    if not targets:
+        raise BadInput(f"split {data.name} of store {data.store.path} has no box to score against")
+    return targets
+
+
+def _batches(targets):
+    """Group targets, which are in order of their rows, by BATCH images."""
+    rows = sorted({t.row for t in targets})
+    for start in range(0, len(rows), BATCH):
+        chosen = set(rows[start : start + BATCH])
+        yield [t for t in targets if t.row in chosen]
+
+
+def _open_backbone(store, split, backbone, arch, dataset, root, seed):
+    """Load backbone and images, and make sure that they are those of the store."""
+    if dataset is None:
+        raise BadInput("--backbone needs --dataset and --root too, for the images")
+    identity = store.manifest.identity
+    model = load_backbone(backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed)
+    data = read_dataset(dataset, root, [split])
+    given = {
+        "arch": model.arch,
+        "weights_sha256": model.weights_sha256,
+        "preprocessing": model.preprocessing.describe(),
+        f"dataset {split}": data.fingerprint(split),
+    }
+    stored = {key: identity[key] for key in ("arch", "weights_sha256", "preprocessing")}
+    stored[f"dataset {split}"] = identity["dataset"]["splits"].get(split)
+    fields = difference(stored, given)
+    if fields:
+        raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
+    return model, lambda row: model.preprocessing.load(data.splits[split][row].image)[0]
+
+
+def _gradcams(data, features, heads, batch, size, device):
+    """Yield maps [len(batch), size, size] for each head, from the store."""
+    rows, classes = [t.row for t in batch], torch.tensor([t.label for t in batch], device=device)
+    for feature, head in zip(features, heads, strict=True):
+        maps = torch.from_numpy(data[str(feature)][rows]).float().to(device)
+        yield upsample(gradcam(head, maps, classes), size).cpu()
+
+
+def _input_x_gradients(model, pictures, features, heads, batch, device):
+    """Yield maps [len(batch), size, size] for each head, through the backbone."""
+    rows = list(dict.fromkeys(t.row for t in batch))
+    images = model.preprocessing.normalise(torch.stack([pictures(row) for row in rows]).to(device))
+    result = [None] * len(heads)
+    for feature in dict.fromkeys(features):
+        mine = [number for number, f in enumerate(features) if f == feature]
+        asked = [(rows.index(t.row), k, t.label) for k in range(len(mine)) for t in batch]
+        maps = input_x_gradient(model, feature, [heads[n] for n in mine], images, asked).cpu()
+        for n, part in zip(mine, maps.split(len(batch)), strict=True):
+            result[n] = part
+    return result
+
+
+def _write(run, rows, panels, data, kept, pictures, size):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
+    write_whole(run / "attribution.csv", text.getvalue())
+    scale = np.array([size, size, size, size], dtype=np.float32)
+    boxes = []
+    for row in kept:
+        found, classes, difficult = data.boxes[row]
+        height, width = data.sizes[row]
+        edges = found * scale / np.array([width, height, width, height])
+        boxes += [(kept.index(row), *edge, c, d) for edge, c, d in zip(edges, classes, difficult, strict=True)]
+    arrays = {
+        "ids": np.array([data.ids[row] for row in kept]),
+        "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 7),
+        "maps": np.stack([m for _, _, m in panels]) if panels else np.empty((0, size, size), np.float32),
+        "panels": np.array([[str(r[k]) for k in COLUMNS] for r, _, _ in panels]).reshape(-1, len(COLUMNS)),
+    }
+    if pictures:
+        arrays["images"] = np.stack([pictures(row).permute(1, 2, 0).numpy() for row in kept]) if kept else np.empty(0)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(run / "attribution.npz", buffer.getvalue())

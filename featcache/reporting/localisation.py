@@ -1,0 +1,50 @@
+"""EPG per probe and method, from a run's attribution.csv."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from featcache.probes.run import open_run
+from featcache.reporting.table import describe_head, percent
+
+RESAMPLES = 1000
+
+
+def localisation_rows(folder):
+    """Return (columns, rows of strings): mean EPG with a bootstrap 95% interval over images.
+
+    The last column is what a uniform map scores: the boxes' mean share of the image. Maps without
+    positive energy have no EPG; they are counted, not averaged.
+    """
+    run = open_run(folder)
+    with open(Path(folder) / "attribution.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["probe"], row["method"]), []).append(row)
+    columns = ["probe", "head", "loss", "lr", "method", "EPG %", "uniform map %", "maps", "empty"]
+    result = []
+    for (probe, method), members in groups.items():
+        spec = next(r for r in run.scores if r["probe"] == probe)
+        scored = [r for r in members if r["epg"]]
+        share = np.mean([float(r["box_share"]) for r in members])
+        result.append([
+            probe, describe_head(spec), spec["loss.type"], f"{float(spec['optimizer.lr']):g}", method,
+            percent(*_mean_with_interval(scored)), percent(share), str(len(members)), str(len(members) - len(scored)),
+        ])  # fmt: skip
+    return columns, result
+
+
+def _mean_with_interval(rows):
+    """Mean EPG of rows, and its 2.5 and 97.5 percentile over resamples of the images."""
+    if not rows:
+        return (None,)
+    images = {i: n for n, i in enumerate(dict.fromkeys(r["id"] for r in rows))}
+    sums, counts = np.zeros(len(images)), np.zeros(len(images))
+    for row in rows:
+        sums[images[row["id"]]] += float(row["epg"])
+        counts[images[row["id"]]] += 1
+    weights = np.random.default_rng(0).multinomial(len(images), [1 / len(images)] * len(images), size=RESAMPLES)
+    means = (weights @ sums) / (weights @ counts)
+    return sums.sum() / counts.sum(), *np.quantile(means, [0.025, 0.975])

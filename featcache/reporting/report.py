@@ -1,0 +1,78 @@
+"""`featcache report`: one self-contained page over one or more runs."""
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from featcache.atomic import write_whole
+from featcache.errors import BadInput
+from featcache.probes.run import open_run, select
+from featcache.reporting.localisation import localisation_rows
+from featcache.reporting.table import describe_head, percent, score_rows
+
+
+def report(runs, out="report.html"):
+    """Write an HTML page: best probes beside chance, learning rates, localisation and heatmaps.
+
+    runs: folders of finished runs, which must be scored with the same metric. Returns the page's
+    path. Raises BadInput for an unfinished run or a missing package (extra: report).
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
+    from featcache.reporting import plots
+
+    opened = [open_run(run) for run in runs]
+    metrics = {run.summary["select"]["metric"] for run in opened}
+    if len(metrics) > 1:
+        raise BadInput(f"runs with different metrics do not fit one page: {', '.join(sorted(metrics))}")
+    (metric,) = metrics
+    page = {
+        "metric": metric,
+        "split": opened[0].summary["select"]["split"],
+        "best": [line for run in opened for line in _best_rows(run, metric)],
+        "rates": plots.learning_rates(opened, metric),
+        "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
+        "tables": [(run.path.name, *score_rows(run)) for run in opened],
+        "runs": [{"name": run.path.name, **run.summary} for run in opened],
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("featcache.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, environment.from_string(source).render(page))
+    except OSError as error:
+        raise BadInput(f"cannot write {out}: {error.strerror}") from None
+    return out
+
+
+def _best_rows(run, metric):
+    """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
+    for probe in select(run, f"best {metric} per head,loss"):
+        spec = run.value(probe, metric, run.summary["select"]["split"])
+        test = run.value(probe, metric, "test")
+        yield {
+            "run": run.path.name,
+            "probe": f"{describe_head(spec)}, {spec['loss.type']}",
+            "recipe": f"lr {float(spec['optimizer.lr']):g}, wd {float(spec['optimizer.weight_decay']):g}, seed {spec['seed']}",
+            "chosen_by": percent(spec["value"]),
+            "test": percent(test["value"], test["low"], test["high"]),
+            "width": f"{100 * test['value']:.1f}",
+        }
+    level = run.summary["chance"]["test"][metric]
+    yield {"run": run.path.name, "probe": "chance", "recipe": "", "chosen_by": "", "test": percent(level), "width": f"{100 * level:.1f}"}
+
+
+def _localisation(run, plots):
+    columns, rows = localisation_rows(run.path)
+    picture = None
+    if (run.path / "attribution.npz").is_file():
+        with np.load(run.path / "attribution.npz", allow_pickle=False) as kept:
+            specs = {r["probe"]: r for r in run.scores}
+            picture = plots.heatmaps(
+                dict(kept), lambda probe: f"{describe_head(specs[probe])}, {specs[probe]['loss.type']}"
+            )
+    return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}
