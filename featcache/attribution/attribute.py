@@ -178,16 +178,16 @@ def _write(run, rows, panels, data, kept, pictures, size):
     writer.writeheader()
     writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
     write_whole(run / "attribution.csv", text.getvalue())
-    scale = np.array([size, size, size, size], dtype=np.float32)
-    boxes = []
-    for row in kept:
-        found, classes, difficult = data.boxes[row]
-        height, width = data.sizes[row]
-        edges = found * scale / np.array([width, height, width, height])
-        boxes += [(kept.index(row), *edge, c, d) for edge, c, d in zip(edges, classes, difficult, strict=True)]
+    names = np.array(data.store.classes)
+    scales = [size / data.sizes[row][[1, 0, 1, 0]] for row in kept]
+    boxes, classes, difficult = zip(*(data.boxes[row] for row in kept), strict=True) if kept else ((), (), ())
     arrays = {
         "ids": np.array([data.ids[row] for row in kept]),
-        "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 7),
+        # Boxes of all examples, in pixels of the maps; box_examples says whose each is.
+        "box_examples": np.repeat(np.arange(len(kept)), [len(b) for b in boxes]),
+        "boxes": np.concatenate([np.empty((0, 4)), *(b * s for b, s in zip(boxes, scales, strict=True))]),
+        "box_classes": np.concatenate([names[:0], *(names[c] for c in classes)]),
+        "box_difficult": np.concatenate([np.empty(0, bool), *difficult]),
         "maps": np.stack([m for _, _, m in panels]) if panels else np.empty((0, size, size), np.float32),
         "panels": np.array([[str(r[k]) for k in COLUMNS] for r, _, _ in panels]).reshape(-1, len(COLUMNS)),
     }

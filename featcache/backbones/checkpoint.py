@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def read_state_dict(path):
             "expected a file written by torch.save"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of odd pickle protocols; such a file loads, or is named below.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|Unsupported global|Unsupported class|class) (\S+)", str(error))
         raise BadInput(

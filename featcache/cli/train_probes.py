@@ -17,13 +17,13 @@ def train_probes(**options):
     The same command again trains only what is missing.
     """
     from featcache.probes.train import train_probes as run
-    from featcache.reporting.table import format_table, percent, score_rows
+    from featcache.reporting.table import METRIC_NAMES, format_table, percent, score_rows
 
     finished = run(**options)
     click.echo(format_table(*score_rows(finished, most=10)))
     summary = finished.summary
     metric = summary["select"]["metric"]
     click.echo(
-        f"best 10 of {summary['probes']} probes by {summary['select']['split']} {metric}; "
-        f"chance on test: {percent(summary['chance']['test'][metric])}; run: {finished.path}"
+        f"best 10 of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
+        f"chance on test: {percent(summary['chance']['test'][metric])} %; run: {finished.path}"
     )

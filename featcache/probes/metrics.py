@@ -84,8 +84,18 @@ def score(metric, logits, labels):
 
 
 def chance(metric, labels, classes):
-    """Expected score of a ranking that knows nothing: mean share of positives for map, k / C for top-k."""
-    if metric == "map":
-        shares = [float((column[column >= 0] == 1).float().mean()) for column in labels.t() if (column == 1).any()]
-        return sum(shares) / len(shares) if shares else float("nan")
-    return min(int(metric[3:]) / classes, 1.0)
+    """Expected score of a random ranking.
+
+    top-k: k / C. map: the mean over classes of (H + (n - H) (R - 1) / (n - 1)) / n with n images, R of
+    them positive, and H the n-th harmonic number (Bestgen 2015, "Exact expected average precision of
+    the random baseline"); on few images that is well above the share of positives R / n.
+    """
+    if metric != "map":
+        return min(int(metric.removeprefix("top")) / classes, 1.0)
+    expected = []
+    for column in labels.t():
+        n, positives = int((column >= 0).sum()), int((column == 1).sum())
+        if positives:
+            harmonic = sum(1 / i for i in range(1, n + 1))
+            expected.append((harmonic + (n - harmonic) * (positives - 1) / max(n - 1, 1)) / n)
+    return sum(expected) / len(expected) if expected else float("nan")

@@ -6,6 +6,7 @@ import io
 import numpy as np
 
 from featcache.errors import BadInput
+from featcache.reporting.table import METRIC_NAMES
 
 try:
     import matplotlib
@@ -17,13 +18,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = {"bce": "#0b6e99", "ce": "#c2571a"}
 MARKERS = "osD^vP*X"
+BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache"}
 
 
 def _embed(figure, kind):
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=80, metadata=metadata)
+    figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=110, metadata=metadata)
     plt.close(figure)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -49,8 +51,11 @@ def learning_rates(runs, metric):
             axis.axhline(100 * run.summary["chance"][run.summary["select"]["split"]][metric], color="0.5", linestyle=":")
             axis.set_title(f"{run.path.name}: {head}", fontsize=10)
             axis.set_xscale("log")
+            rates = sorted({float(r["optimizer.lr"]) for r in rows})
+            axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
+            axis.minorticks_off()
             axis.set_xlabel("learning rate")
-        axes[0][0].set_ylabel(f"{runs[0].summary['select']['split']} {metric}, %")
+        axes[0][0].set_ylabel(f"{runs[0].summary['select']['split']} {METRIC_NAMES[metric]}, %")
         entries = dict(zip(*reversed(_legend(axes[0])), strict=True))
         figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return _embed(figure, "svg")
@@ -103,7 +108,11 @@ def heatmaps(kept, describe):
         axes[0][0].set_title("image, boxes", fontsize=8)
         for line, (image_id, label) in zip(axes, lines, strict=True):
             number = ids.index(image_id)
-            boxes = [b for b in kept["boxes"] if int(b[0]) == number]
+            boxes = [
+                (edges, str(name) == label, difficult)
+                for at, edges, name, difficult in zip(*(kept[k] for k in BOX_ARRAYS), strict=True)
+                if at == number
+            ]
             picture = kept["images"][number] if "images" in kept else np.full((size, size, 3), 230, np.uint8)
             line[0].imshow(picture)
             line[0].set_ylabel(f"{image_id}\n{label}", fontsize=8)
@@ -130,6 +139,8 @@ def _draw_map(axis, picture, values):
 
 
 def _draw_boxes(axis, boxes):
-    for _, x0, y0, x1, y1, _, difficult in boxes:
-        edge = dict(fill=False, edgecolor="#9ad900", linewidth=1, linestyle=":" if difficult else "-")
+    """Draw boxes [(edges, whether of the explained class, difficult)]."""
+    for (x0, y0, x1, y1), explained, difficult in boxes:
+        colour, width = ("#9ad900", 1.4) if explained else ("white", 0.6)
+        edge = dict(fill=False, edgecolor=colour, linewidth=width, linestyle=":" if difficult else "-")
         axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **edge))

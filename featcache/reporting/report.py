@@ -9,7 +9,7 @@ from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.run import open_run, select
 from featcache.reporting.localisation import localisation_rows
-from featcache.reporting.table import describe_head, percent, score_rows
+from featcache.reporting.table import METRIC_NAMES, describe_head, percent, score_rows
 
 
 def report(runs, out="report.html"):
@@ -30,7 +30,7 @@ def report(runs, out="report.html"):
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(sorted(metrics))}")
     (metric,) = metrics
     page = {
-        "metric": metric,
+        "metric": METRIC_NAMES[metric],
         "split": opened[0].summary["select"]["split"],
         "best": [line for run in opened for line in _best_rows(run, metric)],
         "rates": plots.learning_rates(opened, metric),

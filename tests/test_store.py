@@ -1,0 +1,195 @@
+"""The store: standard Zarr, numpy's indexing, and no shard that is not whole."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featcache.datasets import Dataset, Record
+from featcache.errors import BadInput
+from featcache.feature import Feature
+from featcache.store import manifest as manifest_module
+from featcache.store.manifest import identity_hash, plan
+from featcache.store.reader import open_store
+from featcache.store.writer import create_store, put_shard
+
+ROWS = 23
+
+
+def write_store(path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, shard_bytes=256, row=(3, 2, 2)):
+    """Write a small store of random features with several shards and chunks; return the features."""
+    records = tuple(
+        Record(
+            id=f"picture-{n}é",
+            image=None,
+            image_bytes=n,
+            height=10 + n,
+            width=20,
+            labels=n % 3 if single else np.array([1, 0, -1], np.int8),
+            boxes=np.full((n % 3, 4), n, np.float32),
+            box_classes=np.zeros(n % 3, np.int64),
+            box_difficult=np.zeros(n % 3, bool),
+        )
+        for n in range(rows)
+    )
+    data = Dataset("toy", ("a", "b", "c"), "single-label" if single else "multi-label", {"train": records})
+    shapes = {Feature("layer4", "pooled"): row[:1], Feature("layer4", "spatial"): row}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(manifest_module, "SHARD_BYTES", shard_bytes)
+        identity = {"arch": "toy", "preprocessing": {"size": 8}, "dataset": {"name": "toy", "splits": {}}}
+        plan_ = plan(identity, {"train": rows}, shapes, dtype, {"last": "layer4"}, data.classes, data.task, 8)
+    create_store(path, plan_, data)
+    random = np.random.default_rng(0)
+    features = {str(f): random.normal(size=(rows, *shape)).astype(dtype) for f, shape in shapes.items()}
+    for shard in range(plan_.shards("train")):
+        first, end = plan_.rows_of("train", shard)
+        put_shard(path, plan_, "train", shard, [r.id for r in records[first:end]], {n: f[first:end] for n, f in features.items()})
+    return features
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_plain_zarr_reads_it(tmp_path, dtype):
+    features = write_store(tmp_path / "x.zarr", dtype)
+    group = zarr.open_group(str(tmp_path / "x.zarr"), mode="r")["train"]
+    for name, rows in features.items():
+        array = group[name.replace(":", ".")]
+        assert array.shards is not None and np.isnan(array.fill_value)
+        assert array.dtype == dtype and np.array_equal(array[:], rows)
+    ids = [bytes(row).rstrip(b"\0").decode() for row in group["ids"][:]]
+    assert ids == [f"picture-{n}é" for n in range(ROWS)] == open_store(tmp_path / "x.zarr")["train"].ids
+    assert group["labels"].dtype == np.int8
+
+
+def test_plain_zarr_finds_a_flipped_byte(tmp_path):
+    write_store(tmp_path / "x.zarr")
+    file = tmp_path / "x.zarr/train/layer4.pooled/c/0/0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_array(str(tmp_path / "x.zarr/train/layer4.pooled"), mode="r")[:]
+
+
+def test_small_arrays_come_back(tmp_path):
+    write_store(tmp_path / "x.zarr")
+    train = open_store(tmp_path / "x.zarr")["train"]
+    assert train.labels.tolist() == [[1, 0, -1]] * ROWS
+    assert train.sizes[3].tolist() == [13, 20]
+    assert [len(boxes) for boxes, _, _ in train.boxes] == [n % 3 for n in range(ROWS)]
+    assert train.boxes[5][0].tolist() == [[5.0] * 4] * 2
+    write_store(tmp_path / "y.zarr", single=True)
+    assert open_store(tmp_path / "y.zarr")["train"].labels.tolist() == [n % 3 for n in range(ROWS)]
+
+
+index = st.one_of(
+    st.integers(-ROWS, ROWS - 1),
+    st.slices(ROWS),
+    st.lists(st.integers(-ROWS, ROWS - 1), max_size=12).map(lambda v: np.array(v, dtype=np.int64)),
+    st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).map(np.array),
+    st.tuples(st.slices(ROWS), st.integers(0, 2)),
+    st.tuples(st.integers(0, ROWS - 1), st.slices(3), st.integers(0, 1)),
+    st.just(np.array([[0, 5], [22, -1]])),
+    st.just(...),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "x.zarr"
+    features = write_store(path)
+    return open_store(path)["train"]["last:spatial"], features["layer4:spatial"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=index)
+def test_indexing_is_numpys(model, key):
+    stored, rows = model
+    expected = rows[key]
+    got = stored[key]
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert np.array_equal(got, expected)
+
+
+def test_out_of_range_and_conversion(model):
+    stored, rows = model
+    for key in (ROWS, -ROWS - 1, np.array([0, ROWS])):
+        with pytest.raises(IndexError):
+            stored[key]
+    assert np.array_equal(np.asarray(stored), rows)
+    assert np.asarray(stored, dtype=np.float64).dtype == np.float64
+    assert stored.shape == rows.shape and len(stored) == ROWS and stored.nbytes == rows.nbytes
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 40), chunk_rows=st.sampled_from([1, 2, 8]), shard_bytes=st.integers(1, 3000), width=st.integers(1, 5))
+def test_any_geometry_round_trips(tmp_path_factory, rows, chunk_rows, shard_bytes, width):
+    path = tmp_path_factory.mktemp("g") / "x.zarr"
+    features = write_store(path, rows=rows, chunk_rows=chunk_rows, shard_bytes=shard_bytes, row=(width, 1, 2))
+    for name, expected in features.items():
+        assert np.array_equal(open_store(path)["train"][name][:], expected)
+        assert np.array_equal(zarr.open_array(str(path / "train" / name.replace(":", ".")), mode="r")[:], expected)
+
+
+def test_missing_shards_raise_and_are_named(tmp_path):
+    write_store(tmp_path / "x.zarr")
+    (tmp_path / "x.zarr/commits/train/000001.json").unlink()
+    with pytest.raises(BadInput, match=r"incomplete: split train lacks 1 of 3 shards, the first is shard 1 \(rows 8 to 15\)"):
+        open_store(tmp_path / "x.zarr")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "train/layer4.pooled/c/0/0").unlink(), "cannot be read"),
+        (lambda p: (p / "train/layer4.pooled/c/0/0").write_bytes(b"12345"), "5 bytes, its marker says"),
+        (lambda p: (p / "commits/train/000000.json").write_text("{"), "damaged marker .*000000.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
+        (lambda p: (p / "manifest.json").unlink(), "not a featcache store"),
+        (lambda p: shutil.rmtree(p), "store not found"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    path = tmp_path / "x.zarr"
+    write_store(path)
+    damage(path)
+    with pytest.raises(BadInput, match=message):
+        open_store(path)["train"]["last:pooled"][:]
+
+
+def test_a_tampered_or_future_manifest_is_refused(tmp_path):
+    write_store(tmp_path / "x.zarr")
+    file = tmp_path / "x.zarr/manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"version": 2}))
+    with pytest.raises(BadInput, match="format version 2"):
+        open_store(tmp_path / "x.zarr")
+    content["identity"]["arch"] = "other"
+    file.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="does not hash to its id"):
+        open_store(tmp_path / "x.zarr")
+
+
+def test_unknown_names_suggest(tmp_path):
+    write_store(tmp_path / "x.zarr")
+    store = open_store(tmp_path / "x.zarr")
+    with pytest.raises(BadInput, match="no split 'trian'; did you mean 'train'"):
+        store["trian"]
+    with pytest.raises(BadInput, match="no feature 'layer3:pooled'; it holds layer4:pooled, layer4:spatial"):
+        store["train"]["layer3:pooled"]
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c, max_size=3), max_leaves=6)
+
+
+@given(st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=5), st.randoms())
+def test_identity_ignores_order_and_sees_every_field(identity, random):
+    keys = list(identity)
+    random.shuffle(keys)
+    assert identity_hash({k: identity[k] for k in keys}) == identity_hash(identity)
+    key = random.choice(keys)
+    assert identity_hash(identity | {key: ["changed", identity[key]]}) != identity_hash(identity)

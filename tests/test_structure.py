@@ -1,0 +1,69 @@
+"""The house: imports go down only, the public face, a quick --help."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import featcache
+
+PACKAGE = Path(featcache.__file__).parent
+FLOORS = [
+    {"errors", "atomic", "feature", "__init__"},
+    {"datasets", "backbones", "store"},
+    {"extraction", "probes"},
+    {"attribution", "finetuning"},
+    {"reporting"},
+    {"cli", "demo", "__main__"},
+]
+
+
+def _floor(room):
+    return next(n for n, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "featcache":
+            yield node.module.split(".")[1] if "." in node.module else "__init__"
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("featcache."))
+
+
+def test_imports_go_down_only():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for target in _imports(path):
+            if target == room or room == "__init__":
+                continue
+            below = _floor(target) < _floor(room)
+            same_shelf = {room, target} <= FLOORS[0] or (room, target) in {("__main__", "cli"), ("cli", "demo")}
+            assert below or same_shelf, f"{path} ({room}) imports {target}"
+            assert (room, target) != ("probes", "backbones"), f"{path}: probes must not need a backbone"
+
+
+def test_public_face():
+    assert featcache.__all__ == [
+        "__version__", "extract", "open_store", "train_probes", "attribute", "open_run", "report",
+    ]  # fmt: skip
+    for name in featcache.__all__:
+        assert getattr(featcache, name) is not None
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, featcache.cli; print('torch' in sys.modules, 'zarr' in sys.modules, 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 3
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "featcache", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "train-probes" in done.stdout
+    # Generous: the figure is a few hundredths; this only notices a heavy import.
+    assert time.monotonic() - started < 5
+
+
+def test_every_command_explains_itself(command):
+    for name in ("demo", "extract", "train-probes", "attribute", "report"):
+        code, out, _ = command(name, "--help")
+        assert code == 0 and "--help" in out
+    assert command("extract", "--backbon", "x")[0] == 2
+    assert command("--version")[1].strip().endswith(featcache.__version__)

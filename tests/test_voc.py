@@ -1,0 +1,139 @@
+"""VOC: what is read equals what torchvision reads; what is broken is named."""
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import VOCDetection
+
+from featcache.datasets import read_dataset
+from featcache.datasets.voc import CLASSES
+from featcache.errors import BadInput
+
+
+def write_voc(root, images, year=2007, split="train"):
+    """Write {id: [(name, difficult, (xmin, ymin, xmax, ymax))]} in VOC's layout, all images 60 x 50."""
+    home = root / "VOCdevkit" / f"VOC{year}"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    for image_id, objects in images.items():
+        tree = ElementTree.Element("annotation")
+        size = ElementTree.SubElement(tree, "size")
+        for key, value in (("width", 60), ("height", 50), ("depth", 3)):
+            ElementTree.SubElement(size, key).text = str(value)
+        for name, difficult, box in objects:
+            item = ElementTree.SubElement(tree, "object")
+            ElementTree.SubElement(item, "name").text = name
+            ElementTree.SubElement(item, "difficult").text = str(int(difficult))
+            bounds = ElementTree.SubElement(item, "bndbox")
+            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+                ElementTree.SubElement(bounds, key).text = str(value)
+        ElementTree.ElementTree(tree).write(home / "Annotations" / f"{image_id}.xml")
+        Image.new("RGB", (60, 50), (90, 60, 30)).save(home / "JPEGImages" / f"{image_id}.jpg")
+    (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in images))
+    return home
+
+
+boxes = st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(31, 60), st.integers(26, 50))
+objects = st.lists(st.tuples(st.sampled_from(CLASSES), st.booleans(), boxes), max_size=4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(objects, min_size=1, max_size=3))
+def test_records_agree_with_torchvision(tmp_path_factory, drawn):
+    root = tmp_path_factory.mktemp("voc")
+    write_voc(root, {f"{n:06d}": found for n, found in enumerate(drawn)})
+    data = read_dataset("voc", root, ["train"])
+    assert data.classes == CLASSES
+    oracle = VOCDetection(root, year="2007", image_set="train")
+    for record, (image, target) in zip(data.splits["train"], oracle, strict=True):
+        assert (record.width, record.height) == image.size
+        found = target["annotation"].get("object", [])
+        assert [CLASSES[c] for c in record.box_classes] == [o["name"] for o in found]
+        assert record.box_difficult.tolist() == [o["difficult"] == "1" for o in found]
+        expected = [
+            [float(o["bndbox"][k]) - (k in ("xmin", "ymin")) for k in ("xmin", "ymin", "xmax", "ymax")] for o in found
+        ]
+        assert record.boxes.tolist() == expected
+        for index, name in enumerate(CLASSES):
+            flags = [o["difficult"] == "1" for o in found if o["name"] == name]
+            assert record.labels[index] == (0 if not flags else -1 if all(flags) else 1)
+
+
+def test_classes_come_from_the_data_with_a_notice(tmp_path, capsys):
+    write_voc(tmp_path, {"1": [("zebra", False, (1, 1, 9, 9))]})
+    write_voc(tmp_path, {"2": [("ant", False, (1, 1, 9, 9))]}, split="val")
+    data = read_dataset("voc", tmp_path, ["train"])
+    assert data.classes == ("ant", "zebra"), "all annotations count, not only those of the splits asked for"
+    assert "notice" in capsys.readouterr().err
+
+
+def test_root_may_be_any_level_and_come_from_the_environment(tmp_path, monkeypatch):
+    home = write_voc(tmp_path / "voc", {"1": []})
+    for root in (tmp_path / "voc", tmp_path / "voc" / "VOCdevkit", home):
+        assert len(read_dataset("voc", root, ["train"]).splits["train"]) == 1
+    monkeypatch.setenv("FEATCACHE_DATA", str(tmp_path))
+    assert len(read_dataset("voc", None, ["train"]).splits["train"]) == 1
+
+
+def test_2012_has_no_public_test_labels(tmp_path):
+    write_voc(tmp_path, {"1": []}, year=2012)
+    write_voc(tmp_path, {"2": []}, year=2012, split="val")
+    assert list(read_dataset("voc2012", tmp_path).splits) == ["train", "val"]
+    with pytest.raises(BadInput, match="use --dataset voc2012"):
+        read_dataset("voc", tmp_path)
+
+
+def test_fingerprint_sees_labels_images_and_order(tmp_path):
+    def fingerprint(root):
+        return read_dataset("voc", root, ["train"]).fingerprint("train")
+
+    dog = ("dog", False, (1, 2, 30, 40))
+    write_voc(tmp_path / "a", {"1": [dog], "2": []})
+    before = fingerprint(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == before, "moving files changes nothing"
+    write_voc(tmp_path / "c", {"2": [], "1": [dog]})
+    write_voc(tmp_path / "d", {"1": [("cat", False, dog[2])], "2": []})
+    write_voc(tmp_path / "e", {"1": [dog], "2": []})
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)).save(
+        tmp_path / "e/VOCdevkit/VOC2007/JPEGImages/2.jpg"
+    )
+    prints = [before, *(fingerprint(tmp_path / name) for name in "cde")]
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda home: (home / "JPEGImages/1.jpg").unlink(), r"image not found: .*1\.jpg"),
+        (lambda home: (home / "Annotations/1.xml").unlink(), r"annotation not found: .*1\.xml"),
+        (lambda home: (home / "Annotations/1.xml").write_text("<annotation><size>"), r"broken XML in .*1\.xml"),
+        (lambda home: (home / "Annotations/1.xml").write_text("<annotation/>"), r"1\.xml.*<size> needs"),
+        (lambda home: (home / "Annotations/1.xml").write_bytes(b"\xff\xfe\x00"), r"broken XML in .*1\.xml"),
+        (lambda home: (home / "ImageSets/Main/train.txt").unlink(), r"split file not found: .*train\.txt"),
+        (lambda home: (home / "ImageSets/Main/train.txt").write_text("\n"), r"split file is empty: .*train\.txt"),
+        (lambda home: (home / "ImageSets/Main/train.txt").write_text("1\n1\n"), r"train\.txt lists '1' twice"),
+        (lambda home: shutil.rmtree(home / "ImageSets"), r"expected this layout"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    home = write_voc(tmp_path, {"1": [("dog", False, (1, 1, 9, 9))]})
+    damage(home)
+    with pytest.raises(BadInput, match=message):
+        read_dataset("voc", tmp_path, ["train"])
+
+
+def test_inverted_box_is_named(tmp_path):
+    write_voc(tmp_path, {"1": [("dog", False, (20, 1, 9, 9))]})
+    with pytest.raises(BadInput, match=r"1\.xml: box of 'dog' has xmax < xmin"):
+        read_dataset("voc", tmp_path, ["train"])
+
+
+def test_unknown_dataset_suggests():
+    with pytest.raises(BadInput, match="did you mean 'voc2007'"):
+        read_dataset("voc2077")
