@@ -44,16 +44,18 @@ class LinearStack:
         self.parameters = list(self.weights.values())
 
     def forward(self, features, training=False):
-        """Map features [B, D] to logits [B, P, C]."""
+        """Map features [B, D] to logits [B, P, C], in memory as [P, C, B]: weights first is the faster GEMM."""
         weight = self.weights["fc0.weight"]  # [P, C, D]
-        bias = self.weights["fc0.bias"].flatten() if self.head.bias else None
-        return F.linear(features, weight.flatten(0, 1), bias).unflatten(1, weight.shape[:2])
+        logits = (weight.flatten(0, 1) @ features.t()).unflatten(0, weight.shape[:2])
+        if self.head.bias:
+            logits += self.weights["fc0.bias"].unsqueeze(2)
+        return logits.permute(2, 0, 1)
 
     def backward(self, features, logits, gradient):
-        """Return the parameters' gradients; the weight's as the pair (A, B) that stands for A^T B."""
-        gradient = gradient.flatten(1)  # [B, P * C]
-        weight = (gradient, features)
-        return [weight, gradient.sum(0)] if self.head.bias else [weight]
+        """Return the parameters' gradients; the weight's as the pair (A, B) that stands for A B."""
+        gradient = gradient.permute(1, 2, 0)  # [P, C, B]
+        weight = (gradient.flatten(0, 1), features)
+        return [weight, gradient.sum(2)] if self.head.bias else [weight]
 
 
 class MLPStack:

@@ -1,7 +1,8 @@
-"""Losses of many probes at once: logits [B, P, C] and shared labels in, one mean loss per probe [P] out.
+"""Losses of many probes at once, in closed form.
 
-Labels are int8 [B, C] for multi-label data (1, 0, and -1 where a class is to be ignored) or int64
-[B] for single-label data.
+Each takes logits [B, P, C] and labels that all probes share, and returns the mean loss of every
+probe, [P], and the gradient of the sum of those losses, [B, P, C]. Labels are int8 [B, C] for
+multi-label data (1, 0, and -1 where a class is to be ignored) or int64 [B] for single-label data.
 """
 
 from torch.nn import functional as F
@@ -12,12 +13,16 @@ IGNORED = -1e30
 
 def bce(logits, labels):
     """Binary cross-entropy with logits, the mean over the classes and images that are not ignored."""
-    classes = logits.shape[2]
-    targets = F.one_hot(labels, classes) if labels.ndim == 1 else labels
-    known = (targets >= 0).to(logits.dtype).unsqueeze(1)
-    targets = (targets > 0).to(logits.dtype).unsqueeze(1).expand_as(logits)
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known
-    return losses.sum((0, 2)) / known.sum().clamp(min=1)
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, logits.shape[2])
+    known = (labels >= 0).to(logits.dtype)
+    count = known.sum().clamp(min=1)
+    targets = (labels > 0).to(logits.dtype).unsqueeze(1)  # [B, 1, C]
+    known = known.unsqueeze(1) / count
+    # max(z, 0) - t z + log(1 + exp(-|z|)); log1p would be exact where the sum does not show it, and
+    # is many times slower.
+    losses = logits.clamp(min=0) - targets * logits + logits.abs().neg_().exp_().add_(1).log_()
+    return (losses * known).sum((0, 2)), (logits.sigmoid() - targets) * known
 
 
 def ce(logits, labels):
@@ -27,13 +32,15 @@ def ce(logits, labels):
     2018); ignored classes leave the softmax; an image without a class adds nothing but counts.
     """
     if labels.ndim == 1:
-        flat = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none")
-        return flat.view(logits.shape[:2]).mean(0)
+        labels = F.one_hot(labels, logits.shape[2])
     present = (labels > 0).to(logits.dtype)
-    targets = present / present.sum(1, keepdim=True).clamp(min=1)
+    some = present.sum(1, keepdim=True)  # [B, 1]
+    targets = (present / some.clamp(min=1)).unsqueeze(1)  # [B, 1, C]
     if (labels < 0).any():
         logits = logits.masked_fill((labels < 0).unsqueeze(1), IGNORED)
-    return -(targets.unsqueeze(1) * F.log_softmax(logits, dim=2)).sum(2).mean(0)
+    logs = logits.log_softmax(dim=2)
+    gradient = (logs.exp() * some.clamp(max=1).unsqueeze(2) - targets) / len(logits)
+    return -(targets * logs).sum(2).mean(0), gradient
 
 
 LOSSES = {"bce": bce, "ce": ce}

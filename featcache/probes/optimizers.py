@@ -1,6 +1,6 @@
 """Optimisers over stacked parameters [P, ...]: PyTorch's update rules with a rate and decay per probe.
 
-A gradient is a tensor of the parameter's size, or a pair (A [B, n], B [B, m]) that stands for A^T B:
+A gradient is a tensor of the parameter's size, or a pair (A [n, B], B [B, m]) that stands for A B:
 that lets SGD add it into the momentum within the GEMM, without a pass over memory of its own.
 """
 
@@ -14,7 +14,7 @@ def _per_probe(values, parameter):
 
 def _dense(gradient, like):
     if isinstance(gradient, tuple):
-        gradient = gradient[0].t() @ gradient[1]
+        gradient = gradient[0] @ gradient[1]
     return gradient.view(like.shape)
 
 
@@ -32,7 +32,7 @@ class SGD:
         """Update all parameters in place. rates: float32 [P]."""
         for parameter, velocity, gradient in zip(self.parameters, self.velocities, gradients, strict=True):
             if isinstance(gradient, tuple):
-                velocity.flatten(0, -2).addmm_(gradient[0].t(), gradient[1], beta=self.momentum)
+                velocity.flatten(0, -2).addmm_(*gradient, beta=self.momentum)
             else:
                 velocity.mul_(self.momentum).add_(gradient.view(velocity.shape))
             if self.decays:

@@ -11,7 +11,7 @@ from featcache.probes.schedules import factors
 
 # Weights and momentum of the probes trained at a time should stay in the last-level cache, and the
 # activations of a spatial head in memory's good graces.
-BLOCK_WEIGHT_BYTES = 12 << 20
+BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
 
 
@@ -32,8 +32,8 @@ class TrainedProbe:
 def blocks(specs, dim, positions, classes):
     """Group specs into blocks that train together: same features, head, batches and rule; cache-sized.
 
-    dim, positions, classes: functions of a spec's features give way to ints here, so call it once
-    per set of features. Returns lists of specs, in the grid's order of first appearance.
+    specs: of one feature, of which dim is the width and positions the size of the map (1 if
+    pooled). Returns lists of specs, in order of first appearance.
     """
     shapes = {}
     for spec in specs:
@@ -77,7 +77,7 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
         for step, rows in enumerate(order.split(batch_size)):
             batch, targets = features[rows].float(), labels[rows]
             logits = stack.forward(batch, training=True)  # [B, P, C]
-            loss, gradient = _loss_and_gradient(logits, targets, slices)
+            loss, gradient = _loss_and_gradient(logits.detach(), targets, slices)
             optimizer.step(stack.backward(batch, logits, gradient), step_rates[step])
             total += loss.double() * len(rows)
         history[epoch] = (total / len(features)).cpu()
@@ -97,13 +97,11 @@ def _loss_slices(specs):
 
 
 def _loss_and_gradient(logits, targets, slices):
-    """Return losses [P] and d(loss of p) / d(logits), [B, P, C]: no probe sees another's logits."""
-    leaf = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        parts = [LOSSES[kind](leaf[:, start:end], targets) for kind, start, end in slices]
-        loss = parts[0] if len(parts) == 1 else torch.cat(parts)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), gradient
+    """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
+    parts = [LOSSES[kind](logits[:, start:end], targets) for kind, start, end in slices]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([loss for loss, _ in parts]), torch.cat([gradient for _, gradient in parts], dim=1)
 
 
 def _finish(spec, stack, losses, p):

@@ -1,0 +1,110 @@
+"""Seconds per probe-epoch: featcache's stacks against nn.Linear with a DataLoader and with tensor slicing.
+
+    python tests/benchmarks/probe_training.py
+
+All in one run on random features of 2048 numbers (float16 for featcache, float32 for the loops), BCE
+with SGD and momentum. The peak is a
+float32 GEMM of 4096 x 4096, measured in the same run; the floor of a probe-epoch is two GEMMs
+(logits, and the weights' gradient), 4 N D C operations.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.stack import blocks, train_block
+
+DIM = 2048
+
+
+def timed(run, repeats):
+    """Median seconds of run() over a few repeats, after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def peak():
+    """Float32 operations per second of a large GEMM."""
+    a, b = torch.randn(2, 4096, 4096).unbind()
+    return 2 * 4096**3 / timed(lambda: a @ b, 5)
+
+
+def loop(batches, classes):
+    """Train one nn.Linear for an epoch over batches of (features, targets)."""
+    model = torch.nn.Linear(DIM, classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for features, targets in batches:
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(model(features), targets).backward()
+        optimizer.step()
+
+
+def sliced(features, labels, batch_size):
+    """Yield shuffled batches by indexing the tensors."""
+    for rows in torch.randperm(len(features)).split(batch_size):
+        yield features[rows], labels[rows]
+
+
+def stacked(probes, features, labels, classes, batch_size, epochs):
+    """Train probes of different rates for some epochs, as train-probes does."""
+    specs = [
+        ProbeSpec(
+            "x", "layer4:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.01 * (p + 1), 0.9), Schedule(), epochs, batch_size, p
+        )
+        for p in range(probes)
+    ]
+    for block in blocks(specs, DIM, 1, classes):
+        train_block(block, features, labels, classes, 0)
+
+
+def main():
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--probes", type=int, nargs="*", default=[1, 8, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    flops = peak()
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"float32 GEMM peak {flops / 1e9:.0f} GFLOP/s; {arguments.rows} rows of {DIM}\n")
+    print("| C | batch | P | s per probe-epoch | share of peak | against DataLoader | against slicing |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for classes, batch_size in ((20, 64), (1000, 256)):
+        features = torch.randn(arguments.rows, DIM).half()
+        labels = (torch.rand(arguments.rows, classes) < 0.1).to(torch.int8)
+        # The loops get float32 features and targets, as such scripts have them: nothing to convert.
+        plain = features.float(), labels.float()
+        loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True)
+        loader_seconds = timed(lambda loader=loader, c=classes: loop(loader, c), arguments.repeats)
+        slice_seconds = timed(
+            lambda t=plain, b=batch_size, c=classes: loop(sliced(*t, b), c), arguments.repeats
+        )
+        for probes in arguments.probes:
+            epochs = 4 if probes * classes < 4000 else 1
+            whole = timed(
+                lambda p=probes, f=features, y=labels, c=classes, b=batch_size, e=epochs: stacked(p, f, y, c, b, e),
+                arguments.repeats,
+            )
+            seconds = whole / (probes * epochs)
+            share = 4 * arguments.rows * DIM * classes / flops / seconds
+            print(
+                f"| {classes} | {batch_size} | {probes} | {seconds:.4f} | {share:.2f} | "
+                f"{loader_seconds / seconds:.1f}x | {slice_seconds / seconds:.1f}x |",
+                flush=True,
+            )
+        print(f"(C={classes}: DataLoader {loader_seconds:.3f} s, slicing {slice_seconds:.3f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
