@@ -23,7 +23,8 @@ def initial_weights(spec, dim, classes):
     for i in range(head.layers):
         bound = 1 / math.sqrt(widths[i])
         weights[f"fc{i}.weight"] = torch.empty(widths[i + 1], widths[i]).uniform_(-bound, bound, generator=generator)
-        if head.bias:
+        # Batch norm takes away what such a bias adds, and Adam would drive it about on rounding noise.
+        if head.bias and (head.norm != "bn" or i == head.layers - 1):
             weights[f"fc{i}.bias"] = torch.empty(widths[i + 1]).uniform_(-bound, bound, generator=generator)
         if head.norm == "bn" and i < head.layers - 1:
             for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
@@ -79,15 +80,15 @@ class MLPStack:
             rows = maps.transpose(1, 2).reshape(batch * positions, dim)
             weight = self.weights["fc0.weight"]  # [P, H, D]
             probes = len(weight)
-            bias = self.weights["fc0.bias"].flatten() if self.head.bias else None
-            hidden = F.linear(rows, weight.flatten(0, 1), bias)  # [B * S, P * H]
+            bias = self.weights.get("fc0.bias")
+            hidden = F.linear(rows, weight.flatten(0, 1), None if bias is None else bias.flatten())  # [B * S, P * H]
             for i in range(1, self.head.layers):
                 hidden = F.relu(self._norm(hidden, i - 1, training))
                 hidden = hidden.unflatten(1, (probes, -1)).transpose(0, 1)  # [P, B * S, H]
                 if i == self.head.layers - 1:
                     hidden = hidden.unflatten(1, (batch, positions)).mean(2)  # [P, B, H]
                 hidden = hidden @ self.weights[f"fc{i}.weight"].transpose(1, 2)
-                if self.head.bias:
+                if f"fc{i}.bias" in self.weights:
                     hidden = hidden + self.weights[f"fc{i}.bias"].unsqueeze(1)
                 hidden = hidden.transpose(0, 1)  # [rows, P, units]
                 if i < self.head.layers - 1:
@@ -123,7 +124,7 @@ class Head(nn.Module):
         layers = []
         for i in range(spec.head.layers):
             weight = weights[f"fc{i}.weight"]
-            conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=spec.head.bias)
+            conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=f"fc{i}.bias" in weights)
             layers.append((f"fc{i}", conv))
             if i < spec.head.layers - 1:
                 if spec.head.norm == "bn":

@@ -10,7 +10,8 @@ class Head:
     """linear: one layer. mlp: `layers` layers of width `hidden` with `norm` and ReLU between them.
 
     Heads are 1x1 convolutions on the map; pool says whether the logits are averaged over positions
-    (after, as How-to-Probe does) or the features are (before). hidden is 0 for linear.
+    (after, as How-to-Probe does) or the features are (before). hidden is 0 for linear. bias: of every
+    layer that no batch norm follows.
     """
 
     type: str

@@ -13,6 +13,7 @@ from featcache.probes.schedules import factors
 # activations of a spatial head in memory's good graces.
 BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
+MIN_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
     Returns a TrainedProbe for each spec, in order.
     """
     device = features.device
+    asked = len(specs)
+    specs = _padded(specs, classes)
     head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
     stack = STACKS[head.type](specs, features.shape[1], classes, device)
     optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
@@ -82,7 +85,17 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
             total += loss.double() * len(rows)
         history[epoch] = (total / len(features)).cpu()
         on_epoch()
-    return [_finish(spec, stack, history[:, p], p) for p, spec in enumerate(specs)]
+    return [_finish(spec, stack, history[:, p], p) for p, spec in enumerate(specs[:asked])]
+
+
+def _padded(specs, classes):
+    """Repeat the last probe until the block has MIN_ROWS outputs.
+
+    BLAS libraries compute a row of a product in the same way however many rows there are, but for
+    very few, where they use other kernels. So a probe alone gets the bits that it gets in a stack.
+    """
+    width = specs[0].head.hidden or classes
+    return [*specs, *[specs[-1]] * (-(-MIN_ROWS // width) - len(specs))]
 
 
 def epoch_order(rows, seed, epoch):
@@ -98,10 +111,12 @@ def _loss_slices(specs):
 
 def _loss_and_gradient(logits, targets, slices):
     """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
-    parts = [LOSSES[kind](logits[:, start:end], targets) for kind, start, end in slices]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([loss for loss, _ in parts]), torch.cat([gradient for _, gradient in parts], dim=1)
+    loss = logits.new_empty(logits.shape[1])
+    # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
+    gradient = torch.empty_like(logits)
+    for kind, start, end in slices:
+        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end], targets)
+    return loss, gradient
 
 
 def _finish(spec, stack, losses, p):
