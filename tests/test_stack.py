@@ -28,7 +28,7 @@ def data():
     return maps.float().mean(2), maps, multi, torch.from_numpy(random.integers(0, C, N))
 
 
-def specs(count, head, optimizer="sgd", epochs=4, batch_size=32, **fixed):
+def specs(count, head, optimizer="sgd", epochs=4, batch_size=32, rate=0.3, **fixed):
     """Probes that differ in loss, rate, decay, schedule and seed."""
     schedules = (Schedule("cosine", warmup_epochs=1), Schedule("step", (0.5,)), Schedule())
     return [
@@ -37,7 +37,7 @@ def specs(count, head, optimizer="sgd", epochs=4, batch_size=32, **fixed):
             features="layer4:pooled",
             head=head,
             loss=Loss(fixed.get("loss", ("bce", "ce")[i % 2])),
-            optimizer=Optimizer(optimizer, (0.01 if optimizer == "adam" else 0.3) * (1 + i % 5), 0.9 if optimizer == "sgd" else 0.0, 1e-3 * (i % 3)),
+            optimizer=Optimizer(optimizer, (0.01 if optimizer == "adam" else rate) * (1 + i % 5), 0.9 if optimizer == "sgd" else 0.0, 1e-3 * (i % 3)),
             schedule=schedules[i % 3],
             epochs=epochs,
             batch_size=batch_size,
@@ -147,7 +147,8 @@ def torch_alone(spec, features, labels):
 def test_a_stack_equals_plain_torch(data, head, loss, optimizer):
     pooled, maps, multi, _ = data
     features = pooled if head.type == "linear" else maps
-    (block,) = blocks(specs(3, head, optimizer, epochs=3, loss=loss), D, S, C)
+    # Rates at which training is stable: the two sum in another order, and chaos would enlarge that.
+    (block,) = blocks(specs(3, head, optimizer, epochs=3, loss=loss, rate=0.03), D, S, C)
     trained = train_block(block, features, multi, C, 0)
     logits = predict(block, [t.weights for t in trained], features, C)
     for number, probe in enumerate(trained):

@@ -20,16 +20,16 @@ PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
     "hubble_deep_field", "immunohistochemistry", "retina", "rocket",
 )  # fmt: skip
-MIN_SIDE, MAX_SIDE = 100, 190
-DIFFICULT_SIDE = 112
+MIN_SIDE, MAX_SIDE = 88, 176
+DIFFICULT_SIDE = 100
 
 
 def make_scenes(root, counts, seed=0):
     """Write VOCdevkit/VOC2007 under `root`, all or nothing; leave it alone if it is there already.
 
     counts: {split: number of scenes}. Each scene is a 320 x 240 JPEG with 1 to 3 digits of
-    scikit-learn's set, at most 190 pixels high, on a crop of one of scikit-image's photographs;
-    half of the digits under 112 pixels are marked difficult. Splits share photographs but no digit
+    scikit-learn's set, at most 176 pixels high, on a crop of one of scikit-image's photographs;
+    half of the digits under 100 pixels are marked difficult. Splits share photographs but no digit
     image. Returns True if it was written, False if it was there.
     Raises BadInput if a package is missing or other files are in the way.
     """
@@ -83,7 +83,7 @@ def _draw_scene(random, digits, photographs):
     image = _crop(random, photographs[random.integers(len(photographs))])
     objects = []
     for _ in range(random.integers(1, 4)):
-        for _ in range(20):
+        for _ in range(50):
             side = int(random.integers(MIN_SIDE, MAX_SIDE + 1))
             x, y = int(random.integers(WIDTH - side)), int(random.integers(HEIGHT - side))
             if all(x + side <= a or x >= c or y + side <= b or y >= d for _, _, (a, b, c, d) in objects):

@@ -13,7 +13,7 @@ from featcache.probes.schedules import factors
 # activations of a spatial head in memory's good graces.
 BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
-MIN_ROWS = 64
+MIN_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,13 @@ def _loss_slices(specs):
 def _loss_and_gradient(logits, targets, slices):
     """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
     loss = logits.new_empty(logits.shape[1])
+    # On a CPU, exp and log round otherwise in a vector than in the few elements left over, and which
+    # those are depends on the neighbours. In float64 that difference is gone after the cast back.
+    exact = logits.double() if logits.device.type == "cpu" else logits
     # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
     gradient = torch.empty_like(logits)
     for kind, start, end in slices:
-        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end], targets)
+        loss[start:end], gradient[:, start:end] = LOSSES[kind](exact[:, start:end], targets)
     return loss, gradient
 
 

@@ -12,6 +12,7 @@ import argparse
 import platform
 import statistics
 import time
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -23,21 +24,22 @@ from featcache.probes.stack import blocks, train_block
 DIM = 2048
 
 
-def timed(run, repeats):
-    """Median seconds of run() over a few repeats, after one that does not count."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def in_turn(runs, repeats):
+    """Run the functions in turn, so that a change of the machine's pace meets all; return median seconds."""
+    seconds = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak():
-    """Float32 operations per second of a large GEMM."""
+def gemm():
+    """A function that runs a float32 GEMM of 4096 x 4096, and its operations."""
     a, b = torch.randn(2, 4096, 4096).unbind()
-    return 2 * 4096**3 / timed(lambda: a @ b, 5)
+    return lambda: a @ b, 2 * 4096**3
 
 
 def loop(batches, classes):
@@ -73,37 +75,38 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--probes", type=int, nargs="*", default=[1, 8, 64])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    flops = peak()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"float32 GEMM peak {flops / 1e9:.0f} GFLOP/s; {arguments.rows} rows of {DIM}\n")
-    print("| C | batch | P | s per probe-epoch | share of peak | against DataLoader | against slicing |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{arguments.rows} rows of {DIM}; medians of {arguments.repeats} turns\n")
+    print("| C | batch | P | s per probe-epoch | peak GFLOP/s | share of peak | against DataLoader | against slicing |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    multiply, operations = gemm()
     for classes, batch_size in ((20, 64), (1000, 256)):
         features = torch.randn(arguments.rows, DIM).half()
         labels = (torch.rand(arguments.rows, classes) < 0.1).to(torch.int8)
         # The loops get float32 features and targets, as such scripts have them: nothing to convert.
         plain = features.float(), labels.float()
         loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True)
-        loader_seconds = timed(lambda loader=loader, c=classes: loop(loader, c), arguments.repeats)
-        slice_seconds = timed(
-            lambda t=plain, b=batch_size, c=classes: loop(sliced(*t, b), c), arguments.repeats
-        )
         for probes in arguments.probes:
             epochs = 4 if probes * classes < 4000 else 1
-            whole = timed(
-                lambda p=probes, f=features, y=labels, c=classes, b=batch_size, e=epochs: stacked(p, f, y, c, b, e),
+            seconds = in_turn(
+                {
+                    "peak": multiply,
+                    "loader": partial(loop, loader, classes),
+                    "slices": lambda t=plain, b=batch_size, c=classes: loop(sliced(*t, b), c),
+                    "stack": partial(stacked, probes, features, labels, classes, batch_size, epochs),
+                },
                 arguments.repeats,
             )
-            seconds = whole / (probes * epochs)
-            share = 4 * arguments.rows * DIM * classes / flops / seconds
+            each = seconds["stack"] / (probes * epochs)
+            peak = operations / seconds["peak"]
+            share = 4 * arguments.rows * DIM * classes / peak / each
             print(
-                f"| {classes} | {batch_size} | {probes} | {seconds:.4f} | {share:.2f} | "
-                f"{loader_seconds / seconds:.1f}x | {slice_seconds / seconds:.1f}x |",
+                f"| {classes} | {batch_size} | {probes} | {each:.4f} | {peak / 1e9:.0f} | {share:.2f} | "
+                f"{seconds['loader'] / each:.1f}x | {seconds['slices'] / each:.1f}x |",
                 flush=True,
             )
-        print(f"(C={classes}: DataLoader {loader_seconds:.3f} s, slicing {slice_seconds:.3f} s)", flush=True)
 
 
 if __name__ == "__main__":

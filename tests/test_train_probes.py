@@ -1,0 +1,211 @@
+"""train-probes from the command line: run folders, resume, selection, refusals."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tree_hash
+from sklearn.metrics import average_precision_score
+from test_store import write_store
+
+import featcache
+from featcache.errors import BadInput
+from featcache.probes.heads import Head
+from featcache.probes.probe_file import load_probe
+from featcache.probes.run import open_run, select
+
+GRID = {
+    "probes": [
+        {"name": "lin", "features": "pooled", "head": "linear", "loss": ["bce", "ce"], "epochs": 4, "batch_size": 16,
+         "optimizer": {"type": "sgd", "lr": [0.1, 1.0]}, "seed": [0, 1]},
+        {"name": "mlp", "features": "spatial", "head": {"type": "mlp", "hidden": 8}, "loss": "bce", "epochs": 2,
+         "batch_size": 16, "optimizer": {"type": "adam", "lr": "1e-3"}, "schedule": "cosine"},
+    ]
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    """A finished run of GRID."""
+    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
+
+
+def write_grid(path, content=None):
+    path.write_text(yaml.safe_dump(content or GRID))
+    return path
+
+
+def test_the_run_folder(run):
+    assert sorted(p.name for p in run.path.iterdir()) == ["grid.yaml", "history.csv", "probes", "run.json", "scores.csv"]
+    with open(run.path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:9] == ["probe", "name", "split", "metric", "value", "low", "high", "epoch", "features"]
+    assert len(rows) == 9 * 3 and {r["split"] for r in rows} == {"train", "val", "test"}
+    assert {r["features"] for r in rows} == {"layer4:pooled", "layer4:spatial"}, "aliases are resolved"
+    assert all(0 <= float(r["low"]) <= float(r["high"]) <= 1 for r in rows)
+    with open(run.path / "history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    assert len(history) == 8 * 4 + 2
+    assert len(list((run.path / "probes").iterdir())) == 9
+    assert featcache.probes.grid.read_grid(run.path / "grid.yaml").specs, "the resolved grid is a grid"
+
+
+def test_scores_are_those_of_the_saved_probes(run, store):
+    """Score every saved probe again with an ordinary module and scikit-learn."""
+    test = featcache.open_store(store)["test"]
+    maps, labels = torch.from_numpy(test["spatial"][:]).float(), test.labels
+    for probe in {r["probe"] for r in run.scores}:
+        trained = load_probe(run.path, probe)
+        logits = Head(trained.spec, trained.weights)(maps).numpy()
+        values = []
+        for c in range(labels.shape[1]):
+            known = labels[:, c] != -1
+            if (labels[:, c] == 1).any():
+                values.append(average_precision_score(labels[known, c] == 1, logits[known, c]))
+        assert run.value(probe, "map", "test")["value"] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_finished_runs_return_at_once(run, store, command, tmp_path):
+    shutil.copytree(run.path, tmp_path / "r")
+    before = tree_hash(tmp_path / "r")
+    code, out, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r")
+    assert code == 0 and "is finished already" in err and "best 10 of 9 probes by val mAP" in out
+    assert tree_hash(tmp_path / "r") == before
+
+
+def test_an_interrupted_run_trains_only_what_is_missing(run, store, command, tmp_path):
+    shutil.copytree(run.path, tmp_path / "r")
+    summary = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps({k: summary[k] for k in ("store_id", "seed", "splits")}))
+    (tmp_path / "r/scores.csv").unlink()
+    lost = [r["probe"] for r in run.scores][::9]
+    for probe in lost:
+        (tmp_path / f"r/probes/{probe}.safetensors").unlink()
+    with pytest.raises(BadInput, match="not finished"):
+        open_run(tmp_path / "r")
+    code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r")
+    assert code == 0 and f"{9 - len(lost)} of 9 probes are trained already" in err
+    assert tree_hash(tmp_path / "r/probes") == tree_hash(run.path / "probes"), "retrained in other company, to the bit"
+    assert (tmp_path / "r/scores.csv").read_bytes() == (run.path / "scores.csv").read_bytes()
+
+
+def test_a_longer_grid_trains_only_the_new_probes(run, store, tmp_path, capsys):
+    shutil.copytree(run.path, tmp_path / "r")
+    longer = {"probes": [GRID["probes"][0] | {"seed": [0, 1, 2]}, GRID["probes"][1]]}
+    grown = featcache.train_probes(longer, store=store, run=tmp_path / "r")
+    assert "9 of 13 probes are trained already" in capsys.readouterr().err
+    for row in run.scores:
+        assert grown.value(row["probe"], "map", row["split"])["value"] == row["value"]
+
+
+def test_select(run):
+    (best,) = select(run, "best mAP")
+    assert run.value(best, "map", "val")["value"] == max(r["value"] for r in run.scores if r["split"] == "val")
+    per_loss = select(run, "best map per loss, head")
+    kinds = [(run.value(p, "map", "val")["loss.type"], run.value(p, "map", "val")["head.type"]) for p in per_loss]
+    assert sorted(kinds) == [("bce", "linear"), ("bce", "mlp"), ("ce", "linear")]
+    for rule, message in (("top", "expected 'best METRIC'"), ("best mpa", "did you mean 'map'"), ("best map per hed", "unknown field 'hed'")):
+        with pytest.raises(BadInput, match=message):
+            select(run, rule)
+
+
+def test_a_diverged_probe_is_marked_and_has_no_scores(store, tmp_path, capsys):
+    probes = [GRID["probes"][0] | {"optimizer": {"type": "sgd", "lr": [0.1, 1e38]}, "seed": 0, "loss": "bce"}]
+    run = featcache.train_probes({"probes": probes}, store=store, run=tmp_path / "r")
+    assert "lr 1e+38) diverged in epoch" in capsys.readouterr().err
+    assert len(run.summary["diverged"]) == 1
+    assert {r["value"] is None for r in run.scores if r["probe"] == run.summary["diverged"][0]} == {True}
+    assert select(run, "best map")[0] not in run.summary["diverged"]
+    again = load_probe(run.path, run.summary["diverged"][0])
+    assert again.diverged is not None and any(np.isnan(again.losses))
+
+
+def test_single_label_stores_score_top_k(tmp_path):
+    write_store(tmp_path / "s.zarr", dtype="float32", single=True)
+    content = {"splits": {"train": "train", "val": [], "test": []}, "probes": GRID["probes"][:1]}
+    with pytest.raises(BadInput, match="splits.val: expected the name"):
+        featcache.train_probes(content, store=tmp_path / "s.zarr", run=tmp_path / "r")
+
+
+def test_top_k_run(tmp_path):
+    """A store whose one split is copied under three names stands in for a single-label dataset."""
+    write_store(tmp_path / "s.zarr", dtype="float32", single=True)
+    manifest = json.loads((tmp_path / "s.zarr/manifest.json").read_text())
+    for split in ("val", "test"):
+        shutil.copytree(tmp_path / "s.zarr/train", tmp_path / f"s.zarr/{split}")
+        shutil.copytree(tmp_path / "s.zarr/commits/train", tmp_path / f"s.zarr/commits/{split}")
+        for marker in (tmp_path / f"s.zarr/commits/{split}").iterdir():
+            marker.write_text(marker.read_text().replace('"train"', f'"{split}"'))
+        manifest["splits"][split] = manifest["splits"]["train"]
+    (tmp_path / "s.zarr/manifest.json").write_text(json.dumps(manifest))
+    toy = manifest["identity"] | {"weights_sha256": "0"}
+    manifest["identity"] = toy
+    from featcache.store.manifest import identity_hash
+
+    manifest["id"] = identity_hash(toy)
+    (tmp_path / "s.zarr/manifest.json").write_text(json.dumps(manifest))
+    run = featcache.train_probes({"probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "r")
+    assert {r["metric"] for r in run.scores} == {"top1", "top5"}
+    assert run.summary["chance"]["test"] == {"top1": 1 / 3, "top5": 1.0}
+    with pytest.raises(BadInput, match="'map' does not fit single-label labels; use top1 or top5"):
+        featcache.train_probes({"select": {"metric": "map"}, "probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "q")
+
+
+def refuse(change):
+    return {"probes": [GRID["probes"][0] | change]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (refuse({"epoch": 3}), [], "probes[0].epoch: unknown field; did you mean 'epochs'?"),
+        (refuse({"optimizer": {"type": "sgd", "lr": -1}}), [], "probes[0].optimizer.lr: -1"),
+        (refuse({"features": "layer2:pooled"}), [], "the store holds no feature 'layer2:pooled'"),
+        (refuse({"head": "mlp"}), [], "pool: before"),
+        (GRID | {"splits": {"val": "vall"}}, [], "splits.val: store"),
+        (GRID, ["--store", "nowhere.zarr"], "store not found: nowhere.zarr"),
+    ],
+)
+def test_refusals_are_one_clear_line(store, tmp_path, command, content, words, message):
+    code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml", content), "--store", store, "--run", tmp_path / "r", *words)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "r").exists(), "nothing half-written is left behind"
+
+
+def test_no_store_and_foreign_folders(run, store, tmp_path, command):
+    code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"))
+    assert code == 2 and "give --store" in err
+    code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path)
+    assert code == 2 and "is not a run folder" in err
+    code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", run.path, "--seed", 1)
+    assert code == 2 and "was made with seed 0, not 1" in err
+
+
+def test_mlp_on_pooled_when_asked_for(store, tmp_path):
+    content = refuse({"head": {"type": "mlp", "hidden": 4, "pool": "before"}, "loss": "bce", "seed": 0})
+    run = featcache.train_probes(content, store=store, run=tmp_path / "r")
+    assert {r["head.pool"] for r in run.scores} == {"before"}
+
+
+def test_pool_before_and_pooled_features_are_the_same_probe(store, tmp_path):
+    head = {"type": "mlp", "hidden": 4, "pool": "before"}
+    content = refuse({"head": head, "loss": "bce", "seed": 0, "features": ["pooled", "spatial"]})
+    run = featcache.train_probes(content, store=store, run=tmp_path / "r")
+    pooled, spatial = ([r["value"] for r in run.scores if r["features"] == f"layer4:{f}"] for f in ("pooled", "spatial"))
+    assert pooled == pytest.approx(spatial, abs=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["cut", "junk", "gone"])
+def test_damaged_probes_are_named(run, tmp_path, damage):
+    shutil.copytree(run.path, tmp_path / "r")
+    file = next((tmp_path / "r/probes").iterdir())
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:40] if damage == "cut" else b"x" * 100)
+    with pytest.raises(BadInput, match="no probe|damaged probe"):
+        load_probe(tmp_path / "r", file.stem)
