@@ -1,6 +1,7 @@
 """Grids: what they expand to, and every error by its YAML path."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import yaml
@@ -147,3 +148,8 @@ def test_unreadable_grids(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("# caf\xe9".encode("latin-1"))
     with pytest.raises(BadInput, match="cannot read grid .*latin.yaml"):
         read_grid(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("pipelines/*/*.yaml")), ids=lambda p: p.parent.name)
+def test_recipes_are_grids(path):
+    assert len(read_grid(path).specs) > 10

@@ -1,5 +1,6 @@
 """The store: standard Zarr, numpy's indexing, and no shard that is not whole."""
 
+import hashlib
 import json
 import shutil
 
@@ -193,3 +194,28 @@ def test_identity_ignores_order_and_sees_every_field(identity, random):
     assert identity_hash({k: identity[k] for k in keys}) == identity_hash(identity)
     key = random.choice(keys)
     assert identity_hash(identity | {key: ["changed", identity[key]]}) != identity_hash(identity)
+
+
+def test_the_format_is_as_documented(tmp_path):
+    """A reader of docs/store-format.md: no zarr, nothing of ours, only the standard library and numpy."""
+    features = write_store(tmp_path / "x.zarr")
+    manifest = json.loads((tmp_path / "x.zarr/manifest.json").read_text())
+    canonical = json.dumps(manifest["identity"], sort_keys=True).encode()
+    assert hashlib.sha256(canonical).hexdigest() == manifest["id"]
+    rows, shard_rows = manifest["splits"]["train"]["rows"], manifest["splits"]["train"]["shard_rows"]
+    for name, spec in manifest["features"].items():
+        folder = tmp_path / "x.zarr" / "train" / name.replace(":", ".") / "c"
+        row_bytes = int(np.prod(spec["shape"])) * 2
+        for row in range(rows):
+            shard, local = divmod(row, shard_rows)
+            data = folder.joinpath(str(shard), *["0"] * len(spec["shape"])).read_bytes()
+            chunk, within = divmod(local, spec["chunk_rows"])
+            start = chunk * (spec["chunk_rows"] * row_bytes + 4) + within * row_bytes
+            values = np.frombuffer(data, "<f2", int(np.prod(spec["shape"])), start).reshape(spec["shape"])
+            assert np.array_equal(values, features[name][row])
+            marker = json.loads((tmp_path / f"x.zarr/commits/train/{shard:06d}.json").read_text())
+            assert marker["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            first, end = marker["rows"]
+            assert first <= row < end
+            lines = "".join(f"picture-{n}é\n" for n in range(first, end))
+            assert marker["ids_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
