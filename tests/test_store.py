@@ -149,6 +149,8 @@ def test_missing_shards_raise_and_are_named(tmp_path):
         (lambda p: (p / "train/layer4.pooled/c/0/0").unlink(), "cannot be read"),
         (lambda p: (p / "train/layer4.pooled/c/0/0").write_bytes(b"12345"), "5 bytes, its marker says"),
         (lambda p: (p / "commits/train/000000.json").write_text("{"), "damaged marker .*000000.json"),
+        (lambda p: shutil.copy(p / "commits/train/000001.json", p / "commits/train/000000.json"), "damaged marker .*000000.json"),
+        (lambda p: (p / "commits/train/000000.json").write_text('{"split": "train", "shard": 0}'), "damaged marker"),
         (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
         (lambda p: (p / "manifest.json").unlink(), "not a featcache store"),
         (lambda p: shutil.rmtree(p), "store not found"),

@@ -6,11 +6,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import featcache
+from featcache.device import choose_device
+from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "atomic", "feature", "__init__"},
+    {"errors", "atomic", "device", "feature", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning"},
@@ -67,3 +71,10 @@ def test_every_command_explains_itself(command):
         assert code == 0 and "--help" in out
     assert command("extract", "--backbon", "x")[0] == 2
     assert command("--version")[1].strip().endswith(featcache.__version__)
+
+
+@pytest.mark.parametrize("name", ["foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_bad_input(name):
+    with pytest.raises(BadInput, match=f"--device {name}: cannot be used here"):
+        choose_device(name)
+    assert choose_device("cpu").type == "cpu"

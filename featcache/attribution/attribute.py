@@ -15,6 +15,7 @@ from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.backbone import load_backbone
 from featcache.datasets import read_dataset
+from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
 from featcache.feature import Feature
 from featcache.probes.heads import Head
@@ -70,7 +71,7 @@ def attribute(
     opened = open_store(store or finished.summary["store"])
     if opened.id != finished.summary["store_id"]:
         raise BadInput(f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     trained = [load_probe(run, probe) for probe in probes or select(finished, rule)]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
     features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]

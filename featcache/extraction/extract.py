@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from featcache.backbones.backbone import load_backbone
 from featcache.datasets import read_dataset
+from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.images import image_batches
 from featcache.feature import parse_features
@@ -43,7 +44,7 @@ def extract(
     Returns the store's path. Finishes a store that was begun; returns at once if it is whole.
     Raises BadInput for whatever the user can mend.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     model = load_backbone(backbone, arch=arch, size=size, seed=seed)

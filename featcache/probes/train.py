@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import featcache
 from featcache.atomic import write_whole
+from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS, chance, score
@@ -36,6 +37,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     Returns the Run. Probes that the folder holds already are not trained again; a finished run of
     the same grid is returned at once. Raises BadInput.
     """
+    device = choose_device(device)
     checked = parse_grid(grid) if isinstance(grid, dict) else read_grid(grid)
     source = store or checked.store
     if source is None:
@@ -60,7 +62,6 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         return open_run(folder)
     _begin(folder, basis, resolved)
     started = time.monotonic()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _train_missing(folder, specs, opened, checked.splits, device, seed)
     scores = _score(folder, specs, opened, checked.splits, metrics, device)
     write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))

@@ -96,11 +96,11 @@ def _power_of_two_below(number):
 def read_manifest(path):
     """Read the manifest of the store at `path`. Raises BadInput if there is none or it is damaged."""
     file = Path(path) / FILE
-    if not Path(path).is_dir():
+    if not Path(path).exists():
         raise BadInput(f"store not found: {path}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"not a featcache store (it has no {FILE}): {path}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"damaged manifest {file}: {error}") from None

@@ -30,7 +30,7 @@ class Store:
         self.task = self.manifest.task
         self._splits = {}
         for split in self.manifest.splits:
-            markers = [read_marker(self.path, split, n) for n in range(self.manifest.shards(split))]
+            markers = [read_marker(self.path, self.manifest, split, n) for n in range(self.manifest.shards(split))]
             missing = [n for n, marker in enumerate(markers) if marker is None]
             if missing:
                 first, end = self.manifest.rows_of(split, missing[0])

@@ -77,16 +77,18 @@ def commit_shard(store, split, shard, rows, ids_sha256, files):
     write_whole(marker_path(store, split, shard), json.dumps(content, indent=1) + "\n")
 
 
-def read_marker(store, split, shard):
+def read_marker(store, manifest, split, shard):
     """Return a shard's marker, or None if the shard is not committed. Raises BadInput if damaged."""
     path = marker_path(store, split, shard)
     try:
         marker = json.loads(path.read_bytes())
-        if (marker["split"], marker["shard"]) == (split, shard) and marker["files"]:
+        lengths = {name: int(file["bytes"]) for name, file in marker["files"].items()}
+        place = (marker["split"], marker["shard"], tuple(marker["rows"]))
+        if lengths.keys() == manifest.features.keys() and place == (split, shard, manifest.rows_of(split, shard)):
             return marker
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise BadInput(f"damaged marker {path}: delete it and run the same extract again to refill the shard")
 

@@ -136,7 +136,7 @@ def missing_shards(path, manifest):
         (split, shard)
         for split in manifest.splits
         for shard in range(manifest.shards(split))
-        if read_marker(path, split, shard) is None
+        if read_marker(path, manifest, split, shard) is None
     ]
 
 
