@@ -35,8 +35,7 @@ def parse_feature(text, aliases, known_layers=None):
     layer = layer or "last"
     if reduction not in REDUCTIONS:
         raise BadInput(
-            f"feature {text!r}: {reduction!r} is not one of {', '.join(REDUCTIONS)}"
-            f"{nearest(reduction, REDUCTIONS)}"
+            f"feature {text!r}: {reduction!r} is not one of {', '.join(REDUCTIONS)}{nearest(reduction, REDUCTIONS)}"
         )
     layer = aliases.get(layer, layer)
     if known_layers is not None and layer not in known_layers:

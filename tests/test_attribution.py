@@ -143,7 +143,9 @@ def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):
         wanted = sorted(set(classes[~difficult].tolist()))
         if wanted and len({i for i, *_ in expected}) < 5:
             for c in wanted:
-                maps = upsample(gradcam(head, torch.from_numpy(test["spatial"][row : row + 1]).float(), torch.tensor([c])), 64)[0]
+                maps = upsample(
+                    gradcam(head, torch.from_numpy(test["spatial"][row : row + 1]).float(), torch.tensor([c])), 64
+                )[0]
                 inside = total = 0.0
                 for y in range(64):
                     for x in range(64):
@@ -153,7 +155,9 @@ def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):
                             b[0] <= (x + 0.5) * width / 64 < b[2] and b[1] <= (y + 0.5) * height / 64 < b[3]
                             for b in boxes[(classes == c) & ~difficult]
                         )
-                expected.append((test.ids[row], featcache.open_store(store).classes[c], inside / total if total else np.nan))
+                expected.append(
+                    (test.ids[row], featcache.open_store(store).classes[c], inside / total if total else np.nan)
+                )
     assert [(r["id"], r["class"]) for r in rows] == [(i, c) for i, c, _ in expected]
     assert [r["epg"] for r in rows] == pytest.approx([e for *_, e in expected], abs=1e-5, nan_ok=True)
 
@@ -161,7 +165,9 @@ def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):
 def test_both_methods_and_the_report(run, scenes, checkpoint, command, tmp_path):
     shutil.copytree(run.path, tmp_path / "r")
     backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
-    code, out, _ = command(*attribute_words(tmp_path / "r", "--method", "gradcam,input_x_gradient", "--limit", 6, *backbone))
+    code, out, _ = command(
+        *attribute_words(tmp_path / "r", "--method", "gradcam,input_x_gradient", "--limit", 6, *backbone)
+    )
     assert code == 0 and out.count("input_x_gradient") == 2
     kept = np.load(tmp_path / "r/attribution.npz", allow_pickle=False)
     assert kept["images"].shape == (6, 64, 64, 3) and kept["maps"].shape[1:] == (64, 64)
@@ -171,7 +177,7 @@ def test_both_methods_and_the_report(run, scenes, checkpoint, command, tmp_path)
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64") == 1 and page.count("data:image/svg+xml;base64") == 1
     assert "chance" in page and "EPG" in page and run.summary["store_id"] in page
-    for outside in ("http://", "https://", "src=\"/"):
+    for outside in ("http://", "https://", 'src="/'):
         assert outside not in page, "self-contained"
 
 
@@ -182,7 +188,9 @@ def test_what_the_store_was_not_made_of_is_refused(run, scenes, checkpoint, comm
     data = ["--dataset", "voc", "--root", tmp_path / "scenes"]
     code, _, err = command(*attribute_words(tmp_path / "r", *method))
     assert code == 2 and "give --backbone, --dataset and --root" in err
-    code, _, err = command(*attribute_words(tmp_path / "r", *method, "--backbone", "random", "--arch", "resnet18", *data))
+    code, _, err = command(
+        *attribute_words(tmp_path / "r", *method, "--backbone", "random", "--arch", "resnet18", *data)
+    )
     assert code == 2 and "made of something else: weights_sha256" in err
     image = tmp_path / "scenes/VOCdevkit/VOC2007/JPEGImages/000070.jpg"
     image.write_bytes(image.read_bytes() + b"\0")
@@ -208,7 +216,9 @@ def test_wrong_words(run, command, words, message):
 
 
 def test_a_pooled_probe_needs_the_map_of_its_layer(checkpoint, scenes, tmp_path):
-    store = featcache.extract(checkpoint, "voc", root=scenes, features="pooled", size=64, workers=0, store=tmp_path / "p.zarr")
+    store = featcache.extract(
+        checkpoint, "voc", root=scenes, features="pooled", size=64, workers=0, store=tmp_path / "p.zarr"
+    )
     run = featcache.train_probes({"probes": GRID["probes"][:1]}, store=store, run=tmp_path / "r")
     with pytest.raises(BadInput, match="holds no feature 'layer4:spatial'"):
         featcache.attribute(run.path)

@@ -116,7 +116,12 @@ def test_strict_loading_lists_what_does_not_fit(tmp_path):
     torch.save(tensors, tmp_path / "bent.pth")
     with pytest.raises(BadInput) as caught:
         load_backbone(tmp_path / "bent.pth")
-    for part in ("bent.pth", "missing: layer3.1.bn2.weight", "unexpected: layer2.0.extra", "layer1.0.bn1.bias (5,), expected (64,)"):
+    for part in (
+        "bent.pth",
+        "missing: layer3.1.bn2.weight",
+        "unexpected: layer2.0.extra",
+        "layer1.0.bn1.bias (5,), expected (64,)",
+    ):
         assert part in caught.value.message
     with pytest.raises(BadInput, match="does not fit resnet18"):
         load_backbone(tmp_path / "bent.pth", arch="resnet18")

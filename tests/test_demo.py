@@ -43,7 +43,15 @@ def test_the_demo_prints_commands_that_work(tmp_path):
     done = subprocess.run([*featcache, "demo", "--scale", "0.1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^\$ featcache (.*)$", done.stdout, re.MULTILINE)
-    assert [c.split()[0] for c in commands] == ["demo", "extract", "extract", "train-probes", "train-probes", "attribute", "report"]
+    assert [c.split()[0] for c in commands] == [
+        "demo",
+        "extract",
+        "extract",
+        "train-probes",
+        "train-probes",
+        "attribute",
+        "report",
+    ]
     page = tmp_path / "featcache-demo/report.html"
     assert page.stat().st_size > 100_000 and str(page) in done.stdout
     again = subprocess.run([*featcache, *commands[3].split()], cwd=tmp_path, capture_output=True, text=True)

@@ -94,7 +94,9 @@ def test_another_identity_is_refused_with_the_field(scenes, checkpoint, tmp_path
 def test_kill_and_resume_gives_the_same_bytes(scenes, checkpoint, tmp_path):
     words = options(scenes, checkpoint, tmp_path / "s.zarr", workers=1)
     start = [sys.executable, "-c", SMALL_SHARDS, "extract"]
-    subprocess.run([*start, *options(scenes, checkpoint, tmp_path / "whole.zarr", workers=1)], check=True, capture_output=True)
+    subprocess.run(
+        [*start, *options(scenes, checkpoint, tmp_path / "whole.zarr", workers=1)], check=True, capture_output=True
+    )
 
     def markers(name="s.zarr"):
         return len(list((tmp_path / name).glob("commits/*/*.json")))
@@ -207,7 +209,9 @@ def test_an_error_after_commits_keeps_what_is_whole(scenes, checkpoint, tmp_path
 
 def test_what_float16_cannot_hold_is_named():
     ids = ["a", "b", "c"]
-    with pytest.raises(BadInput, match=r"layer4:pooled, row 11 \(id b\): value 1e\+05 is beyond float16.*--dtype float32"):
+    with pytest.raises(
+        BadInput, match=r"layer4:pooled, row 11 \(id b\): value 1e\+05 is beyond float16.*--dtype float32"
+    ):
         _cast(torch.tensor([[1.0], [1e5], [2.0]]), np.dtype("float16"), "layer4:pooled", 10, ids)
     with pytest.raises(BadInput, match=r"row 12 \(id c\).*not finite"):
         _cast(torch.tensor([[1.0], [2.0], [float("nan")]]), np.dtype("float32"), "layer4:pooled", 10, ids)
@@ -216,7 +220,17 @@ def test_what_float16_cannot_hold_is_named():
     assert _cast(torch.zeros(3, 2), np.dtype("float16"), "layer4:pooled", 10, ids).dtype == np.float16
 
 
-@pytest.mark.parametrize("words", [["--dtype", "float8"], ["--size", "0"], ["--features", "layer9:pooled"], ["--arch", "resnet"], ["--dataset", "vok"], ["--split", "tset"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dtype", "float8"],
+        ["--size", "0"],
+        ["--features", "layer9:pooled"],
+        ["--arch", "resnet"],
+        ["--dataset", "vok"],
+        ["--split", "tset"],
+    ],
+)
 def test_wrong_options(scenes, checkpoint, tmp_path, command, words):
     code, _, err = command("extract", *options(scenes, checkpoint, tmp_path / "s.zarr"), *words)
     assert code == 2 and words[1] in err and "Traceback" not in err

@@ -25,7 +25,10 @@ def test_lists_multiply_in_every_field():
             features=["pooled", "layer3:pooled"],
             head={"type": "linear", "bias": [True, False]},
             loss=["bce", {"type": "ce"}],
-            optimizer=[{"type": "sgd", "lr": {"log": [0.01, 1, 3]}, "weight_decay": [0, 1e-4]}, {"type": "adam", "lr": 1e-3}],
+            optimizer=[
+                {"type": "sgd", "lr": {"log": [0.01, 1, 3]}, "weight_decay": [0, 1e-4]},
+                {"type": "adam", "lr": 1e-3},
+            ],
             schedule=["cosine", {"type": "step", "milestones": [[0.6, 0.8], [5]], "gamma": 0.1}],
             epochs=[2, 10],
             seed=[0, 1],
@@ -38,7 +41,9 @@ def test_lists_multiply_in_every_field():
 
 
 def test_numbers_that_yaml_reads_as_text():
-    content = yaml.safe_load("probes: [{features: pooled, head: linear, loss: ce, epochs: 3, optimizer: {type: sgd, lr: [1e-3, 2e-3]}}]")
+    content = yaml.safe_load(
+        "probes: [{features: pooled, head: linear, loss: ce, epochs: 3, optimizer: {type: sgd, lr: [1e-3, 2e-3]}}]"
+    )
     assert content["probes"][0]["optimizer"]["lr"] == ["1e-3", "2e-3"], "the trap is there"
     assert [s.optimizer.lr for s in parse_grid(content).specs] == [1e-3, 2e-3]
 
@@ -47,7 +52,9 @@ def test_numbers_that_yaml_reads_as_text():
 def test_log_ranges_keep_their_ends(low, high, count):
     if abs(low - high) < 1e-3 * low:
         return
-    rates = [s.optimizer.lr for s in parse_grid(grid(optimizer={"type": "sgd", "lr": {"log": [low, high, count]}})).specs]
+    rates = [
+        s.optimizer.lr for s in parse_grid(grid(optimizer={"type": "sgd", "lr": {"log": [low, high, count]}})).specs
+    ]
     assert len(rates) == count
     assert rates[0] == pytest.approx(low, rel=1e-5) and rates[-1] == pytest.approx(high, rel=1e-5)
     steps = [b / a for a, b in itertools.pairwise(rates)]
@@ -57,7 +64,14 @@ def test_log_ranges_keep_their_ends(low, high, count):
 def test_ids_depend_on_all_but_the_name():
     one, other = (parse_grid(grid(name=n)).specs[0] for n in ("a", "b"))
     assert one.id == other.id
-    changes = [{"loss": "ce"}, {"epochs": 3}, {"seed": 1}, {"batch_size": 32}, {"schedule": "cosine"}, {"features": "layer3:pooled"}]
+    changes = [
+        {"loss": "ce"},
+        {"epochs": 3},
+        {"seed": 1},
+        {"batch_size": 32},
+        {"schedule": "cosine"},
+        {"features": "layer3:pooled"},
+    ]
     changes += [{"optimizer": {"type": "sgd", "lr": 0.1 + 1e-12}}, {"head": {"type": "linear", "bias": False}}]
     assert len({one.id, *(parse_grid(grid(**c)).specs[0].id for c in changes)}) == 1 + len(changes)
 
@@ -66,7 +80,9 @@ def test_specs_survive_json():
     import json
     from dataclasses import asdict
 
-    for spec in parse_grid(grid(schedule=["cosine", {"type": "step", "milestones": [3]}], head=["linear", "mlp"])).specs:
+    for spec in parse_grid(
+        grid(schedule=["cosine", {"type": "step", "milestones": [3]}], head=["linear", "mlp"])
+    ).specs:
         assert spec_from_dict(json.loads(json.dumps(asdict(spec)))) == spec
 
 
@@ -150,6 +166,8 @@ def test_unreadable_grids(tmp_path):
         read_grid(tmp_path / "latin.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("pipelines/*/*.yaml")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("pipelines/*/*.yaml")), ids=lambda p: p.parent.name
+)
 def test_recipes_are_grids(path):
     assert len(read_grid(path).specs) > 10

@@ -37,7 +37,12 @@ def specs(count, head, optimizer="sgd", epochs=4, batch_size=32, rate=0.3, **fix
             features="layer4:pooled",
             head=head,
             loss=Loss(fixed.get("loss", ("bce", "ce")[i % 2])),
-            optimizer=Optimizer(optimizer, (0.01 if optimizer == "adam" else rate) * (1 + i % 5), 0.9 if optimizer == "sgd" else 0.0, 1e-3 * (i % 3)),
+            optimizer=Optimizer(
+                optimizer,
+                (0.01 if optimizer == "adam" else rate) * (1 + i % 5),
+                0.9 if optimizer == "sgd" else 0.0,
+                1e-3 * (i % 3),
+            ),
             schedule=schedules[i % 3],
             epochs=epochs,
             batch_size=batch_size,
@@ -54,7 +59,11 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("labels", ["multi", "single"])
-@pytest.mark.parametrize("head", [LINEAR, Head("linear", bias=False), Head("mlp", 2, 16, "bn"), MLP3, Head("mlp", 2, 16, "none", bias=False)], ids=str)
+@pytest.mark.parametrize(
+    "head",
+    [LINEAR, Head("linear", bias=False), Head("mlp", 2, 16, "bn"), MLP3, Head("mlp", 2, 16, "none", bias=False)],
+    ids=str,
+)
 def test_a_probe_among_32_equals_the_same_probe_alone(data, head, optimizer, labels):
     pooled, maps, multi, single = data
     features = pooled if head.type == "linear" else maps
@@ -107,7 +116,9 @@ def test_losses_at_their_limits(loss):
     for labels in ([[1, 1, 0]], [[-1, -1, -1]], [[0, 0, 0]], [[-1, 1, -1]]):
         value, gradient = loss(huge, torch.tensor(labels, dtype=torch.int8))
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
-        assert (gradient[0, 0][torch.tensor(labels[0]) < 0] == 0).all(), "an ignored class is neither pushed up nor down"
+        assert (gradient[0, 0][torch.tensor(labels[0]) < 0] == 0).all(), (
+            "an ignored class is neither pushed up nor down"
+        )
     assert loss(huge, torch.tensor([[-1, -1, -1]], dtype=torch.int8))[0].item() == 0
 
 
@@ -199,7 +210,9 @@ def test_step_schedule_is_torchs():
     optimizer = torch.optim.SGD([parameter], 1.0)
     oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 8], 0.1)
     for epoch in range(epochs):
-        assert factors(schedule, epochs, steps, epoch).tolist() == pytest.approx([optimizer.param_groups[0]["lr"]] * steps)
+        assert factors(schedule, epochs, steps, epoch).tolist() == pytest.approx(
+            [optimizer.param_groups[0]["lr"]] * steps
+        )
         optimizer.step()
         oracle.step()
 

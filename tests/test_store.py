@@ -49,7 +49,14 @@ def write_store(path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, sh
     features = {str(f): random.normal(size=(rows, *shape)).astype(dtype) for f, shape in shapes.items()}
     for shard in range(plan_.shards("train")):
         first, end = plan_.rows_of("train", shard)
-        put_shard(path, plan_, "train", shard, [r.id for r in records[first:end]], {n: f[first:end] for n, f in features.items()})
+        put_shard(
+            path,
+            plan_,
+            "train",
+            shard,
+            [r.id for r in records[first:end]],
+            {n: f[first:end] for n, f in features.items()},
+        )
     return features
 
 
@@ -127,7 +134,12 @@ def test_out_of_range_and_conversion(model):
 
 
 @settings(max_examples=10, deadline=None)
-@given(rows=st.integers(1, 40), chunk_rows=st.sampled_from([1, 2, 8]), shard_bytes=st.integers(1, 3000), width=st.integers(1, 5))
+@given(
+    rows=st.integers(1, 40),
+    chunk_rows=st.sampled_from([1, 2, 8]),
+    shard_bytes=st.integers(1, 3000),
+    width=st.integers(1, 5),
+)
 def test_any_geometry_round_trips(tmp_path_factory, rows, chunk_rows, shard_bytes, width):
     path = tmp_path_factory.mktemp("g") / "x.zarr"
     features = write_store(path, rows=rows, chunk_rows=chunk_rows, shard_bytes=shard_bytes, row=(width, 1, 2))
@@ -139,7 +151,9 @@ def test_any_geometry_round_trips(tmp_path_factory, rows, chunk_rows, shard_byte
 def test_missing_shards_raise_and_are_named(tmp_path):
     write_store(tmp_path / "x.zarr")
     (tmp_path / "x.zarr/commits/train/000001.json").unlink()
-    with pytest.raises(BadInput, match=r"incomplete: split train lacks 1 of 3 shards, the first is shard 1 \(rows 8 to 15\)"):
+    with pytest.raises(
+        BadInput, match=r"incomplete: split train lacks 1 of 3 shards, the first is shard 1 \(rows 8 to 15\)"
+    ):
         open_store(tmp_path / "x.zarr")
 
 
@@ -149,7 +163,10 @@ def test_missing_shards_raise_and_are_named(tmp_path):
         (lambda p: (p / "train/layer4.pooled/c/0/0").unlink(), "cannot be read"),
         (lambda p: (p / "train/layer4.pooled/c/0/0").write_bytes(b"12345"), "5 bytes, its marker says"),
         (lambda p: (p / "commits/train/000000.json").write_text("{"), "damaged marker .*000000.json"),
-        (lambda p: shutil.copy(p / "commits/train/000001.json", p / "commits/train/000000.json"), "damaged marker .*000000.json"),
+        (
+            lambda p: shutil.copy(p / "commits/train/000001.json", p / "commits/train/000000.json"),
+            "damaged marker .*000000.json",
+        ),
         (lambda p: (p / "commits/train/000000.json").write_text('{"split": "train", "shard": 0}'), "damaged marker"),
         (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
         (lambda p: (p / "manifest.json").unlink(), "not a featcache store"),
@@ -186,7 +203,11 @@ def test_unknown_names_suggest(tmp_path):
         store["train"]["layer3:pooled"]
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c, max_size=3), max_leaves=6)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c, max_size=3),
+    max_leaves=6,
+)
 
 
 @given(st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=5), st.randoms())

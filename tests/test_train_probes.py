@@ -40,7 +40,13 @@ def write_grid(path, content=None):
 
 
 def test_the_run_folder(run):
-    assert sorted(p.name for p in run.path.iterdir()) == ["grid.yaml", "history.csv", "probes", "run.json", "scores.csv"]
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "grid.yaml",
+        "history.csv",
+        "probes",
+        "run.json",
+        "scores.csv",
+    ]
     with open(run.path / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == ["probe", "name", "split", "metric", "value", "low", "high", "epoch", "features"]
@@ -72,7 +78,9 @@ def test_scores_are_those_of_the_saved_probes(run, store):
 def test_finished_runs_return_at_once(run, store, command, tmp_path):
     shutil.copytree(run.path, tmp_path / "r")
     before = tree_hash(tmp_path / "r")
-    code, out, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r")
+    code, out, err = command(
+        "train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r"
+    )
     assert code == 0 and "is finished already" in err and "best 10 of 9 probes by val mAP" in out
     assert tree_hash(tmp_path / "r") == before
 
@@ -87,7 +95,9 @@ def test_an_interrupted_run_trains_only_what_is_missing(run, store, command, tmp
         (tmp_path / f"r/probes/{probe}.safetensors").unlink()
     with pytest.raises(BadInput, match="not finished"):
         open_run(tmp_path / "r")
-    code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r")
+    code, _, err = command(
+        "train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r"
+    )
     assert code == 0 and f"{9 - len(lost)} of 9 probes are trained already" in err
     assert tree_hash(tmp_path / "r/probes") == tree_hash(run.path / "probes"), "retrained in other company, to the bit"
     assert (tmp_path / "r/scores.csv").read_bytes() == (run.path / "scores.csv").read_bytes()
@@ -108,7 +118,11 @@ def test_select(run):
     per_loss = select(run, "best map per loss, head")
     kinds = [(run.value(p, "map", "val")["loss.type"], run.value(p, "map", "val")["head.type"]) for p in per_loss]
     assert sorted(kinds) == [("bce", "linear"), ("bce", "mlp"), ("ce", "linear")]
-    for rule, message in (("top", "expected 'best METRIC'"), ("best mpa", "did you mean 'map'"), ("best map per hed", "unknown field 'hed'")):
+    for rule, message in (
+        ("top", "expected 'best METRIC'"),
+        ("best mpa", "did you mean 'map'"),
+        ("best map per hed", "unknown field 'hed'"),
+    ):
         with pytest.raises(BadInput, match=message):
             select(run, rule)
 
@@ -152,7 +166,9 @@ def test_top_k_run(tmp_path):
     assert {r["metric"] for r in run.scores} == {"top1", "top5"}
     assert run.summary["chance"]["test"] == {"top1": 1 / 3, "top5": 1.0}
     with pytest.raises(BadInput, match="'map' does not fit single-label labels; use top1 or top5"):
-        featcache.train_probes({"select": {"metric": "map"}, "probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "q")
+        featcache.train_probes(
+            {"select": {"metric": "map"}, "probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "q"
+        )
 
 
 def refuse(change):
@@ -171,7 +187,16 @@ def refuse(change):
     ],
 )
 def test_refusals_are_one_clear_line(store, tmp_path, command, content, words, message):
-    code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml", content), "--store", store, "--run", tmp_path / "r", *words)
+    code, _, err = command(
+        "train-probes",
+        "--grid",
+        write_grid(tmp_path / "g.yaml", content),
+        "--store",
+        store,
+        "--run",
+        tmp_path / "r",
+        *words,
+    )
     assert code == 2 and message in err and "Traceback" not in err
     assert not (tmp_path / "r").exists(), "nothing half-written is left behind"
 
@@ -181,7 +206,9 @@ def test_no_store_and_foreign_folders(run, store, tmp_path, command):
     assert code == 2 and "give --store" in err
     code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path)
     assert code == 2 and "is not a run folder" in err
-    code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", run.path, "--seed", 1)
+    code, _, err = command(
+        "train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", run.path, "--seed", 1
+    )
     assert code == 2 and "was made with seed 0, not 1" in err
 
 
@@ -195,7 +222,9 @@ def test_pool_before_and_pooled_features_are_the_same_probe(store, tmp_path):
     head = {"type": "mlp", "hidden": 4, "pool": "before"}
     content = refuse({"head": head, "loss": "bce", "seed": 0, "features": ["pooled", "spatial"]})
     run = featcache.train_probes(content, store=store, run=tmp_path / "r")
-    pooled, spatial = ([r["value"] for r in run.scores if r["features"] == f"layer4:{f}"] for f in ("pooled", "spatial"))
+    pooled, spatial = (
+        [r["value"] for r in run.scores if r["features"] == f"layer4:{f}"] for f in ("pooled", "spatial")
+    )
     assert pooled == pytest.approx(spatial, abs=1e-3)
 
 

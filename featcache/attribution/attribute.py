@@ -67,10 +67,14 @@ def attribute(
     finished = open_run(run)
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
-        raise BadInput(f"--method: unknown method {unknown[0]!r}{nearest(unknown[0], METHODS)} (known: {', '.join(METHODS)})")
+        raise BadInput(
+            f"--method: unknown method {unknown[0]!r}{nearest(unknown[0], METHODS)} (known: {', '.join(METHODS)})"
+        )
     opened = open_store(store or finished.summary["store"])
     if opened.id != finished.summary["store_id"]:
-        raise BadInput(f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})")
+        raise BadInput(
+            f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})"
+        )
     device = choose_device(device)
     trained = [load_probe(run, probe) for probe in probes or select(finished, rule)]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
@@ -97,7 +101,15 @@ def attribute(
                     scores = energy_in_boxes(maps, torch.stack([t.mask for t in batch])).tolist()
                     for target, map_, epg in zip(batch, maps, scores, strict=True):
                         share = float(target.mask.double().mean())
-                        values = (trained[number].spec.id, method, split, data.ids[target.row], opened.classes[target.label], epg, share)
+                        values = (
+                            trained[number].spec.id,
+                            method,
+                            split,
+                            data.ids[target.row],
+                            opened.classes[target.label],
+                            epg,
+                            share,
+                        )
                         rows.append(dict(zip(COLUMNS, values, strict=True)))
                         if target.row in kept:
                             panels.append((rows[-1], target.row, map_.numpy().astype(np.float32)))

@@ -47,7 +47,9 @@ class Backbone(nn.Module):
         def keep(feature):
             def hook(module, inputs, output):
                 if not (isinstance(output, torch.Tensor) and output.ndim == 4):
-                    raise BadInput(f"feature {feature}: layer {feature.layer} of {self.arch} yields no [B, C, H, W] map")
+                    raise BadInput(
+                        f"feature {feature}: layer {feature.layer} of {self.arch} yields no [B, C, H, W] map"
+                    )
                 results[str(feature)] = output.mean((2, 3)) if feature.reduction == "pooled" else output.clone()
 
             return hook
@@ -79,7 +81,9 @@ def load_backbone(path, arch=None, size=None, seed=0):
     size: input side in pixels; by default that of the public weights. Raises BadInput.
     """
     if arch is not None and arch not in ARCHITECTURES:
-        raise BadInput(f"unknown architecture {arch!r}{nearest(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})")
+        raise BadInput(
+            f"unknown architecture {arch!r}{nearest(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
+        )
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")

@@ -38,7 +38,7 @@ def read_state_dict(path):
         named = re.search(r"(?:GLOBAL|Unsupported global|Unsupported class|class) (\S+)", str(error))
         raise BadInput(
             f"checkpoint {path} needs code execution to load{f' ({named.group(1)})' if named else ''}; featcache "
-            "refuses that. If you trust the file, convert it in a sandbox: python -c \"import torch; "
+            'refuses that. If you trust the file, convert it in a sandbox: python -c "import torch; '
             "c = torch.load('in.pth', weights_only=False); torch.save(c.get('state_dict', c), 'out.pth')\""
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:

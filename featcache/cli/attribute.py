@@ -9,12 +9,26 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 @click.option("--run", required=True, type=click.Path(), help="Folder of a finished run.")
 @click.option("--store", type=click.Path(), help="Store of the run.  [default: where the run found it]")
 @click.option("--probe", "probes", multiple=True, metavar="ID", help="Probe to explain; may be repeated.")
-@click.option("--select", "rule", default="best map per loss", metavar="RULE", help="Which probes, without --probe: best METRIC [per FIELD,...].")
-@click.option("--method", "methods", default="gradcam", metavar="M,...", help="gradcam (from the store alone), input_x_gradient (needs the backbone).")
+@click.option(
+    "--select",
+    "rule",
+    default="best map per loss",
+    metavar="RULE",
+    help="Which probes, without --probe: best METRIC [per FIELD,...].",
+)
+@click.option(
+    "--method",
+    "methods",
+    default="gradcam",
+    metavar="M,...",
+    help="gradcam (from the store alone), input_x_gradient (needs the backbone).",
+)
 @click.option("--split", default="test", help="Split to explain.")
 @backbone_options(required=False)
 @dataset_options(required=False)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]"
+)
 @click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone.")

@@ -4,8 +4,12 @@ import click
 
 
 @click.command()
-@click.option("--out", default="featcache-demo", type=click.Path(file_okay=False), help="Folder for all that the demo makes.")
-@click.option("--scale", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="Share of the 800 scenes to make.")
+@click.option(
+    "--out", default="featcache-demo", type=click.Path(file_okay=False), help="Folder for all that the demo makes."
+)
+@click.option(
+    "--scale", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="Share of the 800 scenes to make."
+)
 @click.option("--data-only", is_flag=True, help="Make the dataset and the grid, and stop.")
 @click.pass_context
 def demo(context, out, scale, data_only):

@@ -9,10 +9,17 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 @backbone_options(required=True)
 @dataset_options(required=True)
 @click.option("--split", "splits", metavar="S,...", help="Splits.  [default: all that the dataset's protocol needs]")
-@click.option("--features", default="pooled,spatial", metavar="SPEC,...", help="LAYER:REDUCE; bare pooled and spatial mean the last layer.")
+@click.option(
+    "--features",
+    default="pooled,spatial",
+    metavar="SPEC,...",
+    help="LAYER:REDUCE; bare pooled and spatial mean the last layer.",
+)
 @click.option("--store", type=click.Path(), help="Where to write.  [default: features/DATASET-ARCH-ID.zarr]")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored features.")
-@click.option("--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]")
+@click.option(
+    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option

@@ -7,7 +7,9 @@ def backbone_options(required):
     """Add --backbone and --arch."""
 
     def add(command):
-        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(command)
+        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(
+            command
+        )
         return click.option(
             "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
         )(command)
@@ -20,7 +22,10 @@ def dataset_options(required):
 
     def add(command):
         command = click.option(
-            "--root", type=click.Path(), metavar="DIR", help="Data folder.  [default: $FEATCACHE_DATA/NAME, else data/NAME]"
+            "--root",
+            type=click.Path(),
+            metavar="DIR",
+            help="Data folder.  [default: $FEATCACHE_DATA/NAME, else data/NAME]",
         )(command)
         return click.option("--dataset", required=required, metavar="NAME", help="voc (2007) or voc2012.")(command)
 

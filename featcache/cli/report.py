@@ -4,7 +4,9 @@ import click
 
 
 @click.command()
-@click.option("--run", "runs", required=True, multiple=True, type=click.Path(), help="Folder of a finished run; may be repeated.")
+@click.option(
+    "--run", "runs", required=True, multiple=True, type=click.Path(), help="Folder of a finished run; may be repeated."
+)
 @click.option("--out", default="report.html", type=click.Path(), help="Page to write.")
 def report(runs, out):
     """Write one self-contained page: scores, learning rates, localisation, heatmaps."""

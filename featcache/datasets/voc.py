@@ -43,8 +43,7 @@ def read_voc(root, year, splits=None):
         classes=classes,
         task="multi-label",
         splits={
-            split: tuple(_record(home, i, *objects[i], classes) for i in split_ids)
-            for split, split_ids in ids.items()
+            split: tuple(_record(home, i, *objects[i], classes) for i in split_ids) for split, split_ids in ids.items()
         },
     )
 

@@ -25,7 +25,9 @@ def make_data(out, scale):
     written = make_scenes(out / "data", counts)
     if not (out / "grid.yaml").exists():
         write_whole(out / "grid.yaml", resources.files("featcache.demo").joinpath("grid.yaml").read_text())
-    click.echo(f"data: {out / 'data'} ({', '.join(f'{s} {n}' for s, n in counts.items())}{'' if written else '; reused'})")
+    click.echo(
+        f"data: {out / 'data'} ({', '.join(f'{s} {n}' for s, n in counts.items())}{'' if written else '; reused'})"
+    )
 
 
 def run_demo(call, out, scale):

@@ -39,7 +39,9 @@ def make_scenes(root, counts, seed=0):
     if root.exists():
         if stamp.is_file() and stamp.read_text() == recipe:
             return False
-        raise BadInput(f"{root} is in the way: it holds something else than these scenes; move it, or choose another --out")
+        raise BadInput(
+            f"{root} is in the way: it holds something else than these scenes; move it, or choose another --out"
+        )
     digits, photographs = _load_sources()
     building = root.with_name(root.name + PARTIAL)
     shutil.rmtree(building, ignore_errors=True)

@@ -66,7 +66,9 @@ def extract(
     if path.exists():
         check_same(path, manifest)
         if not missing_shards(path, read_manifest(path)):
-            click.echo(f"store: {path} is finished already (id {manifest.id[:8]}: same backbone, data and settings)", err=True)
+            click.echo(
+                f"store: {path} is finished already (id {manifest.id[:8]}: same backbone, data and settings)", err=True
+            )
             return path
     create_store(path, manifest, data)
     with locked(path, f"waiting: another process is extracting into {path}"):
@@ -121,9 +123,7 @@ def _fill(path, manifest, model, data, features, workers, device):
         pending = None
         for (split, shard), (first, end) in zip(todo, spans, strict=True):
             ids = [record.id for record in data.splits[split][first:end]]
-            buffers = {
-                str(f): np.empty((end - first, *manifest.features[str(f)]["shape"]), dtype) for f in features
-            }
+            buffers = {str(f): np.empty((end - first, *manifest.features[str(f)]["shape"]), dtype) for f in features}
             row = 0
             while row < end - first:
                 batch = next(images)

@@ -288,7 +288,9 @@ def _log_range(value, path, errors):
         low, high = Number(0, above=True).read(low), Number(0, above=True).read(high)
         count = Number(2, 10_000, integer=True).read(count)
     except (KeyError, TypeError, ValueError):
-        errors.append(f"{path}: expected a number, a list, or log: [lowest, highest, how many]; all above 0, at least 2")
+        errors.append(
+            f"{path}: expected a number, a list, or log: [lowest, highest, how many]; all above 0, at least 2"
+        )
         return []
     ratio = high / low
     return [float(f"{low * ratio ** (i / (count - 1)):.6g}") for i in range(count)]

@@ -15,14 +15,16 @@ def bce(logits, labels):
     """Binary cross-entropy with logits, the mean over the classes and images that are not ignored."""
     if labels.ndim == 1:
         labels = F.one_hot(labels, logits.shape[2])
+    # Classes before images in memory, as the logits of a linear stack lie.
+    labels = labels.t().contiguous().t().unsqueeze(1)  # [B, 1, C]
     known = (labels >= 0).to(logits.dtype)
-    count = known.sum().clamp(min=1)
-    targets = (labels > 0).to(logits.dtype).unsqueeze(1)  # [B, 1, C]
-    known = known.unsqueeze(1) / count
+    known /= known.sum().clamp(min=1)
+    targets = (labels > 0).to(logits.dtype)
     # max(z, 0) - t z + log(1 + exp(-|z|)); log1p would be exact where the sum does not show it, and
     # is many times slower.
-    losses = logits.clamp(min=0) - targets * logits + logits.abs().neg_().exp_().add_(1).log_()
-    return (losses * known).sum((0, 2)), (logits.sigmoid() - targets) * known
+    losses = logits.abs().neg_().exp_().add_(1).log_()
+    losses.add_(logits.clamp(min=0)).addcmul_(targets, logits, value=-1)
+    return losses.mul_(known).sum((0, 2)), logits.sigmoid().sub_(targets).mul_(known)
 
 
 def ce(logits, labels):

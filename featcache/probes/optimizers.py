@@ -54,9 +54,7 @@ class Adam:
         """Update all parameters in place. rates: float32 [P]."""
         self.steps += 1
         correction1, correction2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        for parameter, first, second, gradient in zip(
-            self.parameters, self.first, self.second, gradients, strict=True
-        ):
+        for parameter, first, second, gradient in zip(self.parameters, self.first, self.second, gradients, strict=True):
             gradient = _dense(gradient, parameter).addcmul(parameter, _per_probe(self.decay, parameter))
             first.lerp_(gradient, 0.1)
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)

@@ -59,12 +59,16 @@ def select(run, rule):
     """
     match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", rule)
     if not match:
-        raise BadInput(f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'")
+        raise BadInput(
+            f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'"
+        )
     metric, split = match.group(1).lower(), run.summary["select"]["split"]
     rows = [r for r in run.scores if r["split"] == split and r["value"] is not None]
     metrics = sorted({r["metric"] for r in run.scores})
     if metric not in metrics:
-        raise BadInput(f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})")
+        raise BadInput(
+            f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})"
+        )
     columns = [_column(name.strip(), run.scores[0], rule) for name in (match.group(2) or "").split(",") if name.strip()]
     winners = {}
     for row in rows:

@@ -9,10 +9,12 @@ from featcache.probes.losses import LOSSES
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 
-# Weights and momentum of the probes trained at a time should stay in the last-level cache, and the
-# activations of a spatial head in memory's good graces.
+# Weights and momentum of the probes trained at a time should stay in the last-level cache, the
+# activations of a spatial head in reach of it, and what a loss computes element by element in the
+# second-level cache.
 BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
+LOSS_BYTES = 2 << 20
 MIN_ROWS = 32
 
 
@@ -68,7 +70,7 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
     head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
     stack = STACKS[head.type](specs, features.shape[1], classes, device)
     optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
-    slices = _loss_slices(specs)
+    slices = _loss_slices(specs, classes)
     rates = torch.tensor([s.optimizer.lr for s in specs], dtype=torch.float64)
     steps = -(-len(features) // batch_size)
     history = torch.zeros(epochs, len(specs), dtype=torch.float64)
@@ -103,10 +105,16 @@ def epoch_order(rows, seed, epoch):
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _loss_slices(specs):
-    """Return [(loss, start, end)] over probes that are sorted by loss."""
-    kinds = [spec.loss.type for spec in specs]
-    return [(kind, kinds.index(kind), kinds.index(kind) + kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+def _loss_slices(specs, classes):
+    """Return [(loss, start, end)] over probes that are sorted by loss, each small enough for the cache."""
+    most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
+    slices = []
+    for number, spec in enumerate(specs):
+        if slices and slices[-1][0] == spec.loss.type and number - slices[-1][1] < most:
+            slices[-1] = (spec.loss.type, slices[-1][1], number + 1)
+        else:
+            slices.append((spec.loss.type, number, number + 1))
+    return slices
 
 
 def _loss_and_gradient(logits, targets, slices):
@@ -114,11 +122,11 @@ def _loss_and_gradient(logits, targets, slices):
     loss = logits.new_empty(logits.shape[1])
     # On a CPU, exp and log round otherwise in a vector than in the few elements left over, and which
     # those are depends on the neighbours. In float64 that difference is gone after the cast back.
-    exact = logits.double() if logits.device.type == "cpu" else logits
+    dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
     # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
     gradient = torch.empty_like(logits)
     for kind, start, end in slices:
-        loss[start:end], gradient[:, start:end] = LOSSES[kind](exact[:, start:end], targets)
+        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end].to(dtype), targets)
     return loss, gradient
 
 

@@ -92,7 +92,9 @@ def _resolve(grid, store):
     for role, names in grid.splits.items():
         for name in names:
             if name not in store.splits:
-                raise BadInput(f"splits.{role}: store {store.path} has no split {name!r} (it has {', '.join(store.splits)})")
+                raise BadInput(
+                    f"splits.{role}: store {store.path} has no split {name!r} (it has {', '.join(store.splits)})"
+                )
     specs = []
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
@@ -112,7 +114,9 @@ def _finished(folder, basis, key):
     there = read_summary(folder)
     for field, value in basis.items():
         if there.get(field) != value:
-            raise BadInput(f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run")
+            raise BadInput(
+                f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
+            )
     return there.get("key") == key
 
 
@@ -140,7 +144,9 @@ def _features(store, splits, feature, pool, device):
     pooled = pool and arrays[0].ndim == 4
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not pooled and bytes_ > free:
-        raise BadInput(f"feature {feature} of {'+'.join(splits)} needs {bytes_ / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
+        raise BadInput(
+            f"feature {feature} of {'+'.join(splits)} needs {bytes_ / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+        )
     if pooled:
         result = np.empty((rows, arrays[0].shape[1]), dtype=np.float32)
         at = 0
@@ -182,7 +188,9 @@ def _train_missing(folder, specs, store, splits, device, seed):
         for group, feature, pool in _work(folder, missing, store):
             features = _features(store, splits["train"], feature, pool, device)
             for block in group:
-                trained = train_block(block, features, labels, len(store.classes), seed, lambda n=len(block): progress.update(n))
+                trained = train_block(
+                    block, features, labels, len(store.classes), seed, lambda n=len(block): progress.update(n)
+                )
                 for probe in trained:
                     save_probe(folder, probe, store.id)
                     if probe.diverged is not None:

@@ -48,7 +48,9 @@ def learning_rates(runs, metric):
         decays = sorted({float(r["optimizer.weight_decay"]) for _, _, rows in panels for r in rows})
         for axis, (run, head, rows) in zip(axes[0], panels, strict=True):
             _rate_lines(axis, rows, decays)
-            axis.axhline(100 * run.summary["chance"][run.summary["select"]["split"]][metric], color="0.5", linestyle=":")
+            axis.axhline(
+                100 * run.summary["chance"][run.summary["select"]["split"]][metric], color="0.5", linestyle=":"
+            )
             axis.set_title(f"{run.path.name}: {head}", fontsize=10)
             axis.set_xscale("log")
             rates = sorted({float(r["optimizer.lr"]) for r in rows})
@@ -90,7 +92,9 @@ def heatmaps(kept, describe):
     kept: the contents of attribution.npz. describe: function of a probe id to a short text.
     Returns a data URL, or None if there are no examples.
     """
-    panels = [dict(zip(("probe", "method", "split", "id", "class", "epg", "share"), p, strict=True)) for p in kept["panels"]]
+    panels = [
+        dict(zip(("probe", "method", "split", "id", "class", "epg", "share"), p, strict=True)) for p in kept["panels"]
+    ]
     if not panels:
         return None
     lines = list(dict.fromkeys((p["id"], p["class"]) for p in panels))
@@ -123,7 +127,9 @@ def heatmaps(kept, describe):
                     _draw_map(axis, picture, values)
                     _draw_boxes(axis, boxes)
                     epg = float(panel["epg"])
-                    axis.set_xlabel("no positive energy" if epg != epg else f"EPG {100 * epg:.0f}%", fontsize=7, labelpad=2)
+                    axis.set_xlabel(
+                        "no positive energy" if epg != epg else f"EPG {100 * epg:.0f}%", fontsize=7, labelpad=2
+                    )
         figure.tight_layout(pad=0.4)
         return _embed(figure, "png")
 

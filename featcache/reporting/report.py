@@ -63,7 +63,14 @@ def _best_rows(run, metric):
             "width": f"{100 * test['value']:.1f}",
         }
     level = run.summary["chance"]["test"][metric]
-    yield {"run": run.path.name, "probe": "chance", "recipe": "", "chosen_by": "", "test": percent(level), "width": f"{100 * level:.1f}"}
+    yield {
+        "run": run.path.name,
+        "probe": "chance",
+        "recipe": "",
+        "chosen_by": "",
+        "test": percent(level),
+        "width": f"{100 * level:.1f}",
+    }
 
 
 def _localisation(run, plots):

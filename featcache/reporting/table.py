@@ -31,7 +31,17 @@ def score_rows(run, most=None):
     metric, split = run.summary["select"]["metric"], run.summary["select"]["split"]
     chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == split]
     chosen.sort(key=lambda r: -1 if r["value"] is None else r["value"], reverse=True)
-    columns = ["probe", "head", "features", "loss", "lr", "wd", "seed", f"{split} {METRIC_NAMES[metric]} %", f"test {METRIC_NAMES[metric]} %"]
+    columns = [
+        "probe",
+        "head",
+        "features",
+        "loss",
+        "lr",
+        "wd",
+        "seed",
+        f"{split} {METRIC_NAMES[metric]} %",
+        f"test {METRIC_NAMES[metric]} %",
+    ]
     rows = []
     for row in chosen[:most]:
         test = run.value(row["probe"], metric, "test")

@@ -62,7 +62,15 @@ def stacked(probes, features, labels, classes, batch_size, epochs):
     """Train probes of different rates for some epochs, as train-probes does."""
     specs = [
         ProbeSpec(
-            "x", "layer4:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.01 * (p + 1), 0.9), Schedule(), epochs, batch_size, p
+            "x",
+            "layer4:pooled",
+            Head("linear"),
+            Loss("bce"),
+            Optimizer("sgd", 0.01 * (p + 1), 0.9),
+            Schedule(),
+            epochs,
+            batch_size,
+            p,
         )
         for p in range(probes)
     ]

@@ -87,7 +87,9 @@ def main():
         path, store_seconds, raw_seconds = write_all(folder, rows)
         print(f"{platform.machine()}, numpy {np.__version__}, zarr {zarr.__version__}, h5py {h5py.__version__}")
         print(f"{arguments.rows} x {arguments.width} float16, {rows.nbytes / 1e6:.0f} MB")
-        print(f"write: store {rows.nbytes / store_seconds / 1e9:.2f} GB/s, {raw_seconds / store_seconds:.2f} of a plain file with fsync")
+        print(
+            f"write: store {rows.nbytes / store_seconds / 1e9:.2f} GB/s, {raw_seconds / store_seconds:.2f} of a plain file with fsync"
+        )
         mapped = np.memmap(folder / "raw.bin", dtype=np.float16, mode="r", shape=rows.shape)
         plain = zarr.open_array(str(path / "train" / "layer4.pooled"), mode="r")
         with h5py.File(folder / "bench.h5") as file:
