@@ -238,3 +238,17 @@ def test_damaged_probes_are_named(run, tmp_path, damage):
         file.write_bytes(file.read_bytes()[:40] if damage == "cut" else b"x" * 100)
     with pytest.raises(BadInput, match="no probe|damaged probe"):
         load_probe(tmp_path / "r", file.stem)
+
+
+def test_a_store_without_a_test_split_is_judged_on_val(checkpoint, scenes, tmp_path, command):
+    store = featcache.extract(
+        checkpoint, "voc", root=scenes, splits=["train", "val"], size=64, workers=0, store=tmp_path / "s.zarr"
+    )
+    grid = write_grid(tmp_path / "g.yaml", {"probes": GRID["probes"][:1]})
+    code, out, _ = command("train-probes", "--grid", grid, "--store", store, "--run", tmp_path / "r")
+    assert code == 0 and "val mAP % [95%]" in out and "chance on val" in out and "test" not in out.split("run:")[0]
+    assert command("report", "--run", tmp_path / "r", "--out", tmp_path / "r.html")[0] == 0
+    assert "scored on val" in (tmp_path / "r.html").read_text()
+    named = write_grid(tmp_path / "n.yaml", {"splits": {"test": "test"}, "probes": GRID["probes"][:1]})
+    code, _, err = command("train-probes", "--grid", named, "--store", store, "--run", tmp_path / "q")
+    assert code == 2 and "splits.test: store" in err

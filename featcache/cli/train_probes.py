@@ -25,5 +25,5 @@ def train_probes(**options):
     metric = summary["select"]["metric"]
     click.echo(
         f"best 10 of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
-        f"chance on test: {percent(summary['chance']['test'][metric])} %; run: {finished.path}"
+        f"chance on {finished.judge}: {percent(summary['chance'][finished.judge][metric])} %; run: {finished.path}"
     )

@@ -22,6 +22,11 @@ class Run:
     summary: dict
     scores: list
 
+    @property
+    def judge(self):
+        """The role whose scores are reported: test, or the selection split where there is no test split."""
+        return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
+
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
         return next(r for r in self.scores if (r["probe"], r["metric"], r["split"]) == (probe_id, metric, split))

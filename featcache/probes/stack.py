@@ -146,8 +146,10 @@ def predict(specs, weights, features, classes, rows=1024):
 
     weights: one {name: tensor} a spec. features: as for train_block.
     """
-    stack = STACKS[specs[0].head.type](specs, features.shape[1], classes, features.device)
+    padded = _padded(specs, classes)
+    stack = STACKS[specs[0].head.type](padded, features.shape[1], classes, features.device)
+    weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
     for name, stacked in stack.weights.items():
         stacked.copy_(torch.stack([w[name] for w in weights]))
-    parts = [stack.forward(part.float()).transpose(0, 1).cpu() for part in features.split(rows)]
+    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(rows)]
     return torch.cat(parts, dim=1)

@@ -43,6 +43,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
+    splits = _roles(checked, opened)
     specs = _resolve(checked, opened)
     metrics = TASK_METRICS[opened.task]
     metric = checked.metric or metrics[0]
@@ -50,7 +51,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         raise BadInput(f"select.metric: {metric!r} does not fit {opened.task} labels; use {' or '.join(metrics)}")
     resolved = checked.content | {
         "store": str(source),
-        "splits": {role: list(names) for role, names in checked.splits.items()},
+        "splits": {role: list(names) for role, names in splits.items()},
         "select": {"metric": metric, "split": checked.split},
     }
     basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]}
@@ -62,11 +63,11 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         return open_run(folder)
     _begin(folder, basis, resolved)
     started = time.monotonic()
-    _train_missing(folder, specs, opened, checked.splits, device, seed)
-    scores = _score(folder, specs, opened, checked.splits, metrics, device)
+    _train_missing(folder, specs, opened, splits, device, seed)
+    scores = _score(folder, specs, opened, splits, metrics, device)
     write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
     write_whole(folder / "history.csv", _to_csv(_history(folder, specs), ("probe", "epoch", "loss")))
-    labels = {role: _labels(opened, names) for role, names in checked.splits.items()}
+    labels = {role: _labels(opened, names) for role, names in splits.items()}
     summary = basis | {
         "key": key,
         "store": str(source),
@@ -87,14 +88,23 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     return open_run(folder)
 
 
-def _resolve(grid, store):
-    """Return the specs with their features as the store names them; refuse what would be another model."""
-    for role, names in grid.splits.items():
+def _roles(grid, store):
+    """Return {role: splits}: the grid's, without a test split that it does not name and the store does not have."""
+    roles = dict(grid.splits)
+    if "test" not in grid.content.get("splits", {}) and "test" not in store.splits:
+        # VOC2012's test labels, for one, were never published.
+        del roles["test"]
+    for role, names in roles.items():
         for name in names:
             if name not in store.splits:
                 raise BadInput(
                     f"splits.{role}: store {store.path} has no split {name!r} (it has {', '.join(store.splits)})"
                 )
+    return roles
+
+
+def _resolve(grid, store):
+    """Return the specs with their features as the store names them; refuse what would be another model."""
     specs = []
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)

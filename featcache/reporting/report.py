@@ -32,6 +32,7 @@ def report(runs, out="report.html"):
     page = {
         "metric": METRIC_NAMES[metric],
         "split": opened[0].summary["select"]["split"],
+        "judge": opened[0].judge,
         "best": [line for run in opened for line in _best_rows(run, metric)],
         "rates": plots.learning_rates(opened, metric),
         "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
@@ -53,7 +54,7 @@ def _best_rows(run, metric):
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
     for probe in select(run, f"best {metric} per head,loss"):
         spec = run.value(probe, metric, run.summary["select"]["split"])
-        test = run.value(probe, metric, "test")
+        test = run.value(probe, metric, run.judge)
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(spec)}, {spec['loss.type']}",
@@ -62,7 +63,7 @@ def _best_rows(run, metric):
             "test": percent(test["value"], test["low"], test["high"]),
             "width": f"{100 * test['value']:.1f}",
         }
-    level = run.summary["chance"]["test"][metric]
+    level = run.summary["chance"][run.judge][metric]
     yield {
         "run": run.path.name,
         "probe": "chance",

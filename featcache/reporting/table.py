@@ -40,11 +40,11 @@ def score_rows(run, most=None):
         "wd",
         "seed",
         f"{split} {METRIC_NAMES[metric]} %",
-        f"test {METRIC_NAMES[metric]} %",
+        f"{run.judge} {METRIC_NAMES[metric]} % [95%]",
     ]
     rows = []
     for row in chosen[:most]:
-        test = run.value(row["probe"], metric, "test")
+        test = run.value(row["probe"], metric, run.judge)
         rows.append([
             row["probe"], describe_head(row), row["features"], row["loss.type"], f"{float(row['optimizer.lr']):g}",
             f"{float(row['optimizer.weight_decay']):g}", row["seed"], percent(row["value"]),
