@@ -31,8 +31,11 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A write to a full disk does not say where.
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

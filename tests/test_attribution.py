@@ -222,3 +222,16 @@ def test_a_pooled_probe_needs_the_map_of_its_layer(checkpoint, scenes, tmp_path)
     run = featcache.train_probes({"probes": GRID["probes"][:1]}, store=store, run=tmp_path / "r")
     with pytest.raises(BadInput, match="holds no feature 'layer4:spatial'"):
         featcache.attribute(run.path)
+
+
+def test_damaged_results_are_named(run, command, tmp_path):
+    shutil.copytree(run.path, tmp_path / "r")
+    words = attribute_words(tmp_path / "r", "--limit", 3, "--method", "gradcam,gradcam")
+    code, out, _ = command(*words)
+    assert code == 0 and out.count("gradcam") == 2, "a method asked for twice is run once"
+    for name in ("attribution.npz", "scores.csv"):
+        file = tmp_path / "r" / name
+        file.write_bytes(file.read_bytes()[:300])
+        code, _, err = command("report", "--run", tmp_path / "r", "--out", tmp_path / "page.html")
+        assert code == 2 and f"damaged {'maps' if 'npz' in name else 'run'} " in err
+        assert not (tmp_path / "page.html").exists()

@@ -246,3 +246,16 @@ def test_the_order_of_an_interrupt(scenes, checkpoint, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_a_full_disk_is_one_clear_line(scenes, checkpoint, tmp_path):
+    """RLIMIT_FSIZE stands in for the disk: no file may grow beyond 100 kB."""
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    words = options(scenes, checkpoint, tmp_path / "s.zarr")
+    start = [sys.executable, "-c", limited + "from featcache.cli import main; main()", "extract", *words]
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: {tmp_path}/s.zarr") and last.endswith("File too large")
+    assert not list(tmp_path.glob("s.zarr*")), "nothing was committed, so nothing is left"

@@ -65,6 +65,7 @@ def attribute(
     run; returns the rows. Raises BadInput.
     """
     finished = open_run(run)
+    methods = list(dict.fromkeys(methods))
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise BadInput(
@@ -76,7 +77,7 @@ def attribute(
             f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})"
         )
     device = choose_device(device)
-    trained = [load_probe(run, probe) for probe in probes or select(finished, rule)]
+    trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
     features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]
     size = opened.manifest.identity["preprocessing"]["size"]

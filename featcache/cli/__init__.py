@@ -32,6 +32,14 @@ def main():
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough.
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        # A full disk, a folder without permission: nothing of ours, so the path and the system's word.
+        click.echo(f"Error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+        sys.exit(2)
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)

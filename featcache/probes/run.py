@@ -50,6 +50,8 @@ def open_run(folder):
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))
         for row in scores:
+            if None in row or None in row.values():
+                raise ValueError("a row has other columns than the first")
             row |= {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
     except (OSError, KeyError, ValueError) as error:
         raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None

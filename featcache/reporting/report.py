@@ -1,5 +1,6 @@
 """`featcache report`: one self-contained page over one or more runs."""
 
+import zipfile
 from importlib import resources
 from pathlib import Path
 
@@ -76,11 +77,14 @@ def _best_rows(run, metric):
 
 def _localisation(run, plots):
     columns, rows = localisation_rows(run.path)
-    picture = None
-    if (run.path / "attribution.npz").is_file():
-        with np.load(run.path / "attribution.npz", allow_pickle=False) as kept:
-            specs = {r["probe"]: r for r in run.scores}
-            picture = plots.heatmaps(
-                dict(kept), lambda probe: f"{describe_head(specs[probe])}, {specs[probe]['loss.type']}"
-            )
+    picture, maps = None, run.path / "attribution.npz"
+    if maps.is_file():
+        specs = {r["probe"]: r for r in run.scores}
+        try:
+            with open(maps, "rb") as file, np.load(file, allow_pickle=False) as kept:
+                picture = plots.heatmaps(
+                    dict(kept), lambda probe: f"{describe_head(specs[probe])}, {specs[probe]['loss.type']}"
+                )
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise BadInput(f"damaged maps {maps}: {error}; run the same attribute again") from None
     return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}
