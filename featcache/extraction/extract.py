@@ -91,7 +91,7 @@ def _identity(model, data, features, dtype):
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
         "preprocessing": model.preprocessing.describe(),
-        "features": [str(f) for f in features],
+        "features": sorted(str(f) for f in features),
         "dtype": dtype,
         "precision": "float32",
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
