@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 _TWINS = {
     "extract": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
+    "inspect": "featcache.store.inspect",
+    "verify": "featcache.store.verify",
+    "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",

@@ -17,16 +17,16 @@ def sync_folder(path):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, tag=""):
     """Yield a binary file that takes the place of `path` when the block ends without an error.
 
-    Writes to `path` + ".partial", then fsync, rename, fsync of the folder. After an error the
-    partial file is removed and `path` is as it was.
+    Writes to `path` + tag + ".partial", then fsync, rename, fsync of the folder. After an error the
+    partial file is removed and `path` is as it was. tag: tells apart writers of the same path.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + tag + PARTIAL)
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

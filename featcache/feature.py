@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest
 
-REDUCTIONS = ("pooled", "spatial")
+# What each reduction leaves of a row, axis by axis.
+REDUCTIONS = {"pooled": ("channel",), "spatial": ("channel", "y", "x")}
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Feature:
     def folder(self):
         """Name of the array in a store: ':' is not allowed in file names everywhere."""
         return f"{self.layer}.{self.reduction}"
+
+    @property
+    def axes(self):
+        """Names of the axes of one row, unique to this feature."""
+        return tuple(f"{self.folder}.{axis}" for axis in REDUCTIONS[self.reduction])
 
 
 def parse_feature(text, aliases, known_layers=None):

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
-from featcache.probes.metrics import average_precision, chance, mean_average_precision, score, top_k
+from featcache.probes.metrics import (
+    average_precision,
+    chance,
+    mean_average_precision,
+    score,
+    top_k,
+)
 
 
 @settings(deadline=None)

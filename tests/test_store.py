@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,15 +15,21 @@ from featcache.datasets import Dataset, Record
 from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.store import manifest as manifest_module
+from featcache.store.folder import open_folder
+from featcache.store.formats import choose_format
 from featcache.store.manifest import identity_hash, plan
 from featcache.store.reader import open_store
+from featcache.store.records import record_arrays, with_axes
+from featcache.store.sealed import seal, unseal
 from featcache.store.writer import create_store, put_shard
 
 ROWS = 23
 
 
-def write_store(path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, shard_bytes=256, row=(3, 2, 2)):
-    """Write a small store of random features with several shards and chunks; return the features."""
+def write_store(
+    path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, shard_bytes=256, row=(3, 2, 2), compression=None
+):
+    """Write a small store of random features with several shards and chunks; return the features as stored."""
     records = tuple(
         Record(
             id=f"picture-{n}é",
@@ -43,20 +50,29 @@ def write_store(path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, sh
         patch.setattr(manifest_module, "CHUNK_ROWS", chunk_rows)
         patch.setattr(manifest_module, "SHARD_BYTES", shard_bytes)
         identity = {"arch": "toy", "preprocessing": {"size": 8}, "dataset": {"name": "toy", "splits": {}}}
-        plan_ = plan(identity, {"train": rows}, shapes, dtype, {"last": "layer4"}, data.classes, data.task, 8)
-    create_store(path, plan_, data)
+        plan_ = plan(
+            identity,
+            {"train": rows},
+            shapes,
+            dtype,
+            {"last": "layer4"},
+            data.classes,
+            data.task,
+            compute={"device": "cpu", "threads": 1, "batch_size": 8},
+            storage={"format": choose_format(None, path), "compression": compression},
+        )
+    folder = open_folder(path)
+    plan_ = create_store(folder, plan_, {"train": with_axes(record_arrays(data, "train"))})
     random = np.random.default_rng(0)
-    features = {str(f): random.normal(size=(rows, *shape)).astype(dtype) for f, shape in shapes.items()}
+    features = {str(f): random.normal(size=(rows, *shape)).astype(np.float32) for f, shape in shapes.items()}
+    if dtype == "bfloat16":
+        features = {n: torch.from_numpy(f).bfloat16().view(torch.uint16).numpy() for n, f in features.items()}
+    else:
+        features = {n: f.astype(dtype) for n, f in features.items()}
     for shard in range(plan_.shards("train")):
         first, end = plan_.rows_of("train", shard)
-        put_shard(
-            path,
-            plan_,
-            "train",
-            shard,
-            [r.id for r in records[first:end]],
-            {n: f[first:end] for n, f in features.items()},
-        )
+        ids = [r.id for r in records[first:end]]
+        put_shard(folder, plan_, "train", shard, ids, {n: f[first:end] for n, f in features.items()})
     return features
 
 
@@ -165,11 +181,11 @@ def test_missing_shards_raise_and_are_named(tmp_path):
         (lambda p: (p / "commits/train/000000.json").write_text("{"), "damaged marker .*000000.json"),
         (
             lambda p: shutil.copy(p / "commits/train/000001.json", p / "commits/train/000000.json"),
-            "damaged marker .*000000.json",
+            "marker .*000000.json is not that of its shard",
         ),
-        (lambda p: (p / "commits/train/000000.json").write_text('{"split": "train", "shard": 0}'), "damaged marker"),
         (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
-        (lambda p: (p / "manifest.json").unlink(), "not a featcache store"),
+        (lambda p: (p / "manifest.json").unlink(), "has lost its manifest.json"),
+        (lambda p: [shutil.rmtree(p / "commits"), (p / "manifest.json").unlink()], "not a featcache store"),
         (lambda p: shutil.rmtree(p), "store not found"),
     ],
 )
@@ -184,13 +200,16 @@ def test_damage_is_named(tmp_path, damage, message):
 def test_a_tampered_or_future_manifest_is_refused(tmp_path):
     write_store(tmp_path / "x.zarr")
     file = tmp_path / "x.zarr/manifest.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"version": 2}))
+    content = unseal(file.read_bytes())
+    file.write_bytes(seal(content | {"version": 2}))
     with pytest.raises(BadInput, match="format version 2"):
         open_store(tmp_path / "x.zarr")
     content["identity"]["arch"] = "other"
-    file.write_text(json.dumps(content))
+    file.write_bytes(seal(content))
     with pytest.raises(BadInput, match="does not hash to its id"):
+        open_store(tmp_path / "x.zarr")
+    file.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="damaged manifest .*featcache verify"):
         open_store(tmp_path / "x.zarr")
 
 
@@ -219,6 +238,16 @@ def test_identity_ignores_order_and_sees_every_field(identity, random):
     assert identity_hash(identity | {key: ["changed", identity[key]]}) != identity_hash(identity)
 
 
+def crc32c(data):
+    """Castagnoli's CRC, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 def test_the_format_is_as_documented(tmp_path):
     """A reader of docs/store-format.md: no zarr, nothing of ours, only the standard library and numpy."""
     features = write_store(tmp_path / "x.zarr")
@@ -237,7 +266,8 @@ def test_the_format_is_as_documented(tmp_path):
             values = np.frombuffer(data, "<f2", int(np.prod(spec["shape"])), start).reshape(spec["shape"])
             assert np.array_equal(values, features[name][row])
             marker = json.loads((tmp_path / f"x.zarr/commits/train/{shard:06d}.json").read_text())
-            assert marker["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            assert marker["files"][name]["bytes"] == len(data) and marker["files"][name]["offset"] == 0
+            assert marker["files"][name]["crc32c"] == crc32c(data)
             first, end = marker["rows"]
             assert first <= row < end
             lines = "".join(f"picture-{n}é\n" for n in range(first, end))

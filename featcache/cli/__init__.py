@@ -1,15 +1,19 @@
 """The command line: parse, call, print. Commands import what is heavy only when they run."""
 
+import signal
 import sys
 
 import click
 
 import featcache
 from featcache.cli.attribute import attribute
+from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.extract import extract
+from featcache.cli.inspect import inspect
 from featcache.cli.report import report
 from featcache.cli.train_probes import train_probes
+from featcache.cli.verify import verify
 
 
 @click.group(context_settings={"show_default": True})
@@ -17,16 +21,18 @@ from featcache.cli.train_probes import train_probes
 def cli():
     """Extract frozen features once; train, score and explain whole grids of probes on them.
 
-    Exit codes: 0 done, 2 bad input (one clear line), 130 interrupted.
+    Exit codes: 0 done, 1 verify found damage, 2 bad input (one clear line), 130 interrupted.
     """
 
 
-for command in (demo, extract, train_probes, attribute, report):
+for command in (demo, extract, inspect, verify, convert, train_probes, attribute, report):
     cli.add_command(command)
 
 
 def main():
     """Run the command line and exit."""
+    # A scheduler's SIGTERM ends like Ctrl-C does: worker processes are stopped, and what is begun stays whole.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cli.main(prog_name="featcache", standalone_mode=False)
     except click.ClickException as error:

@@ -2,7 +2,13 @@
 
 import click
 
-from featcache.cli.options import backbone_options, dataset_options, device_option
+from featcache.cli.options import (
+    backbone_options,
+    compression_option,
+    dataset_options,
+    device_option,
+    format_option,
+)
 
 
 @click.command()
@@ -15,8 +21,15 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
     metavar="SPEC,...",
     help="LAYER:REDUCE; bare pooled and spatial mean the last layer.",
 )
-@click.option("--store", type=click.Path(), help="Where to write.  [default: features/DATASET-ARCH-ID.zarr]")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored features.")
+@click.option("--store", metavar="PATH", help="Folder or URL to write to.  [default: features/DATASET-ARCH-ID.zarr]")
+@format_option("--format", help="Of the store.  [default: what the store's suffix says, else zarr]")
+@compression_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32", "bfloat16"]),
+    default="float16",
+    help="Of the stored features.",
+)
 @click.option(
     "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
 )
@@ -24,11 +37,13 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone.")
-def extract(splits, **options):
+def extract(splits, compression, **options):
     """Run a frozen backbone once over a dataset and write its features to a store.
 
-    The same command again finishes what was interrupted, or says that nothing is left to do.
+    The same command again finishes what was interrupted, or says that nothing is left to do. Under
+    torchrun, with one process for each GPU, the processes share the work.
     """
     from featcache.extraction.extract import extract as run
 
-    run(splits=splits.split(",") if splits else None, **options)
+    compression = None if compression == "none" else compression
+    run(splits=splits.split(",") if splits else None, compression=compression, **options)

@@ -33,3 +33,13 @@ def dataset_options(required):
 
 
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
+
+
+def format_option(name, **settings):
+    """Add --format, or --to, of a store."""
+    return click.option(name, "format", type=click.Choice(["zarr", "hdf5"]), **settings)
+
+
+compression_option = click.option(
+    "--compression", type=click.Choice(["none", "zstd", "blosc"]), default="none", help="Of a Zarr store."
+)

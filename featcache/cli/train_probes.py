@@ -17,7 +17,12 @@ def train_probes(**options):
     The same command again trains only what is missing.
     """
     from featcache.probes.train import train_probes as run
-    from featcache.reporting.table import METRIC_NAMES, format_table, percent, score_rows
+    from featcache.reporting.table import (
+        METRIC_NAMES,
+        format_table,
+        percent,
+        score_rows,
+    )
 
     finished = run(**options)
     click.echo(format_table(*score_rows(finished, most=10)))

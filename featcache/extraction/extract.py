@@ -1,11 +1,11 @@
 """`featcache extract`: from a checkpoint and a dataset to a finished store."""
 
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,9 +14,20 @@ from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.images import image_batches
+from featcache.extraction.ranks import join_ranks
 from featcache.feature import parse_features
-from featcache.store.manifest import plan, read_manifest
-from featcache.store.writer import check_same, create_store, discard_if_empty, locked, missing_shards, put_shard, sweep
+from featcache.store.folder import open_folder
+from featcache.store.formats import FORMATS, choose_format
+from featcache.store.manifest import FILE, plan, read_manifest
+from featcache.store.reader import Store
+from featcache.store.records import changes, record_arrays, with_axes
+from featcache.store.writer import (
+    check_same,
+    create_store,
+    discard_if_empty,
+    missing_shards,
+    put_shard,
+)
 
 
 def extract(
@@ -26,6 +37,8 @@ def extract(
     splits=None,
     features="pooled,spatial",
     store=None,
+    format=None,
+    compression=None,
     arch=None,
     size=None,
     dtype="float16",
@@ -37,53 +50,110 @@ def extract(
     """Run a frozen backbone over a dataset and write its features to a store.
 
     backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
-    default all that the protocol needs. features: see featcache.feature. store: path, by default
-    features/<dataset>-<arch>-<id>.zarr. size: input side in pixels. dtype: float16 or float32.
-    workers: decoding processes. device: torch device, by default cuda if there is one. seed: of the
-    random backbone.
-    Returns the store's path. Finishes a store that was begun; returns at once if it is whole.
-    Raises BadInput for whatever the user can mend.
+    default all that the protocol needs. features: see featcache.feature. store: path or URL, by
+    default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
+    suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
+    float32 or bfloat16. workers: decoding processes. device: torch device, by default cuda if there
+    is one. seed: of the random backbone.
+    Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
+    torchrun the processes share the work. Raises BadInput for whatever the user can mend.
     """
-    device = choose_device(device)
+    ranks = join_ranks()
+    say = click.echo if ranks.rank == 0 else (lambda *_, **__: None)
+    device = choose_device(device, ranks.local_rank)
     if workers is None:
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
     model = load_backbone(backbone, arch=arch, size=size, seed=seed)
-    click.echo(f"backbone: {model.grounds}", err=True)
+    say(f"backbone: {model.grounds}", err=True)
     wanted = parse_features(features, model.aliases, model.layers)
     data = read_dataset(dataset, root, splits)
-    shapes = _row_shapes(model, wanted)
+    format = choose_format(format, store)
     manifest = plan(
         identity=_identity(model, data, wanted, dtype),
         rows={split: len(records) for split, records in data.splits.items()},
-        shapes=shapes,
+        shapes=_row_shapes(model, wanted),
         dtype=dtype,
         aliases=model.aliases,
         classes=data.classes,
         task=data.task,
-        batch_size=batch_size,
+        compute={
+            "device": device.type,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "batch_size": batch_size,
+        },
+        storage={"format": format, "compression": compression},
     )
-    path = Path(store or Path("features") / f"{data.name}-{model.arch}-{manifest.id[:8]}.zarr")
-    if path.exists():
-        check_same(path, manifest)
-        if not missing_shards(path, read_manifest(path)):
-            click.echo(
-                f"store: {path} is finished already (id {manifest.id[:8]}: same backbone, data and settings)", err=True
+    default = Path("features") / f"{data.name}-{model.arch}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
+    folder = open_folder(store or default)
+    arrays = {split: record_arrays(data, split) for split in data.splits}
+    if FILE in folder.names():
+        _check(folder, manifest, arrays)
+        if not missing_shards(folder, read_manifest(folder)):
+            say(
+                f"store: {folder} is finished already (id {manifest.id[:8]}: same backbone, data and settings)",
+                err=True,
             )
-            return path
-    create_store(path, manifest, data)
-    with locked(path, f"waiting: another process is extracting into {path}"):
-        # The store's own geometry counts: it may have been begun with another batch size.
-        manifest = read_manifest(path)
-        if manifest.batch_size != batch_size:
-            click.echo(f"notice: {path} was begun with batch size {manifest.batch_size}; going on with that", err=True)
-        sweep(path)
+            return str(folder)
+    with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
+        if leads:
+            folder.sweep()
+            manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
+            todo = ranks.share(missing_shards(folder, manifest))
+        else:
+            todo = ranks.shared()
+            manifest = read_manifest(folder)
+        _go_on_as_begun(folder, manifest, device, batch_size, say)
+        _check_room(folder, manifest, todo)
         try:
-            _fill(path, manifest, model, data, wanted, workers, device)
+            _fill(folder, manifest, model, data, wanted, ranks, todo, workers, device)
+            while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
+                say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)
+                _fill(folder, manifest, model, data, wanted, ranks.alone(), left, workers, device)
         except BaseException:
-            discard_if_empty(path, manifest)
+            if ranks.size == 1:
+                discard_if_empty(folder, manifest)
             raise
-    click.echo(f"store: {path} (id {manifest.id[:8]})", err=True)
-    return path
+    say(f"store: {folder} (id {manifest.id[:8]})", err=True)
+    return str(folder)
+
+
+def _check(folder, manifest, arrays):
+    """Raise BadInput if another store is there, naming what differs; of the dataset, which images."""
+    try:
+        check_same(folder, manifest)
+    except BadInput as error:
+        there = Store(folder)
+        said = []
+        for split in there.splits:
+            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, manifest.identity)]
+            if split in arrays and pair[0] != pair[1]:
+                said.append(f"{split}: {changes(there[split].arrays(), arrays[split])}")
+        raise BadInput("; ".join([error.message, *said])) from None
+
+
+def _go_on_as_begun(folder, manifest, device, batch_size, say):
+    """Take over what a begun store fixes, since it can change the last bits of a feature."""
+    begun = manifest.compute
+    if begun["device"] != device.type:
+        raise BadInput(
+            f"{folder} was begun on {begun['device']}; features made on {device.type} differ in their last bits: "
+            f"go on with --device {begun['device']}, or choose another --store"
+        )
+    if begun["batch_size"] != batch_size:
+        say(f"notice: {folder} was begun with batch size {begun['batch_size']}; going on with that", err=True)
+    if begun["threads"] and begun["threads"] != torch.get_num_threads():
+        say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
+        torch.set_num_threads(begun["threads"])
+
+
+def _check_room(folder, manifest, todo):
+    """Raise BadInput before hours of work that cannot be stored."""
+    rows = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
+    needed, free = rows * sum(manifest.row_bytes(f) for f in manifest.features), folder.free_bytes()
+    if free is not None and manifest.storage["compression"] is None and needed > free:
+        raise BadInput(
+            f"{folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
+        )
 
 
 def _identity(model, data, features, dtype):
@@ -105,63 +175,71 @@ def _row_shapes(model, features):
     return {f: tuple(results[str(f)].shape[1:]) for f in features}
 
 
-def _fill(path, manifest, model, data, features, workers, device):
-    """Compute and write the missing shards: workers decode, this thread infers, another writes."""
-    todo = missing_shards(path, manifest)
-    spans = [manifest.rows_of(split, shard) for split, shard in todo]
-    # The last batch of a shard is short rather than reaching into the next one.
-    batches = [
-        [(split, row) for row in range(start, min(start + manifest.batch_size, end))]
-        for (split, _), (first, end) in zip(todo, spans, strict=True)
-        for start in range(first, end, manifest.batch_size)
-    ]
+def _fill(folder, manifest, model, data, features, ranks, todo, workers, device):
+    """Compute and write shards as they are drawn: workers decode, this thread infers, another writes."""
+    drawn = deque()
+
+    def batches():
+        for split, shard in ranks.draw(todo):
+            drawn.append((split, shard))
+            first, end = manifest.rows_of(split, shard)
+            # The last batch of a shard is short rather than reaching into the next one.
+            for start in range(first, end, manifest.compute["batch_size"]):
+                stop = min(start + manifest.compute["batch_size"], end)
+                yield [(split, row) for row in range(start, stop)]
+
     model.to(device)
-    dtype = np.dtype(next(iter(manifest.features.values()))["dtype"])
-    images = image_batches(data, model.preprocessing, batches, workers, pin_memory=device.type == "cuda")
-    total = sum(end - first for first, end in spans)
-    with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="img", desc="extract") as progress:
-        pending = None
-        for (split, shard), (first, end) in zip(todo, spans, strict=True):
-            ids = [record.id for record in data.splits[split][first:end]]
-            buffers = {str(f): np.empty((end - first, *manifest.features[str(f)]["shape"]), dtype) for f in features}
-            row = 0
-            while row < end - first:
-                batch = next(images)
-                results = _infer(model, batch.to(device, non_blocking=True), features)
+    dtype = getattr(torch, next(iter(manifest.features.values()))["dtype"])
+    total = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
+    progress = tqdm(total=total, unit="img", desc="extract", disable=ranks.rank != 0)
+    pending, row = None, 0
+    with ThreadPoolExecutor(1) as writer, progress:
+        for batch in image_batches(data, model.preprocessing, batches(), workers, pin_memory=device.type == "cuda"):
+            if row == 0:
+                split, shard = drawn.popleft()
+                first, end = manifest.rows_of(split, shard)
+                ids = [record.id for record in data.splits[split][first:end]]
+                buffers = {
+                    str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
+                    for f in features
+                }
+            with torch.inference_mode():
+                results = model(model.preprocessing.normalise(batch.to(device, non_blocking=True)), features)
                 for name, values in results.items():
                     buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
-                row += len(batch)
-                progress.update(len(batch))
-            if pending:
-                pending.result()
-            pending = writer.submit(put_shard, path, manifest, split, shard, ids, buffers)
+            row += len(batch)
+            progress.update(ranks.count(len(batch)) - progress.n)
+            if row == end - first:
+                if pending:
+                    pending.result()
+                stored = {name: _as_stored(rows) for name, rows in buffers.items()}
+                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored), 0
         if pending:
             pending.result()
 
 
-def _infer(model, images, features):
-    with torch.inference_mode():
-        return {name: values.cpu() for name, values in model(model.preprocessing.normalise(images), features).items()}
+def _as_stored(rows):
+    """numpy view of a tensor; bfloat16, which numpy lacks, as uint16."""
+    return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
 def _cast(values, dtype, name, first_row, ids):
-    """Cast float32 [B, ...] to the store's dtype. Raises BadInput for what the dtype cannot hold."""
-    with np.errstate(over="ignore"):
-        cast = values.numpy().astype(dtype)
-    flat = cast.reshape(len(cast), -1)
-    bad = ~np.isfinite(flat).all(axis=1)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
+    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold."""
+    cast = values.to(dtype)
+    fine = torch.isfinite(cast).flatten(1).all(1)
+    kind = str(dtype).removeprefix("torch.")
+    if not fine.all():
+        at = int((~fine).nonzero()[0])
         peak = float(values[at].abs().max())
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
-        if np.isfinite(peak):
-            raise BadInput(f"{where}: value {peak:.4g} is beyond {dtype}; extract with --dtype float32")
+        if peak < float("inf"):
+            raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
         raise BadInput(f"{where}: the backbone yields a value that is not finite")
     # A map of values below float16's smallest normal number loses its digits without a word.
     peak = float(values.abs().max())
-    if 0 < peak < np.finfo(dtype).tiny:
+    if 0 < peak < torch.finfo(dtype).tiny:
         raise BadInput(
-            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for {dtype}; "
+            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for {kind}; "
             "extract with --dtype float32"
         )
-    return cast
+    return cast.cpu()

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 
 from featcache.errors import BadInput
 from featcache.feature import Feature, parse_feature
+from featcache.store.dtype import STORED
+from featcache.store.folder import open_folder
+from featcache.store.sealed import seal, unseal
 
 FILE = "manifest.json"
 FORMAT = "featcache-store"
@@ -16,7 +18,6 @@ VERSION = 1
 SHARD_BYTES = 128 << 20
 CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 256
-DTYPE_BYTES = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Manifest:
 
     identity: what the features depend on; its hash is the store's id. splits: name to {rows,
     shard_rows}. features: name to {shape (of one row), dtype, chunk_rows}. aliases: layer names for
-    people to module paths. classes, task: of the dataset. batch_size: images per forward pass,
-    fixed for the store because it can change the last bits of a feature.
+    people to module paths. classes, task: of the dataset. compute: {device, threads, batch_size} of
+    the extraction, fixed for the store because they can change the last bits of a feature. storage:
+    {format, compression}. files: name to {bytes, crc32c} of all files but the shards and markers.
     """
 
     identity: dict
@@ -35,7 +37,9 @@ class Manifest:
     aliases: dict
     classes: list
     task: str
-    batch_size: int
+    compute: dict
+    storage: dict
+    files: dict
 
     @property
     def id(self):
@@ -46,10 +50,19 @@ class Manifest:
         """Number of shards of a split."""
         return -(-self.splits[split]["rows"] // self.splits[split]["shard_rows"])
 
+    def all_shards(self):
+        """Every (split, shard), in order."""
+        return [(split, shard) for split in self.splits for shard in range(self.shards(split))]
+
     def rows_of(self, split, shard):
         """First row and end row of a shard."""
         size = self.splits[split]["shard_rows"]
         return shard * size, min((shard + 1) * size, self.splits[split]["rows"])
+
+    def row_bytes(self, feature):
+        """Bytes of one row of a feature, uncompressed."""
+        spec = self.features[str(feature)]
+        return math.prod(spec["shape"]) * STORED[spec["dtype"]].itemsize
 
     def feature(self, name):
         """Resolve a feature's name or alias. Raises BadInput if the store does not hold it."""
@@ -58,10 +71,9 @@ class Manifest:
             raise BadInput(f"the store holds no feature {str(feature)!r}; it holds {', '.join(self.features)}")
         return feature
 
-    def to_json(self):
-        """Return the text of manifest.json."""
-        head = {"format": FORMAT, "version": VERSION, "id": self.id}
-        return json.dumps(head | asdict(self), indent=2) + "\n"
+    def to_bytes(self):
+        """Return the bytes of manifest.json."""
+        return seal({"format": FORMAT, "version": VERSION, "id": self.id} | asdict(self))
 
 
 def identity_hash(identity):
@@ -69,15 +81,16 @@ def identity_hash(identity):
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def plan(identity, rows, shapes, dtype, aliases, classes, task, batch_size):
+def plan(identity, rows, shapes, dtype, aliases, classes, task, compute, storage):
     """Lay out a store: shard and chunk sizes follow from the bytes of a row.
 
-    rows: {split: N}. shapes: {Feature: shape of one row}. dtype: numpy name. All features of a
-    split have the same rows per shard; chunks are powers of two of rows, so that they divide it.
+    rows: {split: N}. shapes: {Feature: shape of one row}. dtype: of STORED. The others as in
+    Manifest, whose `files` stay empty here. All features of a split have the same rows per shard;
+    chunks are powers of two of rows, so that they divide it.
     """
     features, row_bytes = {}, 0
     for feature, shape in shapes.items():
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        size = math.prod(shape) * STORED[dtype].itemsize
         chunk_rows = min(CHUNK_ROWS, _power_of_two_below(CHUNK_BYTES // size))
         features[str(feature)] = {"shape": list(shape), "dtype": dtype, "chunk_rows": chunk_rows}
         row_bytes += size
@@ -86,36 +99,48 @@ def plan(identity, rows, shapes, dtype, aliases, classes, task, batch_size):
     splits = {
         split: {"rows": count, "shard_rows": min(full, -(-count // unit) * unit)} for split, count in rows.items()
     }
-    return Manifest(identity, splits, features, dict(aliases), list(classes), task, batch_size)
+    return Manifest(identity, splits, features, dict(aliases), list(classes), task, compute, storage, {})
 
 
 def _power_of_two_below(number):
     return 1 << (max(number, 1).bit_length() - 1)
 
 
-def read_manifest(path):
-    """Read the manifest of the store at `path`. Raises BadInput if there is none or it is damaged."""
-    file = Path(path) / FILE
-    if not Path(path).exists():
-        raise BadInput(f"store not found: {path}")
+def read_manifest(place):
+    """Read the manifest of the store at a path, URL or folder. Raises BadInput if there is none or it is damaged."""
+    folder = open_folder(place)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        data = folder.read(FILE)
     except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"not a featcache store (it has no {FILE}): {path}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"damaged manifest {file}: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise BadInput(f"damaged manifest {file}: it does not say format {FORMAT!r}")
+        entries = folder.names()
+        if "commits" in entries:
+            raise BadInput(
+                f"store {folder} has lost its {FILE}: run the same extract again, which makes it anew"
+            ) from None
+        if not entries and (folder.remote or not folder.path.exists()):
+            raise BadInput(f"store not found: {folder}") from None
+        raise BadInput(f"not a featcache store (it has no {FILE}): {folder}") from None
+    return parse_manifest(data, folder)
+
+
+def parse_manifest(data, folder):
+    """Turn the bytes of a manifest.json into a Manifest. Raises BadInput for damage and for other versions."""
+    where = f"{folder}/{FILE}"
+    try:
+        content = unseal(data)
+    except ValueError as error:
+        raise BadInput(f"damaged manifest {where}: {error}; see featcache verify {folder}") from None
+    if content.get("format") != FORMAT:
+        raise BadInput(f"damaged manifest {where}: it does not say format {FORMAT!r}")
     if content.get("version") != VERSION:
         raise BadInput(
-            f"store {path} has format version {content.get('version')}; this featcache reads version {VERSION}"
+            f"store {folder} has format version {content.get('version')}; this featcache reads version {VERSION}"
         )
-    try:
-        manifest = Manifest(**{k: v for k, v in content.items() if k not in ("format", "version", "id")})
-    except TypeError as error:
-        raise BadInput(f"damaged manifest {file}: {error}") from None
-    if manifest.id != content.get("id"):
-        raise BadInput(f"damaged manifest {file}: its identity does not hash to its id")
+    if content.keys() != {"format", "version", "id"} | {field.name for field in fields(Manifest)}:
+        raise BadInput(f"damaged manifest {where}: its fields are not those of version {VERSION}")
+    manifest = Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
+    if manifest.id != content["id"]:
+        raise BadInput(f"damaged manifest {where}: its identity does not hash to its id")
     return manifest
 
 
@@ -135,3 +160,8 @@ def feature_of(name):
     """Turn a manifest's feature name back into a Feature."""
     layer, _, reduction = name.rpartition(":")
     return Feature(layer, reduction)
+
+
+def stored_as(manifest, format, compression):
+    """The manifest of the same store in another format or compression."""
+    return replace(manifest, storage={"format": format, "compression": compression}, files={})

@@ -1,168 +1,131 @@
 """Making a store and filling its shards, safe against a kill at any moment."""
 
-import fcntl
-import hashlib
-import os
-import shutil
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
+import io
+import mmap
+from dataclasses import replace
 
-import click
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from featcache.atomic import PARTIAL, sync_folder, write_whole
 from featcache.errors import BadInput
-from featcache.store.manifest import FILE, difference, feature_of, read_manifest
-from featcache.store.shard import commit_shard, marker_path, read_marker, shard_path, write_shard
+from featcache.store.folder import open_folder
+from featcache.store.formats import FORMATS
+from featcache.store.manifest import FILE, difference, read_manifest
+from featcache.store.marker import committed, marker_name, read_marker, write_marker
+from featcache.store.zarr_format import crc_of
+
+COMMITS = "commits"
+LOCK = f"{COMMITS}/lock"
 
 
-@contextmanager
-def locked(folder, waiting):
-    """Hold an advisory lock on a folder; say `waiting` first if another process has it.
+def create_store(place, manifest, arrays):
+    """Make a store with all but its shards, or mend what a begun one lacks; return its Manifest.
 
-    On file systems without locks this does nothing: commits are all or nothing either way.
+    The manifest comes first, and names every other file with its checksum. arrays: {split: {name:
+    (array, axes)}}, see featcache.store.records. Raises BadInput if something else is in the way.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            click.echo(waiting, err=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+    folder = open_folder(place)
+    FORMATS[manifest.storage["format"]].check_place(folder, manifest.storage["compression"])
+    entries = folder.names()
+    files = None
+    if FILE in entries:
+        check_same(folder, manifest)
+        manifest = read_manifest(folder)
+    elif entries and COMMITS not in entries:
+        raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
+    else:
+        files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
+        manifest = replace(manifest, files={n: {"bytes": len(d), "crc32c": crc_of(d)} for n, d in files.items()})
+        with folder.writing(FILE) as file:
+            file.write(manifest.to_bytes())
+    lacking = [name for name, entry in manifest.files.items() if files or folder.size(name) != entry["bytes"]]
+    if lacking and files is None:
+        files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
+    for name in lacking:
+        if crc_of(files[name]) != manifest.files[name]["crc32c"]:
+            raise BadInput(
+                f"{folder}/{name} is lost, and this version of {manifest.storage['format']} writes it otherwise: "
+                "extract into another store"
+            )
+        with folder.writing(name) as file:
+            file.write(files[name])
+    return manifest
 
 
-def create_store(path, manifest, dataset):
-    """Make the folder of a store with all but its shards, all or nothing.
-
-    dataset: the Dataset; its ids, labels, boxes and sizes go into the store. A store of the same id
-    that is there already is left as it is. Raises BadInput if another one is in the way.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the folder {path.parent}: {error.strerror}") from None
-    with locked(path.parent, f"waiting: another process is making a store in {path.parent}"):
-        if path.exists():
-            check_same(path, manifest)
-            return
-        building = path.with_name(path.name + PARTIAL)
-        shutil.rmtree(building, ignore_errors=True)
-        try:
-            building.mkdir()
-        except OSError as error:
-            raise BadInput(f"cannot write into {path.parent}: {error.strerror}") from None
-        _write_metadata(building, manifest, dataset)
-        for split in manifest.splits:
-            (building / "commits" / split).mkdir(parents=True)
-        write_whole(building / FILE, manifest.to_json())
-        for folder, _, files in os.walk(building):
-            for file in files:
-                descriptor = os.open(Path(folder, file), os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            sync_folder(folder)
-        os.rename(building, path)
-        sync_folder(path.parent)
-
-
-def check_same(path, manifest):
-    """Raise BadInput, naming the fields that differ, if the store at `path` has another identity."""
-    there = read_manifest(path)
+def check_same(folder, manifest):
+    """Raise BadInput, naming the fields that differ, if the store there is not that of `manifest`."""
+    there = read_manifest(folder)
     if there.id != manifest.id:
         fields = "; ".join(difference(there.identity, manifest.identity))
-        raise BadInput(f"{path} is another store (id {there.id[:8]}, asked for {manifest.id[:8]}): {fields}")
+        raise BadInput(f"{folder} is another store (id {there.id[:8]}, asked for {manifest.id[:8]}): {fields}")
+    if there.storage != manifest.storage:
+        fields = "; ".join(difference(there.storage, manifest.storage))
+        raise BadInput(f"{folder} is stored otherwise ({fields}): choose another --store, or use featcache convert")
 
 
-def _write_metadata(path, manifest, dataset):
-    """Write all Zarr metadata, and the small arrays: ids, labels, boxes, sizes."""
-    root = zarr.create_group(str(path), attributes={"featcache": {"id": manifest.id, "classes": manifest.classes}})
-    for split, geometry in manifest.splits.items():
-        group = root.create_group(split)
-        for name, array in _record_arrays(dataset, split).items():
-            # A chunk may not be empty, an array may.
-            chunks = tuple(max(size, 1) for size in array.shape)
-            group.create_array(name, data=array, chunks=chunks, compressors=[Crc32cCodec()])
-        for name, feature in manifest.features.items():
-            row = tuple(feature["shape"])
-            group.create_array(
-                feature_of(name).folder,
-                shape=(geometry["rows"], *row),
-                shards=(geometry["shard_rows"], *row),
-                chunks=(feature["chunk_rows"], *row),
-                dtype=feature["dtype"],
-                fill_value=float("nan"),
-                compressors=[Crc32cCodec()],
-            )
-    with warnings.catch_warnings():
-        # zarr-python warns that consolidated metadata is not in the v3 specification; readers that
-        # do not know it ignore it, others open the store without listing folders.
-        warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(str(path))
-
-
-def _record_arrays(dataset, split):
-    """The small arrays of a split; docs/store-format.md describes them."""
-    records = dataset.splits[split]
-    ids = np.array([r.id.encode() for r in records])
-    counts = [len(r.boxes) for r in records]
-    return {
-        "ids": ids.view(np.uint8).reshape(len(records), ids.itemsize),
-        "labels": dataset.labels(split),
-        "sizes": np.array([(r.height, r.width) for r in records], dtype=np.int32),
-        "box_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "boxes": np.concatenate([r.boxes for r in records]).astype(np.float32),
-        "box_classes": np.concatenate([r.box_classes for r in records]).astype(np.int64),
-        "box_difficult": np.concatenate([r.box_difficult for r in records]).astype(bool),
-    }
-
-
-def ids_sha256(ids):
-    """sha256 (hex) over the ids of a shard's rows, one a line."""
-    return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
-
-
-def missing_shards(path, manifest):
+def missing_shards(folder, manifest):
     """Return [(split, shard)] that are not committed, in order."""
-    return [
-        (split, shard)
-        for split in manifest.splits
-        for shard in range(manifest.shards(split))
-        if read_marker(path, manifest, split, shard) is None
-    ]
+    there = {split: committed(folder, manifest, split) for split in manifest.splits}
+    return [(split, shard) for split, shard in manifest.all_shards() if shard not in there[split]]
 
 
-def put_shard(path, manifest, split, shard, ids, features):
+def put_shard(folder, manifest, split, shard, ids, features):
     """Write a whole shard, all its features, and commit it.
 
-    ids: of its rows. features: {name: array [rows, ...]}.
+    ids: of its rows. features: {name: array [rows, ...] as it is stored}. A shard that is committed
+    already with the same rows is left alone. Raises BadInput if it is there with others.
     """
     first, end = manifest.rows_of(split, shard)
-    files = {}
+    layout = FORMATS[manifest.storage["format"]]
     for name, rows in features.items():
         if len(rows) != end - first:
             raise ValueError(f"shard {shard} of {split} has {end - first} rows, {name} brings {len(rows)}")
-        target = shard_path(path, split, feature_of(name), shard, rows.ndim)
-        geometry = manifest.splits[split]["shard_rows"]
-        files[name] = write_shard(target, rows, manifest.features[name]["chunk_rows"], geometry)
-    commit_shard(path, split, shard, (first, end), ids_sha256(ids), files)
+    crcs = {name: _rows_crc32c(rows, manifest.features[name]["chunk_rows"]) for name, rows in features.items()}
+    # Two processes may come with the same shard; what one has committed the other must not touch.
+    with folder.one_writer(LOCK, manifest.all_shards().index((split, shard))):
+        there = read_marker(folder, manifest, split, shard)
+        if there is not None:
+            if {name: there["files"][name]["rows_crc32c"] for name in crcs} == crcs:
+                return
+            raise BadInput(
+                f"{folder}/{marker_name(split, shard)}: the shard is committed with other values; the backbone does "
+                "not give the same features twice (another device, thread count or library?)"
+            )
+        files = {}
+        for name, rows in features.items():
+            with folder.writing(layout.shard_name(split, name, shard, rows.ndim)) as file:
+                geometry, compression = manifest.splits[split]["shard_rows"], manifest.storage["compression"]
+                offset = layout.write_shard(file, rows, manifest.features[name], geometry, compression)
+                length, crc = _measure(file)
+            files[name] = {"bytes": length, "crc32c": crc, "offset": offset, "rows_crc32c": crcs[name]}
+        write_marker(folder, manifest, split, shard, ids, files)
 
 
-def sweep(path):
-    """Remove what a killed writer left behind; call only with the store locked."""
-    for leftover in Path(path).rglob(f"*{PARTIAL}"):
-        leftover.unlink()
+def _rows_crc32c(rows, chunk_rows):
+    return [crc_of(rows[start : start + chunk_rows]) for start in range(0, len(rows), chunk_rows)]
 
 
-def discard_if_empty(path, manifest):
+def _measure(file):
+    """Length and crc32c of a file that is open for writing and reading."""
+    if isinstance(file, io.BytesIO):
+        return file.getbuffer().nbytes, crc_of(file.getvalue())
+    file.flush()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        whole = np.frombuffer(data, np.uint8)
+        crc = crc_of(whole)
+        # A mapping cannot be closed while an array looks at it.
+        del whole
+        return len(data), crc
+
+
+def discard_if_empty(folder, manifest):
     """Remove a store in which no shard was ever committed: nothing is lost, and nothing looks whole."""
-    if not any(marker_path(path, s, n).exists() for s in manifest.splits for n in range(manifest.shards(s))):
-        shutil.rmtree(path)
+    if not any(committed(folder, manifest, split) for split in manifest.splits):
+        folder.delete_all()
+
+
+def drop_shard(folder, manifest, split, shard, names):
+    """Take a shard out of a store: first its marker, then the files of the features `names`."""
+    folder.delete(marker_name(split, shard))
+    for name in names:
+        axes = 1 + len(manifest.features[name]["shape"])
+        folder.delete(FORMATS[manifest.storage["format"]].shard_name(split, name, shard, axes))

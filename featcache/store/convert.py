@@ -1,0 +1,79 @@
+"""`featcache convert`: the same store in the other format, or compressed, or elsewhere."""
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from featcache.errors import BadInput
+from featcache.store.folder import open_folder
+from featcache.store.formats import FORMATS, choose_format
+from featcache.store.manifest import FILE, stored_as
+from featcache.store.marker import read_marker, remedy
+from featcache.store.reader import open_store
+from featcache.store.records import with_axes
+from featcache.store.sources import open_source
+from featcache.store.writer import check_same, create_store, missing_shards, put_shard
+from featcache.store.zarr_format import crc_of
+
+
+def convert(store, format=None, out=None, compression=None):
+    """Write a finished store in another format, compression or place; return the new store's path.
+
+    store: path or URL. format: zarr or hdf5, by default what the suffix of `out` says. out: path or
+    URL, by default that of the store with the format's suffix. compression: None, zstd or blosc.
+    Rows are checked against the source's checksums when they are read, and again in the new store
+    after they are written. After an interruption the same call goes on. Raises BadInput.
+    """
+    source = open_store(store)
+    if format is None and out is None:
+        raise BadInput("say what to convert to: --to, or --out")
+    format = choose_format(format, out)
+    if out is None:
+        if source.folder.remote:
+            raise BadInput(f"{store} is a URL: say with --out where the new store shall lie")
+        out = Path(store).with_suffix(FORMATS[format].SUFFIX)
+    target = open_folder(out)
+    if str(target) == str(source.folder) or (
+        not target.remote and not source.folder.remote and target.path == source.folder.path
+    ):
+        raise BadInput(f"{out} is the store itself: say with --out where the new one shall lie")
+    manifest = stored_as(source.manifest, format, compression)
+    if FILE in target.names():
+        check_same(target, manifest)
+    with target.locked(f"waiting: another process is writing {target}"):
+        target.sweep()
+        arrays = {split: with_axes(source[split].arrays()) for split in source.splits}
+        manifest = create_store(target, manifest, arrays)
+        todo = missing_shards(target, manifest)
+        rows = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
+        with tqdm(total=rows, unit="row", desc="convert") as progress:
+            for split, shard in todo:
+                first, end = manifest.rows_of(split, shard)
+                marker = read_marker(source.folder, source.manifest, split, shard)
+                features = {
+                    name: _checked(source.folder, source.manifest, split, name, shard, marker)
+                    for name in manifest.features
+                }
+                put_shard(target, manifest, split, shard, source[split].ids[first:end], features)
+                for name in manifest.features:
+                    _checked(target, manifest, split, name, shard, marker)
+                progress.update(end - first)
+    click.echo(f"store: {target} (id {manifest.id[:8]}, all rows checked)", err=True)
+    return str(target)
+
+
+def _checked(folder, manifest, split, name, shard, marker):
+    """Read the rows of a shard, as they are stored. Raises BadInput if they do not fit the marker."""
+    first, end = manifest.rows_of(split, shard)
+    rows, step = (
+        open_source(folder, manifest, split, name).take_range(first, end),
+        manifest.features[name]["chunk_rows"],
+    )
+    for number, crc in enumerate(marker["files"][name]["rows_crc32c"]):
+        if crc_of(rows[number * step : (number + 1) * step]) != crc:
+            at = first + number * step
+            raise BadInput(
+                f"damaged rows {at} to {min(at + step, end) - 1} of {folder}/{split}/{name}; {remedy(folder)}"
+            )
+    return rows

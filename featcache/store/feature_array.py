@@ -1,0 +1,130 @@
+"""A feature of a split as an array, a tensor, or a stream of batches."""
+
+import numpy as np
+
+from featcache.store.dtype import read_as, widen
+from featcache.store.sources import open_source
+
+# Rows are copied in pieces of about this size where the whole is not wanted at once.
+PIECE_BYTES = 32 << 20
+
+
+class FeatureArray:
+    """A feature of a split, [N, ...]; nothing is read before it is asked for.
+
+    Slices, integers, integer arrays and boolean masks index the rows as numpy does and return
+    numpy arrays (copies); bfloat16 comes as float32, exactly. Further indices apply to the axes of a
+    row. Safe with forked and spawned worker processes. Raises BadInput for damage.
+    """
+
+    def __init__(self, folder, manifest, split, feature):
+        spec = manifest.features[str(feature)]
+        self.feature = feature
+        self.stored_dtype = spec["dtype"]
+        self.dtype = read_as(spec["dtype"])
+        self.shape = (manifest.splits[split]["rows"], *spec["shape"])
+        self.ndim = len(self.shape)
+        self.chunk_rows = spec["chunk_rows"]
+        self._row_bytes = manifest.row_bytes(feature)
+        self._source = open_source(folder, manifest, split, feature)
+
+    def __len__(self):
+        return self.shape[0]
+
+    @property
+    def nbytes(self):
+        """Bytes of all rows as they are read."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None):
+        if copy is False:
+            raise ValueError("a stored feature is always copied into memory")
+        rows = self[:]
+        return rows if dtype is None else rows.astype(dtype, copy=False)
+
+    def __getitem__(self, key):
+        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if isinstance(rows, slice) and rows.indices(len(self))[2] == 1:
+            start, stop, _ = rows.indices(len(self))
+            result = widen(self._source.take_range(start, max(start, stop)), self.stored_dtype)
+        else:
+            indices = np.arange(len(self))[rows]
+            taken = widen(self._source.take(np.atleast_1d(indices).reshape(-1)), self.stored_dtype)
+            result = taken.reshape(*indices.shape, *self.shape[1:])
+            if indices.ndim == 0:
+                return result[rest]
+        # The rows are taken already, whatever axes they have become.
+        lead = 1 if isinstance(rows, slice) else indices.ndim
+        return result[(slice(None),) * lead + rest] if rest else result
+
+    def to_torch(self, device="cpu", dtype=None):
+        """All rows as a torch tensor, by default of the stored dtype, bfloat16 included.
+
+        Needs memory for the result and one piece of 32 MB.
+        """
+        import torch
+
+        stored = getattr(torch, self.stored_dtype)
+        out = torch.empty(self.shape, dtype=dtype or stored, device=device)
+        for start, stop in self._pieces(PIECE_BYTES):
+            piece = torch.from_numpy(self._source.take_range(start, stop))
+            out[start:stop] = piece.view(stored)
+            self._source.release()
+        return out
+
+    def pieces(self):
+        """Yield (first row, rows) in order, about 32 MB at a time; holds no more than that in memory."""
+        for start, stop in self._pieces(PIECE_BYTES):
+            yield start, self[start:stop]
+            self._source.release()
+
+    def _pieces(self, size):
+        # Whole chunks, so that none is read twice.
+        step = max(size // self._row_bytes // self.chunk_rows, 1) * self.chunk_rows
+        return [(start, min(start + step, len(self))) for start in range(0, len(self), step)]
+
+    def batches(self, size, shuffle=False, seed=0, memory=1 << 30):
+        """Yield (row numbers int64 [B], rows [B, ...]), every row exactly once; the last batch may be short.
+
+        size: rows of a batch. shuffle: in random order, with a shuffle buffer: chunks of neighbouring
+        rows (`chunk_rows`, at most 256) are drawn at random from the whole split until `memory` bytes
+        are full, their rows are shuffled, and the buffer is used up before it is filled again. If the
+        feature fits into `memory` every order is equally likely. seed: int, or a sequence of ints such
+        as (seed, epoch); the same seed gives the same batches. memory: bytes; the process needs these,
+        one piece of 32 MB and two batches, whatever the size of the store.
+        """
+        if size < 1:
+            raise ValueError(f"batch size {size} is not positive")
+        if not shuffle:
+            step = max(PIECE_BYTES // self._row_bytes // size, 1) * size
+            for first in range(0, len(self), step):
+                piece = self[first : first + step]
+                self._source.release()
+                for start in range(0, len(piece), size):
+                    rows = piece[start : start + size]
+                    yield np.arange(first + start, first + start + len(rows)), rows
+            return
+        random = np.random.default_rng(seed)
+        chunks = random.permutation(-(-len(self) // self.chunk_rows))
+        chunks_at_once = max(memory // (self._row_bytes * self.chunk_rows), 1)
+        room = min(chunks_at_once * self.chunk_rows, len(self)) + size
+        numbers, buffer = np.empty(room, np.int64), np.empty((room, *self.shape[1:]), self._source.dtype)
+        filled = 0
+        for at in range(0, len(chunks), chunks_at_once):
+            for chunk in np.sort(chunks[at : at + chunks_at_once]):
+                start = int(chunk) * self.chunk_rows
+                stop = min(start + self.chunk_rows, len(self))
+                numbers[filled : filled + stop - start] = np.arange(start, stop)
+                buffer[filled : filled + stop - start] = self._source.take_range(start, stop)
+                filled += stop - start
+                self._source.release()
+            order = random.permutation(filled)
+            last = at + chunks_at_once >= len(chunks)
+            # What does not fill a batch waits for the next filling.
+            used = filled if last else filled // size * size
+            for start in range(0, used, size):
+                taken = order[start : min(start + size, used)]
+                yield numbers[taken], widen(buffer[taken], self.stored_dtype)
+            rest = order[used:]
+            filled = len(rest)
+            numbers[:filled], buffer[:filled] = numbers[rest], buffer[rest]

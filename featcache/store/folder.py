@@ -1,0 +1,241 @@
+"""Where a store lies: a folder on this machine, or a URL that fsspec understands.
+
+Both kinds have the same methods; names are relative, with "/". A file appears whole or not at all.
+"""
+
+import fcntl
+import io
+import os
+import shutil
+import uuid
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+
+import click
+
+from featcache.atomic import PARTIAL, replacing, sync_folder
+from featcache.errors import BadInput
+
+
+def open_folder(place):
+    """Return the LocalFolder of a path, or the RemoteFolder of a URL such as s3://bucket/x.zarr."""
+    if isinstance(place, (LocalFolder, RemoteFolder)):
+        return place
+    return RemoteFolder(place) if "://" in str(place) else LocalFolder(place)
+
+
+class LocalFolder:
+    """A folder of a local or network file system. It need not exist yet."""
+
+    remote = False
+
+    def __init__(self, path):
+        self.path = Path(os.path.abspath(path))
+        self.shown = str(path)
+
+    def __str__(self):
+        return self.shown
+
+    def read(self, name):
+        """Return a file's bytes. Raises FileNotFoundError."""
+        return (self.path / name).read_bytes()
+
+    def names(self, name=""):
+        """Names of what lies directly in a folder; empty if there is no such folder."""
+        try:
+            return {entry.name for entry in os.scandir(self.path / name)}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def files(self):
+        """Yield the names of all files, at any depth, in order."""
+        for folder, folders, files in os.walk(self.path):
+            folders.sort()
+            yield from (Path(folder, file).relative_to(self.path).as_posix() for file in sorted(files))
+
+    def size(self, name):
+        """Length of a file in bytes, None if it is not there."""
+        try:
+            return os.stat(self.path / name).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextmanager
+    def writing(self, name):
+        """Yield a binary file that appears under `name`, whole and durable, when the block ends well."""
+        path = self.path / name
+        fresh = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that write the same file must not write into the same partial file.
+        with replacing(path, tag=f".{uuid.uuid4().hex[:8]}") as file:
+            yield file
+        for folder in fresh:
+            sync_folder(folder.parent)
+
+    def delete(self, name):
+        """Delete a file, durably; it is no error if it is not there."""
+        path = self.path / name
+        path.unlink(missing_ok=True)
+        if path.parent.exists():
+            sync_folder(path.parent)
+
+    def delete_all(self):
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.path)
+
+    def sweep(self):
+        """Delete what killed writers left behind; call only while no other process writes."""
+        for leftover in self.path.rglob(f"*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, waiting):
+        """Hold the advisory lock of the whole folder; say `waiting` first if another process has it.
+
+        On file systems without locks this does nothing.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                click.echo(waiting, err=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def one_writer(self, name, number):
+        """Hold byte `number` of the lock file `name`, so that different numbers do not wait for each other."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
+            except OSError:
+                pass
+            yield
+
+    def free_bytes(self):
+        """Bytes that the file system still has room for."""
+        path = self.path
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+
+def _plainly(method):
+    """Turn what a remote service or its library raises into one line."""
+
+    @wraps(method)
+    def call(self, *arguments):
+        try:
+            return method(self, *arguments)
+        except (FileNotFoundError, BadInput):
+            raise
+        except Exception as error:
+            # Each library has exceptions of its own; all of them mean that the place cannot be used.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise BadInput(f"{self.url}: {reason}") from None
+
+    return call
+
+
+class RemoteFolder:
+    """A prefix in an object store or any other file system of fsspec's. Retries are the library's.
+
+    There are no locks: two extractions into one URL at once do the work twice.
+    """
+
+    remote = True
+
+    def __init__(self, url):
+        self.url = str(url).rstrip("/")
+        try:
+            import fsspec
+        except ImportError:
+            raise BadInput(f"{url}: remote stores need fsspec; install with: pip install 'featcache[remote]'") from None
+        try:
+            # Listings must show what another process has just written.
+            self._system, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            raise BadInput(f"{url}: {error}; for s3:// install with: pip install 'featcache[remote]'") from None
+        except ValueError as error:
+            raise BadInput(f"{url}: {error}") from None
+
+    def __str__(self):
+        return self.url
+
+    def _place(self, name):
+        return f"{self._root}/{name}".rstrip("/")
+
+    @_plainly
+    def read(self, name):
+        """Return a file's bytes. Raises FileNotFoundError."""
+        return self._system.cat_file(self._place(name))
+
+    @_plainly
+    def names(self, name=""):
+        """Names of what lies directly below a prefix; empty if there is nothing."""
+        try:
+            return {path.rstrip("/").rsplit("/", 1)[-1] for path in self._system.ls(self._place(name), detail=False)}
+        except FileNotFoundError:
+            return set()
+
+    @_plainly
+    def files(self):
+        """Names of all files, at any depth, in order."""
+        root = self._system._strip_protocol(self.url).rstrip("/")
+        return [path[len(root) + 1 :] for path in sorted(self._system.find(self._root))]
+
+    @_plainly
+    def size(self, name):
+        """Length of a file in bytes, None if it is not there."""
+        try:
+            return self._system.size(self._place(name))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def writing(self, name):
+        """Yield a binary file that is uploaded as `name` when the block ends well."""
+        buffer = io.BytesIO()
+        yield buffer
+        self._upload(name, buffer.getvalue())
+
+    @_plainly
+    def _upload(self, name, data):
+        self._system.pipe_file(self._place(name), data)
+
+    @_plainly
+    def delete(self, name):
+        """Delete a file; it is no error if it is not there."""
+        try:
+            self._system.rm_file(self._place(name))
+        except FileNotFoundError:
+            pass
+
+    @_plainly
+    def delete_all(self):
+        """Delete everything below the prefix."""
+        self._system.rm(self._root, recursive=True)
+
+    def sweep(self):
+        """Nothing to do: an upload that was cut off leaves nothing."""
+
+    def locked(self, waiting):
+        """No lock."""
+        return nullcontext()
+
+    def one_writer(self, name, number):
+        """No lock."""
+        return nullcontext()
+
+    def free_bytes(self):
+        """No limit is known: None."""
+        return None

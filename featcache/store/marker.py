@@ -1,0 +1,64 @@
+"""Markers: the small files that say that a shard is whole."""
+
+import hashlib
+
+from featcache.errors import BadInput
+from featcache.store.sealed import seal, unseal
+
+
+def marker_name(split, shard):
+    """Name of a shard's marker within the store."""
+    return f"commits/{split}/{shard:06d}.json"
+
+
+def ids_sha256(ids):
+    """sha256 (hex) over the ids of a shard's rows, one a line."""
+    return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
+
+
+def write_marker(folder, manifest, split, shard, ids, files):
+    """Write the marker of a shard, last of all: from now on the shard exists.
+
+    ids: of its rows. files: {feature name: {bytes, crc32c, offset, rows_crc32c}}, see docs/store-format.md.
+    """
+    content = {
+        "store": manifest.id,
+        "split": split,
+        "shard": shard,
+        "rows": list(manifest.rows_of(split, shard)),
+        "ids_sha256": ids_sha256(ids),
+        "files": files,
+    }
+    with folder.writing(marker_name(split, shard)) as file:
+        file.write(seal(content))
+
+
+def committed(folder, manifest, split):
+    """The shards of a split that have a marker, whatever it says: set of int."""
+    names = folder.names(f"commits/{split}")
+    return {shard for shard in range(manifest.shards(split)) if f"{shard:06d}.json" in names}
+
+
+def read_marker(folder, manifest, split, shard):
+    """Return a shard's marker, or None if the shard is not committed. Raises BadInput if it is damaged."""
+    name = marker_name(split, shard)
+    try:
+        marker = unseal(folder.read(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise BadInput(f"damaged marker {folder}/{name}: {error}; {remedy(folder)}") from None
+    if marker["store"] != manifest.id:
+        raise BadInput(
+            f"marker {folder}/{name} belongs to another store (id {marker['store'][:8]}, this is {manifest.id[:8]}); "
+            f"{remedy(folder)}"
+        )
+    place = (marker["split"], marker["shard"], tuple(marker["rows"]))
+    if place != (split, shard, manifest.rows_of(split, shard)) or marker["files"].keys() != manifest.features.keys():
+        raise BadInput(f"marker {folder}/{name} is not that of its shard; {remedy(folder)}")
+    return marker
+
+
+def remedy(folder):
+    """What to do about damage, for the end of an error's line."""
+    return f"run featcache verify {folder} --repair, then the same extract again"

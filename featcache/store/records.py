@@ -1,0 +1,66 @@
+"""What a store knows of its rows besides features: ids, labels, boxes and sizes, as small arrays."""
+
+import numpy as np
+
+AXES = {
+    "ids": ("row", "id_byte"),
+    "labels": ("row", "class"),
+    "sizes": ("row", "side"),
+    "image_bytes": ("row",),
+    "boxes": ("box", "corner"),
+    "box_classes": ("box",),
+    "box_difficult": ("box",),
+    "box_offsets": ("bound",),
+}
+
+
+def with_axes(arrays):
+    """Turn {name: array} into {name: (array, names of its axes)}."""
+    return {name: (array, AXES[name][: array.ndim]) for name, array in arrays.items()}
+
+
+def record_arrays(dataset, split):
+    """The small arrays of a dataset's split, {name: array}; docs/store-format.md describes them."""
+    records = dataset.splits[split]
+    ids = np.array([r.id.encode() for r in records])
+    counts = [len(r.boxes) for r in records]
+    return {
+        "ids": ids.view(np.uint8).reshape(len(records), ids.itemsize),
+        "labels": dataset.labels(split),
+        "sizes": np.array([(r.height, r.width) for r in records], dtype=np.int32),
+        "image_bytes": np.array([r.image_bytes for r in records], dtype=np.int64),
+        "boxes": np.concatenate([r.boxes for r in records]).astype(np.float32),
+        "box_classes": np.concatenate([r.box_classes for r in records]).astype(np.int64),
+        "box_difficult": np.concatenate([r.box_difficult for r in records]).astype(np.uint8),
+        "box_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    }
+
+
+def ids_of(array):
+    """The ids of an array uint8 [N, L], list of str."""
+    return [bytes(row).rstrip(b"\0").decode() for row in array]
+
+
+def changes(old, new):
+    """Say in a few words how the records of a split changed: new against old arrays of the same names."""
+    before, after = ids_of(old["ids"]), ids_of(new["ids"])
+    if before != after:
+        known, given = set(before), set(after)
+        added, removed = [i for i in after if i not in known], [i for i in before if i not in given]
+        said = [
+            f"{len(rows)} images {word} (first {rows[0]})"
+            for rows, word in ((added, "added"), (removed, "removed"))
+            if rows
+        ]
+        return ", ".join(said) or "the images are in another order"
+    said = []
+    for name, word in (("labels", "labels"), ("sizes", "size"), ("image_bytes", "image file")):
+        if old[name].shape != new[name].shape:
+            said.append(f"{word}: shape {old[name].shape} -> {new[name].shape}")
+            continue
+        rows = np.flatnonzero((old[name] != new[name]).reshape(len(after), -1).any(1))
+        if len(rows):
+            said.append(f"{word} of {len(rows)} images changed (first {after[rows[0]]})")
+    if not said:
+        said.append("boxes changed")
+    return ", ".join(said)

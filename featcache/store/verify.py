@@ -1,0 +1,133 @@
+"""`featcache verify`: every byte of a store against its checksums; `--repair` drops what is bad."""
+
+from dataclasses import dataclass
+
+import google_crc32c
+from tqdm import tqdm
+
+from featcache.errors import BadInput
+from featcache.store.folder import open_folder
+from featcache.store.formats import FORMATS
+from featcache.store.manifest import FILE, parse_manifest, read_manifest
+from featcache.store.marker import ids_sha256, marker_name, read_marker
+from featcache.store.records import ids_of
+from featcache.store.sealed import unseal
+from featcache.store.writer import COMMITS, drop_shard
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a store: where it is, and what."""
+
+    where: str
+    what: str
+
+    def __str__(self):
+        return f"{self.where}: {self.what}"
+
+
+def verify(store, repair=False):
+    """Check every marker, length and checksum of a store; return the list of Findings, empty if it is whole.
+
+    store: path or URL. repair: drop what is damaged, so that the same `extract` again makes just that
+    anew. Shards that are missing are findings too. Raises BadInput if there is no store at all.
+    """
+    folder = open_folder(store)
+    try:
+        manifest = parse_manifest(folder.read(FILE), folder)
+    except FileNotFoundError:
+        if COMMITS not in folder.names():
+            read_manifest(folder)
+        return [Finding(FILE, "missing; the same extract again makes it anew")]
+    except BadInput as error:
+        if _sealed(folder):
+            raise
+        if repair:
+            folder.delete(FILE)
+        return [Finding(FILE, f"{error.message}; without it nothing else can be checked")]
+    findings = [*_check_files(folder, manifest, repair)]
+    lost = {finding.where for finding in findings}
+    total = sum(entry["bytes"] for entry in manifest.files.values()) or 1
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
+        for split in manifest.splits:
+            ids = None if lost else ids_of(_read_ids(folder, manifest, split))
+            for shard in range(manifest.shards(split)):
+                findings += _check_shard(folder, manifest, split, shard, ids, repair, progress)
+    return findings
+
+
+def _sealed(folder):
+    """Whether the manifest's bytes are those that were written, and so of another version rather than damaged."""
+    try:
+        return bool(unseal(folder.read(FILE)))
+    except ValueError:
+        return False
+
+
+def _read_ids(folder, manifest, split):
+    return FORMATS[manifest.storage["format"]].read_array(folder, split, "ids")
+
+
+def _check_files(folder, manifest, repair):
+    """The files beside the shards."""
+    for name, entry in manifest.files.items():
+        try:
+            data = folder.read(name)
+        except FileNotFoundError:
+            yield Finding(name, "missing")
+            continue
+        if len(data) != entry["bytes"] or google_crc32c.value(data) != entry["crc32c"]:
+            if repair:
+                folder.delete(name)
+            yield Finding(name, "its bytes do not fit the manifest's checksum")
+
+
+def _check_shard(folder, manifest, split, shard, ids, repair, progress):
+    first, end = manifest.rows_of(split, shard)
+    here = f"split {split}, shard {shard} (rows {first} to {end - 1})"
+    try:
+        marker = read_marker(folder, manifest, split, shard)
+    except BadInput as error:
+        if repair:
+            drop_shard(folder, manifest, split, shard, ())
+        return [Finding(marker_name(split, shard), f"{here}: {error.message.split(';')[0]}")]
+    if marker is None:
+        return [Finding(marker_name(split, shard), f"{here} is missing")]
+    findings, bad = [], []
+    if ids is not None and ids_sha256(ids[first:end]) != marker["ids_sha256"]:
+        findings.append(Finding(marker_name(split, shard), f"{here}: it was made for other ids"))
+    for feature, entry in marker["files"].items():
+        name = FORMATS[manifest.storage["format"]].shard_name(
+            split, feature, shard, 1 + len(manifest.features[feature]["shape"])
+        )
+        progress.total = max(progress.total, progress.n + entry["bytes"])
+        what = _wrong_with(folder, manifest, split, shard, feature, name, entry)
+        progress.update(entry["bytes"])
+        if what:
+            bad.append(feature)
+            findings.append(Finding(name, f"{here}, feature {feature}: {what}"))
+    if findings and repair:
+        drop_shard(folder, manifest, split, shard, bad)
+    return findings
+
+
+def _wrong_with(folder, manifest, split, shard, feature, name, entry):
+    """What is wrong with a shard's file, None if nothing is."""
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        return "the file is missing"
+    if len(data) != entry["bytes"]:
+        return f"{len(data)} bytes, its marker says {entry['bytes']}"
+    if google_crc32c.value(data) == entry["crc32c"]:
+        return None
+    spec, shard_rows = manifest.features[feature], manifest.splits[split]["shard_rows"]
+    first, end = manifest.rows_of(split, shard)
+    step = spec["chunk_rows"]
+    try:
+        layout = FORMATS[manifest.storage["format"]]
+        chunks = layout.bad_chunks(data, entry, spec, shard_rows, end - first)
+    except ValueError as error:
+        return str(error)
+    rows = ", ".join(f"{first + c * step} to {min(first + (c + 1) * step, end) - 1}" for c in chunks)
+    return f"damaged rows {rows}" if rows else "damaged outside of the rows"

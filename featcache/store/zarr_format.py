@@ -1,0 +1,182 @@
+"""A store as Zarr v3: one file per feature and shard, written and mapped without zarr-python.
+
+A shard file is its inner chunks one after another, each followed by the crc32c of its bytes, then
+the index (offset and length of every inner chunk, uint64) and the crc32c of the index.
+"""
+
+import json
+import warnings
+
+import google_crc32c
+import numpy as np
+
+from featcache.errors import BadInput
+from featcache.store.dtype import STORED, hole
+from featcache.store.manifest import feature_of
+
+SUFFIX = ".zarr"
+CRC_BYTES = 4
+ABSENT = 2**64 - 1
+COMPRESSIONS = ("zstd", "blosc")
+ZSTD_LEVEL = 3
+BLOSC = {"cname": "zstd", "clevel": 5}
+
+
+def shard_name(split, feature, shard, axes):
+    """Name of a shard's file; axes: number of axes of the array, rows included."""
+    return "/".join([split, feature_of(feature).folder, "c", str(shard), *["0"] * (axes - 1)])
+
+
+def metadata_files(manifest, arrays):
+    """Return {name: bytes} of all Zarr metadata and of the small arrays.
+
+    arrays: {split: {name: (array, names of its axes)}}.
+    """
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    files = {}
+    attributes = {"id": manifest.id, "classes": manifest.classes, "identity": manifest.identity}
+    root = zarr.create_group(zarr.storage.MemoryStore(files), attributes={"featcache": attributes})
+    for split, geometry in manifest.splits.items():
+        group = root.create_group(split)
+        for name, (array, axes) in arrays[split].items():
+            # A chunk may not be empty, an array may.
+            chunks = tuple(max(size, 1) for size in array.shape)
+            settings = {"chunks": chunks, "compressors": [Crc32cCodec()], "dimension_names": axes}
+            # zarr-python would leave out a chunk of nothing but zeros.
+            group.create_array(name, data=array, config={"write_empty_chunks": True}, **settings)
+        for name, spec in manifest.features.items():
+            feature, row = feature_of(name), tuple(spec["shape"])
+            group.create_array(
+                feature.folder,
+                shape=(geometry["rows"], *row),
+                shards=(geometry["shard_rows"], *row),
+                chunks=(spec["chunk_rows"], *row),
+                dtype=STORED[spec["dtype"]],
+                fill_value=hole(spec["dtype"]),
+                compressors=[*_zarr_codecs(manifest.storage["compression"], spec["dtype"]), Crc32cCodec()],
+                dimension_names=("row", *feature.axes),
+                attributes={"dtype": spec["dtype"]},
+            )
+    with warnings.catch_warnings():
+        # zarr-python warns that consolidated metadata is not in the v3 specification; readers that
+        # do not know it ignore it, others open the store without listing folders.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(root.store)
+    return {name: files[name].to_bytes() for name in sorted(files)}
+
+
+def _zarr_codecs(compression, dtype):
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    if compression == "zstd":
+        return [ZstdCodec(level=ZSTD_LEVEL)]
+    if compression == "blosc":
+        return [BloscCodec(typesize=STORED[dtype].itemsize, shuffle="bitshuffle", **BLOSC)]
+    return []
+
+
+def _compressor(compression):
+    """Return a function from the array of a chunk to its bytes."""
+    if compression == "zstd":
+        from numcodecs.zstd import Zstd
+
+        return Zstd(level=ZSTD_LEVEL).encode
+    if compression == "blosc":
+        from numcodecs.blosc import BITSHUFFLE, Blosc
+
+        return Blosc(shuffle=BITSHUFFLE, **BLOSC).encode
+    return lambda chunk: chunk.reshape(-1).view(np.uint8)
+
+
+def write_shard(file, rows, spec, shard_rows, compression):
+    """Write rows [n, ...], as they are stored, as one shard. Returns 0, the offset of the first row.
+
+    The last inner chunk is padded with NaN; inner chunks beyond the rows are absent.
+    """
+    encode = _compressor(compression)
+    chunk_rows = spec["chunk_rows"]
+    index = np.full((shard_rows // chunk_rows, 2), ABSENT, dtype="<u8")
+    offset = 0
+    for number, start in enumerate(range(0, len(rows), chunk_rows)):
+        chunk = rows[start : start + chunk_rows]
+        if len(chunk) < chunk_rows:
+            padded = np.full((chunk_rows, *rows.shape[1:]), hole(spec["dtype"]), dtype=rows.dtype)
+            padded[: len(chunk)] = chunk
+            chunk = padded
+        data = encode(np.ascontiguousarray(chunk))
+        file.write(data)
+        file.write(crc_of(data).to_bytes(CRC_BYTES, "little"))
+        length = len(data) + CRC_BYTES
+        index[number] = offset, length
+        offset += length
+    file.write(index.tobytes())
+    file.write(crc_of(index).to_bytes(CRC_BYTES, "little"))
+    return 0
+
+
+def crc_of(data):
+    """crc32c of bytes or of an array's bytes."""
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        # google_crc32c takes no buffer that could change under it.
+        data.flags.writeable = False
+    return google_crc32c.value(data)
+
+
+def view_shard(data, entry, spec, shard_rows, rows):
+    """View the bytes of an uncompressed shard file as [chunks, chunk_rows, ...]; the last may hold padding.
+
+    Raises ValueError if the index is not the one that our writer makes.
+    """
+    index, chunk_rows, dtype = read_index(data, spec, shard_rows), spec["chunk_rows"], STORED[spec["dtype"]]
+    stride = chunk_rows * int(np.prod(spec["shape"])) * dtype.itemsize + CRC_BYTES
+    present = -(-rows // chunk_rows)
+    expected = np.full_like(index, ABSENT)
+    expected[:present, 0] = np.arange(present) * stride
+    expected[:present, 1] = stride
+    if not np.array_equal(index, expected):
+        raise ValueError("its index does not fit its rows")
+    row_strides = np.empty((chunk_rows, *spec["shape"]), dtype=dtype).strides
+    return np.ndarray((present, chunk_rows, *spec["shape"]), dtype, buffer=data, strides=(stride, *row_strides))
+
+
+def read_index(data, spec, shard_rows):
+    """The index of a shard file, uint64 [chunks, 2] of offset and length. Raises ValueError if it is damaged."""
+    entries = shard_rows // spec["chunk_rows"]
+    start = len(data) - entries * 16 - CRC_BYTES
+    if start < 0:
+        raise ValueError("it is too short for its index")
+    index = np.frombuffer(data, dtype="<u8", count=entries * 2, offset=start)
+    if crc_of(index) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        raise ValueError("its index is damaged")
+    return index.reshape(entries, 2)
+
+
+def bad_chunks(data, entry, spec, shard_rows, rows):
+    """Numbers of the chunks whose bytes do not fit their checksums. Raises ValueError if the index is damaged."""
+    bad = []
+    for number, (offset, length) in enumerate(read_index(data, spec, shard_rows)[: len(entry["rows_crc32c"])].tolist()):
+        chunk = data[offset : offset + length]
+        if google_crc32c.value(chunk[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != chunk[-CRC_BYTES:]:
+            bad.append(number)
+    return bad
+
+
+def read_array(folder, split, name):
+    """Read one of the small arrays: a single chunk with its crc32c. Raises ValueError if it is damaged."""
+    described = json.loads(folder.read(f"{split}/{name}/zarr.json"))
+    shape, dtype = tuple(described["shape"]), np.dtype(described["data_type"])
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    data = folder.read("/".join([split, name, "c", *["0"] * len(shape)]))
+    if google_crc32c.value(data[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != data[-CRC_BYTES:]:
+        raise ValueError("its checksum does not fit")
+    return np.frombuffer(data[:-CRC_BYTES], dtype.newbyteorder("<")).reshape(shape).copy()
+
+
+def check_place(folder, compression):
+    """Every place and compression will do."""
+    if compression not in (None, *COMPRESSIONS):
+        raise BadInput(f"unknown compression {compression!r} (known: none, {', '.join(COMPRESSIONS)})")
