@@ -85,6 +85,7 @@ def extract(
     )
     default = Path("features") / f"{data.name}-{model.arch}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
     folder = open_folder(store or default)
+    FORMATS[format].check_place(folder, compression)
     arrays = {split: record_arrays(data, split) for split in data.splits}
     if FILE in folder.names():
         _check(folder, manifest, arrays)
@@ -95,16 +96,16 @@ def extract(
             )
             return str(folder)
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
-        if leads:
-            folder.sweep()
-            manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
-            todo = ranks.share(missing_shards(folder, manifest))
-        else:
-            todo = ranks.shared()
-            manifest = read_manifest(folder)
-        _go_on_as_begun(folder, manifest, device, batch_size, say)
-        _check_room(folder, manifest, todo)
         try:
+            if leads:
+                folder.sweep()
+                manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
+                todo = ranks.share(missing_shards(folder, manifest))
+            else:
+                todo = ranks.shared()
+                manifest = read_manifest(folder)
+            _go_on_as_begun(folder, manifest, device, batch_size, say)
+            _check_room(folder, manifest, todo)
             _fill(folder, manifest, model, data, wanted, ranks, todo, workers, device)
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
                 say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)

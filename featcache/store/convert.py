@@ -38,6 +38,7 @@ def convert(store, format=None, out=None, compression=None):
         not target.remote and not source.folder.remote and target.path == source.folder.path
     ):
         raise BadInput(f"{out} is the store itself: say with --out where the new one shall lie")
+    FORMATS[format].check_place(target, compression)
     manifest = stored_as(source.manifest, format, compression)
     if FILE in target.names():
         check_same(target, manifest)

@@ -95,18 +95,31 @@ class LocalFolder:
 
         On file systems without locks this does nothing.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = self._lock(waiting)
         try:
+            yield
+        finally:
+            try:
+                # Nothing was made after all.
+                self.path.rmdir()
+            except OSError:
+                pass
+            os.close(descriptor)
+
+    def _lock(self, waiting):
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 click.echo(waiting, err=True)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError:
-                pass
-            yield
-        finally:
+                return descriptor
+            # Who held the lock may have removed the folder: then this is the lock of nothing.
+            if self.path.exists() and os.stat(self.path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
             os.close(descriptor)
 
     @contextmanager

@@ -11,7 +11,6 @@ import numpy as np
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
 from featcache.store.manifest import feature_of
-from featcache.store.zarr_format import crc_of
 
 SUFFIX = ".hdf5"
 INDEX = "index.h5"
@@ -88,12 +87,6 @@ def view_shard(data, entry, spec, shard_rows, rows):
     if entry["offset"] + int(np.prod(shape)) * STORED[spec["dtype"]].itemsize > len(data):
         raise ValueError("it is shorter than its rows")
     return np.ndarray(shape, STORED[spec["dtype"]], buffer=data, offset=entry["offset"])
-
-
-def bad_chunks(data, entry, spec, shard_rows, rows):
-    """Numbers of the chunks of rows whose bytes do not fit the marker's checksums."""
-    (view,), step = view_shard(data, entry, spec, shard_rows, rows), spec["chunk_rows"]
-    return [n for n, crc in enumerate(entry["rows_crc32c"]) if crc_of(view[n * step : (n + 1) * step]) != crc]
 
 
 def read_array(folder, split, name):

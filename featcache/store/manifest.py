@@ -28,7 +28,7 @@ class Manifest:
     shard_rows}. features: name to {shape (of one row), dtype, chunk_rows}. aliases: layer names for
     people to module paths. classes, task: of the dataset. compute: {device, threads, batch_size} of
     the extraction, fixed for the store because they can change the last bits of a feature. storage:
-    {format, compression}. files: name to {bytes, crc32c} of all files but the shards and markers.
+    {format, compression}. files: name to {bytes, crc32} of all files but the shards and markers.
     """
 
     identity: dict

@@ -19,7 +19,7 @@ def ids_sha256(ids):
 def write_marker(folder, manifest, split, shard, ids, files):
     """Write the marker of a shard, last of all: from now on the shard exists.
 
-    ids: of its rows. files: {feature name: {bytes, crc32c, offset, rows_crc32c}}, see docs/store-format.md.
+    ids: of its rows. files: {feature name: {bytes, crc32, offset, rows_crc32c}}, see docs/store-format.md.
     """
     content = {
         "store": manifest.id,

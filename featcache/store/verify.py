@@ -1,8 +1,8 @@
 """`featcache verify`: every byte of a store against its checksums; `--repair` drops what is bad."""
 
+import zlib
 from dataclasses import dataclass
 
-import google_crc32c
 from tqdm import tqdm
 
 from featcache.errors import BadInput
@@ -13,6 +13,7 @@ from featcache.store.marker import ids_sha256, marker_name, read_marker
 from featcache.store.records import ids_of
 from featcache.store.sealed import unseal
 from featcache.store.writer import COMMITS, drop_shard
+from featcache.store.zarr_format import bad_chunks, crc_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _check_files(folder, manifest, repair):
         except FileNotFoundError:
             yield Finding(name, "missing")
             continue
-        if len(data) != entry["bytes"] or google_crc32c.value(data) != entry["crc32c"]:
+        if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
             if repair:
                 folder.delete(name)
             yield Finding(name, "its bytes do not fit the manifest's checksum")
@@ -119,15 +120,26 @@ def _wrong_with(folder, manifest, split, shard, feature, name, entry):
         return "the file is missing"
     if len(data) != entry["bytes"]:
         return f"{len(data)} bytes, its marker says {entry['bytes']}"
-    if google_crc32c.value(data) == entry["crc32c"]:
+    if zlib.crc32(data) == entry["crc32"]:
         return None
     spec, shard_rows = manifest.features[feature], manifest.splits[split]["shard_rows"]
     first, end = manifest.rows_of(split, shard)
     step = spec["chunk_rows"]
     try:
-        layout = FORMATS[manifest.storage["format"]]
-        chunks = layout.bad_chunks(data, entry, spec, shard_rows, end - first)
+        if manifest.storage["compression"]:
+            chunks = bad_chunks(data, spec, shard_rows)
+        else:
+            view = FORMATS[manifest.storage["format"]].view_shard(data, entry, spec, shard_rows, end - first)
+            chunks = [
+                n for n, crc in enumerate(entry["rows_crc32c"]) if crc_of(_chunk(view, n, step, end - first)) != crc
+            ]
     except ValueError as error:
         return str(error)
     rows = ", ".join(f"{first + c * step} to {min(first + (c + 1) * step, end) - 1}" for c in chunks)
-    return f"damaged rows {rows}" if rows else "damaged outside of the rows"
+    return f"damaged rows {rows}" if rows else "its bytes do not fit its marker's checksum"
+
+
+def _chunk(view, number, step, rows):
+    """The rows of a chunk from a view [blocks, rows of a block, ...] of a shard."""
+    block, start = divmod(number * step, view.shape[1])
+    return view[block, start : start + min(step, rows - number * step)]

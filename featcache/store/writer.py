@@ -2,9 +2,8 @@
 
 import io
 import mmap
+import zlib
 from dataclasses import replace
-
-import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
@@ -24,7 +23,6 @@ def create_store(place, manifest, arrays):
     (array, axes)}}, see featcache.store.records. Raises BadInput if something else is in the way.
     """
     folder = open_folder(place)
-    FORMATS[manifest.storage["format"]].check_place(folder, manifest.storage["compression"])
     entries = folder.names()
     files = None
     if FILE in entries:
@@ -34,14 +32,14 @@ def create_store(place, manifest, arrays):
         raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
     else:
         files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
-        manifest = replace(manifest, files={n: {"bytes": len(d), "crc32c": crc_of(d)} for n, d in files.items()})
+        manifest = replace(manifest, files={n: {"bytes": len(d), "crc32": zlib.crc32(d)} for n, d in files.items()})
         with folder.writing(FILE) as file:
             file.write(manifest.to_bytes())
     lacking = [name for name, entry in manifest.files.items() if files or folder.size(name) != entry["bytes"]]
     if lacking and files is None:
         files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
     for name in lacking:
-        if crc_of(files[name]) != manifest.files[name]["crc32c"]:
+        if zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
             raise BadInput(
                 f"{folder}/{name} is lost, and this version of {manifest.storage['format']} writes it otherwise: "
                 "extract into another store"
@@ -96,7 +94,7 @@ def put_shard(folder, manifest, split, shard, ids, features):
                 geometry, compression = manifest.splits[split]["shard_rows"], manifest.storage["compression"]
                 offset = layout.write_shard(file, rows, manifest.features[name], geometry, compression)
                 length, crc = _measure(file)
-            files[name] = {"bytes": length, "crc32c": crc, "offset": offset, "rows_crc32c": crcs[name]}
+            files[name] = {"bytes": length, "crc32": crc, "offset": offset, "rows_crc32c": crcs[name]}
         write_marker(folder, manifest, split, shard, ids, files)
 
 
@@ -105,20 +103,24 @@ def _rows_crc32c(rows, chunk_rows):
 
 
 def _measure(file):
-    """Length and crc32c of a file that is open for writing and reading."""
+    """Length and crc32 of a file that is open for writing and reading.
+
+    Not crc32c: bytes that are followed by their own crc32c, as Zarr's chunks are, always have the same one.
+    """
     if isinstance(file, io.BytesIO):
-        return file.getbuffer().nbytes, crc_of(file.getvalue())
+        return file.getbuffer().nbytes, zlib.crc32(file.getbuffer())
     file.flush()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        whole = np.frombuffer(data, np.uint8)
-        crc = crc_of(whole)
-        # A mapping cannot be closed while an array looks at it.
-        del whole
-        return len(data), crc
+        return len(data), zlib.crc32(data)
 
 
 def discard_if_empty(folder, manifest):
-    """Remove a store in which no shard was ever committed: nothing is lost, and nothing looks whole."""
+    """Remove this store if no shard was ever committed: nothing is lost, and nothing looks whole."""
+    try:
+        check_same(folder, manifest)
+    except BadInput:
+        # Whatever lies there is not ours to delete.
+        return
     if not any(committed(folder, manifest, split) for split in manifest.splits):
         folder.delete_all()
 

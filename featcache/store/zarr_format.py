@@ -154,14 +154,15 @@ def read_index(data, spec, shard_rows):
     return index.reshape(entries, 2)
 
 
-def bad_chunks(data, entry, spec, shard_rows, rows):
-    """Numbers of the chunks whose bytes do not fit their checksums. Raises ValueError if the index is damaged."""
-    bad = []
-    for number, (offset, length) in enumerate(read_index(data, spec, shard_rows)[: len(entry["rows_crc32c"])].tolist()):
-        chunk = data[offset : offset + length]
-        if google_crc32c.value(chunk[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != chunk[-CRC_BYTES:]:
-            bad.append(number)
-    return bad
+def bad_chunks(data, spec, shard_rows):
+    """Numbers of the chunks of a shard file, compressed or not, that do not fit their own checksums.
+
+    Raises ValueError if the index is damaged.
+    """
+    index = read_index(data, spec, shard_rows).tolist()
+    chunks = [data[offset : offset + length] for offset, length in index if offset != ABSENT]
+    crcs = [google_crc32c.value(chunk[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") for chunk in chunks]
+    return [n for n, (chunk, crc) in enumerate(zip(chunks, crcs, strict=True)) if chunk[-CRC_BYTES:] != crc]
 
 
 def read_array(folder, split, name):

@@ -1,15 +1,18 @@
-"""Reading a store: featcache against numpy.memmap, zarr-python and h5py on the same rows, in one run.
+"""The store against plain files, in one run: whole reads, shuffled batches, writing, opening, memory.
 
     python tests/benchmarks/store_reading.py
 
-Reads the whole of a float16 feature, and shuffled batches of 256 rows. The files are warm in the page
-cache, so the figures compare readers and not the disk. Medians; ratios are to numpy.memmap.
+A float16 feature in both formats, numpy.memmap on a raw file, zarr-python and h5py on the same rows. The
+files are warm in the page cache, so the figures compare readers and not the disk. Contestants take
+turns; medians; ratios are to numpy.memmap or to a plain file.
 """
 
 import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,40 +23,55 @@ import zarr
 
 from featcache.datasets import Dataset, Record
 from featcache.feature import Feature
+from featcache.store import manifest as manifest_module
+from featcache.store.folder import open_folder
 from featcache.store.manifest import plan
 from featcache.store.reader import open_store
+from featcache.store.records import record_arrays, with_axes
 from featcache.store.writer import create_store, put_shard
 
 BATCH = 256
+FEATURE = Feature("layer4", "pooled")
 
 
-def write_all(folder, rows):
-    """Write the same rows as a store, a raw file and an HDF5 file; return seconds for store and raw file."""
+def write_store(path, rows, format):
+    """Write rows as a store; return the seconds of its shards."""
     none = np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, bool)
     records = tuple(Record(f"{n:07d}", None, 0, 1, 1, 0, *none) for n in range(len(rows)))
     data = Dataset("bench", ("a",), "single-label", {"train": records})
-    feature = Feature("layer4", "pooled")
-    manifest = plan({"bench": 1}, {"train": len(rows)}, {feature: rows.shape[1:]}, "float16", {}, ("a",), data.task, 32)
-    path = folder / "bench.zarr"
-    create_store(path, manifest, data)
+    manifest = plan(
+        identity={"bench": 1},
+        rows={"train": len(rows)},
+        shapes={FEATURE: rows.shape[1:]},
+        dtype="float16",
+        aliases={},
+        classes=("a",),
+        task=data.task,
+        compute={"device": "cpu", "threads": 1, "batch_size": 32},
+        storage={"format": format, "compression": None},
+    )
+    folder = open_folder(path)
+    manifest = create_store(folder, manifest, {"train": with_axes(record_arrays(data, "train"))})
     started = time.perf_counter()
     for shard in range(manifest.shards("train")):
         first, end = manifest.rows_of("train", shard)
-        put_shard(path, manifest, "train", shard, [r.id for r in records[first:end]], {str(feature): rows[first:end]})
-    store_seconds = time.perf_counter() - started
+        ids = [r.id for r in records[first:end]]
+        put_shard(folder, manifest, "train", shard, ids, {str(FEATURE): rows[first:end]})
+    return time.perf_counter() - started
+
+
+def write_raw(path, rows):
+    """Write rows as a plain buffered file with fsync; return seconds."""
     started = time.perf_counter()
-    with open(folder / "raw.bin", "wb") as file:
+    with open(path, "wb") as file:
         file.write(rows.data)
         file.flush()
         os.fsync(file.fileno())
-    raw_seconds = time.perf_counter() - started
-    with h5py.File(folder / "bench.h5", "w") as file:
-        file.create_dataset("x", data=rows)
-    return path, store_seconds, raw_seconds
+    return time.perf_counter() - started
 
 
 def compare(readers, repeats):
-    """Run the readers in turn, `repeats` times; return {name: median seconds}."""
+    """Run the readers in turn, `repeats` times after a warm-up; return {name: median seconds}."""
     seconds = {name: [] for name in readers}
     for turn in range(repeats + 1):
         for name, read in readers.items():
@@ -71,52 +89,123 @@ def table(title, seconds, bytes_):
         print(f"| {name} | {bytes_ / value / 1e9:.2f} | {seconds['numpy.memmap'] / value:.3f} |", flush=True)
 
 
+def writing(folder, rows, repeats):
+    """Both formats and a plain file in turn; the last ones stay."""
+    seconds = {"plain file": [], "zarr": [], "hdf5": []}
+    for turn in range(repeats):
+        seconds["plain file"].append(write_raw(folder / "raw.bin", rows))
+        for format in ("zarr", "hdf5"):
+            if turn:
+                open_folder(folder / f"bench.{format}").delete_all()
+            seconds[format].append(write_store(folder / f"bench.{format}", rows, format))
+    print("\n| sequential write with fsync | GB/s | against a plain file |\n| --- | --- | --- |")
+    plain = statistics.median(seconds["plain file"])
+    for name, values in seconds.items():
+        value = statistics.median(values)
+        print(f"| {name} | {rows.nbytes / value / 1e9:.2f} | {plain / value:.2f} |", flush=True)
+
+
+def reading(folder, rows, batches, repeats):
+    """Whole arrays and shuffled batches."""
+    mapped = np.memmap(folder / "raw.bin", dtype=np.float16, mode="r", shape=rows.shape)
+    plain = zarr.open_array(str(folder / "bench.zarr" / "train" / "layer4.pooled"), mode="r")
+    ours = {f: (lambda f=f: open_store(folder / f"bench.{f}")["train"]["layer4:pooled"]) for f in ("zarr", "hdf5")}
+    with h5py.File(folder / "bench.hdf5" / "index.h5") as file:
+        h5 = file["train/layer4.pooled"]
+        for opened in ours.values():
+            assert np.array_equal(opened()[:], rows)
+        whole = {
+            "numpy.memmap": lambda: np.array(mapped),
+            **{f"featcache {f} (opening included)": lambda o=o: o()[:] for f, o in ours.items()},
+            "zarr-python": lambda: plain[:],
+            "h5py": lambda: h5[:],
+        }
+        table("whole array", compare(whole, repeats), rows.nbytes)
+        order = np.random.default_rng(1).permutation(len(rows))
+        few, many = (order[: BATCH * n].reshape(n, BATCH) for n in (2, batches))
+        arrays = {f: o() for f, o in ours.items()}
+        shuffled = {
+            "numpy.memmap": lambda: [mapped[b] for b in many],
+            **{f"featcache {f}": lambda a=a: [a[b] for b in many] for f, a in arrays.items()},
+        }
+        slow = {
+            "zarr-python": lambda: [plain.oindex[np.sort(b)] for b in few],
+            "h5py": lambda: [h5[np.sort(b)] for b in few],
+        }
+        seconds = compare(shuffled, repeats)
+        # Too slow for as many batches: fewer, scaled.
+        seconds |= {name: s * len(many) / len(few) for name, s in compare(slow, 1).items()}
+        table("shuffled batches of 256 rows", seconds, many.size * rows[0].nbytes)
+
+
+def opening(folder):
+    """Seconds to open a finished store of 1,000 shards, in each format."""
+    rows = np.zeros((1000, 8), np.float16)
+    whole, manifest_module.SHARD_BYTES, manifest_module.CHUNK_ROWS = manifest_module.SHARD_BYTES, 16, 1
+    for format in ("zarr", "hdf5"):
+        write_store(folder / f"many.{format}", rows, format)
+    manifest_module.SHARD_BYTES, manifest_module.CHUNK_ROWS = whole, 256
+    seconds = compare({f: (lambda f=f: open_store(folder / f"many.{f}")) for f in ("zarr", "hdf5")}, 5)
+    print("\nopening a store of 1,000 shards: " + ", ".join(f"{f} {1e3 * s:.1f} ms" for f, s in seconds.items()))
+
+
+def peak_memory(folder, bytes_):
+    """Peak memory of a process that streams shuffled batches, over that of one that only opens the store."""
+    memory = bytes_ // 4
+    peaks = {}
+    for format in ("zarr", "hdf5"):
+        for stream in (False, True):
+            words = [
+                sys.executable,
+                __file__,
+                "--stream",
+                str(folder / f"bench.{format}"),
+                str(memory if stream else 0),
+            ]
+            peaks[stream] = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        used = (peaks[True] - peaks[False]) / 1e6
+        bound = (memory + (32 << 20) + 2 * BATCH * 4096) / 1e6
+        print(
+            f"streaming {bytes_ / 1e6:.0f} MB of {format} with memory={memory / 1e6:.0f} MB: peak {used:.0f} MB above "
+            f"an open store (stated bound {bound:.0f} MB)"
+        )
+
+
+def stream(path, memory):
+    """Read every batch and print the peak resident memory in bytes."""
+    array = open_store(path)["train"]["layer4:pooled"]
+    array[0]
+    if memory:
+        seen = sum(len(rows) for rows, _ in array.batches(BATCH, shuffle=True, memory=memory))
+        assert seen == len(array)
+    # Not getrusage: its peak is inherited from the parent.
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    print(int(line.split()[1]) * 1024)
+
+
 def main():
-    """Write the files, measure, and print Markdown tables."""
+    """Write the files, measure, and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where to write; by default a temporary folder")
+    parser.add_argument("--stream", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.stream:
+        stream(arguments.stream[0], int(arguments.stream[1]))
+        return
     random = np.random.default_rng(0)
     rows = random.standard_normal((arguments.rows, arguments.width), dtype=np.float32).astype(np.float16)
+    print(f"{platform.machine()}, numpy {np.__version__}, zarr {zarr.__version__}, h5py {h5py.__version__}")
+    print(f"{arguments.rows} x {arguments.width} float16, {rows.nbytes / 1e6:.0f} MB")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        path, store_seconds, raw_seconds = write_all(folder, rows)
-        print(f"{platform.machine()}, numpy {np.__version__}, zarr {zarr.__version__}, h5py {h5py.__version__}")
-        print(f"{arguments.rows} x {arguments.width} float16, {rows.nbytes / 1e6:.0f} MB")
-        print(
-            f"write: store {rows.nbytes / store_seconds / 1e9:.2f} GB/s, {raw_seconds / store_seconds:.2f} of a plain file with fsync"
-        )
-        mapped = np.memmap(folder / "raw.bin", dtype=np.float16, mode="r", shape=rows.shape)
-        plain = zarr.open_array(str(path / "train" / "layer4.pooled"), mode="r")
-        with h5py.File(folder / "bench.h5") as file:
-            ours = lambda: open_store(path)["train"]["layer4:pooled"]  # noqa: E731
-            assert np.array_equal(ours()[:], rows)
-            whole = {
-                "numpy.memmap": lambda: np.array(mapped),
-                "featcache (opening included)": lambda: ours()[:],
-                "zarr-python": lambda: plain[:],
-                "h5py": lambda: file["x"][:],
-            }
-            table("whole array", compare(whole, arguments.repeats), rows.nbytes)
-            order = random.permutation(len(rows))
-            few, many = (order[: BATCH * n].reshape(n, BATCH) for n in (2, arguments.batches))
-            opened = ours()
-            shuffled = {
-                "numpy.memmap": lambda: [mapped[b] for b in many],
-                "featcache": lambda: [opened[b] for b in many],
-            }
-            slow = {
-                "zarr-python": lambda: [plain.oindex[np.sort(b)] for b in few],
-                "h5py": lambda: [file["x"][np.sort(b)] for b in few],
-            }
-            seconds = compare(shuffled, arguments.repeats)
-            # Too slow for as many batches: fewer, scaled.
-            seconds |= {name: s * len(many) / len(few) for name, s in compare(slow, 2).items()}
-            table("shuffled batches of 256 rows", seconds, many.size * rows[0].nbytes)
+        writing(folder, rows, arguments.repeats)
+        reading(folder, rows, arguments.batches, arguments.repeats)
+        opening(folder)
+        peak_memory(folder, rows.nbytes)
 
 
 if __name__ == "__main__":
