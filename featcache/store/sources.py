@@ -29,7 +29,11 @@ class _Shards:
         self.row = tuple(self.spec["shape"])
         self.dtype = STORED[self.spec["dtype"]]
         self.shard_rows = manifest.splits[split]["shard_rows"]
-        self.layout = FORMATS[manifest.storage["format"]]
+
+    @property
+    def layout(self):
+        """The module of the store's format."""
+        return FORMATS[self.manifest.storage["format"]]
 
     def name(self, shard):
         """Name of a shard's file."""
