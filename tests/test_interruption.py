@@ -238,13 +238,11 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import tree_hash
 from test_store import write_store
-from featcache.store.folder import open_folder
 from featcache.store.verify import verify
 
 root, suffix, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 
 def write(path):
-    open_folder(path).sweep()
     write_store(path, rows=9)
 
 def in_child(path, nth):

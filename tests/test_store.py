@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from featcache.store.manifest import identity_hash, plan
 from featcache.store.reader import open_store
 from featcache.store.records import record_arrays, with_axes
 from featcache.store.sealed import seal, unseal
+from featcache.store.verify import verify
 from featcache.store.writer import create_store, put_shard
 
 ROWS = 23
@@ -263,3 +266,19 @@ def test_the_format_is_as_documented(tmp_path):
             assert first <= row < end
             lines = "".join(f"picture-{n}é\n" for n in range(first, end))
             assert marker["ids_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_stores_of_version_1_stay_readable(tmp_path):
+    """Written when the format was fixed; what is written today has the same bytes, but for the libraries' own files."""
+    with zipfile.ZipFile(Path(__file__).parent / "data" / "store_v1.zip") as archive:
+        archive.extractall(tmp_path)
+    for suffix in ("zarr", "hdf5"):
+        path = tmp_path / f"v1.{suffix}"
+        features = write_store(tmp_path / f"today.{suffix}")
+        assert verify(path) == []
+        for name, rows in features.items():
+            assert np.array_equal(open_store(path)["train"][name][:], rows)
+        assert open_store(path)["train"].ids == open_store(tmp_path / f"today.{suffix}")["train"].ids
+    for file in tmp_path.glob("v1.zarr/*/**/*"):
+        if file.is_file() and file.name != "zarr.json":
+            assert file.read_bytes() == (tmp_path / "today.zarr" / file.relative_to(tmp_path / "v1.zarr")).read_bytes()

@@ -146,11 +146,12 @@ def test_what_is_not_a_store(tmp_path, command):
     code, _, err = command("verify", tmp_path / "none")
     assert code == 2 and "store not found" in err
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/file").write_text("x")
+    (tmp_path / "other/download.partial").write_text("x")
     code, _, err = command("verify", tmp_path / "other")
     assert code == 2 and "not a featcache store" in err
     with pytest.raises(BadInput, match="is there already and is not a featcache store"):
         write_store(tmp_path / "other")
+    assert (tmp_path / "other/download.partial").exists(), "what is not ours is not swept up"
 
 
 def test_equal_shards_agree_and_unequal_ones_are_an_error(tmp_path):

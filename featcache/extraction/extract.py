@@ -98,7 +98,6 @@ def extract(
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
-                folder.sweep()
                 manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
                 todo = ranks.share(missing_shards(folder, manifest))
             else:

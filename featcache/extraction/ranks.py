@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 
+from featcache.errors import BadInput
+
 # How long the leader waits, without any progress, for shards that others have drawn.
 PATIENCE_SECONDS = 60
 # The leader may wait for another extraction of the same store, for as long as that takes.
@@ -89,15 +91,25 @@ class Ranks(Alone):
         return todo
 
     def shared(self):
-        """Wait for the leader's list."""
-        return [tuple(pair) for pair in json.loads(self._store.get(self._key("todo")))]
+        """Wait for the leader's list. Raises BadInput if the leader ends before."""
+        try:
+            return [tuple(pair) for pair in json.loads(self._store.get(self._key("todo")))]
+        except RuntimeError:
+            raise BadInput(f"process {self.rank}: the leading process is gone; run the same command again") from None
 
     def draw(self, todo):
-        while (number := self._store.add(self._key("drawn"), 1) - 1) < len(todo):
+        while (number := self._add("drawn", 1, len(todo) + 1) - 1) < len(todo):
             yield todo[number]
 
     def count(self, images):
-        return self._store.add(self._key("images"), images)
+        return self._add("images", images, super().count(images))
+
+    def _add(self, word, number, alone):
+        """Add to a common counter; `alone` once the leader, and its store with it, has ended."""
+        try:
+            return self._store.add(self._key(word), number)
+        except RuntimeError:
+            return alone
 
     def left_behind(self, missing):
         """Wait for what the others have drawn; return what is missing once they have fallen silent."""

@@ -43,7 +43,6 @@ def convert(store, format=None, out=None, compression=None):
     if FILE in target.names():
         check_same(target, manifest)
     with target.locked(f"waiting: another process is writing {target}"):
-        target.sweep()
         arrays = {split: with_axes(source[split].arrays()) for split in source.splits}
         manifest = create_store(target, manifest, arrays)
         todo = missing_shards(target, manifest)

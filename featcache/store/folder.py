@@ -22,7 +22,8 @@ def open_folder(place):
     """Return the LocalFolder of a path, or the RemoteFolder of a URL such as s3://bucket/x.zarr."""
     if isinstance(place, (LocalFolder, RemoteFolder)):
         return place
-    return RemoteFolder(place) if "://" in str(place) else LocalFolder(place)
+    place = str(place).removeprefix("file://")
+    return RemoteFolder(place) if "://" in place else LocalFolder(place)
 
 
 class LocalFolder:
@@ -169,13 +170,11 @@ class RemoteFolder:
 
     def __init__(self, url):
         self.url = str(url).rstrip("/")
+        protocol, _, place = self.url.partition("://")
+        if not place or protocol == "local":
+            raise BadInput(f"{url}: give a local store as a plain path, a remote one as s3://bucket/x.zarr")
         try:
-            import fsspec
-        except ImportError:
-            raise BadInput(f"{url}: remote stores need fsspec; install with: pip install 'featcache[remote]'") from None
-        try:
-            # Listings must show what another process has just written.
-            self._system, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._root = self._find()[1]
         except ImportError as error:
             raise BadInput(f"{url}: {error}; for s3:// install with: pip install 'featcache[remote]'") from None
         except ValueError as error:
@@ -183,6 +182,17 @@ class RemoteFolder:
 
     def __str__(self):
         return self.url
+
+    def _find(self):
+        import fsspec
+
+        # Listings must show what another process has just written.
+        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+
+    @property
+    def _system(self):
+        """The file system. fsspec keeps one for each process; that of a parent is of no use after a fork."""
+        return self._find()[0]
 
     def _place(self, name):
         return f"{self._root}/{name}".rstrip("/")
@@ -223,7 +233,11 @@ class RemoteFolder:
 
     @_plainly
     def _upload(self, name, data):
-        self._system.pipe_file(self._place(name), data)
+        try:
+            self._system.pipe_file(self._place(name), data)
+        except FileNotFoundError as error:
+            # There is no such bucket.
+            raise BadInput(f"{self.url}: {error}") from None
 
     @_plainly
     def delete(self, name):

@@ -2,12 +2,13 @@
 
 import mmap
 import os
+import zlib
 from collections import OrderedDict
 
 import numpy as np
 
 from featcache.errors import BadInput
-from featcache.store.dtype import STORED
+from featcache.store.dtype import STORED, hole
 from featcache.store.formats import FORMATS
 from featcache.store.manifest import feature_of
 from featcache.store.marker import marker_name, read_marker, remedy
@@ -138,31 +139,51 @@ class DecodedShards(_Shards):
     def release(self):
         """Nothing is held."""
 
-    def _open(self, rows):
-        """The zarr array, after a look that no shard is missing: zarr would show it as NaN."""
+    def _look(self, rows):
+        """Raise BadInput if a shard is missing: zarr would show it as NaN."""
         for shard in np.unique(rows // self.shard_rows).tolist():
             if shard not in self._checked:
                 size, expected = self.folder.size(self.name(shard)), self.entry(shard)["bytes"]
                 if size != expected:
                     raise self.damaged(shard, "it is missing" if size is None else f"{size} bytes, not {expected}")
                 self._checked.add(shard)
+
+    def _open(self):
+        """The zarr array."""
         if self._process != os.getpid():
             import zarr
 
-            place = f"{self.folder}/{self.split}/{feature_of(self.feature).folder}"
+            name = f"{self.split}/{feature_of(self.feature).folder}"
+            described = f"{name}/zarr.json"
+            # With another dtype or shape in it, zarr would read other values.
+            if self.folder.size(described) is None:
+                raise BadInput(f"missing file {self.folder}/{described}; {remedy(self.folder)}")
+            if zlib.crc32(self.folder.read(described)) != self.manifest.files[described]["crc32"]:
+                raise BadInput(f"damaged file {self.folder}/{described}; {remedy(self.folder)}")
+            place = f"{self.folder}/{name}"
             if self.folder.remote:
                 place = zarr.storage.FsspecStore.from_url(place, read_only=True)
             self._array, self._process = zarr.open_array(place, mode="r"), os.getpid()
         return self._array
 
     def _read(self, rows, select):
-        array = self._open(rows)
+        self._look(rows)
+        where = f"{self.folder}/{self.split}/{self.feature}"
         try:
-            return select(array)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise BadInput(
-                f"damaged rows of {self.folder}/{self.split}/{self.feature}: {error}; {remedy(self.folder)}"
-            ) from None
+            values = select(self._open())
+        except BadInput:
+            raise
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
+            raise BadInput(f"damaged rows of {where}: {error}; {remedy(self.folder)}") from None
+        except Exception as error:
+            # The service, not the store; each library has exceptions of its own.
+            raise BadInput(f"{where} cannot be read: {error}") from None
+        first = values.reshape(len(values), -1)[:, 0]
+        if (np.isnan(first) | (first == hole(self.spec["dtype"]))).any():
+            # A shard may have gone since it was looked at.
+            self._checked.clear()
+            self._look(rows)
+        return values
 
     def take_range(self, start, stop):
         """Copy rows start to stop."""

@@ -5,6 +5,7 @@ import mmap
 import zlib
 from dataclasses import replace
 
+from featcache.atomic import PARTIAL
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
@@ -19,23 +20,28 @@ LOCK = f"{COMMITS}/lock"
 def create_store(place, manifest, arrays):
     """Make a store with all but its shards, or mend what a begun one lacks; return its Manifest.
 
-    The manifest comes first, and names every other file with its checksum. arrays: {split: {name:
-    (array, axes)}}, see featcache.store.records. Raises BadInput if something else is in the way.
+    Call it with the folder locked: it sweeps up what killed writers left. The manifest comes first,
+    and names every other file with its checksum. arrays: {split: {name: (array, axes)}}, see
+    featcache.store.records. Raises BadInput if something else is in the way.
     """
     folder = open_folder(place)
-    entries = folder.names()
+    # A writer that was killed at its very first file leaves no more than a part of the manifest.
+    entries = {name for name in folder.names() if not (name.startswith(FILE) and name.endswith(PARTIAL))}
     files = None
     if FILE in entries:
         check_same(folder, manifest)
+        folder.sweep()
         manifest = read_manifest(folder)
     elif entries and COMMITS not in entries:
         raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
     else:
+        # Only now is it sure that the folder is ours to sweep.
+        folder.sweep()
         files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
         manifest = replace(manifest, files={n: {"bytes": len(d), "crc32": zlib.crc32(d)} for n, d in files.items()})
         with folder.writing(FILE) as file:
             file.write(manifest.to_bytes())
-    lacking = [name for name, entry in manifest.files.items() if files or folder.size(name) != entry["bytes"]]
+    lacking = list(files) if files else missing_files(folder, manifest)
     if lacking and files is None:
         files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
     for name in lacking:
@@ -58,6 +64,11 @@ def check_same(folder, manifest):
     if there.storage != manifest.storage:
         fields = "; ".join(difference(there.storage, manifest.storage))
         raise BadInput(f"{folder} is stored otherwise ({fields}): choose another --store, or use featcache convert")
+
+
+def missing_files(folder, manifest):
+    """Return the names of the files beside the shards that are lost or have another length."""
+    return [name for name, entry in manifest.files.items() if folder.size(name) != entry["bytes"]]
 
 
 def missing_shards(folder, manifest):
