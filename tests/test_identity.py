@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SIZE
+from conftest import SIZE, tree_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -136,6 +136,13 @@ def test_what_makes_another_store(own, command, change, named):
     code, _, err = again(command, own)
     assert code == 2 and all(words in err for words in named), err
     assert "splits.val" not in err
+
+
+def test_a_lost_file_of_a_finished_store_is_made_anew(own, command):
+    before = tree_hash(own / "s.zarr")
+    (own / "s.zarr/train/labels/zarr.json").unlink()
+    assert again(command, own)[0] == 0
+    assert tree_hash(own / "s.zarr") == before
 
 
 def test_format_and_compression_are_not_mixed(own, command):

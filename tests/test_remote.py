@@ -127,6 +127,9 @@ def test_s3_killed_and_resumed(scenes, checkpoint, tmp_path, server):
     process.communicate()
     done = run(["verify", place], server)
     assert done.returncode == 1 and "is missing" in done.stdout and "Traceback" not in done.stderr
+    listing = "import s3fs; print(len(s3fs.S3FileSystem().find('features/voc.zarr/commits')))"
+    there = subprocess.run([sys.executable, "-c", listing], env=server, capture_output=True, text=True, check=True)
+    assert int(there.stdout) > 0, "killed in the middle"
     done = run(words, server)
     assert done.returncode == 0, done.stderr
     assert run(["extract", *options(scenes, checkpoint, tmp_path / "voc.zarr")], server).returncode == 0

@@ -25,6 +25,7 @@ from featcache.store.writer import (
     check_same,
     create_store,
     discard_if_empty,
+    missing_files,
     missing_shards,
     put_shard,
 )
@@ -89,7 +90,8 @@ def extract(
     arrays = {split: record_arrays(data, split) for split in data.splits}
     if FILE in folder.names():
         _check(folder, manifest, arrays)
-        if not missing_shards(folder, read_manifest(folder)):
+        begun = read_manifest(folder)
+        if not missing_shards(folder, begun) and not missing_files(folder, begun):
             say(
                 f"store: {folder} is finished already (id {manifest.id[:8]}: same backbone, data and settings)",
                 err=True,

@@ -1,7 +1,5 @@
 """`featcache convert`: the same store in the other format, or compressed, or elsewhere."""
 
-from pathlib import Path
-
 import click
 from tqdm import tqdm
 
@@ -32,7 +30,7 @@ def convert(store, format=None, out=None, compression=None):
     if out is None:
         if source.folder.remote:
             raise BadInput(f"{store} is a URL: say with --out where the new store shall lie")
-        out = Path(store).with_suffix(FORMATS[format].SUFFIX)
+        out = source.folder.path.with_suffix(FORMATS[format].SUFFIX)
     target = open_folder(out)
     if str(target) == str(source.folder) or (
         not target.remote and not source.folder.remote and target.path == source.folder.path
