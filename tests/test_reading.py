@@ -61,6 +61,34 @@ def test_indexing_is_numpys(array, key):
     assert np.array_equal(got, expected)
 
 
+ODD_KEYS = [
+    (), None, ..., True, (..., 0), (None, 0), ([0, 1], [0, 1]), (3, slice(None), [0, 1]), ([4, 4, -1], slice(1), 0),
+    ([0, 1], ..., 1), (5, ..., 0), (slice(2, 9, 3), [0, 2]), (slice(None, None, -1), None), [], np.ones((ROWS, 3), bool),
+    (np.arange(ROWS) > 20, 1), (np.array([[0], [22]]), np.array([0, 2])), np.int64(3), (2, 1, 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ODD_KEYS, ids=repr)
+def test_odd_indices_are_numpys(array, key):
+    stored, rows = array
+    assert stored[key].shape == rows[key].shape and np.array_equal(stored[key], rows[key])
+
+
+def test_indices_that_do_not_fit(array):
+    for key in (([0, 1], [0, 1, 2]), (0, 0, 0, 0, 0), 1.5, np.ones(ROWS + 1, bool)):
+        with pytest.raises(IndexError):
+            array[1][key]
+        with pytest.raises(IndexError):
+            array[0][key]
+
+
+def test_a_relative_path_outlives_chdir(kind, array, monkeypatch, tmp_path):
+    monkeypatch.chdir(kind[0].parent)
+    relative = featcache.open_store(kind[0].name)["train"]["spatial"]
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(relative[:], array[1])
+
+
 def test_out_of_range(array):
     for key in (ROWS, -ROWS - 1, np.array([0, ROWS])):
         with pytest.raises(IndexError):
@@ -146,7 +174,8 @@ def test_no_handle_leaks(kind):
 def test_more_shards_than_handles(tmp_path, suffix):
     features = write_store(tmp_path / f"x.{suffix}", rows=300, chunk_rows=1, shard_bytes=1)["layer4:pooled"]
     code = "import resource, sys, featcache; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); "
-    code += "a = featcache.open_store(sys.argv[1])['train']['pooled']; print(float(a[:].astype('f8').sum()))"
+    code += "t = featcache.open_store(sys.argv[1])['train']; a, b = t['pooled'], t['spatial']; a[:], b[:]; "
+    code += "b._source.release(); print(float(a[:].astype('f8').sum()))"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / f"x.{suffix}"], capture_output=True, text=True)
     assert float(done.stdout) == features.astype("f8").sum(), done.stderr
 

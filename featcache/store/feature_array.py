@@ -13,8 +13,7 @@ class FeatureArray:
     """A feature of a split, [N, ...]; nothing is read before it is asked for.
 
     Slices, integers, integer arrays and boolean masks index the rows as numpy does and return
-    numpy arrays (copies); bfloat16 comes as float32, exactly. Further indices apply to the axes of a
-    row. Safe with forked and spawned worker processes. Raises BadInput for damage.
+    numpy arrays (copies); bfloat16 comes as float32, exactly. Only the rows asked for are read. Safe with forked and spawned worker processes. Raises BadInput for damage.
     """
 
     def __init__(self, folder, manifest, split, feature):
@@ -43,19 +42,31 @@ class FeatureArray:
         return rows if dtype is None else rows.astype(dtype, copy=False)
 
     def __getitem__(self, key):
-        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        if isinstance(rows, slice) and rows.indices(len(self))[2] == 1:
-            start, stop, _ = rows.indices(len(self))
-            result = widen(self._source.take_range(start, max(start, stop)), self.stored_dtype)
-        else:
-            indices = np.arange(len(self))[rows]
-            taken = widen(self._source.take(np.atleast_1d(indices).reshape(-1)), self.stored_dtype)
-            result = taken.reshape(*indices.shape, *self.shape[1:])
-            if indices.ndim == 0:
-                return result[rest]
-        # The rows are taken already, whatever axes they have become.
-        lead = 1 if isinstance(rows, slice) else indices.ndim
-        return result[(slice(None),) * lead + rest] if rest else result
+        rows, *rest = key if isinstance(key, tuple) and key else (key,)
+        if isinstance(rows, slice):
+            taken = self._take_slice(rows)
+            return taken[(slice(None), *rest)] if rest else taken
+        if isinstance(rows, (bool, np.bool_, tuple)) or rows is None or rows is Ellipsis:
+            # These ask for all rows, whatever else they do to the axes.
+            return self._take_slice(slice(None))[key]
+        mask = np.asarray(rows)
+        if mask.dtype == bool and mask.ndim > 1:
+            return self._take_slice(slice(None))[key]
+        numbers = np.arange(len(self))[rows]
+        if not rest:
+            return self._take(numbers.reshape(-1)).reshape(*numbers.shape, *self.shape[1:])
+        # The rows asked for, each once, take the place of all rows; then numpy's own rules do the rest.
+        once, back = np.unique(numbers.reshape(-1), return_inverse=True)
+        return self._take(once)[(int(back[0]) if numbers.ndim == 0 else back.reshape(numbers.shape), *rest)]
+
+    def _take_slice(self, rows):
+        start, stop, step = rows.indices(len(self))
+        if step == 1:
+            return widen(self._source.take_range(start, max(start, stop)), self.stored_dtype)
+        return self._take(np.arange(start, stop, step))
+
+    def _take(self, numbers):
+        return widen(self._source.take(numbers), self.stored_dtype)
 
     def to_torch(self, device="cpu", dtype=None):
         """All rows as a torch tensor, by default of the stored dtype, bfloat16 included.
@@ -106,7 +117,7 @@ class FeatureArray:
             return
         random = np.random.default_rng(seed)
         chunks = random.permutation(-(-len(self) // self.chunk_rows))
-        chunks_at_once = max(memory // (self._row_bytes * self.chunk_rows), 1)
+        chunks_at_once = max(int(memory) // (self._row_bytes * self.chunk_rows), 1)
         room = min(chunks_at_once * self.chunk_rows, len(self)) + size
         numbers, buffer = np.empty(room, np.int64), np.empty((room, *self.shape[1:]), self._source.dtype)
         filled = 0

@@ -1,5 +1,6 @@
 """Rows of one feature of a split, from the shard files: mapped where they are plain bytes, else through zarr."""
 
+import errno
 import mmap
 import os
 import zlib
@@ -82,6 +83,11 @@ class MappedShards(_Shards):
             with open(self.folder.path / self.name(shard), "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                if self._views:
+                    self.release()
+                    return self._map(shard)
+                raise BadInput(f"{self.folder}: this process has too many open files; raise ulimit -n") from None
             raise self.damaged(shard, f"cannot be read ({error})") from None
         if len(data) != entry["bytes"]:
             raise self.damaged(shard, f"{len(data)} bytes, its marker says {entry['bytes']}")
@@ -160,9 +166,10 @@ class DecodedShards(_Shards):
                 raise BadInput(f"missing file {self.folder}/{described}; {remedy(self.folder)}")
             if zlib.crc32(self.folder.read(described)) != self.manifest.files[described]["crc32"]:
                 raise BadInput(f"damaged file {self.folder}/{described}; {remedy(self.folder)}")
-            place = f"{self.folder}/{name}"
             if self.folder.remote:
-                place = zarr.storage.FsspecStore.from_url(place, read_only=True)
+                place = zarr.storage.FsspecStore.from_url(f"{self.folder}/{name}", read_only=True)
+            else:
+                place = self.folder.path / name
             self._array, self._process = zarr.open_array(place, mode="r"), os.getpid()
         return self._array
 
