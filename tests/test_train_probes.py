@@ -17,6 +17,8 @@ from featcache.errors import BadInput
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
+from featcache.store.manifest import identity_hash
+from featcache.store.sealed import seal, unseal
 
 GRID = {
     "probes": [
@@ -148,20 +150,18 @@ def test_single_label_stores_score_top_k(tmp_path):
 def test_top_k_run(tmp_path):
     """A store whose one split is copied under three names stands in for a single-label dataset."""
     write_store(tmp_path / "s.zarr", dtype="float32", single=True)
-    manifest = json.loads((tmp_path / "s.zarr/manifest.json").read_text())
-    for split in ("val", "test"):
-        shutil.copytree(tmp_path / "s.zarr/train", tmp_path / f"s.zarr/{split}")
-        shutil.copytree(tmp_path / "s.zarr/commits/train", tmp_path / f"s.zarr/commits/{split}")
+    file = tmp_path / "s.zarr/manifest.json"
+    manifest = unseal(file.read_bytes())
+    manifest["identity"] |= {"weights_sha256": "0"}
+    manifest["id"] = identity_hash(manifest["identity"])
+    for split in ("train", "val", "test"):
+        if split != "train":
+            shutil.copytree(tmp_path / "s.zarr/train", tmp_path / f"s.zarr/{split}")
+            shutil.copytree(tmp_path / "s.zarr/commits/train", tmp_path / f"s.zarr/commits/{split}")
         for marker in (tmp_path / f"s.zarr/commits/{split}").iterdir():
-            marker.write_text(marker.read_text().replace('"train"', f'"{split}"'))
+            marker.write_bytes(seal(unseal(marker.read_bytes()) | {"split": split, "store": manifest["id"]}))
         manifest["splits"][split] = manifest["splits"]["train"]
-    (tmp_path / "s.zarr/manifest.json").write_text(json.dumps(manifest))
-    toy = manifest["identity"] | {"weights_sha256": "0"}
-    manifest["identity"] = toy
-    from featcache.store.manifest import identity_hash
-
-    manifest["id"] = identity_hash(toy)
-    (tmp_path / "s.zarr/manifest.json").write_text(json.dumps(manifest))
+    file.write_bytes(seal(manifest))
     run = featcache.train_probes({"probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "r")
     assert {r["metric"] for r in run.scores} == {"top1", "top5"}
     assert run.summary["chance"]["test"] == {"top1": 1 / 3, "top5": 1.0}
