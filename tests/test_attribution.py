@@ -13,8 +13,9 @@ import featcache
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
-from featcache.backbones.backbone import load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
+from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.probes.heads import Head
@@ -58,7 +59,7 @@ def images(scenes):
     """Normalised test images [8, 3, 64, 64] as the backbone sees them."""
     preprocessing = load_backbone("random", arch="resnet18", size=64).preprocessing
     records = read_dataset("voc", scenes, ["test"]).splits["test"][:8]
-    return preprocessing.normalise(torch.stack([preprocessing.load(r.image)[0] for r in records]))
+    return preprocessing.normalise(torch.stack([preprocessing.apply(open_image(r.image)) for r in records]))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -8,7 +8,7 @@ import torch
 from torchvision.models import resnet18, resnet50
 
 from featcache.backbones import ARCHITECTURES
-from featcache.backbones.backbone import load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.backbones.checkpoint import read_state_dict
 from featcache.errors import BadInput
 from featcache.feature import parse_features

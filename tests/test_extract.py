@@ -15,8 +15,9 @@ from conftest import SIZE, tree_hash
 from torchvision.models import resnet18
 
 import featcache
-from featcache.backbones.backbone import load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
+from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 from featcache.extraction.extract import _cast
 
@@ -44,10 +45,10 @@ def test_cached_equals_uncached(scenes, checkpoint, tmp_path, dtype):
     network.load_state_dict(torch.load(checkpoint, weights_only=True))
     network.fc = torch.nn.Identity()
     network.eval().to(memory_format=torch.channels_last)
-    load = load_backbone(checkpoint, size=SIZE).preprocessing.load
+    apply = load_backbone(checkpoint, size=SIZE).preprocessing.apply
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     for split, records in read_dataset("voc", scenes).splits.items():
-        images = torch.stack([(load(r.image)[0] / 255 - mean) / std for r in records])
+        images = torch.stack([(apply(open_image(r.image)) / 255 - mean) / std for r in records])
         with torch.inference_mode():
             parts = images.contiguous(memory_format=torch.channels_last).split(8)
             expected = torch.cat([network(part) for part in parts]).numpy()

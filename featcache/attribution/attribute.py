@@ -13,8 +13,9 @@ from featcache.atomic import write_whole
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
-from featcache.backbones.backbone import load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
+from featcache.datasets.image import open_image
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
 from featcache.feature import Feature
@@ -161,7 +162,7 @@ def _open_backbone(store, split, backbone, arch, dataset, root, seed):
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    return model, lambda row: model.preprocessing.load(data.splits[split][row].image)[0]
+    return model, lambda row: model.preprocessing.apply(open_image(data.splits[split][row].image))
 
 
 def _gradcams(data, features, heads, batch, size, device):

@@ -13,16 +13,19 @@ class Architecture:
     build() returns the whole network, with the parameter names of its checkpoints. trunk(network)
     returns the module to run for features: without the classifier, its submodules under the names
     that layers go by. signature: a key that only checkpoints of this family have. classifier:
-    prefix of the classifier's keys. aliases: layer names for people (`last`, `feat1`..`feat5`) to
-    module paths. size (pixels), mean, std: input of the public weights.
+    prefixes of the keys that features do not need. aliases: layer names for people (`last`,
+    `feat1`..`feat5`) to module paths. size (pixels), mean, std, interpolation: input of the public
+    weights. inverse: the input is B-cos's six channels [x, 1 - x].
     """
 
     name: str
     build: Callable[[], nn.Module]
     trunk: Callable[[nn.Module], nn.Module]
     signature: str
-    classifier: str
+    classifier: tuple[str, ...]
     aliases: dict[str, str]
     size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    inverse: bool = False

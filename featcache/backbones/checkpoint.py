@@ -62,7 +62,7 @@ def _few(keys, most=8):
 def load_strictly(network, tensors, classifier, path, arch):
     """Load tensors into a network; all must fit but those of the classifier, which are left out.
 
-    classifier: prefix of the classifier's keys. Returns the keys left out. Raises BadInput that
+    classifier: prefixes of the classifier's keys. Returns the keys left out. Raises BadInput that
     lists missing, unexpected and misshapen keys.
     """
     ignored = sorted(key for key in tensors if key.startswith(classifier))

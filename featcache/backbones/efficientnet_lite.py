@@ -45,7 +45,7 @@ def architectures():
             build=partial(_build, version),
             trunk=Trunk,
             signature="_conv_head.weight",
-            classifier="_fc.",
+            classifier=("_fc.",),
             aliases={"last": "head"},
             size=size,
             mean=MEAN,

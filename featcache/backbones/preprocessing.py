@@ -1,12 +1,10 @@
-"""From an image file to the backbone's input. Part of the features' identity."""
+"""From a decoded image to the backbone's input. Part of the features' identity."""
 
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-
-from featcache.errors import BadInput
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -29,20 +27,11 @@ class Preprocessing:
         """Return the fields as plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def load(self, path):
-        """Decode and resize one image: uint8 tensor [3, size, size] and its original (height, width).
-
-        Raises BadInput naming the path when the file is no readable image.
-        """
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-            raise BadInput(f"unreadable image {path}: {reason}") from None
+    def apply(self, image):
+        """Resize a PIL image in mode RGB: uint8 tensor [3, size, size]."""
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         # A copy, because torch warns about PIL's read-only memory.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), (height, width)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def normalise(self, images):
         """Turn uint8 [B, 3, H, W] into float32 (x / 255 - mean) / std on the same device."""

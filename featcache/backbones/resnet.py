@@ -27,7 +27,7 @@ def architectures():
             build=partial(getattr(resnet, name), weights=None),
             trunk=_without_classifier,
             signature="layer4.0.conv1.weight",
-            classifier="fc.",
+            classifier=("fc.",),
             aliases=stages,
         )
         for name in NAMES

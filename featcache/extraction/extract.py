@@ -9,7 +9,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from featcache.backbones.backbone import load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput

@@ -3,6 +3,7 @@
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 
 
@@ -20,15 +21,15 @@ class Images(Dataset):
         split, row = key
         record = self.records[split][row]
         try:
-            image, size = self.preprocessing.load(record.image)
+            image = open_image(record.image)
         except BadInput as error:
             return error.message
-        if size != (record.height, record.width):
+        if image.size != (record.width, record.height):
             return (
-                f"image {record.image} is {size[1]}x{size[0]} pixels, its annotation says "
+                f"image {record.image} is {image.width}x{image.height} pixels, its annotation says "
                 f"{record.width}x{record.height}: boxes would be wrong"
             )
-        return image
+        return self.preprocessing.apply(image)
 
 
 def _collate(items):
