@@ -51,7 +51,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """All that decides a probe's weights, given a store and the order seed. seed draws its initial weights."""
+    """All that decides a probe's weights, given a store and the order seed. seed draws its initial weights.
+
+    views: of the training images, over which the epochs rotate; 0 trains on the images as they are.
+    None, in a grid, stands for all that the store has.
+    """
 
     name: str
     features: str
@@ -62,12 +66,15 @@ class ProbeSpec:
     epochs: int
     batch_size: int
     seed: int
+    views: int | None = 0
 
     @property
     def id(self):
-        """10 hex digits of the sha256 over every field but the name."""
+        """10 hex digits of the sha256 over every field but the name, and views if there are none."""
         fields = asdict(self)
         del fields["name"]
+        if self.views == 0:
+            del fields["views"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
     def flat(self):
