@@ -15,9 +15,9 @@ from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
-from featcache.datasets.image import open_image
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
+from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
@@ -165,7 +165,8 @@ def _open_backbone(store, split, backbone, arch, weights_key, dataset, root, see
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    return model, lambda row: model.preprocessing.apply(open_image(data.splits[split][row].image))
+    decoder = identity.get("decoder", DECODERS["exact"])
+    return model, lambda row: load_input(data.splits[split][row], model.preprocessing, decoder)
 
 
 def _gradcams(data, features, heads, batch, size, device):

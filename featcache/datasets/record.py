@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.datasets.augmentation import Augmentation
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -30,12 +32,17 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset: class names, the task, and its splits in order. task: multi-label or single-label."""
+    """A dataset: class names, the task, and its splits in order. task: multi-label or single-label.
+
+    augmentation: of its training protocol. training: names of the splits that it is meant for.
+    """
 
     name: str
     classes: tuple[str, ...]
     task: str
     splits: dict[str, tuple[Record, ...]]
+    augmentation: Augmentation = Augmentation()
+    training: tuple[str, ...] = ("train",)
 
     def labels(self, split):
         """Labels of a split: int8 [N, C] if multi-label, int64 [N] if single-label."""

@@ -98,6 +98,21 @@ class Milestones:
         return points
 
 
+class Views:
+    """A whole number, or `all`, which reads as None: all that the store has."""
+
+    default = "all"
+
+    def read(self, value):
+        """Return the number or None, or raise ValueError."""
+        if value == "all":
+            return None
+        try:
+            return Number(0, integer=True).read(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor all") from None
+
+
 WARMUP = {"warmup_epochs": Number(0, default=0.0)}
 DECAY = {"weight_decay": Number(0, default=0.0)}
 def _head(type, **fields):
@@ -152,6 +167,7 @@ FIELDS = {
     "epochs": Number(1, integer=True),
     "batch_size": Number(1, integer=True, default=64),
     "seed": Number(0, 2**63 - 1, integer=True, default=0),
+    "views": Views(),
 }
 DEFAULTS = {"schedule": "constant"}
 

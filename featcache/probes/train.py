@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import featcache
 from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput
+from featcache.probes.features import TrainingViews, load_features
 from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS, chance, score
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
@@ -45,7 +45,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
     splits = _roles(checked, opened)
-    specs = _resolve(checked, opened)
+    specs = _resolve(checked, opened, splits["train"])
     metrics = TASK_METRICS[opened.task]
     metric = checked.metric or metrics[0]
     if metric not in metrics:
@@ -116,9 +116,10 @@ def _roles(grid, store):
     return roles
 
 
-def _resolve(grid, store):
-    """Return the specs with their features as the store names them; refuse what would be another model."""
+def _resolve(grid, store, training):
+    """Return the specs with features and views as the store has them; refuse what would be another model."""
     specs = []
+    views = {name: store[name].views for name in training}
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
         if feature.reduction == "pooled" and not spec.head.pools_first:
@@ -127,8 +128,26 @@ def _resolve(grid, store):
                 f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
             )
         head = replace(spec.head, offset=logit_offset(spec.head.offset, len(store.classes)))
-        specs.append(replace(spec, features=str(feature), head=head))
+        specs.append(replace(spec, features=str(feature), head=head, views=_resolve_views(spec, store, views)))
+    if len({spec.id for spec in specs}) < len(specs):
+        raise BadInput(
+            f"the grid names a probe twice: features and views that it writes differently are one in store {store.path}"
+        )
     return specs
+
+
+def _resolve_views(spec, store, views):
+    """The number of views that a probe trains on. views: {training split: how many the store has}."""
+    if spec.views is None and len(set(views.values())) == 1:
+        return next(iter(views.values()))
+    if spec.views is not None and spec.views <= min(views.values()):
+        return spec.views
+    there = ", ".join(f"{count} of {name}" for name, count in views.items())
+    asked = "all views" if spec.views is None else f"{spec.views} views"
+    raise BadInput(
+        f"probe group {spec.name!r} trains on {asked}; store {store.path} has {there}: write views: 0 for the "
+        "images as they are, or extract with --views"
+    )
 
 
 def _finished(folder, basis, key):
@@ -160,33 +179,6 @@ def _labels(store, splits):
     return torch.from_numpy(np.concatenate([store[name].labels for name in splits]))
 
 
-def _features(store, splits, feature, pool, device):
-    """Load a feature of a union of splits: [N, D], or [N, D, S] for a map, in the store's dtype.
-
-    pool: average the map over positions now, in float32, exact for a plain linear head.
-    """
-    arrays = [store[name][feature] for name in splits]
-    rows, bytes_ = sum(len(a) for a in arrays), sum(a.nbytes for a in arrays)
-    pooled = pool and arrays[0].ndim == 4
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not pooled and bytes_ > free:
-        raise BadInput(
-            f"feature {feature} of {'+'.join(splits)} needs {bytes_ / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-        )
-    if pooled:
-        result = np.empty((rows, arrays[0].shape[1]), dtype=np.float32)
-        at = 0
-        for array in arrays:
-            for start in range(0, len(array), 256):
-                part = array[start : start + 256].astype(np.float32).mean((2, 3))
-                result[at : at + len(part)] = part
-                at += len(part)
-    else:
-        result = arrays[0][:] if len(arrays) == 1 else np.concatenate([a[:] for a in arrays])
-        result = result.reshape(*result.shape[:2], -1) if result.ndim == 4 else result
-    return torch.from_numpy(result).to(device)
-
-
 def _work(folder, specs, store):
     """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
     inputs = {}
@@ -208,7 +200,7 @@ def _train_missing(folder, specs, store, splits, device, seed):
     total = sum(s.epochs for s in missing)
     with tqdm(total=total, unit="probe-epoch", desc=f"train {len(missing)} probes") as progress:
         for group, feature, pool in _work(folder, missing, store):
-            features = _features(store, splits["train"], feature, pool, device)
+            features = TrainingViews(store, splits["train"], feature, pool, device)
             for block in group:
                 trained = train_block(
                     block, features, labels, len(store.classes), seed, lambda n=len(block): progress.update(n)
@@ -230,7 +222,7 @@ def _score(folder, specs, store, splits, metrics, device):
         for role, parts in splits.items():
             labels = _labels(store, parts)
             for group, feature, pool in _work(folder, specs, store):
-                features = _features(store, parts, feature, pool, device)
+                features = load_features(store, parts, feature, pool, device)
                 for block in group:
                     weights = [load_probe(folder, s.id).weights for s in block]
                     logits = predict(block, weights, features, len(store.classes))
