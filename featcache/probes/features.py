@@ -48,6 +48,11 @@ def load_features(store, splits, feature, pool, device, view=0):
     return torch.from_numpy(result).to(device)
 
 
+def load_labels(store, splits):
+    """Labels of a union of splits: int8 [N, C] if multi-label, int64 [N] if single-label."""
+    return torch.from_numpy(np.concatenate([store[name].labels for name in splits]))
+
+
 class TrainingViews:
     """A feature of a union of splits under every view: index it by the view's number; 0 is the image as it is.
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest
-from featcache.probes.spec import UNIFORM_OFFSET, Head, Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.spec import (
+    UNIFORM_OFFSET,
+    Head,
+    Loss,
+    Optimizer,
+    ProbeSpec,
+    Schedule,
+)
 
 METRICS = ("map", "top1", "top5")
 
@@ -115,6 +122,8 @@ class Views:
 
 WARMUP = {"warmup_epochs": Number(0, default=0.0)}
 DECAY = {"weight_decay": Number(0, default=0.0)}
+
+
 def _head(type, **fields):
     if type == "bcos":
         fields["bias"] = False

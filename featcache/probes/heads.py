@@ -11,8 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.probes.bcos import BatchNormUncentered2d, BcosConv2d, aligned, largest, uncentred_scale, unit
-
+from featcache.probes.bcos import (
+    BatchNormUncentered2d,
+    BcosConv2d,
+    aligned,
+    largest,
+    uncentred_scale,
+    unit,
+)
 
 # What a norm between layers holds, and the values that it begins with.
 NORMS = {
