@@ -163,7 +163,7 @@ def test_a_dead_rank_hangs_nobody(scenes, checkpoint, tmp_path):
     """Two ranks without torchrun to watch over them; the second dies with shards in its hands."""
     words = options(scenes, checkpoint, tmp_path / "s.zarr")
     impatient = SMALL_SHARDS.replace(
-        "from featcache.cli", "import featcache.extraction.ranks as r; r.PATIENCE_SECONDS = 2; from featcache.cli"
+        "from featcache.cli", "import featcache.ranks as r; r.PATIENCE_SECONDS = 2; from featcache.cli"
     )
     dying = SMALL_SHARDS.replace(
         "from featcache.cli",

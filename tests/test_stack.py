@@ -13,7 +13,9 @@ from featcache.probes.heads import initial_weights
 from featcache.probes.losses import LOSSES, bce, ce
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks, epoch_order, predict, train_block
+from featcache.probes.features import epoch_order
+from featcache.probes.stack import blocks, predict
+from featcache.probes.training import train_block
 
 N, D, C, S = 150, 48, 7, 4
 LINEAR, MLP3 = Head("linear"), Head("mlp", 3, 16, "bn")

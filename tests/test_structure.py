@@ -14,7 +14,7 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "atomic", "device", "feature", "__init__"},
+    {"errors", "atomic", "device", "feature", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning"},

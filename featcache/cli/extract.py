@@ -37,13 +37,20 @@ from featcache.cli.options import (
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option
 @click.option(
-    "--views", type=click.IntRange(min=0), default=0, metavar="K", help="Augmented views of every training image to add."
+    "--views",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="Augmented views of every training image to add.",
 )
 @click.option(
     "--crop-scale", metavar="LO,HI", help="Share of the image in the views' crops.  [default: the dataset's protocol]"
 )
 @click.option(
-    "--decoder", type=click.Choice(["exact", "draft"]), default="exact", help="draft: quicker on large JPEGs, not exact."
+    "--decoder",
+    type=click.Choice(["exact", "draft"]),
+    default="exact",
+    help="draft: quicker on large JPEGs, not exact.",
 )
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
 def extract(splits, compression, crop_scale, **options):

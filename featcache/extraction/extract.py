@@ -14,7 +14,7 @@ from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, Images, image_batches
-from featcache.extraction.ranks import join_ranks
+from featcache.ranks import join_ranks
 from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.store.folder import open_folder

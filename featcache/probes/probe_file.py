@@ -22,7 +22,16 @@ def probe_path(folder, probe_id):
 def save_probe(folder, probe, store_id):
     """Write a trained probe as probes/ID.safetensors: weights, and as metadata spec, losses, store."""
     losses = [loss if math.isfinite(loss) else None for loss in probe.losses]
-    content = {"spec": asdict(probe.spec), "losses": losses, "diverged": probe.diverged, "store_id": store_id}
+    scores = [score if math.isfinite(score) else None for score in probe.scores]
+    content = {
+        "spec": asdict(probe.spec),
+        "losses": losses,
+        "scores": scores,
+        "diverged": probe.diverged,
+        "epoch": probe.epoch,
+        "stopped": probe.stopped,
+        "store_id": store_id,
+    }
     # One metadata key: safetensors does not keep the order of several, and the bytes should not vary.
     data = safetensors.torch.save(probe.weights, metadata={"featcache": json.dumps(content)})
     write_whole(probe_path(folder, probe.spec.id), data)
@@ -40,4 +49,13 @@ def load_probe(folder, probe_id):
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"damaged probe {path}: {error}; delete it and run the same train-probes again") from None
     losses = [math.nan if loss is None else loss for loss in content["losses"]]
-    return TrainedProbe(spec_from_dict(content["spec"]), weights, losses, content["diverged"])
+    scores = [math.nan if score is None else score for score in content["scores"]]
+    return TrainedProbe(
+        spec_from_dict(content["spec"]),
+        weights,
+        losses,
+        content["diverged"],
+        content["epoch"],
+        scores,
+        content["stopped"],
+    )

@@ -10,6 +10,8 @@ from featcache.errors import BadInput
 # How to say the logit offset at which an all-zero B-cos head starts every class at p = 1/C.
 UNIFORM_OFFSET = "-ln(C-1)"
 IMPORTED = "imported"
+# Fields that older specs did not have, with the values that change nothing.
+DEFAULTED = {"views": 0, "keep": "last", "patience": 0, "precision": "float32"}
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,18 @@ class ProbeSpec:
     seed: int | None
     views: int | None = 0
     source: str | None = None
+    keep: str = "last"
+    patience: int = 0
+    precision: str = "float32"
 
     @property
     def id(self):
-        """10 hex digits of the sha256 over every field but the name, and views if there are none."""
+        """10 hex digits of the sha256 over every field but the name, and those that came later and are at rest."""
         fields = asdict(self)
         del fields["name"]
-        if self.views == 0:
-            del fields["views"]
+        for key, default in DEFAULTED.items():
+            if fields[key] == default:
+                del fields[key]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
     def flat(self):

@@ -1,13 +1,10 @@
-"""Training a stack: probes of one shape on the same mini-batches, each as if it were alone."""
+"""Which probes go into one stack, and what a stack of trained ones says."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from featcache.probes.heads import STACKS, widest
-from featcache.probes.losses import LOSSES
-from featcache.probes.optimizers import OPTIMIZERS
-from featcache.probes.schedules import factors
 
 # Weights and momentum of the probes trained at a time should stay in the last-level cache, the
 # activations of a spatial head in reach of it, and what a loss computes element by element in the
@@ -23,14 +20,19 @@ SCORED_ROWS = 1024
 class TrainedProbe:
     """What training leaves of a probe.
 
-    weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the
-    epoch (from 0) in which its loss stopped being finite, or None; its weights are then NaN.
+    weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the step
+    (from 0, over all epochs) at which its loss stopped being finite, or None; its weights are then NaN.
+    epoch: after which the weights were taken. scores: validation metric after every epoch, NaN where it
+    was not asked for. stopped: what ended training early ("patience", "halving"), or None.
     """
 
     spec: object
     weights: dict
     losses: list
     diverged: int | None
+    epoch: int | None = None
+    scores: list = ()
+    stopped: str | None = None
 
 
 def blocks(specs, dim, positions, classes):
@@ -42,10 +44,20 @@ def blocks(specs, dim, positions, classes):
     shapes = {}
     for spec in specs:
         optimizer = replace(spec.optimizer, lr=0.0, weight_decay=0.0)
-        key = (spec.features, spec.views, spec.head, optimizer, spec.epochs, spec.batch_size)
+        key = (
+            spec.features,
+            spec.views,
+            spec.head,
+            optimizer,
+            spec.epochs,
+            spec.batch_size,
+            spec.keep,
+            spec.patience,
+            spec.precision,
+        )
         shapes.setdefault(key, []).append(spec)
     result = []
-    for (_, _, head, _, _, batch_size), members in shapes.items():
+    for (_, _, head, _, _, batch_size, *_), members in shapes.items():
         # Sorted by loss, so that each loss sees one slice of the stack.
         members.sort(key=lambda s: s.loss.type)
         width = widest(head, classes)
@@ -60,50 +72,7 @@ def blocks(specs, dim, positions, classes):
     return result
 
 
-def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: None):
-    """Train the probes of one block.
-
-    features: [N, D] or [N, D, S], any float dtype, on the device to train on; or, where the probes train
-    on views, something that gives such a tensor for each view's number. labels: int8 [N, C] or int64 [N],
-    same device. order_seed: of the mini-batches' order, shared by all probes of a run.
-    Returns a TrainedProbe for each spec, in order.
-    """
-    device = labels.device
-    views = {0: features} if isinstance(features, torch.Tensor) else features
-    asked = len(specs)
-    specs = _padded(specs, classes)
-    head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
-    stack = STACKS[head.type](specs, views[view_of_epoch(specs[0].views, 0)].shape[1], classes, device)
-    optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
-    slices = _loss_slices(specs, classes)
-    rates = torch.tensor([s.optimizer.lr for s in specs], dtype=torch.float64)
-    steps = -(-len(labels) // batch_size)
-    history = torch.zeros(epochs, len(specs), dtype=torch.float64)
-    for epoch in range(epochs):
-        seen = views[view_of_epoch(specs[0].views, epoch)]
-        order = epoch_order(len(seen), order_seed, epoch).to(device)
-        factor = torch.stack([factors(s.schedule, epochs, steps, epoch) for s in specs], dim=1)  # [steps, P]
-        step_rates = (factor * rates).float().to(device)
-        total = torch.zeros(len(specs), dtype=torch.float64, device=device)
-        for step, rows in enumerate(order.split(batch_size)):
-            batch, targets = seen[rows].float(), labels[rows]
-            logits = stack.forward(batch, training=True)  # [B, P, C]
-            loss, gradient = _loss_and_gradient(logits.detach(), targets, slices)
-            optimizer.step(stack.backward(batch, logits, gradient), step_rates[step])
-            total += loss.double() * len(rows)
-        history[epoch] = (total / len(seen)).cpu()
-        # Let go of it, so that the next view may take its place in memory.
-        del seen
-        on_epoch()
-    return [_finish(spec, stack, history[:, p], p) for p, spec in enumerate(specs[:asked])]
-
-
-def view_of_epoch(views, epoch):
-    """The number of the view that an epoch (from 0) trains on: 1 to `views` in turn; 0 if there are none."""
-    return epoch % views + 1 if views else 0
-
-
-def _padded(specs, classes):
+def padded(specs, classes):
     """Repeat the last probe until the block has MIN_ROWS outputs.
 
     BLAS libraries compute a row of a product in the same way however many rows there are, but for
@@ -113,55 +82,15 @@ def _padded(specs, classes):
     return [*specs, *[specs[-1]] * (-(-MIN_ROWS // width) - len(specs))]
 
 
-def epoch_order(rows, seed, epoch):
-    """Return the order in which an epoch visits the rows: a permutation [N] from (seed, epoch)."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def _loss_slices(specs, classes):
-    """Return [(loss, start, end)] over probes that are sorted by loss, each small enough for the cache."""
-    most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
-    slices = []
-    for number, spec in enumerate(specs):
-        if slices and slices[-1][0] == spec.loss.type and number - slices[-1][1] < most:
-            slices[-1] = (spec.loss.type, slices[-1][1], number + 1)
-        else:
-            slices.append((spec.loss.type, number, number + 1))
-    return slices
-
-
-def _loss_and_gradient(logits, targets, slices):
-    """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
-    loss = logits.new_empty(logits.shape[1])
-    # On a CPU, exp and log round otherwise in a vector than in the few elements left over, and which
-    # those are depends on the neighbours. In float64 that difference is gone after the cast back.
-    dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
-    # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
-    gradient = torch.empty_like(logits)
-    for kind, start, end in slices:
-        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end].to(dtype), targets)
-    return loss, gradient
-
-
-def _finish(spec, stack, losses, p):
-    weights = {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}
-    finite = torch.isfinite(losses)
-    healthy = all(bool(torch.isfinite(w).all()) for w in weights.values())
-    if finite.all() and healthy:
-        return TrainedProbe(spec, weights, losses.tolist(), None)
-    diverged = int((~finite).int().argmax()) if not finite.all() else len(losses) - 1
-    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses.tolist(), diverged)
-
-
 @torch.no_grad()
 def predict(specs, weights, features, classes):
     """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
 
-    weights: one {name: tensor} a spec. features: as for train_block.
+    weights: one {name: tensor} a spec. features: [N, D] or [N, D, S].
     """
-    padded = _padded(specs, classes)
-    stack = STACKS[specs[0].head.type](padded, features.shape[1], classes, features.device)
-    weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
+    full = padded(specs, classes)
+    stack = STACKS[specs[0].head.type](full, features.shape[1], classes, features.device)
+    weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
     for name, stacked in stack.weights.items():
         stacked.copy_(torch.stack([w[name] for w in weights]))
     parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(SCORED_ROWS)]

@@ -8,31 +8,32 @@ from pathlib import Path
 
 import click
 import yaml
-from tqdm import tqdm
 
 from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.features import TrainingViews, load_labels
 from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS
-from featcache.probes.probe_file import probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scoring import finish_run, work
+from featcache.probes.scoring import finish_run
 from featcache.probes.spec import logit_offset
-from featcache.probes.stack import train_block
+from featcache.probes.sweep import plan_buffers, train_missing
+from featcache.ranks import join_ranks
+from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
 
 
-def train_probes(grid, store=None, run=None, device=None, seed=0):
+def train_probes(grid, store=None, run=None, device=None, seed=0, memory=None):
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
     grid: path of a YAML file, or its content as a dict. store: path; by default the grid's own.
     run: folder; by default runs/<grid>-<id>. device: torch device. seed: of the mini-batches' order.
-    Returns the Run. Probes that the folder holds already are not trained again; a finished run of
+    memory: bytes of features to hold, by default half of what is free; larger ones are streamed from the store.
+    Returns the Run; under torchrun, where the processes share the blocks, None in all but the first. Probes that the folder holds already are not trained again; a finished run of
     the same grid is returned at once. Raises BadInput.
     """
-    device = choose_device(device)
+    ranks = join_ranks()
+    device = choose_device(device, ranks.local_rank)
     checked = parse_grid(grid) if isinstance(grid, dict) else read_grid(grid)
     source = store or checked.store
     if source is None:
@@ -54,13 +55,24 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
     if _finished(folder, basis, key):
-        click.echo(f"run: {folder} is finished already", err=True)
-        return open_run(folder)
-    _begin(folder, basis, resolved)
+        if ranks.rank == 0:
+            click.echo(f"run: {folder} is finished already", err=True)
+        return open_run(folder) if ranks.rank == 0 else None
     started = time.monotonic()
-    _train_missing(folder, specs, opened, splits, device, seed)
-    basis |= {"key": key, "store": str(source)}
-    return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
+    with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
+        # How features were read decides the order of the rows, so a begun run stays with it.
+        planned = plan_buffers(specs, opened, splits, memory, device)
+        begun = read_summary(folder).get("buffers", {}) if (folder / FILE).exists() else {}
+        basis["buffers"] = planned | {name: rows for name, rows in begun.items() if name in planned}
+        if leads:
+            _begin(folder, basis, resolved)
+        judge = (metric, checked.split)
+        search = getattr(checked, "search", None)
+        train_missing(folder, specs, opened, splits, device, seed, judge, basis["buffers"], search, ranks)
+        if not leads:
+            return None
+        basis |= {"key": key, "store": str(source)}
+        return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
 
 
 def _roles(grid, store):
@@ -135,28 +147,3 @@ def _begin(folder, basis, resolved):
         write_whole(folder / "grid.yaml", yaml.safe_dump(resolved, sort_keys=False))
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
-
-
-def _train_missing(folder, specs, store, splits, device, seed):
-    missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
-    if len(missing) < len(specs):
-        click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
-    if not missing:
-        return
-    labels = load_labels(store, splits["train"]).to(device)
-    total = sum(s.epochs for s in missing)
-    with tqdm(total=total, unit="probe-epoch", desc=f"train {len(missing)} probes") as progress:
-        for group, feature, pool in work(missing, store):
-            features = TrainingViews(store, splits["train"], feature, pool, device)
-            for block in group:
-                trained = train_block(
-                    block, features, labels, len(store.classes), seed, lambda n=len(block): progress.update(n)
-                )
-                for probe in trained:
-                    save_probe(folder, probe, store.id)
-                    if probe.diverged is not None:
-                        click.echo(
-                            f"warning: probe {probe.spec.id} (lr {probe.spec.optimizer.lr:g}) diverged in epoch "
-                            f"{probe.diverged + 1}; its scores are empty",
-                            err=True,
-                        )

@@ -89,6 +89,10 @@ class FeatureArray:
             yield start, self[start:stop]
             self._source.release()
 
+    def release(self):
+        """Let go of the memory of rows that were read; they can be read again."""
+        self._source.release()
+
     def _pieces(self, size):
         # Whole chunks, so that none is read twice.
         step = max(size // self._row_bytes // self.chunk_rows, 1) * self.chunk_rows

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks, train_block
+from featcache.probes.stack import blocks
+from featcache.probes.training import train_block
 
 DIM = 2048
 

@@ -1,6 +1,6 @@
-"""Several processes that share an extraction, as torchrun starts them; alone without it.
+"""Several processes that share a work, as torchrun starts them; alone without it.
 
-The shards to do are drawn one by one from a counter, so that a slow process does not hold the rest;
+What is to do is drawn piece by piece from a counter, so that a slow process does not hold the rest;
 nothing waits for all, so that a dead one hangs nobody.
 """
 
@@ -12,9 +12,9 @@ from datetime import timedelta
 
 from featcache.errors import BadInput
 
-# How long the leader waits, without any progress, for shards that others have drawn.
+# How long the leader waits, without any progress, for what others have drawn.
 PATIENCE_SECONDS = 60
-# The leader may wait for another extraction of the same store, for as long as that takes.
+# The leader may wait for another run of the same command, for as long as that takes.
 FOREVER = timedelta(days=30)
 
 
@@ -40,16 +40,16 @@ class Alone:
             yield True
 
     def share(self, todo):
-        """Hand the leader's list of (split, shard) to the others."""
+        """Hand the leader's list of tuples to the others."""
         return todo
 
     def draw(self, todo):
-        """Yield the (split, shard) that fall to this process."""
+        """Yield the tuples that fall to this process."""
         yield from todo
 
-    def count(self, images):
-        """Add finished images; return how many all processes have finished."""
-        self._done += images
+    def count(self, done):
+        """Add what is done, a whole number; return how much all processes have done."""
+        self._done += done
         return self._done
 
     def left_behind(self, missing):
@@ -101,8 +101,8 @@ class Ranks(Alone):
         while (number := self._add("drawn", 1, len(todo) + 1) - 1) < len(todo):
             yield todo[number]
 
-    def count(self, images):
-        return self._add("images", images, super().count(images))
+    def count(self, done):
+        return self._add("done", done, super().count(done))
 
     def _add(self, word, number, alone):
         """Add to a common counter; `alone` once the leader, and its store with it, has ended."""
@@ -113,10 +113,10 @@ class Ranks(Alone):
 
     def left_behind(self, missing):
         """Wait for what the others have drawn; return what is missing once they have fallen silent."""
-        images, since = self.count(0), time.monotonic()
+        done, since = self.count(0), time.monotonic()
         while left := missing():
-            if self.count(0) != images:
-                images, since = self.count(0), time.monotonic()
+            if self.count(0) != done:
+                done, since = self.count(0), time.monotonic()
             if time.monotonic() - since > PATIENCE_SECONDS:
                 return left
             time.sleep(0.2)

@@ -1,0 +1,306 @@
+"""The probes of one block while they train: weights, optimiser, and what is known of each."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from featcache.probes.features import epoch_order
+from featcache.probes.heads import STACKS
+from featcache.probes.losses import LOSSES
+from featcache.probes.optimizers import OPTIMIZERS
+from featcache.probes.schedules import factors
+from featcache.probes.spec import spec_from_dict
+from featcache.probes.stack import LOSS_BYTES, SCORED_ROWS, TrainedProbe, padded
+
+
+class Training:
+    """A block of probes that share features, views, head, batches and rule (see stack.blocks).
+
+    An epoch is begin_epoch(), feed() for each mini-batch, end_epoch(). All state of it is in state(),
+    from which restored() goes on to the same bits. Attributes: specs (of the probes still training),
+    epoch (epochs done), steps (of an epoch), name (of the block as it began, from its probes' ids).
+    """
+
+    def __init__(self, specs, dim, classes, rows, device):
+        """specs: of one block. dim: width of the features. rows: of the training data."""
+        self.specs = list(specs)
+        self.name = hashlib.sha256(" ".join(s.id for s in specs).encode()).hexdigest()[:16]
+        self.epoch = 0
+        self._shape = (dim, classes, rows, device)
+        self._losses = torch.zeros(0, len(specs), dtype=torch.float64)  # [epochs done, P]
+        self._scores = torch.zeros(0, len(specs), dtype=torch.float64)
+        self._diverged = torch.full((len(specs),), -1)
+        self._best = None
+        self._build()
+
+    def _build(self):
+        dim, classes, rows, device = self._shape
+        full = padded(self.specs, classes)
+        self._stack = STACKS[full[0].head.type](full, dim, classes, device)
+        self._optimizer = OPTIMIZERS[full[0].optimizer.type](self._stack.parameters, full, device)
+        self._slices = _loss_slices(full, classes)
+        self.steps = -(-rows // self.batch_size)
+
+    @property
+    def batch_size(self):
+        """Rows of a mini-batch."""
+        return self.specs[0].batch_size
+
+    @property
+    def epochs(self):
+        """Epochs that the probes train for."""
+        return self.specs[0].epochs
+
+    @property
+    def views(self):
+        """Views that the epochs rotate over."""
+        return self.specs[0].views
+
+    @property
+    def validates(self):
+        """Whether a validation score is asked for after every epoch."""
+        return self.specs[0].keep == "best" or self.specs[0].patience > 0
+
+    @property
+    def nbytes(self):
+        """Bytes of weights, optimiser state and one set of gradients."""
+        held = [*self._stack.weights.values(), *_tensors_of(self._optimizer).values()]
+        return sum(t.nbytes for t in held) + sum(p.nbytes for p in self._stack.parameters)
+
+    def begin_epoch(self):
+        """Prepare the rates of an epoch's steps."""
+        dim, classes, rows, device = self._shape
+        full = padded(self.specs, classes)
+        rates = torch.tensor([s.optimizer.lr for s in full], dtype=torch.float64)
+        factor = torch.stack([factors(s.schedule, s.epochs, self.steps, self.epoch) for s in full], dim=1)
+        self._rates = (factor * rates).float().to(device)  # [steps, P]
+        self._table = torch.zeros(self.steps, len(full), device=device)
+        self._sizes = []
+
+    def feed(self, features, targets):
+        """Take one step. features: float32 [B, D] or [B, D, S]. targets: labels of the rows, [B] or [B, C]."""
+        logits = self._stack.forward(features, training=True)  # [B, P, C]
+        loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices)
+        step = len(self._sizes)
+        self._optimizer.step(self._stack.backward(features, logits, gradient), self._rates[step])
+        self._table[step] = loss
+        self._sizes.append(len(features))
+
+    def end_epoch(self):
+        """Note the epoch's losses, and for a loss that is not finite the step at which it came."""
+        table = self._table[:, : len(self.specs)].double().cpu()
+        sizes = torch.tensor(self._sizes, dtype=torch.float64)[:, None]
+        self._losses = torch.cat([self._losses, (table * sizes).sum(0, keepdim=True) / sizes.sum()])
+        self._scores = torch.cat([self._scores, torch.full((1, len(self.specs)), torch.nan, dtype=torch.float64)])
+        bad = ~torch.isfinite(table)
+        new = bad.any(0) & (self._diverged < 0)
+        self._diverged[new] = self.epoch * self.steps + bad.int().argmax(0)[new]
+        self.epoch += 1
+
+    @torch.no_grad()
+    def logits(self, chunks):
+        """Logits [P, N, C] on the CPU, of features that come in chunks of float32 [R, D] or [R, D, S]."""
+        parts = [
+            self._stack.forward(part).transpose(0, 1)[: len(self.specs)].cpu()
+            for chunk in chunks
+            for part in chunk.split(SCORED_ROWS)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def validated(self, scores):
+        """Take the validation scores after an epoch, float64 [P], higher is better; keep the best weights."""
+        self._scores[-1] = scores
+        if self.specs[0].keep != "best":
+            return
+        scores = scores.nan_to_num(nan=-torch.inf)
+        if self._best is None:
+            none = torch.full((len(self.specs),), -torch.inf, dtype=torch.float64)
+            held = {n: w[: len(self.specs)].detach().clone() for n, w in self._stack.weights.items()}
+            self._best = {"score": none, "epoch": torch.zeros(len(self.specs), dtype=torch.int64), "weights": held}
+        better = scores > self._best["score"]
+        self._best["score"][better] = scores[better]
+        self._best["epoch"][better] = self.epoch
+        for name, kept in self._best["weights"].items():
+            kept[better.to(kept.device)] = self._stack.weights[name][: len(self.specs)][better.to(kept.device)].detach()
+
+    def impatient(self):
+        """Which probes have gone `patience` epochs without a better validation score: bool [P]."""
+        patience = self.specs[0].patience
+        if not patience or self.epoch <= patience:
+            return torch.zeros(len(self.specs), dtype=torch.bool)
+        scores = self._scores.nan_to_num(nan=-torch.inf)
+        return scores[-patience:].amax(0) <= scores[:-patience].amax(0)
+
+    def scores(self, p):
+        """Validation scores of a probe after every epoch, NaN where it was not asked for."""
+        return self._scores[:, p].tolist()
+
+    def take_out(self, gone, why=None):
+        """Take probes out, bool [P], and return them as TrainedProbes; why: what stopped them early."""
+        taken = [self._finished(p, why) for p in gone.nonzero().flatten().tolist()]
+        stay = (~gone).nonzero().flatten()
+        if len(taken) and len(stay):
+            weights, optimizer = self._held()
+            self.specs = [self.specs[p] for p in stay.tolist()]
+            self._losses, self._scores, self._diverged = (
+                t[..., stay] for t in (self._losses, self._scores, self._diverged)
+            )
+            if self._best:
+                self._best = {
+                    "score": self._best["score"][stay],
+                    "epoch": self._best["epoch"][stay],
+                    "weights": {n: w[stay.to(w.device)] for n, w in self._best["weights"].items()},
+                }
+            self._build()
+            self._fill({n: w[stay.to(w.device)] for n, w in weights.items()})
+            self._fill_optimizer({n: t[stay.to(t.device)] for n, t in optimizer.items()}, self._counts(self._optimizer))
+        elif len(taken):
+            self.specs = []
+        return taken
+
+    def finish(self):
+        """All probes, as TrainedProbes."""
+        return [self._finished(p, None) for p in range(len(self.specs))]
+
+    def _finished(self, p, why):
+        losses = self._losses[:, p].tolist()
+        diverged = int(self._diverged[p])
+        weights = {name: w[p].detach().cpu().clone() for name, w in self._stack.weights.items()}
+        epoch = self.epoch
+        if diverged < 0 and not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+            # The last step's loss was still finite, and what it led to is not.
+            diverged = self.epoch * self.steps - 1
+        if diverged >= 0:
+            weights = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
+        elif self._best and self._best["epoch"][p]:
+            weights = {n: w[p].cpu().clone() for n, w in self._best["weights"].items()}
+            epoch = int(self._best["epoch"][p])
+        return TrainedProbe(
+            spec=self.specs[p],
+            weights=weights,
+            losses=losses,
+            diverged=None if diverged < 0 else diverged,
+            epoch=epoch,
+            scores=self.scores(p),
+            stopped=why,
+        )
+
+    def _held(self):
+        """What the stack and the optimiser hold of each probe, {name: [P, ...]}, without padding."""
+        count = len(self.specs)
+        weights = {n: w[:count].detach() for n, w in self._stack.weights.items()}
+        return weights, {n: t[:count] for n, t in _tensors_of(self._optimizer).items()}
+
+    @torch.no_grad()
+    def _fill(self, weights):
+        for name, stacked in self._stack.weights.items():
+            _repeat_last(stacked, weights[name])
+
+    def _fill_optimizer(self, tensors, counts):
+        for name, held in _tensors_of(self._optimizer).items():
+            _repeat_last(held, tensors[name])
+        for name, count in counts.items():
+            setattr(self._optimizer, name, count)
+
+    @staticmethod
+    def _counts(optimizer):
+        return {name: value for name, value in vars(optimizer).items() if name == "steps"}
+
+    def state(self):
+        """Bytes from which restored() goes on as if nothing had been."""
+        weights, optimizer = self._held()
+        tensors = {f"weights/{n}": w.contiguous() for n, w in weights.items()}
+        tensors |= {f"optimizer/{n}": t.contiguous() for n, t in optimizer.items()}
+        tensors |= {"losses": self._losses, "scores": self._scores, "diverged": self._diverged}
+        if self._best:
+            tensors |= {"best/score": self._best["score"], "best/epoch": self._best["epoch"]}
+            tensors |= {f"best/weights/{n}": w for n, w in self._best["weights"].items()}
+        content = {
+            "specs": [asdict(s) for s in self.specs],
+            "epoch": self.epoch,
+            "counts": self._counts(self._optimizer),
+        }
+        return safetensors.torch.save(
+            {n: t.contiguous() for n, t in tensors.items()}, metadata={"featcache": json.dumps(content)}
+        )
+
+    @classmethod
+    def restored(cls, path, dim, classes, rows, device):
+        """The Training whose state a file holds. Raises what safetensors, json and torch raise for damage."""
+        with safetensors.safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()["featcache"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        made = cls([spec_from_dict(s) for s in content["specs"]], dim, classes, rows, device)
+        made.name, made.epoch = Path(path).stem, content["epoch"]
+        made._losses, made._scores, made._diverged = (tensors[n] for n in ("losses", "scores", "diverged"))
+        made._fill(_under("weights/", tensors))
+        made._fill_optimizer(_under("optimizer/", tensors), content["counts"])
+        if "best/score" in tensors:
+            kept = {n: w.to(device) for n, w in _under("best/weights/", tensors).items()}
+            made._best = {"score": tensors["best/score"], "epoch": tensors["best/epoch"], "weights": kept}
+        return made
+
+
+def train_block(specs, features, labels, classes, order_seed):
+    """Train the probes of one block on features in memory, from beginning to end.
+
+    features: [N, D] or [N, D, S], any float dtype, on the device to train on. labels: int8 [N, C] or
+    int64 [N], same device. order_seed: of the mini-batches' order. Returns a TrainedProbe for each spec.
+    """
+    training = Training(specs, features.shape[1], classes, len(features), features.device)
+    while training.epoch < training.epochs:
+        training.begin_epoch()
+        for rows in epoch_order(len(features), order_seed, training.epoch).split(training.batch_size):
+            training.feed(features[rows].float(), labels[rows])
+        training.end_epoch()
+    return training.finish()
+
+
+def _under(prefix, tensors):
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _tensors_of(optimizer):
+    """The state of an optimiser that moves, {name: [P, ...]}: all its lists of tensors but the parameters."""
+    return {
+        f"{name}/{i}": tensor
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list) and name != "parameters"
+        for i, tensor in enumerate(value)
+    }
+
+
+def _repeat_last(stacked, held):
+    """Copy [P, ...] into the padded [P', ...]: what is padding repeats the last."""
+    stacked[: len(held)] = held
+    stacked[len(held) :] = held[-1]
+
+
+def _loss_slices(specs, classes):
+    """Return [(loss, start, end)] over probes that are sorted by loss, each small enough for the cache."""
+    most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
+    slices = []
+    for number, spec in enumerate(specs):
+        if slices and slices[-1][0] == spec.loss.type and number - slices[-1][1] < most:
+            slices[-1] = (spec.loss.type, slices[-1][1], number + 1)
+        else:
+            slices.append((spec.loss.type, number, number + 1))
+    return slices
+
+
+def _loss_and_gradient(logits, targets, slices):
+    """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
+    loss = logits.new_empty(logits.shape[1])
+    # On a CPU, exp and log round otherwise in a vector than in the few elements left over, and which
+    # those are depends on the neighbours. In float64 that difference is gone after the cast back.
+    dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
+    # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
+    gradient = torch.empty_like(logits)
+    for kind, start, end in slices:
+        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end].to(dtype), targets)
+    return loss, gradient
