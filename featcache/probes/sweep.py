@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -191,8 +192,9 @@ def rungs(search):
 def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search=None, ranks=None):
     """Train the probes that a run folder lacks and save them there.
 
-    judge: (metric, role) that validation looks at. buffers: how features are read, see plan_buffers. search: of the grid, or None. ranks: the processes
-    that share the work. Only the leading one returns when all is there. Raises BadInput.
+    judge: (metric, role) that validation looks at. buffers: how features are read, see plan_buffers.
+    search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
+    all is there. Raises BadInput.
     """
     by_id = {spec.id: spec for spec in specs}
     todo = ranks.share(_plan(folder, specs, store, buffers)) if ranks.rank == 0 else ranks.shared()
@@ -212,17 +214,18 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
 
         if search:
             if ranks.size > 1:
-                raise BadInput(
-                    "search: halving compares all probes, and so runs in one process: start it without torchrun"
-                )
+                raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
             _search(sweep, [(opened(blocks, feature), feature, *rest) for blocks, feature, *rest in todo], search)
-            return
-        missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
-        progress.total = sum(s.epochs * -(-rows // s.batch_size) for s in missing)
-        _train(sweep, opened, ranks.draw(todo))
+        else:
+            missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
+            progress.total = sum(s.epochs * -(-rows // s.batch_size) for s in missing)
+            _train(sweep, opened, ranks.draw(todo))
         while ranks.rank == 0 and (left := ranks.left_behind(lambda: [w for w in todo if _unsaved(folder, w, by_id)])):
             click.echo(f"notice: no news of {len(left)} blocks that other processes took; doing them here", err=True)
             _train(sweep, opened, left)
+    if ranks.rank == 0:
+        with suppress(OSError):
+            (Path(folder) / PARTIAL).rmdir()
 
 
 def _train(sweep, opened, waves):
