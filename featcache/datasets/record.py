@@ -30,12 +30,18 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset: class names, the task, and its splits in order. task: multi-label or single-label."""
+    """A dataset: class names, the task, its splits in order, and how its protocol prepares images.
+
+    task: multi-label or single-label. resize: rule of featcache.backbones.preprocessing. size: side
+    of the input in pixels, None to leave it to the backbone.
+    """
 
     name: str
     classes: tuple[str, ...]
     task: str
     splits: dict[str, tuple[Record, ...]]
+    resize: str = "squash"
+    size: int | None = None
 
     def labels(self, split):
         """Labels of a split: int8 [N, C] if multi-label, int64 [N] if single-label."""
