@@ -5,19 +5,20 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import load_strictly, read_state_dict
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.preprocessing import default_preprocessing
 from featcache.backbones.recognise import find_architecture, recognise
 from featcache.errors import BadInput
 
 RANDOM = "random"
 
 
-def load_backbone(path, arch=None, size=None, seed=0):
+def load_backbone(path, arch=None, seed=0, **preprocessing):
     """Load a frozen backbone from a checkpoint.
 
     path: checkpoint file, or "random" for an untrained network of `arch` drawn from `seed`.
     arch: architecture name; by default inferred from the tensors' names and shapes.
-    size: input side in pixels; by default that of the public weights. Raises BadInput.
+    preprocessing: fields of Preprocessing (size, resize, ...) in place of those of the public
+    weights; None leaves them. Raises BadInput.
     """
     if str(path) == RANDOM:
         if arch is None:
@@ -35,8 +36,7 @@ def load_backbone(path, arch=None, size=None, seed=0):
             f"{len(tensors) - len(ignored)} tensors loaded from {path}; "
             f"classifier left out: {', '.join(ignored) or 'none there'}"
         )
-    preprocessing = Preprocessing(size or architecture.size, architecture.mean, architecture.std)
-    return Backbone(architecture, network, preprocessing, grounds)
+    return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), grounds)
 
 
 def _random_network(architecture, seed):

@@ -3,6 +3,7 @@
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.backbones.load import load_backbone
+from featcache.backbones.precision import check_precision, fold_batch_norm, measure, running
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
@@ -18,7 +20,7 @@ from featcache.extraction.ranks import join_ranks
 from featcache.feature import parse_features
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, plan, read_manifest
+from featcache.store.manifest import FILE, feature_of, plan, read_manifest
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -29,6 +31,9 @@ from featcache.store.writer import (
     missing_shards,
     put_shard,
 )
+
+# Below this the features of a precision are not those of the network any more.
+TRUSTED_COSINE = 0.99
 
 
 def extract(
@@ -42,6 +47,12 @@ def extract(
     compression=None,
     arch=None,
     size=None,
+    resize=None,
+    short_side=None,
+    interpolation=None,
+    mean=None,
+    std=None,
+    precision="float32",
     dtype="float16",
     batch_size=32,
     workers=None,
@@ -53,9 +64,11 @@ def extract(
     backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
     default all that the protocol needs. features: see featcache.feature. store: path or URL, by
     default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
-    suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
-    float32 or bfloat16. workers: decoding processes. device: torch device, by default cuda if there
-    is one. seed: of the random backbone.
+    suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
+    Preprocessing; size and resize by default as the dataset's protocol says, the others as the backbone
+    does. precision: float32, tf32, bf16 or fp16, of the network; dtype: float16, float32 or bfloat16, of
+    the store. workers: decoding processes. device: torch device, by default cuda if there is one. seed:
+    of the random backbone.
     Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
     torchrun the processes share the work. Raises BadInput for whatever the user can mend.
     """
@@ -64,13 +77,25 @@ def extract(
     device = choose_device(device, ranks.local_rank)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
-    model = load_backbone(backbone, arch=arch, size=size, seed=seed)
-    say(f"backbone: {model.grounds}", err=True)
-    wanted = parse_features(features, model.aliases, model.layers)
+    check_precision(precision, device)
     data = read_dataset(dataset, root, splits)
+    model = load_backbone(
+        backbone,
+        arch=arch,
+        seed=seed,
+        size=size or data.size,
+        resize=resize or data.resize,
+        short_side=short_side,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+    )
+    say(f"backbone: {model.grounds}", err=True)
+    say(f"preprocessing: {model.preprocessing}", err=True)
+    wanted = parse_features(features, model.aliases, model.layers)
     format = choose_format(format, store)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype),
+        identity=_identity(model, data, wanted, dtype, precision),
         rows={split: len(records) for split, records in data.splits.items()},
         shapes=_row_shapes(model, wanted),
         dtype=dtype,
@@ -100,12 +125,14 @@ def extract(
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
+                if precision != "float32" and FILE not in folder.names():
+                    manifest = _measured(manifest, model, data, wanted, device)
                 manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
                 todo = ranks.share(missing_shards(folder, manifest))
             else:
                 todo = ranks.shared()
                 manifest = read_manifest(folder)
-            _go_on_as_begun(folder, manifest, device, batch_size, say)
+            _go_on_as_begun(folder, manifest, model, device, batch_size, say)
             _check_room(folder, manifest, todo)
             _fill(folder, manifest, model, data, wanted, ranks, todo, workers, device)
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
@@ -133,7 +160,7 @@ def _check(folder, manifest, arrays):
         raise BadInput("; ".join([error.message, *said])) from None
 
 
-def _go_on_as_begun(folder, manifest, device, batch_size, say):
+def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
     """Take over what a begun store fixes, since it can change the last bits of a feature."""
     begun = manifest.compute
     if begun["device"] != device.type:
@@ -146,6 +173,20 @@ def _go_on_as_begun(folder, manifest, device, batch_size, say):
     if begun["threads"] and begun["threads"] != torch.get_num_threads():
         say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
         torch.set_num_threads(begun["threads"])
+    if begun.get("folded"):
+        model.trunk = fold_batch_norm(model.trunk, [feature_of(f).layer for f in manifest.features])
+    if "cosine" in begun:
+        folded = "folded" if begun["folded"] else "not folded"
+        say(
+            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first batch every feature's "
+            f"cosine to float32 is at least {begun['cosine']:.6f}",
+            err=True,
+        )
+        if begun["cosine"] < TRUSTED_COSINE:
+            say(
+                f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not",
+                err=True,
+            )
 
 
 def _check_room(folder, manifest, todo):
@@ -158,22 +199,33 @@ def _check_room(folder, manifest, todo):
         )
 
 
-def _identity(model, data, features, dtype):
+def _identity(model, data, features, dtype, precision):
     return {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
         "preprocessing": model.preprocessing.describe(),
         "features": sorted(str(f) for f in features),
         "dtype": dtype,
-        "precision": "float32",
+        "precision": precision,
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
     }
+
+
+def _measured(manifest, model, data, features, device):
+    """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
+    split = next(iter(data.splits))
+    batch = [(split, row) for row in range(min(manifest.compute["batch_size"], len(data.splits[split])))]
+    (images,) = image_batches(data, model.preprocessing, [batch], workers=0)
+    images = model.to(device).preprocessing.normalise(images.to(device))
+    found = measure(model, images, features, manifest.identity["precision"])
+    return replace(manifest, compute=manifest.compute | found)
 
 
 def _row_shapes(model, features):
     size = model.preprocessing.size
     with torch.inference_mode():
-        results = model(torch.zeros(1, 3, size, size), features)
+        images = model.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        results = model(images, features)
     return {f: tuple(results[str(f)].shape[1:]) for f in features}
 
 
@@ -205,7 +257,7 @@ def _fill(folder, manifest, model, data, features, ranks, todo, workers, device)
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features
                 }
-            with torch.inference_mode():
+            with running(manifest.identity["precision"], device):
                 results = model(model.preprocessing.normalise(batch.to(device, non_blocking=True)), features)
                 for name, values in results.items():
                     buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
