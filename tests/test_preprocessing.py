@@ -234,7 +234,9 @@ def test_the_datasets_protocol_counts_until_the_user_speaks(scenes, checkpoint, 
         return replace(DATASETS["voc2007"](root, splits=splits), resize="crop", size=48)
 
     monkeypatch.setitem(DATASETS, "cropped", protocol)
-    extract = partial(featcache.extract, checkpoint, "cropped", root=scenes, splits=["val"], features="pooled", workers=0)
+    extract = partial(
+        featcache.extract, checkpoint, "cropped", root=scenes, splits=["val"], features="pooled", workers=0
+    )
     first = read_manifest(extract(store=tmp_path / "a.zarr")).identity["preprocessing"]
     assert (first["resize"], first["size"], first["short_side"]) == ("crop", 48, 55)
     second = read_manifest(extract(store=tmp_path / "b.zarr", size=SIZE, resize="squash")).identity["preprocessing"]

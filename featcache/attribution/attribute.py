@@ -16,9 +16,9 @@ from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
 from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
-from featcache.datasets.image import open_image
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
+from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
@@ -50,6 +50,7 @@ def attribute(
     split="test",
     backbone=None,
     arch=None,
+    weights_key=None,
     dataset=None,
     root=None,
     limit=None,
@@ -88,7 +89,7 @@ def attribute(
     targets = _targets(data, preprocessing, limit)
     pictures = None
     if backbone is not None:
-        model, pictures = _open_backbone(opened, split, preprocessing, backbone, arch, dataset, root, seed)
+        model, pictures = _open_backbone(opened, split, preprocessing, backbone, arch, weights_key, dataset, root, seed)
         model.to(device)
     kept = sorted({t.row for t in targets})[:examples]
     rows, panels = [], []
@@ -148,12 +149,12 @@ def _batches(targets):
         yield [t for t in targets if t.row in chosen]
 
 
-def _open_backbone(store, split, preprocessing, backbone, arch, dataset, root, seed):
+def _open_backbone(store, split, preprocessing, backbone, arch, weights_key, dataset, root, seed):
     """Load backbone and images, make sure that they are those of the store, and prepare images as it did."""
     if dataset is None:
         raise BadInput("--backbone needs --dataset and --root too, for the images")
     identity = store.manifest.identity
-    model = load_backbone(backbone, arch=arch, seed=seed, size=preprocessing.size)
+    model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
     data = read_dataset(dataset, root, [split])
     given = {
         "arch": model.arch,
@@ -166,7 +167,8 @@ def _open_backbone(store, split, preprocessing, backbone, arch, dataset, root, s
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
     model.preprocessing = preprocessing
-    return model, lambda row: preprocessing.apply(open_image(data.splits[split][row].image))
+    decoder = identity.get("decoder", DECODERS["exact"])
+    return model, lambda row: load_input(data.splits[split][row], preprocessing, decoder)
 
 
 def _gradcams(data, features, heads, batch, size, device):

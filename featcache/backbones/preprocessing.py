@@ -67,7 +67,9 @@ class Preprocessing:
 
     @property
     def short(self):
-        """Length of the short side after the first step of "crop" and "warp", in pixels."""
+        """Length of the short side of the resized image, before it is cropped or squashed, in pixels."""
+        if self.resize == "squash":
+            return self.size
         return round(self.size * 256 / 224) if self.short_side is None else self.short_side
 
     def changed(self, **fields):
@@ -82,19 +84,29 @@ class Preprocessing:
 
     def __str__(self):
         rule = RESIZE[self.resize].format(size=self.size, short=self.short)
-        pixels = "[x, 1 - x] of pixels in 0..1" if self.inverse else f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+        pixels = (
+            "[x, 1 - x] of pixels in 0..1" if self.inverse else f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+        )
         return f"{rule} ({self.interpolation}), {pixels}"
 
-    def apply(self, image):
-        """Resize a PIL image in mode RGB: uint8 tensor [3, size, size]."""
+    def apply(self, image, box=None, flip=False):
+        """Resize a PIL image in mode RGB: uint8 tensor [3, size, size], whose memory is [size, size, 3].
+
+        box: (x0, y0, x1, y1) of a crop that is squashed to the input whatever the resize rule, as
+        torchvision's resized_crop does. flip: mirror it from left to right.
+        """
         how, side = INTERPOLATION[self.interpolation], self.size
-        if self.resize != "squash":
+        if box is not None:
+            image, box = _crop(image, box)
+        elif self.resize != "squash":
             image = image.resize(self._whole(*image.size), how)
-        if self.resize == "crop":
+        if box is None and self.resize == "crop":
             left, top = self._corner(*image.size)
             image = image.crop((left, top, left + side, top + side))
         else:
-            image = image.resize((side, side), how)
+            image = image.resize((side, side), how, box=box)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         # A copy, because torch warns about PIL's read-only memory.
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -146,3 +158,13 @@ def default_preprocessing(architecture):
 
 def _numbers(values):
     return ",".join(f"{v:.6g}" for v in values)
+
+
+def _crop(image, box):
+    """Crop to the whole pixels that a box touches; return the image and the box within it.
+
+    Cropped before it is resized, as torchvision does, so that the filter sees nothing outside.
+    """
+    x0, y0 = math.floor(box[0]), math.floor(box[1])
+    inner = tuple(value - origin for value, origin in zip(box, (x0, y0, x0, y0), strict=True))
+    return image.crop((x0, y0, math.ceil(box[2]), math.ceil(box[3]))), inner

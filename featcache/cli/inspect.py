@@ -35,13 +35,13 @@ def inspect(store):
             f"{len(opened[split]) * manifest.row_bytes(name) / 1e6:.1f} MB",
         )
         for name, spec in manifest.features.items()
-        for split in opened.splits
+        for split in manifest.splits
     ]
     click.echo(format_table(("feature", "row", "dtype", "split", "size"), rows) + "\n")
     counts = {split: class_counts(opened[split]) for split in opened.splits}
     click.echo(format_table(*_class_rows(opened, counts)) + "\n")
     whole = [split for split, (there, total) in shards.items() if there == total]
-    for split in opened.splits:
+    for split in manifest.splits:
         if split not in whole:
             click.echo(f"split {split} is not whole: the same extract again finishes it")
     arrays = [(split, name, opened[split][name]) for name in manifest.features for split in whole]

@@ -7,11 +7,12 @@ import os
 from functools import partial
 from pathlib import Path
 
+from featcache.datasets.augmentation import Augmentation
 from featcache.datasets.record import Dataset, Record
 from featcache.datasets.voc import read_voc
 from featcache.errors import BadInput, nearest
 
-__all__ = ["DATASETS", "Dataset", "Record", "read_dataset"]
+__all__ = ["DATASETS", "Augmentation", "Dataset", "Record", "read_dataset"]
 
 DATASETS = {
     "voc": partial(read_voc, year=2007),

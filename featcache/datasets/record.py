@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.datasets.augmentation import Augmentation
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -30,16 +32,19 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset: class names, the task, its splits in order, and how its protocol prepares images.
+    """A dataset: class names, the task, its splits in order, and what its protocol does with images.
 
-    task: multi-label or single-label. resize: rule of featcache.backbones.preprocessing. size: side
-    of the input in pixels, None to leave it to the backbone.
+    task: multi-label or single-label. augmentation: of the training protocol. training: names of the
+    splits that it is meant for. resize: rule of featcache.backbones.preprocessing. size: side of the
+    input in pixels, None to leave it to the backbone.
     """
 
     name: str
     classes: tuple[str, ...]
     task: str
     splits: dict[str, tuple[Record, ...]]
+    augmentation: Augmentation = Augmentation()
+    training: tuple[str, ...] = ("train",)
     resize: str = "squash"
     size: int | None = None
 

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import click
 import numpy as np
 
+from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 
@@ -45,6 +46,8 @@ def read_voc(root, year, splits=None):
         splits={
             split: tuple(_record(home, i, *objects[i], classes) for i in split_ids) for split, split_ids in ids.items()
         },
+        augmentation=MULTI_LABEL,
+        training=("train", "trainval"),
     )
 
 

@@ -15,12 +15,13 @@ from featcache.backbones.precision import check_precision, fold_batch_norm, meas
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.extraction.images import image_batches
+from featcache.extraction.images import DECODERS, Images, image_batches
 from featcache.extraction.ranks import join_ranks
+from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, feature_of, plan, read_manifest
+from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -46,6 +47,7 @@ def extract(
     format=None,
     compression=None,
     arch=None,
+    weights_key=None,
     size=None,
     resize=None,
     short_side=None,
@@ -58,17 +60,23 @@ def extract(
     workers=None,
     device=None,
     seed=0,
+    views=0,
+    crop_scale=None,
+    decoder="exact",
 ):
     """Run a frozen backbone over a dataset and write its features to a store.
 
-    backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
+    backbone: checkpoint path, or "random" with `arch`. weights_key: which of
+    several encoders in it. dataset: registered name. splits: names, by
     default all that the protocol needs. features: see featcache.feature. store: path or URL, by
     default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
     suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
     Preprocessing; size and resize by default as the dataset's protocol says, the others as the backbone
     does. precision: float32, tf32, bf16 or fp16, of the network; dtype: float16, float32 or bfloat16, of
     the store. workers: decoding processes. device: torch device, by default cuda if there is one. seed:
-    of the random backbone.
+    of the random backbone, and of the views. views: how many augmented views of every training image to
+    make too. crop_scale: (lowest, highest) share of the image in their crops, by default that of the
+    dataset's protocol. decoder: exact, or draft, which is quicker on large JPEGs.
     Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
     torchrun the processes share the work. Raises BadInput for whatever the user can mend.
     """
@@ -83,6 +91,7 @@ def extract(
         backbone,
         arch=arch,
         seed=seed,
+        weights_key=weights_key,
         size=size or data.size,
         resize=resize or data.resize,
         short_side=short_side,
@@ -93,10 +102,12 @@ def extract(
     say(f"backbone: {model.grounds}", err=True)
     say(f"preprocessing: {model.preprocessing}", err=True)
     wanted = parse_features(features, model.aliases, model.layers)
+    views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype, precision),
-        rows={split: len(records) for split, records in data.splits.items()},
+        identity=_identity(model, data, wanted, dtype, precision, decoder) | views.describe(),
+        rows={split: len(records) for split, records in data.splits.items()}
+        | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
         dtype=dtype,
         aliases=model.aliases,
@@ -126,18 +137,22 @@ def extract(
         try:
             if leads:
                 if precision != "float32" and FILE not in folder.names():
-                    manifest = _measured(manifest, model, data, wanted, device)
-                manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
+                    plain = Images(data, model.preprocessing, DECODERS[decoder])
+                    manifest = _measured(manifest, model, plain, wanted, device)
+                arrays = {group: with_axes(a) for group, a in views.arrays(arrays).items()}
+                manifest = create_store(folder, manifest, arrays)
                 todo = ranks.share(missing_shards(folder, manifest))
             else:
                 todo = ranks.shared()
                 manifest = read_manifest(folder)
             _go_on_as_begun(folder, manifest, model, device, batch_size, say)
-            _check_room(folder, manifest, todo)
-            _fill(folder, manifest, model, data, wanted, ranks, todo, workers, device)
+            _check_room(folder, manifest, todo, say)
+            crops = {group: Store(folder)[group].augmentation for group in views.groups()}
+            images = Images(data, model.preprocessing, DECODERS[decoder], crops)
+            _fill(folder, manifest, model, images, wanted, ranks, todo, workers, device)
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
                 say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)
-                _fill(folder, manifest, model, data, wanted, ranks.alone(), left, workers, device)
+                _fill(folder, manifest, model, images, wanted, ranks.alone(), left, workers, device)
         except BaseException:
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)
@@ -189,17 +204,23 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
             )
 
 
-def _check_room(folder, manifest, todo):
-    """Raise BadInput before hours of work that cannot be stored."""
-    rows = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
-    needed, free = rows * sum(manifest.row_bytes(f) for f in manifest.features), folder.free_bytes()
+def _check_room(folder, manifest, todo, say):
+    """Raise BadInput before hours of work that cannot be stored; say what views cost."""
+    row_bytes = sum(manifest.row_bytes(f) for f in manifest.features)
+    sizes = {shard: row_bytes * (rows[1] - rows[0]) for shard in todo for rows in [manifest.rows_of(*shard)]}
+    needed, free = sum(sizes.values()), folder.free_bytes()
+    views = sum(size for (group, _), size in sizes.items() if split_of(group) != group)
+    if views:
+        say(f"disk: {needed / 1e9:.2f} GB to write, {views / 1e9:.2f} of them views", err=True)
     if free is not None and manifest.storage["compression"] is None and needed > free:
         raise BadInput(
             f"{folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
         )
 
 
-def _identity(model, data, features, dtype, precision):
+def _identity(model, data, features, dtype, precision, decoder):
+    if decoder not in DECODERS:
+        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     return {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
@@ -208,16 +229,18 @@ def _identity(model, data, features, dtype, precision):
         "dtype": dtype,
         "precision": precision,
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
+        # The usual one is not named, so that stores from before there was a choice keep their ids.
+        **({"decoder": DECODERS[decoder]} if decoder != "exact" else {}),
     }
 
 
-def _measured(manifest, model, data, features, device):
+def _measured(manifest, model, images, features, device):
     """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
-    split = next(iter(data.splits))
-    batch = [(split, row) for row in range(min(manifest.compute["batch_size"], len(data.splits[split])))]
-    (images,) = image_batches(data, model.preprocessing, [batch], workers=0)
-    images = model.to(device).preprocessing.normalise(images.to(device))
-    found = measure(model, images, features, manifest.identity["precision"])
+    split = next(iter(images.splits))
+    rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
+    (batch,) = image_batches(images, [[(split, row) for row in rows]], workers=0)
+    batch = model.to(device).preprocessing.normalise(batch.to(device))
+    found = measure(model, batch, features, manifest.identity["precision"])
     return replace(manifest, compute=manifest.compute | found)
 
 
@@ -229,7 +252,7 @@ def _row_shapes(model, features):
     return {f: tuple(results[str(f)].shape[1:]) for f in features}
 
 
-def _fill(folder, manifest, model, data, features, ranks, todo, workers, device):
+def _fill(folder, manifest, model, images, features, ranks, todo, workers, device):
     """Compute and write shards as they are drawn: workers decode, this thread infers, another writes."""
     drawn = deque()
 
@@ -248,11 +271,11 @@ def _fill(folder, manifest, model, data, features, ranks, todo, workers, device)
     progress = tqdm(total=total, unit="img", desc="extract", disable=ranks.rank != 0)
     pending, row = None, 0
     with ThreadPoolExecutor(1) as writer, progress:
-        for batch in image_batches(data, model.preprocessing, batches(), workers, pin_memory=device.type == "cuda"):
+        for batch in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
             if row == 0:
                 split, shard = drawn.popleft()
                 first, end = manifest.rows_of(split, shard)
-                ids = [record.id for record in data.splits[split][first:end]]
+                ids = [record.id for record in images.records(split, first, end)]
                 buffers = {
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features

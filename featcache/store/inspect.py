@@ -21,10 +21,10 @@ class Statistics:
 
 
 def describe(store):
-    """Open a store, whole or not, and count its shards: (Store, {split: (committed, all)})."""
+    """Open a store, whole or not, and count its shards: (Store, {split or view: (committed, all)})."""
     opened = Store(store)
     manifest = opened.manifest
-    return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in opened.splits}
+    return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in manifest.splits}
 
 
 def class_counts(split):
@@ -62,7 +62,7 @@ def statistics(array, progress=None):
 
 
 def inspect(store):
-    """Return {split: {feature: Statistics}} of a store's features; splits that are not whole are left out."""
+    """Return {split: {feature: Statistics}} of a store's features; splits and views that are not whole are left out."""
     opened, shards = describe(store)
     whole = [split for split, (there, total) in shards.items() if there == total]
     arrays = [(split, name, opened[split][name]) for split in whole for name in opened.manifest.features]

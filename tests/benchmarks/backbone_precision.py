@@ -21,13 +21,13 @@ from featcache.device import choose_device
 from featcache.errors import BadInput
 
 
-def seconds_of(run, device):
-    """Seconds that a function takes, with what it leaves running on a GPU."""
+def timed(trunk, images, device):
+    """What a network yields, and the seconds that it takes, with what is left running on a GPU."""
     started = time.perf_counter()
-    run()
+    result = trunk(images)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return result, time.perf_counter() - started
 
 
 def main():
@@ -41,8 +41,8 @@ def main():
     device = choose_device(args.device)
     backbone = load_backbone("random", arch=args.arch).to(device)
     size = backbone.preprocessing.size
-    images = backbone.preprocessing.normalise(torch.randint(0, 256, (args.batch_size, 3, size, size), dtype=torch.uint8))
-    images = images.to(device)
+    pixels = torch.randint(0, 256, (args.batch_size, 3, size, size), dtype=torch.uint8)
+    images = backbone.preprocessing.normalise(pixels).to(device)
     layer = backbone.aliases["last"]
     plain, folded = backbone.trunk, fold_batch_norm(backbone.trunk, [layer])
     as_torch = load_backbone("random", arch=args.arch).trunk.to(device, memory_format=torch.contiguous_format)
@@ -62,7 +62,7 @@ def main():
     for turn in range(args.turns + 1):
         for name, (trunk, batch) in contestants.items():
             with running(name[0], device):
-                took = seconds_of(lambda trunk=trunk, batch=batch, name=name: results.update({name: trunk(batch)}), device)
+                results[name], took = timed(trunk, batch, device)
             if turn:
                 seconds[name].append(took)
     print(f"{args.arch}, batch {args.batch_size}, {device}, torch {torch.__version__}, {platform.processor()}")
