@@ -8,13 +8,14 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    split_option,
 )
 
 
 @click.command()
 @backbone_options(required=True)
 @dataset_options(required=True)
-@click.option("--split", "splits", metavar="S,...", help="Splits.  [default: all that the dataset's protocol needs]")
+@split_option
 @click.option(
     "--features",
     default="pooled,spatial",
@@ -37,7 +38,7 @@ from featcache.cli.options import (
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone.")
-def extract(splits, compression, **options):
+def extract(compression, **options):
     """Run a frozen backbone once over a dataset and write its features to a store.
 
     The same command again finishes what was interrupted, or says that nothing is left to do. Under
@@ -46,4 +47,4 @@ def extract(splits, compression, **options):
     from featcache.extraction.extract import extract as run
 
     compression = None if compression == "none" else compression
-    run(splits=splits.split(",") if splits else None, compression=compression, **options)
+    run(compression=compression, **options)

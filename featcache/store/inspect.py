@@ -27,15 +27,6 @@ def describe(store):
     return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in opened.splits}
 
 
-def class_counts(split):
-    """How often each class is present, and how often difficult: two int64 [C]."""
-    labels = split.labels
-    classes = len(split.store.classes)
-    if labels.ndim == 1:
-        return np.bincount(labels[labels >= 0], minlength=classes), np.zeros(classes, np.int64)
-    return (labels == 1).sum(0), (labels == -1).sum(0)
-
-
 def statistics(array, progress=None):
     """Statistics of a FeatureArray, read once from end to end. Sums are in float64 (Chan et al. 1979)."""
     import torch
