@@ -9,7 +9,7 @@ from pathlib import Path
 
 from featcache.datasets.cifar import read_cifar
 from featcache.datasets.coco import read_coco
-from featcache.datasets.complete import complete
+from featcache.datasets.complete import completed
 from featcache.datasets.folder import read_folder
 from featcache.datasets.huggingface import read_huggingface
 from featcache.datasets.imagenet import read_imagenet
@@ -51,7 +51,7 @@ def read_dataset(name, root=None, splits=None):
     splits: names of splits; by default all that the dataset's protocol needs.
     Raises BadInput for an unknown name and for whatever is wrong on disk.
     """
-    return complete(list_records(name, root, splits))
+    return completed(list_records(name, root, splits))
 
 
 def list_records(name, root=None, splits=None):

@@ -85,7 +85,7 @@ def _read_batch(path, layout, classes):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler for numpy arrays in lists, dicts, bytes and numbers. Anything else is refused before it is called."""
+    """Unpickles numpy arrays in lists, dicts, bytes and numbers; anything else is refused before it is called."""
 
     ADMITTED = {
         ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],

@@ -1,6 +1,7 @@
 """COCO 2014 and 2017: instances_{train,val}YEAR.json through pycocotools (Lin et al., ECCV 2014)."""
 
 import contextlib
+import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,12 @@ from featcache.errors import BadInput
 SPLITS = ("train", "val")
 # The input side with which the reference project probes COCO.
 PROTOCOL_SIZE = 448
+# What every entry of an instances file must have, for what is read here.
+FIELDS = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "categories": {"id": int, "name": str},
+    "annotations": {"id": int, "image_id": int, "category_id": int},
+}
 TREE = """
 annotations/instances_{split}{year}.json
 {split}{year}/*.jpg                          (or images/{split}{year}/)
@@ -69,35 +76,31 @@ def _read_split(root, name, split, year):
         raise wrong_layout(root, f"no image folder {name} in {root}", tree, folder or root / "images")
     coco = _open(annotations)
     index = {category: n for n, category in enumerate(sorted(coco.cats))}
-    try:
-        classes = tuple(str(coco.cats[category]["name"]) for category in index)
-        records = tuple(_record(coco, coco.imgs[i], str(annotations), folder, index) for i in sorted(coco.imgs))
-    except KeyError as error:
-        raise BadInput(f"annotation {annotations}: an image or category lacks {error}") from None
-    return classes, records
+    classes = tuple(coco.cats[category]["name"] for category in index)
+    return classes, tuple(_record(coco, coco.imgs[i], str(annotations), folder, index) for i in sorted(coco.imgs))
 
 
 def _open(path):
     from pycocotools.coco import COCO
 
     parsed = read_json(path)
-    for key in ("images", "annotations", "categories"):
+    for key, fields in FIELDS.items():
         entries = parsed.get(key) if isinstance(parsed, dict) else None
-        if not isinstance(entries, list) or not all(
-            isinstance(e, dict) and isinstance(e.get("id"), int) for e in entries
-        ):
-            raise BadInput(f"annotation {path}: {key!r} must be a list of objects with an integer id")
-    for key in ("images", "categories"):
-        if not parsed[key]:
-            raise BadInput(f"annotation {path}: {key!r} is empty")
-    ids = [image["id"] for image in parsed["images"]]
-    if len(set(ids)) < len(ids):
-        raise BadInput(f"annotation {path}: two images have the same id")
-    images, categories = set(ids), {category["id"] for category in parsed["categories"]}
+        if not isinstance(entries, list) or not (entries or key == "annotations"):
+            raise BadInput(f"annotation {path}: {key!r} must be a list with entries")
+        seen = set()
+        for n, entry in enumerate(entries):
+            for field, kind in fields.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    raise BadInput(f"annotation {path}: {key} entry {n} lacks {field!r}, or it is no {kind.__name__}")
+            if entry["id"] in seen:
+                raise BadInput(f"annotation {path}: {key} id {entry['id']} comes twice")
+            seen.add(entry["id"])
+    images, categories = ({entry["id"] for entry in parsed[key]} for key in ("images", "categories"))
     for found in parsed["annotations"]:
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if found.get(key) not in known:
-                raise BadInput(f"annotation {path}: annotation {found['id']} has an unknown {key}: {found.get(key)}")
+        for field, known in (("image_id", images), ("category_id", categories)):
+            if found[field] not in known:
+                raise BadInput(f"annotation {path}: annotation {found['id']} has an unknown {field}: {found[field]}")
     coco = COCO()
     coco.dataset = parsed
     # It prints its progress.
@@ -133,9 +136,15 @@ def _record(coco, image, annotations, folder, index):
 
 def _counts(found, height, width, path):
     """Whether an annotation is one of the protocol's. Raises BadInput if its box is none."""
-    box = found.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
-        raise BadInput(f"annotation {path}: annotation {found['id']} needs a bbox [x, y, width, height]")
+    box, area = found.get("bbox"), found.get("area", 1)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in (*box, area)):
+        raise BadInput(
+            f"annotation {path}: annotation {found['id']} needs a bbox [x, y, width, height] and a number as area"
+        )
     x, y, w, h = box
     inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-    return not found.get("ignore") and inside and found.get("area", w * h) > 0 and w >= 1 and h >= 1
+    return not found.get("ignore") and inside and area > 0 and w >= 1 and h >= 1
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -15,7 +15,7 @@ THREADS = 16
 TASK = 64
 
 
-def complete(dataset):
+def completed(dataset):
     """Return the dataset with file and pixel sizes in every record and its boxes clipped to the image.
 
     Reads the header of every image whose size no annotation gives, in threads. Raises BadInput for an image that
@@ -26,7 +26,7 @@ def complete(dataset):
         for image_id in repeated_ids(records)[:1]:
             raise BadInput(f"{dataset.name}, split {split}: id {image_id!r} comes twice")
         words = f"sizes of {split}"
-        splits[split] = tuple(over_threads(_completed, records, words, "img", THREADS))
+        splits[split] = tuple(over_threads(_complete_record, records, words, "img", THREADS))
     return replace(dataset, splits=splits)
 
 
@@ -53,7 +53,7 @@ def over_threads(function, items, words, unit, threads):
         pool.shutdown(cancel_futures=True)
 
 
-def _completed(record):
+def _complete_record(record):
     length, height, width = record.image_bytes, record.height, record.width
     if height is None:
         length, height, width = measure_image(record.image)
@@ -68,7 +68,7 @@ def clip_boxes(record, height, width):
     if not len(record.boxes):
         return record.boxes
     boxes = record.boxes.clip(0, np.array([width, height, width, height], np.float32))
-    for box in record.boxes[(boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])][:1]:
+    for box in record.boxes[~((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3]))][:1]:
         raise BadInput(
             f"image {record.image}: box {box.tolist()} (x0, y0, x1, y1) has no pixel of its {width}x{height}"
         )

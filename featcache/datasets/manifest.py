@@ -142,7 +142,7 @@ def _names_in(cell):
 
 
 def _boxes(value, classes, where, n):
-    """The fields of a Record that hold boxes, from a list of {"box": [x0, y0, x1, y1], "label": ..., "difficult": ...}."""
+    """A Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": may be missing}]."""
     if value in (None, ""):
         return {}
     try:

@@ -66,9 +66,9 @@ def read_voc(root, year, splits=None):
     """Read a VOC dataset as multi-label records with boxes.
 
     root: the folder VOC<year>, or one that holds VOC<year> or VOCdevkit/VOC<year>.
-    Images of the segmentation challenge have masks. A class is present (1) if the image has a box of it that is not difficult, and -1 if all its
-    boxes are difficult. Classes are the 20 of VOC, or, where the annotations name others, the
-    sorted names found in all of Annotations/, with a notice.
+    A class is present (1) if the image has a box of it that is not difficult, and -1 if all its
+    boxes are difficult. Images of the segmentation challenge have masks. Classes are the 20 of VOC,
+    or, where the annotations name others, the sorted names found in all of Annotations/, with a notice.
     """
     home = _find_home(root, year)
     splits = tuple(splits or SPLITS[year])

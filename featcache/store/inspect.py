@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from featcache.store.marker import committed
