@@ -118,7 +118,7 @@ def _record(coco, image, annotations, folder, index):
     labels = np.zeros(len(index), np.int8)
     box_classes = np.array([index[found["category_id"]] for found in kept], np.int64)
     labels[box_classes] = 1
-    boxes = np.array([found["bbox"] for found in kept], np.float32).reshape(-1, 4)
+    boxes = np.array([found["bbox"] for found in kept], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Record(
         id=str(image["id"]),
@@ -126,7 +126,7 @@ def _record(coco, image, annotations, folder, index):
         labels=labels,
         height=height,
         width=width,
-        boxes=boxes,
+        boxes=boxes.astype(np.float32),
         box_classes=box_classes,
         box_difficult=np.zeros(len(kept), bool),
         box_crowd=np.array([bool(found.get("iscrowd")) for found in kept], bool),

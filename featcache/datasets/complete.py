@@ -55,7 +55,7 @@ def over_threads(function, items, words, unit, threads):
 
 def _complete_record(record):
     length, height, width = record.image_bytes, record.height, record.width
-    if height is None:
+    if height is None or width is None:
         length, height, width = measure_image(record.image)
     elif length is None:
         length = file_length(record.image)

@@ -31,9 +31,10 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 def read_imagenet(root, splits=None):
     """Read ImageNet as single-label records; class names are the sorted wnids, as torchvision's ImageFolder has them.
 
-    splits: train, val, and subsets such as train-1percent, which a list names (see the layout in the
-    message for a folder that holds neither). The id of a record is the image's file name without
-    suffix. Raises BadInput for a list whose labels contradict the wnids.
+    splits: train, val, and subsets such as train-1percent, which a list names. Where there is a list
+    it tells images, order and labels, as in mmpretrain; else the class folders do, else the devkit.
+    The id of a record is the image's file name without suffix.
+    Raises BadInput for a list whose labels contradict the wnids in its file names.
     """
     require_folder(root)
     wnids = _wnids(root)
@@ -74,10 +75,10 @@ def _records(root, split, wnids):
     if not folder.is_dir():
         raise wrong_layout(root, f"no folder {folder}", TREE)
     listed, devkit = _list_of(root, split), _devkit(root)
-    if not subset and folders_in(folder):
-        found = images_by_class(folder, wnids)
-    elif listed:
+    if listed:
         found = _read_listed(listed, folder, wnids)
+    elif not subset and folders_in(folder):
+        found = images_by_class(folder, wnids)
     elif not subset and split == "val" and devkit:
         found = _read_devkit(devkit, folder, wnids)
     else:
@@ -147,7 +148,8 @@ def _synsets(devkit):
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         return {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    # scipy's own errors of a damaged file have no common base.
+    except Exception as error:
         raise BadInput(f"cannot read {meta}: {error}") from None
 
 

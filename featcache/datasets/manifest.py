@@ -76,7 +76,7 @@ def _read_csv(path):
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         rows = [(reader.line_num, row) for row in reader]
-    columns = reader.fieldnames or []
+        columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):
         raise BadInput(f"{path} line 1: a column comes twice")
     for number, row in rows:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from featcache.datasets.sources import Pixels
 
 _NO_BOXES = np.empty((0, 4), np.float32)
 _NO_CLASSES = np.empty(0, np.int64)
@@ -61,7 +64,8 @@ class Dataset:
     def fingerprint(self, split):
         """sha256 (hex) over ids, labels, boxes, pixel sizes and file sizes of a split, in order.
 
-        File sizes stand in for the pixels: they cost one stat an image and catch a replaced file.
+        File sizes stand in for the pixels: they cost one stat an image and catch a replaced file. Images
+        that lie decoded in an array all have one size; of them the pixels' crc32 counts too.
         """
         digest = hashlib.sha256()
         for r in self.splits[split]:
@@ -77,5 +81,7 @@ class Dataset:
             ]
             if r.box_crowd is not None:
                 row.append(r.box_crowd.tolist())
+            if isinstance(r.image, Pixels):
+                row.append(zlib.crc32(r.image.array.tobytes()))
             digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()
