@@ -82,6 +82,8 @@ def test_folders_that_are_none(tmp_path):
         read_dataset("folder", tmp_path)
     shutil.rmtree(tmp_path / "train")
     folder(tmp_path)
+    (tmp_path / "notes" / "xml").mkdir(parents=True)
+    assert list(read_dataset("folder", tmp_path).splits) == ["train", "val"]
     (tmp_path / "val" / "bee").mkdir()
     with pytest.raises(BadInput, match="class folder without an image: .*val/bee"):
         read_dataset("folder", tmp_path)
@@ -95,7 +97,8 @@ def test_places205_lists(tmp_path):
     path = tmp_path / "trainvalsplit_places205/train_places205.csv"
     for text, message in (
         ("a/abbey/gsun_1.jpg,0\nb/bar/gsun_2.jpg,0\n", r"csv line 2: b/bar/gsun_2.jpg has the label 0 of a/abbey"),
-        ("a/abbey/gsun_1.jpg\n", "line 1: a/abbey/gsun_1.jpg has no label"),
+        ("a/abbey/gsun_1.jpg\n", "line 1: a/abbey/gsun_1.jpg needs a label from 0 to 204"),
+        ("a/abbey/gsun_1.jpg,205\n", "line 1: a/abbey/gsun_1.jpg needs a label from 0 to 204"),
         ("a/abbey/none.jpg,0\n", "image not found: a/abbey/none.jpg anywhere"),
         ("a/abbey/gsun_1.jpg,0\na/abbey/none.jpg,0\n", "image not found: .*images256/a/abbey/none.jpg"),
         ("\n", "csv is empty"),

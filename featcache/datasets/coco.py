@@ -27,7 +27,7 @@ annotations/instances_{split}{year}.json
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CocoMasks:
     """The masks of one image's boxes: ids of annotations in an instances file."""
 

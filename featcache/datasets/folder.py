@@ -6,6 +6,7 @@ from featcache.datasets.layout import (
     folders_in,
     holds_images,
     images_by_class,
+    images_in,
     known_splits,
     require_folder,
     wrong_layout,
@@ -33,6 +34,9 @@ def read_folder(root, splits=None):
         folders = {ONE_SPLIT: str(root)}
     elif flat:
         raise wrong_layout(root, f"{folders[flat[0]]} holds images, but no class folders", TREE)
+    else:
+        # Other folders, such as one of annotations, may lie beside the splits.
+        folders = {split: folder for split, folder in folders.items() if _has_classes(folder)}
     classes = tuple(sorted({name for folder in folders.values() for name in folders_in(folder)}))
     if not classes:
         raise wrong_layout(root, f"no class folders in {root}", TREE)
@@ -44,6 +48,10 @@ def read_folder(root, splits=None):
         splits={split: _records(folders[split], classes) for split in chosen},
         resize="crop",
     )
+
+
+def _has_classes(folder):
+    return any(images_in(os.path.join(folder, name)) for name in folders_in(folder))
 
 
 def _records(folder, classes):

@@ -4,9 +4,9 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 
-from featcache.datasets.labels import index_labels
-from featcache.datasets.layout import known_splits, require_folder, wrong_layout
-from featcache.datasets.record import Dataset, Record
+from featcache.datasets.labels import group_splits, index_labels
+from featcache.datasets.layout import require_folder, wrong_layout
+from featcache.datasets.record import Record
 from featcache.errors import BadInput
 
 ONE_SPLIT = "all"
@@ -16,7 +16,7 @@ dataset_info.json, state.json, *.arrow            (or a Dataset: one split)
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HuggingFaceImage:
     """The image of one row. split: None if the folder holds one Dataset. column: its name."""
 
@@ -46,7 +46,6 @@ def read_huggingface(root, splits=None):
     require_folder(root)
     loaded = _load(root)
     named = loaded if isinstance(loaded, dict) else {ONE_SPLIT: loaded}
-    chosen = known_splits(splits, tuple(named), root)
     features = next(iter(named.values())).features
     image, label = _columns(root, features)
     rows = [(split, row) for split in named for row in range(len(named[split]))]
@@ -54,17 +53,11 @@ def read_huggingface(root, splits=None):
     kind = features[label]
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
     classes, task, labels = index_labels(values, lambda n: "{} {} row {}".format(root, *rows[n]), names)
-    records = {split: [] for split in named}
-    for (split, row), value in zip(rows, labels, strict=True):
-        source = HuggingFaceImage(str(root), split if named is loaded else None, image, row)
-        records[split].append(Record(id=str(row), image=source, labels=value))
-    return Dataset(
-        name="huggingface",
-        classes=classes,
-        task=task,
-        splits={split: tuple(records[split]) for split in chosen},
-        resize="crop" if task == "single-label" else "squash",
-    )
+    records = [
+        (split, Record(str(row), HuggingFaceImage(str(root), split if named is loaded else None, image, row), value))
+        for (split, row), value in zip(rows, labels, strict=True)
+    ]
+    return group_splits("huggingface", classes, task, records, splits, root)
 
 
 def _load(root):

@@ -14,7 +14,7 @@ from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class SplitInspection:
     """Of one split. boxes, difficult, crowd: counts of boxes. overhanging: boxes that reach beyond their image.
 
@@ -35,7 +35,7 @@ class SplitInspection:
     bad: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class DatasetInspection:
     """Of a whole dataset. leaks: ((split, id), (split, id)) of images with equal bytes in two splits."""
 

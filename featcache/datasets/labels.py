@@ -1,9 +1,11 @@
-"""From labels as people write them, names or indices, one or several an image, to class indices."""
+"""From labels as people write them, names or indices, one or several an image, to a Dataset of class indices."""
 
 import numbers
 
 import numpy as np
 
+from featcache.datasets.layout import known_splits
+from featcache.datasets.record import Dataset
 from featcache.errors import BadInput
 
 # No dataset has more classes; a larger index is some other number, such as an id.
@@ -40,6 +42,21 @@ def index_labels(values, where, names=None):
         rows.append(np.zeros(len(names), np.int8))
         rows[-1][[index[label] for label in labels]] = 1
     return tuple(names), "multi-label", rows
+
+
+def group_splits(name, classes, task, rows, splits, place):
+    """A Dataset from rows (split, Record): of the splits asked for, else of all. place: for messages."""
+    found = {}
+    for split, record in rows:
+        found.setdefault(split, []).append(record)
+    chosen = known_splits(splits, tuple(found), place)
+    return Dataset(
+        name=name,
+        classes=classes,
+        task=task,
+        splits={split: tuple(found[split]) for split in chosen},
+        resize="crop" if task == "single-label" else "squash",
+    )
 
 
 def _plain(label, where, n):

@@ -6,9 +6,8 @@ import os
 
 import numpy as np
 
-from featcache.datasets.labels import index_labels
-from featcache.datasets.layout import known_splits
-from featcache.datasets.record import Dataset, Record
+from featcache.datasets.labels import group_splits, index_labels
+from featcache.datasets.record import Record
 from featcache.errors import BadInput
 
 ONE_SPLIT = "all"
@@ -34,21 +33,14 @@ def read_manifest_file(path, splits=None):
         if not isinstance(row.get("path"), str) or not row["path"].strip():
             raise BadInput(f"{where(n)}: no path ({HELP})")
     classes, task, labels = _labels(path, values, where)
-    records = {}
+    records = []
     for n, row in enumerate(values):
         image = row["path"].strip()
         boxes = _boxes(row.get("boxes"), classes, where, n)
         image_id, split = _cell(row, "id", image), _cell(row, "split", ONE_SPLIT)
         record = Record(id=image_id, image=os.path.join(path.parent, image), labels=labels[n], **boxes)
-        records.setdefault(split, []).append(record)
-    chosen = known_splits(splits, tuple(records), path)
-    return Dataset(
-        name="manifest",
-        classes=classes,
-        task=task,
-        splits={split: tuple(records[split]) for split in chosen},
-        resize="crop" if task == "single-label" else "squash",
-    )
+        records.append((split, record))
+    return group_splits("manifest", classes, task, records, splits, path)
 
 
 def _cell(row, column, default):

@@ -7,6 +7,7 @@ from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 
 SPLITS = ("train", "val")
+CLASSES = 205
 TREE = """
 trainvalsplit_places205/train_places205.csv               lines "a/abbey/gsun_0003.jpg,0"
 trainvalsplit_places205/val_places205.csv                 (both may lie in ROOT or in meta/; also train.txt, val.txt)
@@ -31,9 +32,10 @@ def read_places205(root, splits=None):
         found[split] = read_list(path, "," if path.suffix == ".csv" else None) if path else []
         for number, image, label in found[split]:
             name = os.path.dirname(image)
-            if label is None or names.setdefault(label, name) != name:
-                problem = "has no label" if label is None else f"has the label {label} of {names[label]}"
-                raise BadInput(f"{path} line {number}: {image} {problem}")
+            if label is None or label >= CLASSES:
+                raise BadInput(f"{path} line {number}: {image} needs a label from 0 to {CLASSES - 1}")
+            if names.setdefault(label, name) != name:
+                raise BadInput(f"{path} line {number}: {image} has the label {label} of {names[label]}")
     classes = tuple(names.get(label, str(label)) for label in range(max(names) + 1))
     return Dataset(
         name="places205",

@@ -16,7 +16,7 @@ def open_source(source):
     return open(source, "rb") if isinstance(source, (str, os.PathLike)) else source.open()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarMember:
     """A file inside an uncompressed tar, found by its offset."""
 
@@ -61,7 +61,7 @@ class _Slice(io.RawIOBase):
         super().close()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Pixels:
     """An image that lies decoded in an array. name: for messages. array: uint8 [3, H, W]."""
 

@@ -31,7 +31,7 @@ VOCdevkit/{name}/
 VOID = 255
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VocMasks:
     """The segmentation of one image: paths of its PNGs in SegmentationClass and SegmentationObject."""
 

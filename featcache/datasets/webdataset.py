@@ -4,9 +4,9 @@ import json
 import re
 import tarfile
 
-from featcache.datasets.labels import index_labels
-from featcache.datasets.layout import IMAGE_SUFFIXES, folders_in, known_splits, require_folder, wrong_layout
-from featcache.datasets.record import Dataset, Record
+from featcache.datasets.labels import group_splits, index_labels
+from featcache.datasets.layout import IMAGE_SUFFIXES, folders_in, require_folder, wrong_layout
+from featcache.datasets.record import Record
 from featcache.datasets.sources import TarMember
 from featcache.errors import BadInput
 
@@ -31,19 +31,12 @@ def read_webdataset(root, splits=None):
     shards = _shards(root)
     if not shards:
         raise wrong_layout(root, f"no tar shards in {root}", TREE)
-    chosen = known_splits(splits, tuple(shards), root)
     samples = [(split, *sample) for split, paths in shards.items() for path in paths for sample in _index(path)]
     classes, task, labels = index_labels([label for *_, label in samples], lambda n: str(samples[n][2]))
-    records = {split: [] for split in shards}
-    for (split, key, image, _), label in zip(samples, labels, strict=True):
-        records[split].append(Record(id=key, image=image, labels=label))
-    return Dataset(
-        name="webdataset",
-        classes=classes,
-        task=task,
-        splits={split: tuple(records[split]) for split in chosen},
-        resize="crop" if task == "single-label" else "squash",
-    )
+    records = [
+        (split, Record(key, image, label)) for (split, key, image, _), label in zip(samples, labels, strict=True)
+    ]
+    return group_splits("webdataset", classes, task, records, splits, root)
 
 
 def _shards(root):
