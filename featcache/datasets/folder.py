@@ -56,4 +56,4 @@ def _has_classes(folder):
 
 def _records(folder, classes):
     found = images_by_class(folder, classes)
-    return tuple(Record(id=os.path.relpath(path, folder), image=path, labels=label) for path, label in found)
+    return tuple(Record(id=path.removeprefix(folder + os.sep), image=path, labels=label) for path, label in found)
