@@ -49,6 +49,7 @@ def attribute(
     split="test",
     backbone=None,
     arch=None,
+    weights_key=None,
     dataset=None,
     root=None,
     limit=None,
@@ -86,7 +87,7 @@ def attribute(
     targets = _targets(data, size, limit)
     pictures = None
     if backbone is not None:
-        model, pictures = _open_backbone(opened, split, backbone, arch, dataset, root, seed)
+        model, pictures = _open_backbone(opened, split, backbone, arch, weights_key, dataset, root, seed)
         model.to(device)
     kept = sorted({t.row for t in targets})[:examples]
     rows, panels = [], []
@@ -144,12 +145,14 @@ def _batches(targets):
         yield [t for t in targets if t.row in chosen]
 
 
-def _open_backbone(store, split, backbone, arch, dataset, root, seed):
+def _open_backbone(store, split, backbone, arch, weights_key, dataset, root, seed):
     """Load backbone and images, and make sure that they are those of the store."""
     if dataset is None:
         raise BadInput("--backbone needs --dataset and --root too, for the images")
     identity = store.manifest.identity
-    model = load_backbone(backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed)
+    model = load_backbone(
+        backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed, weights_key=weights_key
+    )
     data = read_dataset(dataset, root, [split])
     given = {
         "arch": model.arch,

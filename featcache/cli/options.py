@@ -4,9 +4,14 @@ import click
 
 
 def backbone_options(required):
-    """Add --backbone and --arch."""
+    """Add --backbone, --arch and --weights-key."""
 
     def add(command):
+        command = click.option(
+            "--weights-key",
+            metavar="KEY",
+            help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
+        )(command)
         command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(
             command
         )

@@ -42,6 +42,7 @@ def extract(
     format=None,
     compression=None,
     arch=None,
+    weights_key=None,
     size=None,
     dtype="float16",
     batch_size=32,
@@ -54,7 +55,8 @@ def extract(
 ):
     """Run a frozen backbone over a dataset and write its features to a store.
 
-    backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
+    backbone: checkpoint path, or "random" with `arch`. weights_key: which of
+    several encoders in it. dataset: registered name. splits: names, by
     default all that the protocol needs. features: see featcache.feature. store: path or URL, by
     default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
     suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
@@ -70,7 +72,7 @@ def extract(
     device = choose_device(device, ranks.local_rank)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
-    model = load_backbone(backbone, arch=arch, size=size, seed=seed)
+    model = load_backbone(backbone, arch=arch, size=size, seed=seed, weights_key=weights_key)
     say(f"backbone: {model.grounds}", err=True)
     wanted = parse_features(features, model.aliases, model.layers)
     data = read_dataset(dataset, root, splits)

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.spec import UNIFORM_OFFSET, Head, Loss, Optimizer, ProbeSpec, Schedule
 
 METRICS = ("map", "top1", "top5")
 
@@ -72,6 +72,19 @@ class Text:
         return value
 
 
+class Offset(Number):
+    """A number of either sign, or -ln(C-1), which becomes one when the number of classes is known."""
+
+    def read(self, value):
+        """Return the number or the word, or raise ValueError."""
+        if value == UNIFORM_OFFSET:
+            return value
+        try:
+            return super().read(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {UNIFORM_OFFSET}") from None
+
+
 class Milestones:
     """A list by nature: epochs (whole numbers) or fractions of the run (below 1), rising."""
 
@@ -102,16 +115,40 @@ class Views:
 
 WARMUP = {"warmup_epochs": Number(0, default=0.0)}
 DECAY = {"weight_decay": Number(0, default=0.0)}
+def _head(type, **fields):
+    if type == "bcos":
+        fields["bias"] = False
+        if fields["layers"] == 1:
+            # Nothing lies between layers: the widths and norms of a grid are meant for its deeper heads.
+            fields |= {"hidden": 0, "norm": "none"}
+    return Head(type, **fields)
+
+
+# Of every head.
+LOGITS = {
+    "pool": Choice("after", "before", default="after"),
+    "offset": Offset(-1e6, 1e6, default=0.0),
+}
+BIAS = {"bias": Choice(True, False, default=True)}
+HIDDEN = Number(1, integer=True, default=2048)
 # Sections that are chosen by their `type`, with the fields of each type.
 SECTIONS = {
-    "head": (Head, {
-        "linear": {"bias": Choice(True, False, default=True), "pool": Choice("after", "before", default="after")},
+    "head": (_head, {
+        "linear": {**BIAS, **LOGITS},
         "mlp": {
             "layers": Number(2, 8, integer=True, default=2),
-            "hidden": Number(1, integer=True, default=2048),
-            "norm": Choice("bn", "none", default="bn"),
-            "bias": Choice(True, False, default=True),
-            "pool": Choice("after", "before", default="after"),
+            "hidden": HIDDEN,
+            "norm": Choice("bn", "bnu", "none", default="bn"),
+            **BIAS,
+            **LOGITS,
+        },
+        "bcos": {
+            "layers": Number(1, 8, integer=True, default=1),
+            "hidden": HIDDEN,
+            "b": Number(1, 16, default=2.0),
+            "max_out": Number(1, 64, integer=True, default=1),
+            "norm": Choice("bnu", "none", default="bnu"),
+            **LOGITS,
         },
     }),
     "loss": (Loss, {"bce": {}, "ce": {}}),
@@ -251,6 +288,8 @@ def _expand(group, path, errors):
             for n, value in enumerate(values)
             for fields in _section(value, types, f"{path}.{key}" + (f"[{n}]" if given is values else ""), errors)
         ]
+        if key == "head":
+            axes[key] = list(dict.fromkeys(axes[key]))
         if not values:
             errors.append(f"{path}.{key}: an empty list leaves no probe")
     if len(errors) == before:

@@ -1,7 +1,8 @@
 """Heads: many of one shape side by side for training, and one alone as an ordinary module.
 
 Weights of a probe go by the names `fc{i}.weight` [out, in], `fc{i}.bias`, and for batch norm
-`bn{i}.weight`, `.bias`, `.running_mean`, `.running_var`; 1x1 convolutions in all but shape.
+`bn{i}.weight`, `.bias`, `.running_mean`, `.running_var` (uncentred: `.weight`, `.running_var`);
+1x1 convolutions in all but shape.
 """
 
 import math
@@ -10,25 +11,43 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featcache.probes.bcos import BatchNormUncentered2d, BcosConv2d, aligned, largest, uncentred_scale, unit
+
+
+# What a norm between layers holds, and the values that it begins with.
+NORMS = {
+    "bn": {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+    "bnu": {"weight": 1.0, "running_var": 1.0},
+    "none": {},
+}
+
+
+def widest(head, classes):
+    """Outputs, over all its layers, of a head's widest layer that runs at every position."""
+    if head.type == "bcos":
+        return head.max_out * max(head.hidden, classes)
+    return head.hidden or classes
+
 
 def initial_weights(spec, dim, classes):
     """Draw a probe's weights from its own seed: U(-1/sqrt(in), 1/sqrt(in)), as torch's Linear and Conv2d.
 
     Returns {name: float32 tensor}. Drawn probe by probe, so that they do not depend on neighbours.
     """
-    generator = torch.Generator().manual_seed(spec.seed)
+    # Of an imported probe the weights are given, and only their names and shapes are asked for.
+    generator = torch.Generator().manual_seed(spec.seed or 0)
     head = spec.head
     widths = [dim, *[head.hidden] * (head.layers - 1), classes]
     weights = {}
     for i in range(head.layers):
         bound = 1 / math.sqrt(widths[i])
-        weights[f"fc{i}.weight"] = torch.empty(widths[i + 1], widths[i]).uniform_(-bound, bound, generator=generator)
+        outputs = widths[i + 1] * head.max_out
+        weights[f"fc{i}.weight"] = torch.empty(outputs, widths[i]).uniform_(-bound, bound, generator=generator)
         # Batch norm takes away what such a bias adds, and Adam would drive it about on rounding noise.
         if head.bias and (head.norm != "bn" or i == head.layers - 1):
-            weights[f"fc{i}.bias"] = torch.empty(widths[i + 1]).uniform_(-bound, bound, generator=generator)
-        if head.norm == "bn" and i < head.layers - 1:
-            for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-                weights[f"bn{i}.{name}"] = torch.full((widths[i + 1],), value)
+            weights[f"fc{i}.bias"] = torch.empty(outputs).uniform_(-bound, bound, generator=generator)
+        if i < head.layers - 1:
+            weights |= {f"bn{i}.{n}": torch.full((widths[i + 1],), v) for n, v in NORMS[head.norm].items()}
     return weights
 
 
@@ -50,6 +69,8 @@ class LinearStack:
         logits = (weight.flatten(0, 1) @ features.t()).unflatten(0, weight.shape[:2])
         if self.head.bias:
             logits += self.weights["fc0.bias"].unsqueeze(2)
+        if self.head.offset:
+            logits += self.head.offset
         return logits.permute(2, 0, 1)
 
     def backward(self, features, logits, gradient):
@@ -77,39 +98,72 @@ class MLPStack:
         with torch.set_grad_enabled(training):
             maps = features.unsqueeze(2) if features.ndim == 2 else features
             batch, dim, positions = maps.shape
-            rows = maps.transpose(1, 2).reshape(batch * positions, dim)
-            weight = self.weights["fc0.weight"]  # [P, H, D]
-            probes = len(weight)
-            bias = self.weights.get("fc0.bias")
-            hidden = F.linear(rows, weight.flatten(0, 1), None if bias is None else bias.flatten())  # [B * S, P * H]
+            hidden = self._layer(maps.transpose(1, 2).reshape(batch * positions, dim), 0)  # [B * S, P, H]
             for i in range(1, self.head.layers):
-                hidden = F.relu(self._norm(hidden, i - 1, training))
-                hidden = hidden.unflatten(1, (probes, -1)).transpose(0, 1)  # [P, B * S, H]
+                between = self._activation(self._norm(hidden.flatten(1), i - 1, training))
+                between = between.view(hidden.shape).transpose(0, 1)  # [P, B * S, H]
                 if i == self.head.layers - 1:
-                    hidden = hidden.unflatten(1, (batch, positions)).mean(2)  # [P, B, H]
-                hidden = hidden @ self.weights[f"fc{i}.weight"].transpose(1, 2)
-                if f"fc{i}.bias" in self.weights:
-                    hidden = hidden + self.weights[f"fc{i}.bias"].unsqueeze(1)
-                hidden = hidden.transpose(0, 1)  # [rows, P, units]
-                if i < self.head.layers - 1:
-                    hidden = hidden.flatten(1)
-            return hidden
+                    between, positions = self._before_last(between, batch, positions)
+                hidden = self._layer(between, i)  # [rows, P, units]
+            logits = hidden.unflatten(0, (batch, positions)).mean(1) if positions > 1 else hidden
+            return logits + self.head.offset if self.head.offset else logits
+
+    def _layer(self, rows, i):
+        return _products(rows, self.weights[f"fc{i}.weight"], self.weights.get(f"fc{i}.bias"))
+
+    def _activation(self, hidden):
+        return F.relu(hidden)
+
+    def _before_last(self, hidden, batch, positions):
+        return hidden.unflatten(1, (batch, positions)).mean(2), 1
 
     def _norm(self, hidden, i, training):
-        if self.head.norm == "none":
-            return hidden
-        weight, bias, mean, var = (
-            self.weights[f"bn{i}.{n}"].flatten() for n in ("weight", "bias", "running_mean", "running_var")
-        )
-        # flatten() of a contiguous [P, H] is a view, so the running statistics move in place.
-        return F.batch_norm(hidden, mean, var, weight, bias, training=training)
+        """Normalise hidden [rows, P * H], and in training move the running statistics in place."""
+        # flatten() of a contiguous [P, H] is a view.
+        held = {n: self.weights[f"bn{i}.{n}"].flatten() for n in NORMS[self.head.norm]}
+        if self.head.norm == "bn":
+            return F.batch_norm(
+                hidden, held["running_mean"], held["running_var"], held["weight"], held["bias"], training=training
+            )
+        if self.head.norm == "bnu":
+            variance = held["running_var"]
+            if training:
+                variance = hidden.var(0, unbiased=False)
+                held["running_var"].lerp_(variance.detach(), 0.1)
+            return hidden * uncentred_scale(held["weight"], variance)
+        return hidden
 
     def backward(self, features, logits, gradient):
         """Return the parameters' gradients."""
         return list(torch.autograd.grad(logits, self.parameters, gradient))
 
 
-STACKS = {"linear": LinearStack, "mlp": MLPStack}
+class BcosStack(MLPStack):
+    """P B-cos heads of one shape: no bias, no activation, and every layer runs at every position."""
+
+    def _layer(self, rows, i):
+        out = largest(_products(rows, unit(self.weights[f"fc{i}.weight"], -1)), self.head.max_out, -1)
+        squares = rows.square().sum(-1)  # [R] of the shared input, else [P, R]
+        squares = squares.unsqueeze(1) if i == 0 else squares.t()
+        return aligned(out, squares.unsqueeze(2), self.head.b)
+
+    def _activation(self, hidden):
+        return hidden
+
+    def _before_last(self, hidden, batch, positions):
+        return hidden, positions
+
+
+def _products(rows, weight, bias=None):
+    """Apply layers [P, U, D] to rows [R, D] that all probes share, or [P, R, D]: [R, P, U]."""
+    if rows.ndim == 2:
+        out = F.linear(rows, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return out.unflatten(1, weight.shape[:2])
+    out = rows @ weight.transpose(1, 2)
+    return (out if bias is None else out + bias.unsqueeze(1)).transpose(0, 1)
+
+
+STACKS = {"linear": LinearStack, "mlp": MLPStack, "bcos": BcosStack}
 
 
 class Head(nn.Module):
@@ -121,16 +175,20 @@ class Head(nn.Module):
 
     def __init__(self, spec, weights):
         super().__init__()
-        layers = []
-        for i in range(spec.head.layers):
-            weight = weights[f"fc{i}.weight"]
-            conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=f"fc{i}.bias" in weights)
-            layers.append((f"fc{i}", conv))
-            if i < spec.head.layers - 1:
-                if spec.head.norm == "bn":
-                    layers.append((f"bn{i}", nn.BatchNorm2d(weight.shape[0])))
-                layers.append((f"relu{i}", nn.ReLU()))
-        self.pool = spec.head.pool
+        head, layers = spec.head, []
+        for i in range(head.layers):
+            outputs, inputs = weights[f"fc{i}.weight"].shape
+            if head.type == "bcos":
+                layers.append((f"fc{i}", BcosConv2d(inputs, outputs, head.b, head.max_out)))
+            else:
+                layers.append((f"fc{i}", nn.Conv2d(inputs, outputs, 1, bias=f"fc{i}.bias" in weights)))
+            if i < head.layers - 1:
+                if head.norm != "none":
+                    norm = nn.BatchNorm2d if head.norm == "bn" else BatchNormUncentered2d
+                    layers.append((f"bn{i}", norm(outputs // head.max_out)))
+                if head.type == "mlp":
+                    layers.append((f"relu{i}", nn.ReLU()))
+        self.pool, self.offset = head.pool, head.offset
         self.layers = nn.ModuleDict(layers)
         state = {f"layers.{n}": w[:, :, None, None] if w.ndim == 2 else w for n, w in weights.items()}
         missing, unexpected = self.load_state_dict(state, strict=False)
@@ -144,4 +202,4 @@ class Head(nn.Module):
             maps = maps.mean((2, 3), keepdim=True)
         for layer in self.layers.values():
             maps = layer(maps)
-        return maps.mean((2, 3))
+        return maps.mean((2, 3)) + self.offset

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from featcache.probes.heads import STACKS
+from featcache.probes.heads import STACKS, widest
 from featcache.probes.losses import LOSSES
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
@@ -16,6 +16,7 @@ BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
 LOSS_BYTES = 2 << 20
 MIN_ROWS = 32
+SCORED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ def blocks(specs, dim, positions, classes):
     for (_, _, head, _, _, batch_size), members in shapes.items():
         # Sorted by loss, so that each loss sees one slice of the stack.
         members.sort(key=lambda s: s.loss.type)
-        width = head.hidden or classes
+        width = widest(head, classes)
         fit = BLOCK_WEIGHT_BYTES // (4 * width * dim)
-        if head.hidden:
-            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * width * batch_size * positions))
+        if head.type != "linear":
+            # A probe that was trained elsewhere has no batch size: it is only scored.
+            rows = batch_size or SCORED_ROWS
+            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * width * rows * positions))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
@@ -151,7 +154,7 @@ def _finish(spec, stack, losses, p):
 
 
 @torch.no_grad()
-def predict(specs, weights, features, classes, rows=1024):
+def predict(specs, weights, features, classes):
     """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
 
     weights: one {name: tensor} a spec. features: as for train_block.
@@ -161,5 +164,5 @@ def predict(specs, weights, features, classes, rows=1024):
     weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
     for name, stacked in stack.weights.items():
         stacked.copy_(torch.stack([w[name] for w in weights]))
-    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(rows)]
+    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(SCORED_ROWS)]
     return torch.cat(parts, dim=1)

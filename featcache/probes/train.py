@@ -23,6 +23,7 @@ from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS, chance, score
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
+from featcache.probes.spec import logit_offset
 from featcache.probes.stack import blocks, predict, train_block
 from featcache.store.reader import open_store
 
@@ -64,22 +65,34 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     _begin(folder, basis, resolved)
     started = time.monotonic()
     _train_missing(folder, specs, opened, splits, device, seed)
-    scores = _score(folder, specs, opened, splits, metrics, device)
+    basis |= {"key": key, "store": str(source)}
+    return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
+
+
+def finish_run(folder, specs, store, splits, basis, select, device, started):
+    """Score a run's probes, write scores.csv and history.csv, then run.json, which makes it a finished run.
+
+    specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
+    run.json: the store's id and path, the `key` that marks it finished. select: {metric, split} for run.json. started:
+    time.monotonic() of the beginning. Returns the Run.
+    """
+    metrics = TASK_METRICS[store.task]
+    scores = _score(folder, specs, store, splits, metrics, device)
     write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
     write_whole(folder / "history.csv", _to_csv(_history(folder, specs), ("probe", "epoch", "loss")))
-    labels = {role: _labels(opened, names) for role, names in splits.items()}
+    labels = {role: _labels(store, names) for role, names in splits.items()}
+    identity = store.manifest.identity
     summary = basis | {
-        "key": key,
-        "store": str(source),
-        "arch": opened.manifest.identity["arch"],
-        "weights_sha256": opened.manifest.identity["weights_sha256"],
-        "dataset": opened.manifest.identity["dataset"]["name"],
-        "select": resolved["select"],
-        "classes": list(opened.classes),
+        "arch": identity["arch"],
+        "weights_sha256": identity["weights_sha256"],
+        "preprocessing": identity["preprocessing"],
+        "dataset": identity["dataset"]["name"],
+        "select": select,
+        "classes": list(store.classes),
         "probes": len(specs),
         "diverged": [s.id for s in specs if load_probe(folder, s.id).diverged is not None],
         "rows": {role: len(rows) for role, rows in labels.items()},
-        "chance": {r: {m: chance(m, rows, len(opened.classes)) for m in metrics} for r, rows in labels.items()},
+        "chance": {r: {m: chance(m, rows, len(store.classes)) for m in metrics} for r, rows in labels.items()},
         "device": str(device),
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
@@ -109,12 +122,13 @@ def _resolve(grid, store, training):
     views = {name: store[name].views for name in training}
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
-        if spec.head.type == "mlp" and feature.reduction == "pooled" and spec.head.pool != "before":
+        if feature.reduction == "pooled" and not spec.head.pools_first:
             raise BadInput(
-                f"probe group {spec.name!r}: an mlp head on {feature} is another model than on the map; take "
-                f"{feature.layer}:spatial, or say pool: before if that is what you want"
+                f"probe group {spec.name!r}: a head of type {spec.head.type} on {feature} is another model than on "
+                f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
             )
-        specs.append(replace(spec, features=str(feature), views=_resolve_views(spec, store, views)))
+        head = replace(spec.head, offset=logit_offset(spec.head.offset, len(store.classes)))
+        specs.append(replace(spec, features=str(feature), head=head, views=_resolve_views(spec, store, views)))
     if len({spec.id for spec in specs}) < len(specs):
         raise BadInput(
             f"the grid names a probe twice: features and views that it writes differently are one in store {store.path}"
@@ -141,6 +155,8 @@ def _finished(folder, basis, key):
     if not folder.exists():
         return False
     there = read_summary(folder)
+    if "imported" in there:
+        raise BadInput(f"run {folder} holds imported probes; train into another --run")
     for field, value in basis.items():
         if there.get(field) != value:
             raise BadInput(
@@ -163,15 +179,11 @@ def _labels(store, splits):
     return torch.from_numpy(np.concatenate([store[name].labels for name in splits]))
 
 
-def _pools_first(spec):
-    return spec.head.type == "linear" or spec.head.pool == "before"
-
-
 def _work(folder, specs, store):
     """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
     inputs = {}
     for spec in specs:
-        inputs.setdefault((spec.features, _pools_first(spec)), []).append(spec)
+        inputs.setdefault((spec.features, spec.head.pools_first), []).append(spec)
     for (feature, pool), members in inputs.items():
         shape = next(iter(store.manifest.features[f]["shape"] for f in store.manifest.features if f == feature))
         positions = 1 if pool or len(shape) == 1 else int(np.prod(shape[1:]))

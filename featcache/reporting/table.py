@@ -55,6 +55,7 @@ def score_rows(run, most=None):
 
 def describe_head(row):
     """Name a head in a word or two, as in `mlp-2 (256)`."""
-    if row["head.type"] == "mlp":
-        return f"mlp-{row['head.layers']} ({row['head.hidden']})"
-    return row["head.type"]
+    if row["head.type"] == "linear":
+        return "linear"
+    width = f" ({row['head.hidden']})" if int(row["head.hidden"]) else ""
+    return f"{row['head.type']}-{row['head.layers']}{width}"
