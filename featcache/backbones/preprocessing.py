@@ -89,26 +89,31 @@ class Preprocessing:
         )
         return f"{rule} ({self.interpolation}), {pixels}"
 
-    def apply(self, image, box=None, flip=False):
+    def apply(self, image, box=None):
         """Resize a PIL image in mode RGB: uint8 tensor [3, size, size], whose memory is [size, size, 3].
 
-        box: (x0, y0, x1, y1) of a crop that is squashed to the input whatever the resize rule, as
-        torchvision's resized_crop does. flip: mirror it from left to right.
+        box: (x0, y0, x1, y1) of what is to be seen, in pixels of the image, which may be parts of one; by
+        default all of it.
         """
         how, side = INTERPOLATION[self.interpolation], self.size
-        if box is not None:
-            image, box = _crop(image, box)
-        elif self.resize != "squash":
-            image = image.resize(self._whole(*image.size), how)
-        if box is None and self.resize == "crop":
+        image, box = _crop(image, box or (0, 0, *image.size))
+        if self.resize != "squash":
+            image, box = image.resize(self._whole(box[2] - box[0], box[3] - box[1]), how, box=box), None
+        if self.resize == "crop":
             left, top = self._corner(*image.size)
             image = image.crop((left, top, left + side, top + side))
         else:
             image = image.resize((side, side), how, box=box)
-        if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        # A copy, because torch warns about PIL's read-only memory.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return _pixels(image)
+
+    def apply_view(self, image, box, flip):
+        """As `apply`, but a part of the image is squashed to the input whatever the resize rule, as in training.
+
+        So does torchvision's resized_crop. flip: mirror the result from left to right.
+        """
+        image, box = _crop(image, box)
+        image = image.resize((self.size, self.size), INTERPOLATION[self.interpolation], box=box)
+        return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
     def _whole(self, width, height):
         """Width and height of a whole image whose short side is brought to `short`, as torchvision rounds them."""
@@ -134,13 +139,17 @@ class Preprocessing:
         return moved, (moved[:, 0] < moved[:, 2]) & (moved[:, 1] < moved[:, 3])
 
     def normalise(self, images):
-        """Turn uint8 [B, 3, H, W] into the input on the same device: float32 [B, 3 or 6, H, W].
+        """Turn uint8 [B, 3, H, W] into the input on the same device: float32 [B, 3 or 6, H, W], channels_last.
 
         Three channels are (x - mean) / std of x in 0..1, six are [x, 1 - x].
         """
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        x = (images.float() / 255 - mean) / std
+        values = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)  # [B, H, W, 3]
+        values /= 255
+        # By whole rows: where the three channels lie innermost, broadcasting over them is three times slower.
+        rows = values.flatten(2)
+        rows -= torch.tensor(self.mean, device=images.device).repeat(images.shape[3])
+        rows /= torch.tensor(self.std, device=images.device).repeat(images.shape[3])
+        x = values.permute(0, 3, 1, 2)
         return torch.cat([x, 1 - x], 1) if self.inverse else x
 
 
@@ -156,6 +165,11 @@ def default_preprocessing(architecture):
     )
 
 
+def _pixels(image):
+    # A copy, because torch warns about PIL's read-only memory.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def _numbers(values):
     return ",".join(f"{v:.6g}" for v in values)
 
@@ -165,6 +179,7 @@ def _crop(image, box):
 
     Cropped before it is resized, as torchvision does, so that the filter sees nothing outside.
     """
-    x0, y0 = math.floor(box[0]), math.floor(box[1])
-    inner = tuple(value - origin for value, origin in zip(box, (x0, y0, x0, y0), strict=True))
-    return image.crop((x0, y0, math.ceil(box[2]), math.ceil(box[3]))), inner
+    x0, y0, x1, y1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    if (x0, y0, x1, y1) == (0, 0, *image.size):
+        return image, box
+    return image.crop((x0, y0, x1, y1)), (box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)

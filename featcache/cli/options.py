@@ -32,7 +32,13 @@ def dataset_options(required):
             metavar="DIR",
             help="Data folder.  [default: $FEATCACHE_DATA/NAME, else data/NAME]",
         )(command)
-        return click.option("--dataset", required=required, metavar="NAME", help="voc (2007) or voc2012.")(command)
+        return click.option(
+            "--dataset",
+            required=required,
+            metavar="NAME",
+            help="voc (2007), voc2012, coco (2014), coco2017, imagenet, places205, inaturalist2018, cifar10, cifar100, "
+            "stl10, folder, manifest (--root is the file), huggingface or webdataset.",
+        )(command)
 
     return add
 
@@ -77,6 +83,13 @@ def preprocessing_options(command):
         command = option(command)
     return command
 
+split_option = click.option(
+    "--split",
+    "splits",
+    metavar="S,...",
+    callback=lambda _context, _option, value: value.split(",") if value else None,
+    help="Splits.  [default: all that the dataset's protocol needs]",
+)
 
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 

@@ -33,11 +33,9 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
             f"image {record.image} is {image.width}x{image.height} pixels, its annotation says "
             f"{record.width}x{record.height}: boxes would be wrong"
         )
-    if crop is None:
-        return preprocessing.apply(image)
-    # Halves and smaller parts are exact in floats.
+    # Not the image's own size: that is rounded up where it was reduced.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
-    return preprocessing.apply(image, box, bool(flip))
+    return preprocessing.apply(image, box) if crop is None else preprocessing.apply_view(image, box, bool(flip))
 
 
 class Images(Dataset):
