@@ -20,11 +20,13 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
     decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
     original image. Raises BadInput for an image that cannot be read or is not the annotated one.
     """
-    top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
+    top, left, height, width, flip = crop or (0, 0, record.height, record.width, 0)
     reduce = 1
+    if crop:
+        preprocessing = preprocessing.squashed()
     if decoder == DECODERS["draft"]:
-        fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.size)
-        reduce = next(fits, 1)
+        side = preprocessing.size if preprocessing.resize == "squash" else preprocessing.short
+        reduce = next((r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * side), 1)
     image = open_image(record.image, reduce)
     if image.size == (record.width, record.height):
         reduce = 1
