@@ -27,7 +27,8 @@ def load_backbone(path, arch=None, size=None, seed=0):
         grounds = f"{arch} with random weights, seed {seed}"
     else:
         tensors = read_state_dict(path)
-        architecture = find_architecture(arch) if arch else recognise(tensors, path)
+        architecture = find_architecture(arch, tensors) if arch else recognise(tensors, path)
+        tensors = architecture.named(tensors)
         network = architecture.build()
         ignored = load_strictly(network, tensors, architecture.classifier, path, architecture.name)
         grounds = (

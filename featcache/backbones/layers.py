@@ -1,0 +1,83 @@
+"""`featcache layers`: what a network yields where, and in which ways it may be reduced."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+
+from featcache.backbones.reductions import MAP, SEQUENCE, TOKENS, Output
+
+# More than one image, so that what is no tensor of images shows.
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """path: of the module. aliases: names for people. shape: of one row. reductions: words of feature.REDUCTIONS."""
+
+    path: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    reductions: tuple[str, ...]
+
+
+def outputs(network, architecture, size):
+    """Run a network once and return {module path: Output}, in the order in which modules finish (their last call).
+
+    Nothing is computed where the network allows it: its tensors are replaced by ones of the meta device.
+    """
+    found = {}
+
+    def keep(path):
+        def hook(module, inputs, output):
+            found.pop(path, None)
+            found[path] = Output(output, module, architecture, (size, size), BATCH)
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(path)) for path, module in network.named_modules() if path]
+    real = dict(network.named_parameters()) | dict(network.named_buffers())
+    images = torch.zeros(BATCH, 6 if architecture.inverse else 3, size, size)
+    try:
+        with torch.inference_mode():
+            try:
+                shadows = {name: tensor.to("meta") for name, tensor in real.items()}
+                functional_call(network, shadows, (images.to("meta"),))
+            except (RuntimeError, NotImplementedError):
+                # Some networks hold tensors that are no parameters, or look at values.
+                found.clear()
+                network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def find_last(found):
+    """Path of the last module that yields a map of more than one position, or tokens; None if there is none."""
+    for path, output in reversed(found.items()):
+        if output.kind in (TOKENS, SEQUENCE) or (output.kind == MAP and output.values.shape[2:].numel() > 1):
+            return path
+    return None
+
+
+def layers(backbone, arch=None, size=None, seed=0):
+    """List the layers of a network in the order in which they finish, with their shapes at an input size.
+
+    backbone, arch, size, seed: as in featcache.extract; a loaded Backbone will do too. Returns Layers;
+    modules that yield no tensor of images are left out. Raises BadInput.
+    """
+    from featcache.backbones.backbone import Backbone
+    from featcache.backbones.load import load_backbone
+
+    if not isinstance(backbone, Backbone):
+        backbone = load_backbone(backbone, arch=arch, size=size, seed=seed)
+    named = {}
+    for alias, path in backbone.aliases.items():
+        named.setdefault(path, []).append(alias)
+    found = outputs(backbone.trunk, backbone.architecture, backbone.preprocessing.size)
+    return [
+        Layer(path, tuple(named.get(path, ())), tuple(output.values.shape[1:]), output.reductions)
+        for path, output in found.items()
+        if output.kind and path in set(backbone.layers)
+    ]
