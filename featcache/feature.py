@@ -14,7 +14,8 @@ REDUCTIONS = {
     "tokens": ("token", "channel"),
     "grid": ("channel", "y", "x"),
 }
-WORDS = [*REDUCTIONS][:-1] + ["grid(k,s,p)"]
+# As people write them.
+WORDS = {name: name for name in REDUCTIONS} | {"grid": "grid(k,s,p)"}
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ def _reduction(text, word):
     """Check a reduction and write out the numbers of a grid: a stride defaults to the kernel, a padding to 0."""
     name, bracket, rest = word.partition("(")
     if name not in REDUCTIONS:
-        raise BadInput(f"feature {text!r}: {name!r} is not one of {', '.join(WORDS)}{nearest(name, REDUCTIONS)}")
+        raise BadInput(f"feature {text!r}: {name!r} is not one of {', '.join(WORDS.values())}{nearest(name, REDUCTIONS)}")
     if name != "grid" and not bracket:
         return name
     numbers = re.fullmatch(r"(\d+)(?:,(\d+))?(?:,(\d+))?\)", rest)
     if name != "grid" or not numbers:
-        raise BadInput(f"feature {text!r}: {word!r} is not one of {', '.join(WORDS)}")
+        raise BadInput(f"feature {text!r}: {word!r} is not one of {', '.join(WORDS.values())}")
     kernel = int(numbers[1])
     stride, padding = int(numbers[2] or kernel), int(numbers[3] or 0)
     if kernel < 1 or stride < 1 or padding > kernel // 2:

@@ -6,6 +6,7 @@ import torch
 from torch.func import functional_call
 
 from featcache.backbones.reductions import MAP, SEQUENCE, TOKENS, Output
+from featcache.feature import WORDS
 
 # More than one image, so that what is no tensor of images shows.
 BATCH = 2
@@ -13,7 +14,7 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Layer:
-    """path: of the module. aliases: names for people. shape: of one row. reductions: words of feature.REDUCTIONS."""
+    """path: of the module. aliases: names for people. shape: of one row. reductions: as feature.WORDS has them."""
 
     path: str
     aliases: tuple[str, ...]
@@ -75,9 +76,12 @@ def layers(backbone, arch=None, size=None, seed=0):
     named = {}
     for alias, path in backbone.aliases.items():
         named.setdefault(path, []).append(alias)
-    found = outputs(backbone.trunk, backbone.architecture, backbone.preprocessing.size)
-    return [
-        Layer(path, tuple(named.get(path, ())), tuple(output.values.shape[1:]), output.reductions)
-        for path, output in found.items()
-        if output.kind and path in set(backbone.layers)
-    ]
+    listed, known = [], set(backbone.layers)
+    for path, output in outputs(backbone.trunk, backbone.architecture, backbone.preprocessing.size).items():
+        if output.kind and path in known:
+            # A norm leaves the shape of what it is put on.
+            for name in (path, *(p for p in named if p.startswith(f"{path}+"))):
+                shape = tuple(output.values.shape[1:])
+                words = tuple(WORDS[word] for word in output.reductions)
+                listed.append(Layer(name, tuple(named.get(name, ())), shape, words))
+    return listed

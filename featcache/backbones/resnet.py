@@ -43,7 +43,7 @@ class DeepStem(resnet.ResNet):
             self.stem.append(nn.ReLU(inplace=True))
         del self.conv1, self.bn1, self.relu
         if avg_down:
-            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for stage in (self.layer2, self.layer3, self.layer4):
                 conv, norm = stage[0].downsample
                 pool = nn.AvgPool2d(conv.stride, conv.stride, ceil_mode=True, count_include_pad=False)
                 conv.stride = (1, 1)

@@ -49,6 +49,16 @@ def _take_off(network, name, index):
     return network
 
 
+class MNASNet(models.MNASNet):
+    """torchvision's network, which refuses tensors that come without the version of its layout; the second is assumed.
+
+    The first had other shapes, but for mnasnet1_0, where both are the same.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        super()._load_from_state_dict(state_dict, prefix, {"version": self._version} | local_metadata, *rest)
+
+
 class DenseNetTrunk(nn.Module):
     """`features`, and the ReLU that DenseNet's forward puts between them and the pool, as `relu`."""
 
@@ -71,6 +81,9 @@ def architectures():
             signature, classifier, aliases = FAMILIES[family]
             trunk = HEADS.get(family) or without(classifier[0].split(".")[0])
             found[name] = _architecture(name, signature, classifier, aliases, trunk, **OPTIONS.get(family, {}))
+            if family == "mnasnet":
+                width = float(name.removeprefix(family).replace("_", "."))
+                found[name] = replace(found[name], build=partial(MNASNet, width))
     return found | _densenets() | _swins() | _maxvit() | _vits()
 
 

@@ -8,6 +8,7 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    size_option,
 )
 
 
@@ -17,9 +18,9 @@ from featcache.cli.options import (
 @click.option("--split", "splits", metavar="S,...", help="Splits.  [default: all that the dataset's protocol needs]")
 @click.option(
     "--features",
-    default="pooled,spatial",
     metavar="SPEC,...",
-    help="LAYER:REDUCE; bare pooled and spatial mean the last layer.",
+    help="LAYER:REDUCE, see featcache layers; a bare REDUCE means the last layer.  "
+    "[default: pooled,spatial, and cls if there is a class token]",
 )
 @click.option("--store", metavar="PATH", help="Folder or URL to write to.  [default: features/DATASET-ARCH-ID.zarr]")
 @format_option("--format", help="Of the store.  [default: what the store's suffix says, else zarr]")
@@ -30,9 +31,7 @@ from featcache.cli.options import (
     default="float16",
     help="Of the stored features.",
 )
-@click.option(
-    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
-)
+@size_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option

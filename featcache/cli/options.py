@@ -3,16 +3,23 @@
 import click
 
 
+arch_option = click.option(
+    "--arch",
+    metavar="NAME",
+    help="Architecture: a name, timm:NAME, or package.module:function.  [default: inferred from the checkpoint]",
+)
+size_option = click.option(
+    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+)
+
+
 def backbone_options(required):
     """Add --backbone and --arch."""
 
     def add(command):
-        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(
-            command
-        )
         return click.option(
             "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
-        )(command)
+        )(arch_option(command))
 
     return add
 

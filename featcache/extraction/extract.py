@@ -36,7 +36,7 @@ def extract(
     dataset,
     root=None,
     splits=None,
-    features="pooled,spatial",
+    features=None,
     store=None,
     format=None,
     compression=None,
@@ -51,8 +51,9 @@ def extract(
     """Run a frozen backbone over a dataset and write its features to a store.
 
     backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
-    default all that the protocol needs. features: see featcache.feature. store: path or URL, by
-    default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
+    default all that the protocol needs. features: see featcache.feature; by default pooled and spatial
+    of the last layer, and cls if it has a class token. store: path or URL, by default
+    features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
     suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
     float32 or bfloat16. workers: decoding processes. device: torch device, by default cuda if there
     is one. seed: of the random backbone.
@@ -66,6 +67,7 @@ def extract(
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
     model = load_backbone(backbone, arch=arch, size=size, seed=seed)
     say(f"backbone: {model.grounds}", err=True)
+    features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)
     data = read_dataset(dataset, root, splits)
     format = choose_format(format, store)
@@ -84,7 +86,7 @@ def extract(
         },
         storage={"format": format, "compression": compression},
     )
-    default = Path("features") / f"{data.name}-{model.arch}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
+    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
     folder = open_folder(store or default)
     FORMATS[format].check_place(folder, compression)
     arrays = {split: record_arrays(data, split) for split in data.splits}

@@ -24,6 +24,7 @@ from featcache.probes.metrics import TASK_METRICS, chance, score
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.stack import blocks, predict, train_block
+from featcache.store.manifest import feature_of
 from featcache.store.reader import open_store
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
@@ -108,7 +109,11 @@ def _resolve(grid, store):
     specs = []
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
-        if spec.head.type == "mlp" and feature.reduction == "pooled" and spec.head.pool != "before":
+        if feature.kind == "tokens":
+            raise BadInput(
+                f"probe group {spec.name!r}: no head reads {feature} yet; take {feature.layer}:cls, :patch_mean or :spatial"
+            )
+        if spec.head.type == "mlp" and feature.kind in ("pooled", "patch_mean") and spec.head.pool != "before":
             raise BadInput(
                 f"probe group {spec.name!r}: an mlp head on {feature} is another model than on the map; take "
                 f"{feature.layer}:spatial, or say pool: before if that is what you want"
@@ -147,7 +152,8 @@ def _labels(store, splits):
 def _features(store, splits, feature, pool, device):
     """Load a feature of a union of splits: [N, D], or [N, D, S] for a map, in the store's dtype.
 
-    pool: average the map over positions now, in float32, exact for a plain linear head.
+    A grid is one long vector, channel by channel: D is its C * h * w. pool: average the map over
+    positions now, in float32, exact for a plain linear head.
     """
     arrays = [store[name][feature] for name in splits]
     rows, bytes_ = sum(len(a) for a in arrays), sum(a.nbytes for a in arrays)
@@ -167,12 +173,19 @@ def _features(store, splits, feature, pool, device):
                 at += len(part)
     else:
         result = arrays[0][:] if len(arrays) == 1 else np.concatenate([a[:] for a in arrays])
-        result = result.reshape(*result.shape[:2], -1) if result.ndim == 4 else result
+        if _is_grid(feature):
+            result = result.reshape(len(result), -1)
+        elif result.ndim == 4:
+            result = result.reshape(*result.shape[:2], -1)
     return torch.from_numpy(result).to(device)
 
 
+def _is_grid(feature):
+    return feature_of(feature).kind == "grid"
+
+
 def _pools_first(spec):
-    return spec.head.type == "linear" or spec.head.pool == "before"
+    return not _is_grid(spec.features) and (spec.head.type == "linear" or spec.head.pool == "before")
 
 
 def _work(folder, specs, store):
@@ -182,8 +195,8 @@ def _work(folder, specs, store):
         inputs.setdefault((spec.features, _pools_first(spec)), []).append(spec)
     for (feature, pool), members in inputs.items():
         shape = next(iter(store.manifest.features[f]["shape"] for f in store.manifest.features if f == feature))
-        positions = 1 if pool or len(shape) == 1 else int(np.prod(shape[1:]))
-        yield blocks(members, shape[0], positions, len(store.classes)), feature, pool
+        dim, positions = (int(np.prod(shape)), 1) if _is_grid(feature) else (shape[0], int(np.prod(shape[1:])))
+        yield blocks(members, dim, 1 if pool else positions, len(store.classes)), feature, pool
 
 
 def _train_missing(folder, specs, store, splits, device, seed):
