@@ -222,10 +222,12 @@ def _infer_resnet(tensors, hints):
     blocks = tuple(
         1 + max(int(key.split(".")[1]) for key in tensors if key.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)
     )
+    width = len(tensors["layer1.0.conv1.weight"])
     positions, pool = tensors.get("attnpool.positional_embedding"), tensors.get("attnpool.c_proj.weight")
     if positions is None or pool is None:
-        return _resnet(tensors["layer1.0.conv1.weight"].shape[0], blocks, 224, None)
-    return _resnet(tensors["layer1.0.conv1.weight"].shape[0], blocks, 32 * math.isqrt(len(positions)), len(pool))
+        sizes = {known[:2]: known[2] for known in RESNETS.values()}
+        return _resnet(width, blocks, sizes.get((width, blocks), 224), None)
+    return _resnet(width, blocks, 32 * math.isqrt(len(positions)), len(pool))
 
 
 def _fit_resnet(name, network, size):

@@ -1,10 +1,12 @@
 """`featcache layers`: what a network yields where, and in which ways it may be reduced."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.func import functional_call
 
+from featcache.backbones.architecture import Tokens
 from featcache.backbones.reductions import MAP, SEQUENCE, TOKENS, Output
 from featcache.feature import WORDS
 
@@ -60,6 +62,22 @@ def find_last(found):
         if output.kind in (TOKENS, SEQUENCE) or (output.kind == MAP and output.values.shape[2:].numel() > 1):
             return path
     return None
+
+
+def tokens_of(network, count, size):
+    """Layout of the tokens of a network that yields `count` of them for images of size x size; None if they are no square.
+
+    Prefix tokens are as its attribute num_prefix_tokens says (timm's networks have it); without it a
+    square number of tokens are patches, and one more begins with a class token.
+    """
+    prefix = getattr(network, "num_prefix_tokens", None)
+    if prefix is None:
+        prefix = 0 if math.isqrt(count) ** 2 == count else 1
+        cls = prefix == 1
+    else:
+        cls = getattr(network, "cls_token", None) is not None
+    side = math.isqrt(max(count - prefix, 0))
+    return Tokens(prefix, cls, size // side) if side and side * side == count - prefix else None
 
 
 def layers(backbone, arch=None, size=None, seed=0):

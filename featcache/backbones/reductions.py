@@ -18,12 +18,14 @@ ALLOWED = {
 class Output:
     """The output of a layer for a batch of images, and what it is.
 
-    output: whatever the module returned. images: the size (H, W) of the input in pixels.
-    kind: one of ALLOWED, or None if no feature can be made of it. prefix: tokens before the patches.
+    output: whatever the module returned. images: the size (H, W) of the input in pixels. values: the
+    same, but a map is [B, C, H, W]. kind: one of ALLOWED, or None if no feature can be made of it.
+    prefix: tokens before the patches. cls: whether the first of them is a class token.
     """
 
     def __init__(self, output, module, architecture, images, batch):
-        self.values, self.kind, self.prefix, self.cls = output, None, 0, False
+        self.output = self.values = output
+        self.kind, self.prefix, self.cls = None, 0, False
         usable = isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim in (2, 3, 4)
         if not (usable and len(output) == batch):
             return

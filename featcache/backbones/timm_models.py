@@ -4,9 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks
-from featcache.backbones.layers import find_last, outputs
+from featcache.backbones.architecture import Architecture, last_blocks
+from featcache.backbones.layers import find_last, outputs, tokens_of
+from featcache.backbones.reductions import MAP, SEQUENCE
 from featcache.errors import BadInput, nearest
 
 PREFIX = "timm:"
@@ -38,38 +40,40 @@ def timm_architecture(name):
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
-        tokens=_tokens(network),
         nhwc=getattr(network, "output_fmt", "NCHW") == "NHWC",
         fit=partial(_fit, name, config["input_size"][1]),
     )
-    return replace(architecture, aliases=_aliases(_trunk(network).eval(), architecture))
+    return _with_layers(architecture, _trunk(network).eval())
 
 
 def _trunk(network):
-    """The features before pooling and classifier, under timm's names."""
+    """The features before pooling and classifier, under timm's names; what forward_features returns goes through `final`."""
     network.reset_classifier(0)
-    network.forward = network.forward_features
+    network.final = nn.Identity()
+    network.forward = lambda images: network.final(network.forward_features(images))
     return network
 
 
-def _tokens(network):
-    """How a network of tokens lays them out; None for one of maps."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    if not hasattr(network, "num_prefix_tokens") or patch is None:
-        return None
-    return Tokens(network.num_prefix_tokens, getattr(network, "cls_token", None) is not None, patch[0])
-
-
-def _aliases(trunk, architecture):
-    """`last`; timm's feature stages as feat1..feat5; a transformer's last blocks."""
+def _with_layers(architecture, trunk):
+    """Add what a run tells: `last`, the layout of tokens; timm's feature stages or a transformer's last blocks."""
     found = outputs(trunk, architecture, architecture.size)
+    final = found.pop("final")
+    if final.kind not in (MAP, SEQUENCE):
+        raise BadInput(f"--arch {architecture.name}: its forward_features returns no map and no tokens")
     last = find_last(found)
+    if last is None or found[last].output is not final.output:
+        # Something that is no module comes after the last one, such as a permutation.
+        last = "final"
     aliases = {"last": last}
-    if architecture.tokens:
-        blocks = [path for path in found if path.startswith("blocks.") and path.count(".") == 1]
-        return aliases | (last_blocks(blocks, last) if blocks else {})
-    stages = [stage["module"] for stage in getattr(trunk, "feature_info", ()) if stage["module"] in found]
-    return aliases | {f"feat{5 - i}": path for i, path in enumerate(reversed(stages[-5:]))}
+    if final.kind == MAP:
+        stages = [stage["module"] for stage in getattr(trunk, "feature_info", ()) if stage["module"] in found]
+        aliases |= {f"feat{5 - i}": path for i, path in enumerate(reversed(stages[-5:]))}
+        return replace(architecture, aliases=aliases)
+    blocks = [path for path in found if path.startswith("blocks.") and path.count(".") == 1]
+    order = list(found)
+    if blocks and last in order and set(order[order.index(blocks[-1]) + 1 : order.index(last)]) <= {"blocks"}:
+        aliases = last_blocks(blocks, last)
+    return replace(architecture, aliases=aliases, tokens=tokens_of(trunk, final.output.shape[1], architecture.size))
 
 
 def _fit(name, native, network, size):

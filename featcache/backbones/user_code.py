@@ -1,7 +1,6 @@
 """Networks from the user's own code: `package.module:function`."""
 
 import importlib
-import math
 import os
 import sys
 from dataclasses import replace
@@ -9,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens
-from featcache.backbones.layers import find_last, outputs
+from featcache.backbones.architecture import Architecture
+from featcache.backbones.layers import find_last, outputs, tokens_of
 from featcache.errors import BadInput, nearest
 
 # Modules at the top that are taken for a classifier where checkpoint and network do not agree on them.
@@ -71,7 +70,7 @@ def _architecture(name, network, classifier):
     if last is None:
         raise BadInput(f"--arch {name}: no module of the network yields a map [B, C, H, W] or tokens [B, N, D]")
     values = found[last].values
-    return replace(made, aliases={"last": last}, tokens=_tokens(network, values.shape[1]) if values.ndim == 3 else None)
+    return replace(made, aliases={"last": last}, tokens=tokens_of(network, values.shape[1], SIZE) if values.ndim == 3 else None)
 
 
 def _trunk(classifier, network):
@@ -79,17 +78,6 @@ def _trunk(classifier, network):
         if hasattr(network, part):
             setattr(network, part, nn.Identity())
     return network
-
-
-def _tokens(network, count):
-    """A square number of tokens are patches; one more begins with a class token, if timm's num_prefix_tokens is not there."""
-    prefix = getattr(network, "num_prefix_tokens", None)
-    if prefix is None:
-        prefix = 0 if math.isqrt(count) ** 2 == count else 1
-    side = math.isqrt(count - prefix)
-    if side == 0 or side * side != count - prefix:
-        return None
-    return Tokens(prefix, prefix > 0, SIZE // side)
 
 
 def _infer(name, tensors, hints):
