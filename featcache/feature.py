@@ -81,7 +81,9 @@ def _reduction(text, word):
     """Check a reduction and write out the numbers of a grid: a stride defaults to the kernel, a padding to 0."""
     name, bracket, rest = word.partition("(")
     if name not in REDUCTIONS:
-        raise BadInput(f"feature {text!r}: {name!r} is not one of {', '.join(WORDS.values())}{nearest(name, REDUCTIONS)}")
+        raise BadInput(
+            f"feature {text!r}: {name!r} is not one of {', '.join(WORDS.values())}{nearest(name, REDUCTIONS)}"
+        )
     if name != "grid" and not bracket:
         return name
     numbers = re.fullmatch(r"(\d+)(?:,(\d+))?(?:,(\d+))?\)", rest)
@@ -91,7 +93,7 @@ def _reduction(text, word):
     stride, padding = int(numbers[2] or kernel), int(numbers[3] or 0)
     if kernel < 1 or stride < 1 or padding > kernel // 2:
         raise BadInput(
-            f"feature {text!r}: a grid needs a kernel and a stride of at least 1 and a padding of at most half the kernel"
+            f"feature {text!r}: a grid needs kernel and stride of at least 1 and padding of at most half the kernel"
         )
     return f"grid({kernel},{stride},{padding})"
 

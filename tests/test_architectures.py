@@ -34,11 +34,12 @@ TWINS = [
     *((f"vit_small_patch{patch}", f"vit_small_patch{patch}_heads12") for patch in (8, 14, 16)),
 ]
 QUICK = {
-    "resnet18", "resnet50", "resnet50_caffe", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "resnetv1c50", "resnetv1d101",
-    "alexnet", "vgg16", "vgg16_bn", "squeezenet1_0", "convnext_tiny", "mobilenet_v2", "mobilenet_v3_large", "mnasnet0_75", "maxvit_t",
-    "shufflenet_v2_x1_5", "googlenet", "inception_v3", "swin_s", "swin_v2_s", "vit_b_32", "vit_h_14", "vit_tiny_patch16",
-    "vit_small_patch16", "vit_small_patch16_heads12", "clip_rn50", "clip_rn101_no_attnpool", "clip_vit_b32", "clip_vit_b32_gelu",
-    "bcos_resnet34", "efficientnet_lite2",
+    "resnet18", "resnet50", "resnet50_caffe", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
+    "resnetv1c50", "resnetv1d101", "alexnet", "vgg16", "vgg16_bn", "squeezenet1_0", "convnext_tiny", "mobilenet_v2",
+    "mobilenet_v3_large", "mnasnet0_75", "maxvit_t", "shufflenet_v2_x1_5", "googlenet", "inception_v3", "swin_s",
+    "swin_v2_s", "vit_b_32", "vit_h_14", "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch16_heads12",
+    "clip_rn50", "clip_rn101_no_attnpool", "clip_vit_b32", "clip_vit_b32_gelu", "bcos_resnet34",
+    "efficientnet_lite2",
 }  # fmt: skip
 
 
@@ -171,7 +172,9 @@ def test_deep_stem_resnets_equal_timms(tmp_path, kind):
     tensors = rename(network.state_dict(), (r"^conv1\.", "stem."), (r"^bn1\.", "stem.7."))
     if kind == "d":
         # timm has a place for the pool in the first stage too, where nothing is to pool.
-        tensors = rename(tensors, (r"^(layer1\.0\.downsample)\.1\.", r"\1.0."), (r"^(layer1\.0\.downsample)\.2\.", r"\1.1."))
+        tensors = rename(
+            tensors, (r"^(layer1\.0\.downsample)\.1\.", r"\1.0."), (r"^(layer1\.0\.downsample)\.2\.", r"\1.1.")
+        )
     backbone = loaded(tmp_path, tensors)
     assert backbone.arch == f"resnetv1{kind}50"
     stem, last = features_of(backbone, images_of(64), "feat1:spatial,last:spatial")
@@ -306,7 +309,8 @@ def test_mmpretrain_vits_are_renamed(tmp_path):
     tensors = rename(
         {k: v for k, v in network.state_dict().items() if not k.startswith("head.")},
         (r"^patch_embed\.proj\.", "patch_embed.projection."), (r"^norm\.", "ln1."), (r"^blocks\.", "layers."),
-        (r"^(layers\.\d+)\.norm(\d)\.", r"\1.ln\2."), (r"\.mlp\.fc1\.", ".ffn.layers.0.0."), (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+        (r"^(layers\.\d+)\.norm(\d)\.", r"\1.ln\2."),
+        (r"\.mlp\.fc1\.", ".ffn.layers.0.0."), (r"\.mlp\.fc2\.", ".ffn.layers.1."),
         (r"\.ls1\.gamma", ".attn.gamma1.weight"), (r"\.ls2\.gamma", ".ffn.gamma2.weight"),
     )  # fmt: skip
     assert "layers.2.ffn.layers.0.0.bias" in tensors and "layers.0.attn.gamma1.weight" in tensors
@@ -418,7 +422,9 @@ def test_bcos_networks_equal_their_package(tmp_path, name):
         assert torch.equal(last, network.forward_features(six)) and (last < 0).any()
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"]
+)
 def test_timm_by_name(tmp_path, name):
     torch.manual_seed(0)
     network = randomise(timm.create_model(name))

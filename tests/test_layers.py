@@ -1,5 +1,6 @@
 """Layers and their reductions: what a feature's name means, from the parser to the store and the probe."""
 
+import copy
 import json
 
 import h5py
@@ -72,7 +73,8 @@ def test_grids_have_one_spelling(kernel, stride, padding):
 
 
 @pytest.mark.parametrize(
-    "text", ["grid", "grid()", "grid(0)", "grid(2,0)", "grid(2,1,1,1)", "grid(2", "grid(a)", "pooled(2)", "gird(2)", "x:"]
+    "text",
+    ["grid", "grid()", "grid(0)", "grid(2,0)", "grid(2,1,1,1)", "grid(2", "grid(a)", "pooled(2)", "gird(2)", "x:"],
 )
 def test_wrong_reductions_are_one_line(text):
     with pytest.raises(BadInput) as caught:
@@ -81,7 +83,9 @@ def test_wrong_reductions_are_one_line(text):
 
 
 def test_axes_have_names_of_their_own():
-    features = [Feature("a", r) for r in ("pooled", "cls", "patch_mean", "spatial", "tokens", "grid(2,2,0)", "grid(2,1,0)")]
+    features = [
+        Feature("a", r) for r in ("pooled", "cls", "patch_mean", "spatial", "tokens", "grid(2,2,0)", "grid(2,1,0)")
+    ]
     axes = [axis for feature in features for axis in feature.axes]
     assert len(set(axes)) == len(axes)
     assert Feature("a", "grid(2,1,0)").axes == ("a.grid-2-1-0.channel", "a.grid-2-1-0.y", "a.grid-2-1-0.x")
@@ -121,7 +125,9 @@ def test_tokens_by_hand(vit):
     (embedded,) = features_of(vit, "patch_embed:spatial", images)
     with torch.inference_mode():
         assert torch.allclose(embedded, vit.trunk.patch_embed.proj(images), atol=1e-6)
-    with pytest.raises(BadInput, match=r"patch_embed:cls: layer patch_embed .* tokens without a class token \(0 before"):
+    with pytest.raises(
+        BadInput, match=r"patch_embed:cls: layer patch_embed .* tokens without a class token \(0 before"
+    ):
         features_of(vit, "patch_embed:cls")
     with pytest.raises(BadInput, match="yields tokens without a class token"):
         features_of(load_tiny(class_token=False, global_pool="avg", fc_norm=False), "cls")
@@ -229,6 +235,20 @@ def test_listed_shapes_and_reductions_are_true(arch):
             assert features_of(backbone, f"{layer.path}:spatial", images)[0].shape[1:] == layer.shape
 
 
+def test_copies_run_on_their_own(vit):
+    """The trunk of a ViT ends before timm's classifier; so must that of a copy, on its own tensors."""
+    twin = copy.deepcopy(vit)
+    with torch.no_grad():
+        twin.trunk.norm.weight.mul_(2)
+        twin.trunk.norm.bias.mul_(2)
+    images = torch.randn(2, 3, SIDE, SIDE)
+    assert torch.equal(features_of(twin, "tokens", images)[0], 2 * features_of(vit, "tokens", images)[0])
+    for arch in ("vit_tiny_patch16", "timm:test_vit"):
+        model = load_backbone("random", arch=arch)
+        inputs = torch.randn(1, 3, model.preprocessing.size, model.preprocessing.size)
+        assert torch.equal(copy.deepcopy(model).trunk(inputs), model.trunk(inputs))
+
+
 def test_every_reduction_of_every_layer_works(vit):
     for layer in featcache.layers(vit):
         for reduction in layer.reductions:
@@ -320,5 +340,8 @@ def test_default_features_have_the_class_token(scenes, vit_checkpoint, checkpoin
         (checkpoint, ["layer4:pooled", "layer4:spatial"]),
     ):
         path = featcache.extract(source, "voc", store=tmp_path / f"{source.stem}.zarr", **settings)
-        assert json.loads((tmp_path / f"{source.stem}.zarr" / "manifest.json").read_text())["identity"]["features"] == features
+        assert (
+            json.loads((tmp_path / f"{source.stem}.zarr" / "manifest.json").read_text())["identity"]["features"]
+            == features
+        )
         assert featcache.open_store(path).id

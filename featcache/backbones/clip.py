@@ -24,8 +24,8 @@ INPUT = {
 }
 # Width, blocks of each stage, input size, width of the embedding.
 RESNETS = {
-    "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512), "rn50x4": (80, (4, 6, 10, 6), 288, 640),
-    "rn50x16": (96, (6, 8, 18, 8), 384, 768), "rn50x64": (128, (3, 15, 36, 10), 448, 1024),
+    "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512),
+    "rn50x4": (80, (4, 6, 10, 6), 288, 640), "rn50x16": (96, (6, 8, 18, 8), 384, 768), "rn50x64": (128, (3, 15, 36, 10), 448, 1024),
 }  # fmt: skip
 # Width, blocks, patch, width of the embedding.
 VITS = {
@@ -187,8 +187,12 @@ class VisionTransformer(nn.Module):
 
 
 def architectures():
-    """Return CLIP's image towers by name; *_gelu are transformers with GELU, *_no_attnpool networks without that pool."""
-    resnets = [_resnet(width, blocks, size, e) for width, blocks, size, embedding in RESNETS.values() for e in (embedding, None)]
+    """Return CLIP's image towers by name; *_gelu have GELU, *_no_attnpool no attention pool."""
+    resnets = [
+        _resnet(width, blocks, size, e)
+        for width, blocks, size, embedding in RESNETS.values()
+        for e in (embedding, None)
+    ]
     vits = {
         f"clip_vit_{name}{end}": _vit(width, depth, patch, 224 // patch, 4 * width, embedding, end)
         for end in ("", "_gelu")
@@ -266,6 +270,7 @@ def _infer_vit(end, tensors, hints):
         return None
     width, _, patch, _ = tensors["conv1.weight"].shape
     depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("transformer.resblocks."))
-    side, hidden = math.isqrt(len(tensors["positional_embedding"])), len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
+    side = math.isqrt(len(tensors["positional_embedding"]))
+    hidden = len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
     return _vit(width, depth, patch, side, hidden, embedding, end, hints.get("heads"))

@@ -65,7 +65,7 @@ def find_last(found):
 
 
 def tokens_of(network, count, size):
-    """Layout of the tokens of a network that yields `count` of them for images of size x size; None if they are no square.
+    """Layout of the `count` tokens that a network yields for size x size pixels; None if they are no square.
 
     Prefix tokens are as its attribute num_prefix_tokens says (timm's networks have it); without it a
     square number of tokens are patches, and one more begins with a class token.

@@ -48,7 +48,7 @@ def find_architecture(name, tensors=None, hints=None):
 
 
 def _readings(architectures, tensors, hints):
-    """Yield (architecture, tensors under its names) of all whose signature is there, with the sizes that tensors tell."""
+    """Yield (architecture as the tensors tell its sizes, tensors under its names) of all whose signature is there."""
     for architecture in architectures:
         if any(key in tensors for key in (architecture.signature, *architecture.layouts)):
             named = architecture.named(tensors)

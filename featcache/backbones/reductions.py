@@ -61,9 +61,8 @@ class Output:
                 what = f"tokens without a class token ({self.prefix} before the patches)"
             else:
                 what = self.kind
-            raise BadInput(
-                f"feature {feature}: layer {feature.layer} of {arch} yields {what}, which allows {', '.join(self.reductions)}"
-            )
+            allowed = ", ".join(self.reductions)
+            raise BadInput(f"feature {feature}: layer {feature.layer} of {arch} yields {what}, which allows {allowed}")
         if self.kind in (VECTOR, SEQUENCE) or feature.kind == "tokens":
             return self.values.clone()
         if feature.kind == "cls":

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, last_blocks
+from featcache.backbones.architecture import Architecture, last_blocks, with_forward
 from featcache.backbones.layers import find_last, outputs, tokens_of
 from featcache.backbones.reductions import MAP, SEQUENCE
 from featcache.errors import BadInput, nearest
@@ -47,11 +47,10 @@ def timm_architecture(name):
 
 
 def _trunk(network):
-    """The features before pooling and classifier, under timm's names; what forward_features returns goes through `final`."""
+    """The features before pooling and classifier, under timm's names; `final` is what forward_features returns."""
     network.reset_classifier(0)
     network.final = nn.Identity()
-    network.forward = lambda images: network.final(network.forward_features(images))
-    return network
+    return with_forward(network, lambda self, images: self.final(self.forward_features(images)))
 
 
 def _with_layers(architecture, trunk):

@@ -12,12 +12,18 @@ from featcache.backbones.positions import fit_positions
 from featcache.backbones.torchvision_weights import input_of
 from featcache.errors import BadInput
 
-# Key of the first layer that only the family has; prefixes of the classifier's keys; aliases. `last` is the map that
-# the classifier pools; feat1 is the stem and feat2..feat5 the stages, or the last layers at strides 2 to 32.
-FIVE = {"feat1": "features.0", "feat2": "features.1", "feat3": "features.3", "feat4": "features.5", "feat5": "features.7"}
-BLOCKS = {f"feat{i + 1}": f"trunk_output.block{i}" for i in range(1, 5)}
-STRIDES = {"feat1": "features.1", "feat2": "features.2", "feat3": "features.3", "feat4": "features.5", "feat5": "features"}
-MOBILE = {"feat1": "features.1", "feat2": "features.3", "feat3": "features.6", "feat4": "features.13", "feat5": "features"}
+
+def _stages(*paths):
+    return {f"feat{number}": path for number, path in enumerate(paths, 1)}
+
+
+# feat1 is the stem and feat2..feat5 the stages, or the last layers at strides 2 to 32.
+FIVE = _stages("features.0", "features.1", "features.3", "features.5", "features.7")
+STRIDES = _stages("features.1", "features.2", "features.3", "features.5", "features")
+MOBILE = _stages("features.1", "features.3", "features.6", "features.13", "features")
+BLOCKS = _stages("stem", *(f"trunk_output.block{i}" for i in range(1, 5)))
+# Key of a layer that only the family has; prefixes of the classifier's keys; aliases. `last` is the map that the
+# classifier pools.
 FAMILIES = {
     "alexnet": ("features.0.weight", ("classifier.",), {"last": "features"}),
     "vgg": ("features.0.weight", ("classifier.",), {"last": "features"}),
@@ -27,7 +33,7 @@ FAMILIES = {
     "mobilenet_v2": ("features.1.conv.0.0.weight", ("classifier.",), MOBILE | {"last": "features"}),
     "mobilenet_v3": ("features.1.block.0.0.weight", ("classifier.",), {"last": "features"}),
     "mnasnet": ("layers.8.0.layers.0.weight", ("classifier.",), {"last": "layers"}),
-    "regnet": ("trunk_output.block1.block1-0.f.a.0.weight", ("fc.",), {"feat1": "stem"} | BLOCKS | {"last": "trunk_output"}),
+    "regnet": ("trunk_output.block1.block1-0.f.a.0.weight", ("fc.",), BLOCKS | {"last": "trunk_output"}),
     "shufflenet": ("stage2.0.branch2.0.weight", ("fc.",), {"last": "conv5"}),
     "googlenet": ("inception3a.branch1.conv.weight", ("fc.", "aux1.", "aux2."), {"last": "inception5b"}),
     "inception": ("Conv2d_1a_3x3.conv.weight", ("fc.", "AuxLogits."), {"last": "Mixed_7c"}),
@@ -104,8 +110,8 @@ def _architecture(name, signature, classifier, aliases, trunk, **options):
 
 
 def _densenets():
-    aliases = {"feat1": "features.relu0"} | {f"feat{i + 1}": f"features.denseblock{i}" for i in range(1, 4)}
-    aliases |= {"feat5": "relu", "last": "relu"}
+    blocks = (f"features.denseblock{i}" for i in range(1, 4))
+    aliases = _stages("features.relu0", *blocks, "relu") | {"last": "relu"}
     return {
         name: _architecture(name, "features.conv0.weight", ("classifier.",), aliases, DenseNetTrunk)
         for name in _names("densenet")
@@ -125,7 +131,7 @@ def _swins():
 
 
 def _maxvit():
-    aliases = {"feat1": "stem"} | {f"feat{i + 2}": f"blocks.{i}" for i in range(4)} | {"last": "blocks.3"}
+    aliases = _stages("stem", *(f"blocks.{i}" for i in range(4))) | {"last": "blocks.3"}
     signature = "blocks.0.layers.0.layers.MBconv.layers.pre_norm.weight"
     made = _architecture("maxvit_t", signature, ("classifier.",), aliases, without("classifier"))
     return {"maxvit_t": replace(made, fit=partial(_only, made.size))}
@@ -133,7 +139,9 @@ def _maxvit():
 
 def _only(wanted, network, size):
     if size != wanted:
-        raise BadInput(f"--size {size}: maxvit_t takes images of {wanted} x {wanted} alone, for its windows fit no other")
+        raise BadInput(
+            f"--size {size}: maxvit_t takes images of {wanted} x {wanted} alone, for its windows fit no other"
+        )
 
 
 def _vits():

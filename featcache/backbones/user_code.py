@@ -70,7 +70,9 @@ def _architecture(name, network, classifier):
     if last is None:
         raise BadInput(f"--arch {name}: no module of the network yields a map [B, C, H, W] or tokens [B, N, D]")
     values = found[last].values
-    return replace(made, aliases={"last": last}, tokens=tokens_of(network, values.shape[1], SIZE) if values.ndim == 3 else None)
+    return replace(
+        made, aliases={"last": last}, tokens=tokens_of(network, values.shape[1], SIZE) if values.ndim == 3 else None
+    )
 
 
 def _trunk(classifier, network):

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks, with_forward
 from featcache.backbones.positions import fit_positions
 from featcache.errors import BadInput
 
@@ -52,7 +52,7 @@ def _usual(width, patch):
     swiglu = width == 1536
     return {
         "embed_dim": width, "depth": SIZES[width][1], "num_heads": HEADS.get(width, width // 64), "patch_size": patch,
-        "img_size": 16 * 14 if patch == 14 else 224, "hidden": 8192 if swiglu else 4 * width, "swiglu": swiglu, "eps": EPS,
+        "img_size": 224, "hidden": 8192 if swiglu else 4 * width, "swiglu": swiglu, "eps": EPS,
     }  # fmt: skip
 
 
@@ -159,8 +159,7 @@ def _build(embed_dim, hidden, swiglu, eps, distilled=False, fc_norm=False, class
 def _trunk(network):
     """All tokens after the final norm, without what turns them into logits."""
     network.fc_norm = network.head = nn.Identity()
-    network.forward = network.forward_features
-    return network
+    return with_forward(network, lambda self, images: self.forward_features(images))
 
 
 def _fit(rule, patch, arch, network, size):

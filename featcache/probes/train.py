@@ -110,8 +110,9 @@ def _resolve(grid, store):
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
         if feature.kind == "tokens":
+            layer = feature.layer
             raise BadInput(
-                f"probe group {spec.name!r}: no head reads {feature} yet; take {feature.layer}:cls, :patch_mean or :spatial"
+                f"probe group {spec.name!r}: no head reads {feature} yet; take {layer}:cls, :patch_mean or :spatial"
             )
         if spec.head.type == "mlp" and feature.kind in ("pooled", "patch_mean") and spec.head.pool != "before":
             raise BadInput(
