@@ -326,6 +326,7 @@ def test_hints_and_names_say_what_tensors_do_not(tmp_path):
     told = recognise(tensors, "x", {"heads": 12, "eps": 1e-5})
     assert told.name == "vit_small_patch16_heads12_eps1e-05" and not told.note
     assert torch.equal(_run(told, tensors), network.forward_features(images_of(32)))
+    assert find_architecture(told.name, tensors).name == told.name
     assert find_architecture("vit", tensors).name == "vit_small_patch16"
     six = _run(find_architecture("vit_small_patch16", tensors), tensors)
     backbone = loaded(tmp_path, tensors, arch="vit_small_patch16_heads12", size=32)
@@ -336,6 +337,27 @@ def test_hints_and_names_say_what_tensors_do_not(tmp_path):
         find_architecture("vit_base_patch16", tensors)
     with pytest.raises(BadInput, match="--arch vit is read off a checkpoint's shapes"):
         load_backbone("random", arch="vit")
+
+
+def test_shapes_that_no_network_has_are_one_line(tmp_path):
+    whole = tiny_vit().state_dict()
+    for key, value in {
+        "pos_embed": torch.zeros(18, 64),
+        "patch_embed.proj.weight": torch.zeros(()),
+        "blocks.x.norm1.weight": torch.zeros(64),
+    }.items():
+        with pytest.raises(BadInput, match="cannot tell the architecture of x.pth"):
+            recognise(whole | {key: value}, "x.pth")
+    with pytest.raises(BadInput, match="cannot tell the architecture"):
+        recognise(whole | {"pos_embed": torch.zeros(1, 19, 64)}, "x.pth")
+    with pytest.raises(BadInput, match="cannot tell the architecture"):
+        recognise(whole, "x.pth", {"heads": 5})
+    with pytest.raises(BadInput, match="tensors are not those of a ViT"):
+        find_architecture("vit", {"conv1.weight": torch.zeros(1)})
+    with pytest.raises(
+        BadInput, match=r"does not fit vit_b_32; missing: class_token, .*; unexpected: cls_token, pos_embed"
+    ):
+        loaded(tmp_path, whole, arch="vit_b_32")
 
 
 def _run(architecture, tensors):

@@ -241,12 +241,15 @@ def _fit_resnet(name, network, size):
     return said and f"{said} (CLIP's own code does not: `attnpool` is ours at this size)"
 
 
+def _usual_heads(width):
+    return HEADS.get(width, max(width // 64, 1))
+
+
 def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
     known = {(w, d, p): name for name, (w, d, p, _) in VITS.items()}
     kind = known.get((width, depth, patch), f"d{width}_l{depth}_patch{patch}")
-    usual = HEADS.get(width, max(width // 64, 1))
-    heads = heads or usual
-    name = f"clip_vit_{kind}" + (f"_heads{heads}" if heads != usual else "") + end
+    heads = heads or _usual_heads(width)
+    name = f"clip_vit_{kind}" + (f"_heads{heads}" if heads != _usual_heads(width) else "") + end
     return Architecture(
         name=name,
         build=partial(
@@ -273,4 +276,7 @@ def _infer_vit(end, tensors, hints):
     side = math.isqrt(len(tensors["positional_embedding"]))
     hidden = len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
-    return _vit(width, depth, patch, side, hidden, embedding, end, hints.get("heads"))
+    heads = hints.get("heads", _usual_heads(width))
+    if side * side + 1 != len(tensors["positional_embedding"]) or width % heads:
+        return None
+    return _vit(width, depth, patch, side, hidden, embedding, end, heads)

@@ -35,15 +35,21 @@ def find_architecture(name, tensors=None, hints=None):
     if found is not None and (tensors is None or found.infer is None):
         return found
     hints = dict(hints or {})
-    heads = re.search(r"_heads(\d+)", name)
-    if heads:
-        hints["heads"] = int(heads[1])
+    # A name of recognise's holds what tensors do not say.
+    for field, number, make in (("heads", r"\d+", int), ("eps", r"[\d.e-]+", float)):
+        said = re.search(f"_{field}({number})", name)
+        if said:
+            hints[field] = make(said[1])
     read = {a.name: a for a, _ in _readings([found] if found else ARCHITECTURES.values(), tensors or {}, hints)}
     if name in read or (found is not None and name == GENERIC and read):
         return read.get(name) or next(iter(read.values()))
+    if read and found is not None:
+        raise BadInput(f"--arch {name}: by the shapes of its tensors the checkpoint is {next(iter(read))}")
+    if found is not None and name != GENERIC:
+        # The load lists what does not fit.
+        return found
     if found is not None:
-        what = f"is {next(iter(read))}" if read else "is no such network"
-        raise BadInput(f"--arch {name}: by the shapes of its tensors the checkpoint {what}")
+        raise BadInput("--arch vit: the checkpoint's tensors are not those of a ViT in the layout of timm or DINOv2")
     raise BadInput(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)} (--arch takes {HOW_TO_NAME})")
 
 
@@ -52,7 +58,11 @@ def _readings(architectures, tensors, hints):
     for architecture in architectures:
         if any(key in tensors for key in (architecture.signature, *architecture.layouts)):
             named = architecture.named(tensors)
-            read = architecture.infer(named, hints) if architecture.infer else architecture
+            try:
+                read = architecture.infer(named, hints) if architecture.infer else architecture
+            except (ValueError, IndexError, KeyError):
+                # Keys of the family with shapes, or lacking others, as no network of it has.
+                read = None
             if read is not None:
                 yield read, named
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
 from featcache.backbones.architecture import Architecture
@@ -23,8 +24,9 @@ def user_architecture(name):
     The current directory is importable. Raises BadInput if there is no such function, it raises, or
     it returns no nn.Module.
     """
-    network = _build(name)
-    return _architecture(name, network, ())
+    # Drawn to be looked at alone; the caller's generator is left as it is.
+    with torch.random.fork_rng(devices=[]):
+        return _architecture(name, _build(name), ())
 
 
 def _build(name):
@@ -84,7 +86,8 @@ def _trunk(classifier, network):
 
 def _infer(name, tensors, hints):
     """The same without what only one of network and checkpoint has, or has in another shape, of a classifier."""
-    network = _build(name)
+    with torch.random.fork_rng(devices=[]):
+        network = _build(name)
     own = network.state_dict()
     classifier = [part for part in CLASSIFIERS if _shapes(own, part) != _shapes(tensors, part)]
     return _architecture(name, network, classifier)

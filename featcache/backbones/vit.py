@@ -26,7 +26,7 @@ EPS = 1e-6
 # Networks that can be named: width and patches, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
 MOCO_V3_HEADS = 12
-CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "decoder_")
+CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "masked_embed", "decoder_")
 SIGNATURE = "blocks.0.attn.qkv.weight"
 NEEDED = (SIGNATURE, "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 
@@ -75,13 +75,16 @@ def infer(tensors, hints):
     prefix = sum(key in tensors for key in ("cls_token", "dist_token")) + registers
     bare = math.isqrt(length) ** 2 == length
     heads = 8 if (width, depth) == (768, 8) else HEADS.get(width, max(width // 64, 1))
+    heads = hints.get("heads", heads)
+    side = math.isqrt(length if bare else length - prefix)
+    if side * side + (0 if bare else prefix) != length or width % heads:
+        return None
     # DINOv2's code keeps a mask token of two axes, MAE's one of three.
     dinov2 = "mask_token" in tensors and tensors["mask_token"].ndim == 2
-    side = math.isqrt(length if bare else length - prefix)
     chosen = {
         "embed_dim": width,
         "depth": depth,
-        "num_heads": hints.get("heads", heads),
+        "num_heads": heads,
         "patch_size": patch,
         "img_size": side * patch,
         "hidden": hidden,
