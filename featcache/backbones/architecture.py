@@ -82,6 +82,11 @@ def with_forward(network, forward):
     return network
 
 
+def usual_heads(width):
+    """Attention heads of a vision transformer: 64 wide, but for widths that have 16 in every published network."""
+    return 16 if width in (1280, 1408, 1664) else max(width // 64, 1)
+
+
 def last_blocks(blocks, norm):
     """Aliases of a transformer: `last`, and `last-1`.. for the blocks before, each through the final norm.
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads
 from featcache.backbones.positions import fit_positions
 
 INPUT = {
@@ -32,8 +32,6 @@ VITS = {
     "b32": (768, 12, 32, 512), "b16": (768, 12, 16, 512), "l14": (1024, 24, 14, 768), "h14": (1280, 32, 14, 1024),
     "g14": (1408, 40, 14, 1024), "bigg14": (1664, 48, 14, 1280),
 }  # fmt: skip
-# Heads are 64 wide, but for these widths, which have 16.
-HEADS = {1280: 16, 1408: 16, 1664: 16}
 
 
 class Bottleneck(nn.Module):
@@ -241,15 +239,11 @@ def _fit_resnet(name, network, size):
     return said and f"{said} (CLIP's own code does not: `attnpool` is ours at this size)"
 
 
-def _usual_heads(width):
-    return HEADS.get(width, max(width // 64, 1))
-
-
 def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
     known = {(w, d, p): name for name, (w, d, p, _) in VITS.items()}
     kind = known.get((width, depth, patch), f"d{width}_l{depth}_patch{patch}")
-    heads = heads or _usual_heads(width)
-    name = f"clip_vit_{kind}" + (f"_heads{heads}" if heads != _usual_heads(width) else "") + end
+    heads = heads or usual_heads(width)
+    name = f"clip_vit_{kind}" + (f"_heads{heads}" if heads != usual_heads(width) else "") + end
     return Architecture(
         name=name,
         build=partial(
@@ -276,7 +270,7 @@ def _infer_vit(end, tensors, hints):
     side = math.isqrt(len(tensors["positional_embedding"]))
     hidden = len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
-    heads = hints.get("heads", _usual_heads(width))
+    heads = hints.get("heads", usual_heads(width))
     if side * side + 1 != len(tensors["positional_embedding"]) or width % heads:
         return None
     return _vit(width, depth, patch, side, hidden, embedding, end, heads)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -36,7 +35,7 @@ def find_architecture(name, tensors=None, hints=None):
         return found
     hints = dict(hints or {})
     # A name of recognise's holds what tensors do not say.
-    for field, number, make in (("heads", r"\d+", int), ("eps", r"[\d.e-]+", float)):
+    for field, number, make in (("heads", r"[1-9]\d*", int), ("eps", r"\d+(?:\.\d+)?(?:e-\d+)?", float)):
         said = re.search(f"_{field}({number})", name)
         if said:
             hints[field] = make(said[1])

@@ -45,13 +45,17 @@ OPTIONS = {
     "googlenet": {"init_weights": False, "transform_input": True},
     "inception": {"init_weights": False, "transform_input": True},
 }
-# What stands after the features, to be taken off.
-HEADS = {"convnext": lambda n: _take_off(n, "classifier", 2), "googlenet": without("fc", "aux1", "aux2")}
-HEADS["inception"] = without("fc", "AuxLogits")
+# Where more, or less, than the classifier is taken off.
+TRUNKS = {
+    "convnext": lambda network: _without_linear(network),
+    "googlenet": without("fc", "aux1", "aux2"),
+    "inception": without("fc", "AuxLogits"),
+}
 
 
-def _take_off(network, name, index):
-    getattr(network, name)[index] = nn.Identity()
+def _without_linear(network):
+    # The norm before it stays, as classifier.0.
+    network.classifier[2] = nn.Identity()
     return network
 
 
@@ -85,7 +89,7 @@ def architectures():
         family = next((f for f in FAMILIES if name.startswith(f)), None)
         if family:
             signature, classifier, aliases = FAMILIES[family]
-            trunk = HEADS.get(family) or without(classifier[0].split(".")[0])
+            trunk = TRUNKS.get(family) or without(classifier[0].split(".")[0])
             found[name] = _architecture(name, signature, classifier, aliases, trunk, **OPTIONS.get(family, {}))
             if family == "mnasnet":
                 width = float(name.removeprefix(family).replace("_", "."))

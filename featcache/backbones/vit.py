@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks, with_forward
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads, with_forward
 from featcache.backbones.positions import fit_positions
 from featcache.errors import BadInput
 
@@ -20,8 +20,6 @@ SIZES = {
     192: ("tiny", 12), 384: ("small", 12), 768: ("base", 12), 1024: ("large", 24), 1280: ("huge", 32),
     1408: ("giant", 40), 1536: ("giant2", 40),
 }  # fmt: skip
-# Heads are 64 wide, but for these widths, which have 16 in every published network.
-HEADS = {1280: 16, 1408: 16, 1664: 16}
 EPS = 1e-6
 # Networks that can be named: width and patches, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
@@ -51,7 +49,7 @@ def _usual(width, patch):
     """Arguments of timm's VisionTransformer for a usual size."""
     swiglu = width == 1536
     return {
-        "embed_dim": width, "depth": SIZES[width][1], "num_heads": HEADS.get(width, width // 64), "patch_size": patch,
+        "embed_dim": width, "depth": SIZES[width][1], "num_heads": usual_heads(width), "patch_size": patch,
         "img_size": 224, "hidden": 8192 if swiglu else 4 * width, "swiglu": swiglu, "eps": EPS,
     }  # fmt: skip
 
@@ -74,8 +72,8 @@ def infer(tensors, hints):
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = sum(key in tensors for key in ("cls_token", "dist_token")) + registers
     bare = math.isqrt(length) ** 2 == length
-    heads = 8 if (width, depth) == (768, 8) else HEADS.get(width, max(width // 64, 1))
-    heads = hints.get("heads", heads)
+    # The `small` of mmpretrain and of early timm has 8 blocks and 8 heads.
+    heads = hints.get("heads", 8 if (width, depth) == (768, 8) else usual_heads(width))
     side = math.isqrt(length if bare else length - prefix)
     if side * side + (0 if bare else prefix) != length or width % heads:
         return None
@@ -113,7 +111,7 @@ def _described(chosen, rule="plain", size=None):
     name += f"_patch{patch}"
     registers = chosen.get("reg_tokens", 0)
     name += f"_reg{registers}" if registers else ""
-    name += f"_heads{heads}" if heads != HEADS.get(width, max(width // 64, 1)) else ""
+    name += f"_heads{heads}" if heads != usual_heads(width) else ""
     name += f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else ""
     cls, distilled = chosen.get("class_token", True), chosen.get("distilled", False)
     return Architecture(
