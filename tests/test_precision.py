@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from test_extract import options
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import resnet18
 
 import featcache
 from featcache.backbones import ARCHITECTURES, precision

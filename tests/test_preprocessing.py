@@ -29,7 +29,9 @@ from featcache.backbones.load import load_backbone
 from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import DATASETS, read_dataset
 from featcache.datasets.image import open_image
+from featcache.datasets.record import Record
 from featcache.errors import BadInput
+from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.store.manifest import read_manifest
 
@@ -59,6 +61,20 @@ def test_pixels_are_torchvisions(rule, how, width, height, size, more, seed):
     got = PLAIN.changed(size=size, resize=rule, short_side=short, interpolation=how).apply(image)
     oracle = ORACLES[rule](short or round(size * 8 / 7), size, InterpolationMode(how))
     assert torch.equal(got, transforms.PILToTensor()(transforms.Compose(oracle)(image)))
+
+
+@pytest.mark.parametrize("rule", ORACLES)
+def test_a_reduced_image_keeps_its_place(tmp_path, rule):
+    """A JPEG decoded at half its odd sides, rounded up, is seen as the whole one is; and a view knows no rule."""
+    slopes = np.linspace(0, 255, 403)[:, None] * [1, 0, 0.5] + np.linspace(0, 255, 601)[:, None, None] * [0, 1, 0.5]
+    Image.fromarray(slopes.astype(np.uint8)).save(tmp_path / "slopes.jpg", quality=95)
+    record = Record("slopes", tmp_path / "slopes.jpg", 0, height=601, width=403)
+    preprocessing = PLAIN.changed(size=40, resize=rule)
+    whole, reduced = (load_input(record, preprocessing, decoder).int() for decoder in DECODERS.values())
+    # One pixel of the input is some ten values of a slope.
+    assert not torch.equal(whole, reduced) and (whole - reduced).abs().max() <= 3
+    view = load_input(record, preprocessing, crop=(10, 20, 300, 200, 1))
+    assert torch.equal(view, load_input(record, PLAIN.changed(size=40), crop=(10, 20, 300, 200, 1)))
 
 
 def test_the_protocols_short_sides():

@@ -89,29 +89,31 @@ class Preprocessing:
         )
         return f"{rule} ({self.interpolation}), {pixels}"
 
-    def apply(self, image, box=None, flip=False):
+    def apply(self, image, box=None):
         """Resize a PIL image in mode RGB: uint8 tensor [3, size, size], whose memory is [size, size, 3].
 
         box: (x0, y0, x1, y1) of what is to be seen, in pixels of the image, which may be parts of one; by
-        default all of it. flip: mirror the result from left to right.
+        default all of it.
         """
         how, side = INTERPOLATION[self.interpolation], self.size
         image, box = _crop(image, box or (0, 0, *image.size))
         if self.resize != "squash":
-            image, box = image.resize(self._whole(box[2] - box[0], box[3] - box[1]), how, box), None
+            image, box = image.resize(self._whole(box[2] - box[0], box[3] - box[1]), how, box=box), None
         if self.resize == "crop":
             left, top = self._corner(*image.size)
             image = image.crop((left, top, left + side, top + side))
         else:
             image = image.resize((side, side), how, box=box)
-        if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        # A copy, because torch warns about PIL's read-only memory.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return _pixels(image)
 
-    def squashed(self):
-        """The same with a rule that brings any crop to the whole input."""
-        return replace(self, resize="squash", short_side=None)
+    def apply_view(self, image, box, flip):
+        """As `apply`, but a part of the image is squashed to the input whatever the resize rule, as in training.
+
+        So does torchvision's resized_crop. flip: mirror the result from left to right.
+        """
+        image, box = _crop(image, box)
+        image = image.resize((self.size, self.size), INTERPOLATION[self.interpolation], box=box)
+        return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
     def _whole(self, width, height):
         """Width and height of a whole image whose short side is brought to `short`, as torchvision rounds them."""
@@ -161,6 +163,11 @@ def default_preprocessing(architecture):
         interpolation=architecture.interpolation,
         inverse=architecture.inverse,
     )
+
+
+def _pixels(image):
+    # A copy, because torch warns about PIL's read-only memory.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _numbers(values):

@@ -43,15 +43,6 @@ def dataset_options(required):
     return add
 
 
-split_option = click.option(
-    "--split",
-    "splits",
-    metavar="S,...",
-    callback=lambda _context, _option, value: value.split(",") if value else None,
-    help="Splits.  [default: all that the dataset's protocol needs]",
-)
-
-
 def _three_numbers(context, option, text):
     try:
         return text and tuple(float(number) for number in text.split(","))
@@ -92,6 +83,13 @@ def preprocessing_options(command):
         command = option(command)
     return command
 
+split_option = click.option(
+    "--split",
+    "splits",
+    metavar="S,...",
+    callback=lambda _context, _option, value: value.split(",") if value else None,
+    help="Splits.  [default: all that the dataset's protocol needs]",
+)
 
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 

@@ -42,10 +42,11 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset: class names, the task, its splits in order, and what its protocol does with images.
+    """A dataset: class names, the task, its splits in order, and how its protocol resizes images.
 
-    task: multi-label or single-label. augmentation: of the training protocol. resize: rule of
-    featcache.backbones.preprocessing. size: side of the input in pixels, None to leave it to the backbone.
+    task: multi-label or single-label. resize: "squash" (to a square, the aspect not kept) or "crop"
+    (short side, then centre crop), see docs/preprocessing.md. size: the protocol's input side, None for
+    the backbone's own. augmentation: of its training protocol.
     """
 
     name: str

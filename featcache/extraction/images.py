@@ -20,13 +20,11 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
     decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
     original image. Raises BadInput for an image that cannot be read or is not the annotated one.
     """
-    top, left, height, width, flip = crop or (0, 0, record.height, record.width, 0)
+    top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
     reduce = 1
-    if crop:
-        preprocessing = preprocessing.squashed()
     if decoder == DECODERS["draft"]:
-        side = preprocessing.size if preprocessing.resize == "squash" else preprocessing.short
-        reduce = next((r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * side), 1)
+        fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.short)
+        reduce = next(fits, 1)
     image = open_image(record.image, reduce)
     if image.size == (record.width, record.height):
         reduce = 1
@@ -37,7 +35,7 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
         )
     # Not the image's own size: that is rounded up where it was reduced.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
-    return preprocessing.apply(image, box, bool(flip))
+    return preprocessing.apply(image, box) if crop is None else preprocessing.apply_view(image, box, bool(flip))
 
 
 class Images(Dataset):
