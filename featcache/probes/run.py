@@ -4,9 +4,11 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from featcache.errors import BadInput, nearest
+from featcache.probes.metrics import gain
 
 FILE = "run.json"
 
@@ -29,7 +31,19 @@ class Run:
 
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
-        return next(r for r in self.scores if (r["probe"], r["metric"], r["split"]) == (probe_id, metric, split))
+        return self._rows[probe_id, metric, split]
+
+    @cached_property
+    def _rows(self):
+        return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
+
+    @property
+    def caution(self):
+        """A line to print beside scores that the choice of probes makes too good, else None."""
+        if self.summary["select"]["split"] != self.judge:
+            return None
+        parity = self.summary.get("parity")
+        return f"chosen and scored on {self.judge}{f' (parity {parity})' if parity else ''}: the scores are too good"
 
 
 def read_summary(folder):
@@ -59,10 +73,11 @@ def open_run(folder):
 
 
 def select(run, rule):
-    """Choose probes by the validation score: "best map", or "best map per loss,head".
+    """Choose probes by the validation score: "best map", or "best top1 per optimizer.lr,head".
 
-    Returns probe ids, one per group, in order of first appearance. Only the split that the grid
-    selects on is looked at, never test. Raises BadInput for a rule that cannot be read.
+    Returns probe ids, one per group, in order of first appearance; of equal scores the first. The best
+    is the lowest of nll and ece, else the highest. Only the split that the grid selects on is looked at;
+    that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read.
     """
     match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", rule)
     if not match:
@@ -80,7 +95,9 @@ def select(run, rule):
     winners = {}
     for row in rows:
         group = tuple(row[c] for c in columns)
-        if row["metric"] == metric and (group not in winners or row["value"] > winners[group]["value"]):
+        if row["metric"] == metric and (
+            group not in winners or gain(metric, row["value"]) > gain(metric, winners[group]["value"])
+        ):
             winners[group] = row
     if not winners:
         raise BadInput(f"--select {rule!r}: every probe of run {run.path} diverged")
@@ -91,4 +108,6 @@ def _column(name, row, rule):
     for column in (name, f"{name}.type"):
         if column in row:
             return column
-    raise BadInput(f"--select {rule!r}: unknown field {name!r}{nearest(name, row)}")
+    inside = [column for column in row if column.endswith(f".{name}")]
+    hint = f"; did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(name, row)
+    raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")
