@@ -9,6 +9,7 @@ from pathlib import Path
 
 from featcache.errors import BadInput, nearest
 from featcache.probes.metrics import gain
+from featcache.store.reader import open_store
 
 FILE = "run.json"
 
@@ -29,6 +30,11 @@ class Run:
         """The role whose scores are reported: test, or the selection split where there is no test split."""
         return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
 
+    @property
+    def metrics(self):
+        """Names of the metrics that the probes are scored with."""
+        return tuple(self.summary["chance"][self.judge])
+
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
         return self._rows[probe_id, metric, split]
@@ -36,6 +42,14 @@ class Run:
     @cached_property
     def _rows(self):
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
+
+    def table(self, name):
+        """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
+        try:
+            with open(self.path / name, newline="") as file:
+                return list(csv.DictReader(file))
+        except OSError as error:
+            raise BadInput(f"damaged run {self.path}: {name}: {error.strerror}") from None
 
     @property
     def caution(self):
@@ -70,6 +84,16 @@ def open_run(folder):
     except (OSError, KeyError, ValueError) as error:
         raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
     return Run(Path(folder), summary, scores)
+
+
+def store_of(run, path=None):
+    """Open the store that a run was made from, at `path` if it was moved. Raises BadInput if that is another one."""
+    store = open_store(path or run.summary["store"])
+    if store.id != run.summary["store_id"]:
+        raise BadInput(
+            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} (id {run.summary['store_id'][:8]})"
+        )
+    return store
 
 
 def select(run, rule):

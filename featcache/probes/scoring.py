@@ -24,7 +24,7 @@ from featcache.probes.stack import SCORED_ROWS, Predictor, blocks
 from featcache.probes.tally import TALLIES, MultiLabelTally
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
-SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds")
+SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes")
 # Of logits and weights while the features pass by once.
 HELD_BYTES = 1 << 30
 

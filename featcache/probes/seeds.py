@@ -6,20 +6,16 @@ import statistics
 _OWN = ("probe", "name", "value", "low", "high", "epoch", "seed")
 
 
-def seed_key(row):
-    """What all rows of scores.csv share that differ in the seed alone: split, metric and all other fields."""
-    return tuple((column, str(value)) for column, value in row.items() if column not in _OWN)
-
-
 def over_seeds(scores):
     """Return a dict for every group of rows of scores.csv that differ in the seed alone, in order.
 
-    mean and std (with n - 1, None for a single seed) of the n probes that have a score; seeds: of all,
-    as text; diverged: how many have none. Then the fields that the rows share.
+    mean and std (with n - 1, None for a single seed) of the n probes that have a score; diverged: how many
+    have none; seeds, probes: of all, as text. Then the fields that the rows share.
     """
     groups = {}
     for row in scores:
-        groups.setdefault(seed_key(row), []).append(row)
+        key = tuple((column, str(value)) for column, value in row.items() if column not in _OWN)
+        groups.setdefault(key, []).append(row)
     result = []
     for members in groups.values():
         values = [m["value"] for m in members if m["value"] is not None and m["value"] == m["value"]]
@@ -29,6 +25,6 @@ def over_seeds(scores):
             "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values), "diverged": len(members) - len(values),
-            "seeds": " ".join(str(m["seed"]) for m in members),
+            "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
         } | shared)  # fmt: skip
     return result
