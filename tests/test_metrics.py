@@ -177,7 +177,8 @@ def test_a_probe_is_scored_as_if_it_were_alone():
     logits[3, 17, 2] = math.nan
     for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, labels.argmax(1).astype(np.int64))):
         together = tallied(kind, logits, truth, losses).scores(weights)
-        assert list(together) and set(together) == set(TASK_METRICS[{MultiLabelTally: "multi-label"}.get(kind, "single-label")])
+        task = "multi-label" if kind is MultiLabelTally else "single-label"
+        assert set(together) == set(TASK_METRICS[task])
         for p in (0, 2, 4):
             alone = tallied(kind, logits[p : p + 1], truth, losses[p : p + 1]).scores(weights)
             assert all(torch.equal(together[m][p], alone[m][0]) for m in alone), "to the bit"
@@ -229,4 +230,6 @@ def test_chance_is_what_a_random_ranking_scores():
 
 
 def test_lower_is_better_for_some():
-    assert gain("map", 0.6) > gain("map", 0.5) and gain("nll", 0.5) > gain("nll", 0.6) and gain("ece", 0) > gain("ece", 1)
+    assert (
+        gain("map", 0.6) > gain("map", 0.5) and gain("nll", 0.5) > gain("nll", 0.6) and gain("ece", 0) > gain("ece", 1)
+    )

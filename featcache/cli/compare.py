@@ -14,7 +14,9 @@ from featcache.cli.options import device_option
 @click.option(
     "--select", "rule", metavar="RULE", help="Or a rule: best METRIC [per FIELD,...], two of one run or one of each."
 )
-@click.option("--store", "stores", multiple=True, type=click.Path(), help="Stores of the runs.  [default: the runs know]")
+@click.option(
+    "--store", "stores", multiple=True, type=click.Path(), help="Stores of the runs.  [default: the runs know]"
+)
 @device_option
 def compare(**options):
     """Test whether two probes differ, metric by metric, on the images that the run is judged on.

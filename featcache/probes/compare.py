@@ -89,7 +89,8 @@ def _check_same_images(first, a, second, b):
     if (a.classes, a.task) != (b.classes, b.task):
         raise BadInput(f"{where}: their stores have other classes")
     ids = [
-        [i for name in run.summary["splits"][run.judge] for i in store[name].ids] for run, store in ((first, a), (second, b))
+        [i for name in run.summary["splits"][run.judge] for i in store[name].ids]
+        for run, store in ((first, a), (second, b))
     ]
     if ids[0] != ids[1]:
         raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")

@@ -164,10 +164,12 @@ def _passes(folder, group, kept):
 def _scored(tally, weights):
     """Yield the Scored of every probe of a tally."""
     scores, bins = tally.scores(weights), tally.calibration()
-    classes = tally.average_precisions()[:, :, 0].cpu() if isinstance(tally, MultiLabelTally) else None
+    classes = [None] * len(bins)
+    if isinstance(tally, MultiLabelTally):
+        broken = ~tally.finite.cpu().unsqueeze(1)
+        classes = tally.average_precisions()[:, :, 0].cpu().masked_fill(broken, torch.nan)
     for p in range(len(bins)):
-        values = {metric: interval(table[p]) for metric, table in scores.items()}
-        yield Scored(values, None if classes is None else classes[p].masked_fill(~tally.finite[p].cpu(), torch.nan), bins[p])
+        yield Scored({metric: interval(table[p]) for metric, table in scores.items()}, classes[p], bins[p])
 
 
 def _history(probe_id, series):

@@ -106,7 +106,9 @@ def class_bars(run, probes):
             places = np.arange(len(names)) + 0.4 - height * (number + 0.5)
             bars = [values[probe, name] for name in names]
             axis.barh(places, bars, 0.9 * height, color=_colour(run, probe, number), label=_label(run, probe))
-        axis.plot([shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives")
+        axis.plot(
+            [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
+        )
         axis.set_yticks(range(len(names)), names)
         axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.judge} AP, %")
         axis.tick_params(axis="y", length=0)
