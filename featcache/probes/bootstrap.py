@@ -1,5 +1,6 @@
 """Resampling images with replacement: intervals of a score, and the test of a difference."""
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -43,7 +44,7 @@ def paired_test(first, second):
     difference = first - second
     value, low, high = interval(difference)
     drawn = difference[1:][~difference[1:].isnan()]
-    if value != value or not len(drawn):
+    if math.isnan(value) or not len(drawn):
         return value, low, high, torch.nan
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     return value, low, high, min(1.0, 2 * (1 + tail) / (1 + len(drawn)))

@@ -8,9 +8,9 @@ import numpy as np
 
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
+from featcache.probes.metrics import LOWER_IS_BETTER
 from featcache.probes.run import open_run, select
 from featcache.reporting.localisation import localisation_rows
-from featcache.probes.metrics import LOWER_IS_BETTER
 from featcache.reporting.table import (
     METRIC_NAMES,
     describe_head,

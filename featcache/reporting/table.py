@@ -1,5 +1,7 @@
 """Tables on the terminal, and the words for scores."""
 
+import math
+
 from featcache.probes.metrics import gain
 from featcache.probes.seeds import over_seeds
 
@@ -42,7 +44,7 @@ def heading(metric):
 
 
 def _with_interval(value, low, high, scale, pattern):
-    if value is None or value != value:
+    if value is None or math.isnan(value):
         return "-"
     interval = "" if low is None else f" [{pattern.format(scale * low)}, {pattern.format(scale * high)}]"
     return pattern.format(scale * value) + interval
