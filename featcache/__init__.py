@@ -19,6 +19,7 @@ _TWINS = {
     "train_probes": "featcache.probes.train",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
+    "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
 }
 __all__ = ["__version__", *_TWINS]

@@ -7,6 +7,7 @@ import click
 
 import featcache
 from featcache.cli.attribute import attribute
+from featcache.cli.compare import compare
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.extract import extract
@@ -26,7 +27,7 @@ def cli():
     """
 
 
-for command in (demo, layers, extract, inspect, verify, convert, train_probes, attribute, report):
+for command in (demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report):
     cli.add_command(command)
 
 

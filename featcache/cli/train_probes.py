@@ -17,18 +17,17 @@ def train_probes(**options):
     The same command again trains only what is missing.
     """
     from featcache.probes.train import train_probes as run
-    from featcache.reporting.table import (
-        METRIC_NAMES,
-        format_table,
-        percent,
-        score_rows,
-    )
+    from featcache.reporting.table import METRIC_NAMES, format_table, score_rows, scored
 
     finished = run(**options)
     click.echo(format_table(*score_rows(finished, most=10)))
     summary = finished.summary
     metric = summary["select"]["metric"]
+    level = summary["chance"][finished.judge][metric]
     click.echo(
-        f"best 10 of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
-        f"chance on {finished.judge}: {percent(summary['chance'][finished.judge][metric])} %; run: {finished.path}"
+        f"best {min(10, summary['probes'])} of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
+        + (f"chance on {finished.judge}: {scored(metric, level)} %; " if level is not None else "")
+        + f"run: {finished.path}"
     )
+    if finished.caution:
+        click.echo(finished.caution)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest
+from featcache.probes.metrics import METRICS
 from featcache.probes.spec import (
     UNIFORM_OFFSET,
     Head,
@@ -16,8 +17,6 @@ from featcache.probes.spec import (
     ProbeSpec,
     Schedule,
 )
-
-METRICS = ("map", "top1", "top5")
 
 
 @dataclass(frozen=True)

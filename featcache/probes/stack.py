@@ -153,16 +153,31 @@ def _finish(spec, stack, losses, p):
     return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses.tolist(), diverged)
 
 
-@torch.no_grad()
+class Predictor:
+    """Trained probes of one block, ready to be asked for their logits.
+
+    weights: one {name: tensor} a spec. dim: width of the features.
+    """
+
+    def __init__(self, specs, weights, dim, classes, device):
+        padded = _padded(specs, classes)
+        self._probes = len(specs)
+        self._stack = STACKS[specs[0].head.type](padded, dim, classes, device)
+        weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
+        with torch.no_grad():
+            for name, stacked in self._stack.weights.items():
+                stacked.copy_(torch.stack([w[name] for w in weights]))
+
+    @torch.no_grad()
+    def __call__(self, features):
+        """Map features [n, D] or [n, D, S], any float dtype, to logits float32 [P, n, C] where the features are."""
+        return self._stack.forward(features.float()).transpose(0, 1)[: self._probes]
+
+
 def predict(specs, weights, features, classes):
     """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
 
     weights: one {name: tensor} a spec. features: as for train_block.
     """
-    padded = _padded(specs, classes)
-    stack = STACKS[specs[0].head.type](padded, features.shape[1], classes, features.device)
-    weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
-    for name, stacked in stack.weights.items():
-        stacked.copy_(torch.stack([w[name] for w in weights]))
-    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(SCORED_ROWS)]
-    return torch.cat(parts, dim=1)
+    predictor = Predictor(specs, weights, features.shape[1], classes, features.device)
+    return torch.cat([predictor(part).cpu() for part in features.split(SCORED_ROWS)], dim=1)

@@ -18,7 +18,7 @@ from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.probe_file import probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scoring import finish_run, work
+from featcache.probes.scoring import check_apart, finish_run, work
 from featcache.probes.spec import logit_offset
 from featcache.probes.stack import train_block
 from featcache.store.reader import open_store
@@ -56,6 +56,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     if _finished(folder, basis, key):
         click.echo(f"run: {folder} is finished already", err=True)
         return open_run(folder)
+    check_apart(opened, splits)
     _begin(folder, basis, resolved)
     started = time.monotonic()
     _train_missing(folder, specs, opened, splits, device, seed)
