@@ -121,7 +121,7 @@ ERRORS = [
     (grid() | {"splits": {"trian": "train"}}, "splits.trian: unknown field; did you mean 'train'?"),
     (grid() | {"splits": {"train": ["a", "test"]}}, "splits.test: 'test' is in splits.train too"),
     (grid() | {"select": {"split": "test"}}, "select.split: choosing on test"),
-    (grid() | {"select": {"metric": "mapp"}}, "select.metric: 'mapp' is not one of map, top1, top5; did you mean 'map'?"),
+    (grid() | {"select": {"metric": "mapp"}}, "select.metric: 'mapp' is not one of map, precision_macro"),
     (grid() | {"store": 3}, "store: 3 is not a path"),
 ]  # fmt: skip
 

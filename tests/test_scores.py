@@ -156,7 +156,7 @@ def test_an_image_in_two_roles_is_refused(store):
 def test_compare(run, command):
     first, second = select(run, "best map per loss")[:2]
     results = featcache.compare(run.path, probes=[first, second])
-    assert [c.metric for c in results[:-1]] and {c.metric for c in results} == set(run.metrics)
+    assert tuple(c.metric for c in results) == run.metrics
     for c in results:
         rows = [run.value(p, c.metric, "test")["value"] for p in (first, second)]
         assert c.scores == pytest.approx(rows, abs=1e-12) and c.difference == pytest.approx(
@@ -169,8 +169,9 @@ def test_compare(run, command):
     assert [(-c.low, -c.high, c.p) for c in back] == [
         (pytest.approx(c.high), pytest.approx(c.low), c.p) for c in results
     ]
-    code, out, _ = command("compare", "--run", run.path, "--select", "best map per loss")
+    code, out, err = command("compare", "--run", run.path, "--select", "best map per loss")
     assert code == 0 and "difference [95%]" in out and first in out and second in out
+    assert "one probe gives a softmax, the other sigmoids" in err
     code, out, _ = command("compare", "--run", run.path, "--run", run.path, "--probe", first, "--probe", first)
     assert code == 0 and all(line.endswith("1.000") for line in out.splitlines()[2:])
 

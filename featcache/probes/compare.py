@@ -1,7 +1,9 @@
 """`featcache compare`: is one probe better than another, or only on these images?"""
 
+import os
 from dataclasses import dataclass
 
+import click
 import torch
 
 from featcache.device import choose_device
@@ -40,7 +42,7 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     run.select): two of one run, or one of each. stores: of the runs, by default where they found them.
     Returns a Comparison for every metric. Raises BadInput.
     """
-    opened = [open_run(run) for run in ([runs] if isinstance(runs, str) or hasattr(runs, "joinpath") else runs)]
+    opened = [open_run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     stores = stores or [None] * len(opened)
     if len(opened) > 2 or len(stores) != len(opened):
         raise BadInput("compare takes one or two runs, and as many stores if any")
@@ -56,9 +58,13 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     labels = tallies[0].labels
     weights = resamples(len(labels), COMPARED)
     tables = [_scores(each, weights) for each in tallies]
+    if tallies[0].softmax != tallies[1].softmax:
+        click.echo(
+            "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
+        )
     result = []
-    for metric, scores in tables[0].items():
-        other = tables[1][metric]
+    for metric in first.metrics:
+        scores, other = tables[0][metric], tables[1][metric]
         values = (scores[0].item(), other[0].item())
         result.append(Comparison(tuple(chosen), split, metric, values, *paired_test(scores, other)))
     return result
