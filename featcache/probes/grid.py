@@ -92,15 +92,23 @@ class Offset(Number):
             raise ValueError(f"{error}, or {UNIFORM_OFFSET}") from None
 
 
+class Fraction(Number):
+    """A number, or 1/C."""
+
+    def read(self, value):
+        """Return the number or the word, or raise ValueError."""
+        return value if value == "1/C" else super().read(value)
+
+
 class Milestones:
     """A list by nature: epochs (whole numbers) or fractions of the run (below 1), rising."""
 
-    default = None
+    default = ()
 
     def read(self, value):
         """Return a tuple of floats, or raise ValueError."""
         points = tuple(Number(0, above=True).read(v) for v in value)
-        if not points or list(points) != sorted(set(points)) or any(p >= 1 and p != int(p) for p in points):
+        if list(points) != sorted(set(points)) or any(p >= 1 and p != int(p) for p in points):
             raise ValueError(f"{value!r} is not a rising list of epochs, or of fractions below 1")
         return points
 
@@ -120,7 +128,11 @@ class Views:
             raise ValueError(f"{error}, nor all") from None
 
 
-WARMUP = {"warmup_epochs": Number(0, default=0.0)}
+WARMUP = {
+    "warmup_epochs": Number(0, default=0.0),
+    "warmup_start": Number(0, 1, default=0.0),
+    "per": Choice("step", "epoch", default="step"),
+}
 DECAY = {"weight_decay": Number(0, default=0.0)}
 
 
@@ -140,6 +152,7 @@ LOGITS = {
 }
 BIAS = {"bias": Choice(True, False, default=True)}
 HIDDEN = Number(1, integer=True, default=2048)
+DIFFICULT = Choice("ignored", "negative", default="ignored")
 # Sections that are chosen by their `type`, with the fields of each type.
 SECTIONS = {
     "head": (_head, {
@@ -160,14 +173,17 @@ SECTIONS = {
             **LOGITS,
         },
     }),
-    "loss": (Loss, {"bce": {}, "ce": {}}),
+    "loss": (Loss, {
+        "bce": {"off_label": Fraction(0, 1, default=0.0), "difficult": DIFFICULT},
+        "ce": {"difficult": DIFFICULT},
+    }),
     "optimizer": (Optimizer, {
         "sgd": {"lr": Number(0, above=True), "momentum": Number(0, 0.9999, default=0.9), **DECAY},
         "adam": {"lr": Number(0, above=True), **DECAY},
     }),
     "schedule": (Schedule, {
         "constant": WARMUP,
-        "step": {"milestones": Milestones(), "gamma": Number(0, 1, above=True, default=0.1), **WARMUP},
+        "step": {"milestones": Milestones(), "every": Number(0, default=0.0), "gamma": Number(0, 1, above=True, default=0.1), **WARMUP},
         "cosine": WARMUP,
     }),
 }  # fmt: skip

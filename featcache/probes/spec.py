@@ -44,6 +44,8 @@ class Loss:
     """bce: mean over classes of binary cross-entropy. ce: softmax cross-entropy. See losses.py."""
 
     type: str
+    off_label: float | str = 0.0
+    difficult: str = "ignored"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     gamma: float | None = 0.1
     warmup_epochs: float | None = 0.0
+    every: float | None = None
+    warmup_start: float | None = 0.0
+    per: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ class ProbeSpec:
     seed: int | None
     views: int | None = 0
     source: str | None = None
+    keep: str = "last"
+    patience: int = 0
+    precision: str = "float32"
 
     @property
     def id(self):
@@ -98,6 +106,13 @@ class ProbeSpec:
         del fields["name"]
         if self.views == 0:
             del fields["views"]
+        for key, default in (("keep", "last"), ("patience", 0), ("precision", "float32")):
+            if fields[key] == default:
+                del fields[key]
+        for part, make in (("loss", Loss), ("schedule", Schedule)):
+            for key in ("off_label", "difficult") if part == "loss" else ("every", "warmup_start", "per"):
+                if fields[part][key] == make.__dataclass_fields__[key].default:
+                    del fields[part][key]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
     def flat(self):
