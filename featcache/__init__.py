@@ -15,6 +15,7 @@ _TWINS = {
     "verify": "featcache.store.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
+    "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
     "report": "featcache.reporting.report",

@@ -49,7 +49,7 @@ def test_imports_go_down_only():
 
 def test_public_face():
     assert featcache.__all__ == [
-        "__version__", "extract", "open_store", "inspect", "verify", "convert", "train_probes", "attribute", "open_run", "report",
+        "__version__", "extract", "open_store", "inspect", "verify", "convert", "train_probes", "plan_probes", "attribute", "open_run", "report",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
