@@ -105,7 +105,7 @@ def _axes(group, draw, errors, keys=("name", *FIELDS, *SECTIONS)):
             make, types = SECTIONS[key]
             origins = {k[1]: where for k, where in group.origins.items() if isinstance(k, tuple) and k[0] == key}
             given = group.fields.get(key, DEFAULTS.get(key))
-            axes[key] = made(make, sections(given, types, path, key, origins, draw, errors), path, errors)
+            axes[key] = [make(**fields) for fields in sections(given, types, path, key, origins, draw, errors)]
         if key == "head":
             axes[key] = list(dict.fromkeys(axes[key]))
     return axes
@@ -114,7 +114,10 @@ def _axes(group, draw, errors, keys=("name", *FIELDS, *SECTIONS)):
 def _multiplied(axes, group, errors):
     if _too_many(axes.values(), group.path, errors):
         return []
-    return [ProbeSpec(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    specs = [ProbeSpec(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    conflicts = [spec.conflict for spec in specs]
+    errors.extend(f"{group.path}: {conflict}" for conflict in dict.fromkeys(conflicts) if conflict)
+    return specs
 
 
 def _too_many(axes, path, errors):
@@ -122,17 +125,6 @@ def _too_many(axes, path, errors):
     if count > MOST_PROBES:
         errors.append(f"{path}: {count:,} combinations; a grid has at most {MOST_PROBES:,} probes")
     return count > MOST_PROBES
-
-
-def made(make, sections, path, errors):
-    """Make each section's fields into what a ProbeSpec holds; a ValueError of `make` says what does not go together."""
-    result = []
-    for fields in sections:
-        try:
-            result.append(make(**fields))
-        except ValueError as error:
-            errors.append(f"{path}: {error}")
-    return result
 
 
 def sections(value, types, path, name, origins, draw, errors):

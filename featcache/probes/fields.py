@@ -3,7 +3,15 @@
 import math
 
 from featcache.errors import nearest, shown
-from featcache.probes.spec import UNIFORM_OFFSET, Head, Loss, Optimizer, Schedule
+from featcache.probes.spec import (
+    PER,
+    UNIFORM_OFFSET,
+    UNIFORM_TARGET,
+    Head,
+    Loss,
+    Optimizer,
+    Schedule,
+)
 
 
 class Number:
@@ -54,25 +62,21 @@ class Text:
         return value
 
 
-class Offset(Number):
-    """A number of either sign, or -ln(C-1), which becomes one when the number of classes is known."""
+class NumberOr(Number):
+    """A number, or a formula, which becomes one when the number of classes is known."""
+
+    def __init__(self, formula, low, high, default):
+        super().__init__(low, high, default=default)
+        self.formula = formula
 
     def read(self, value):
-        """Return the number or the word, or raise ValueError."""
-        if value == UNIFORM_OFFSET:
+        """Return the number or the formula, or raise ValueError."""
+        if value == self.formula:
             return value
         try:
             return super().read(value)
         except ValueError as error:
-            raise ValueError(f"{error}, or {UNIFORM_OFFSET}") from None
-
-
-class Fraction(Number):
-    """A number, or 1/C."""
-
-    def read(self, value):
-        """Return the number or the word, or raise ValueError."""
-        return value if value == "1/C" else super().read(value)
+            raise ValueError(f"{error}, or {self.formula}") from None
 
 
 class Milestones:
@@ -105,14 +109,6 @@ class Views:
             raise ValueError(f"{error}, nor all") from None
 
 
-WARMUP = {
-    "warmup_epochs": Number(0, default=0.0),
-    "warmup_start": Number(0, 1, default=0.0),
-    "per": Choice("step", "epoch", default="step"),
-}
-DECAY = {"weight_decay": Number(0, default=0.0)}
-
-
 def _head(type, **fields):
     if type == "bcos":
         fields["bias"] = False
@@ -122,14 +118,37 @@ def _head(type, **fields):
     return Head(type, **fields)
 
 
+def _schedule(type, per=None, **fields):
+    # Written out or not, the type's own way is the same schedule.
+    return Schedule(type, per=None if per == PER[type] else per, **fields)
+
+
 # Of every head.
-LOGITS = {
-    "pool": Choice("after", "before", default="after"),
-    "offset": Offset(-1e6, 1e6, default=0.0),
+SCALE = {
+    "temperature": Number(0, above=True, default=1.0),
+    "offset": NumberOr(UNIFORM_OFFSET, -1e6, 1e6, default=0.0),
 }
+LOGITS = {"pool": Choice("after", "before", default="after"), **SCALE}
 BIAS = {"bias": Choice(True, False, default=True)}
 HIDDEN = Number(1, integer=True, default=2048)
-DIFFICULT = Choice("ignored", "negative", default="ignored")
+# Of every loss.
+DIFFICULT = {"difficult": Choice("ignored", "negative", default="ignored")}
+WEIGHED = {
+    "label_smoothing": Number(0, 1, default=0.0),
+    "class_weights": Choice("none", "balanced", default="none"),
+    **DIFFICULT,
+}
+# Of every optimiser, and of those that take a step for every mini-batch.
+DECAY = {"weight_decay": Number(0, default=0.0)}
+RATE = {"lr": Number(0, above=True)}
+STEPS = {
+    **DECAY,
+    "clip": Number(0, default=0.0),
+    "lr_base": Number(0, integer=True, default=0),
+}
+MOMENTUM = Number(0, 0.9999, default=0.9)
+# Of every schedule.
+WARMUP = {"warmup_epochs": Number(0, default=0.0), "warmup_start": Number(0, 1, default=0.0)}
 # Sections that are chosen by their `type`, with the fields of each type.
 SECTIONS = {
     "head": (_head, {
@@ -137,6 +156,7 @@ SECTIONS = {
         "mlp": {
             "layers": Number(2, 8, integer=True, default=2),
             "hidden": HIDDEN,
+            "activation": Choice("relu", "gelu", default="relu"),
             "norm": Choice("bn", "bnu", "none", default="bn"),
             **BIAS,
             **LOGITS,
@@ -149,19 +169,36 @@ SECTIONS = {
             "norm": Choice("bnu", "none", default="bnu"),
             **LOGITS,
         },
+        "attentive": {"heads": Number(1, 1024, integer=True, default=8), **BIAS, **SCALE},
     }),
     "loss": (Loss, {
-        "bce": {"off_label": Fraction(0, 1, default=0.0), "difficult": DIFFICULT},
-        "ce": {"difficult": DIFFICULT},
+        "bce": {"off_label": NumberOr(UNIFORM_TARGET, 0, 1, default=0.0), **WEIGHED},
+        "ce": WEIGHED,
+        "focal": {"gamma": Number(0, 100, default=2.0), "alpha": Number(0, 1, default=0.25), **DIFFICULT},
+        "asymmetric": {
+            "gamma_pos": Number(0, 100, default=0.0),
+            "gamma_neg": Number(0, 100, default=4.0),
+            "clip": Number(0, 0.9999, default=0.05),
+            **DIFFICULT,
+        },
     }),
     "optimizer": (Optimizer, {
-        "sgd": {"lr": Number(0, above=True), "momentum": Number(0, 0.9999, default=0.9), **DECAY},
-        "adam": {"lr": Number(0, above=True), **DECAY},
+        "sgd": {**RATE, "momentum": MOMENTUM, "nesterov": Choice(True, False, default=False), **STEPS},
+        "adam": {**RATE, **STEPS},
+        "adamw": {**RATE, **STEPS},
+        "lars": {**RATE, "momentum": MOMENTUM, "trust": Number(0, above=True, default=0.001), **STEPS},
+        "lbfgs": {**DECAY, "iterations": Number(1, 1_000_000, integer=True, default=1000)},
     }),
-    "schedule": (Schedule, {
+    "schedule": (_schedule, {
         "constant": WARMUP,
-        "step": {"milestones": Milestones(), "every": Number(0, default=0.0), "gamma": Number(0, 1, above=True, default=0.1), **WARMUP},
-        "cosine": WARMUP,
+        "step": {
+            "milestones": Milestones(),
+            "every": Number(0, integer=True, default=0),
+            "gamma": Number(0, 1, above=True, default=0.1),
+            "per": Choice("step", "epoch", default="epoch"),
+            **WARMUP,
+        },
+        "cosine": {"final": Number(0, 1, default=0.0), "per": Choice("step", "epoch", default="step"), **WARMUP},
     }),
 }  # fmt: skip
 FIELDS = {

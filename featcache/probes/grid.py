@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
-from featcache.probes.expand import all_specs, check_known, made, sections
+from featcache.probes.expand import all_specs, check_known, sections
 from featcache.probes.fields import SEARCH, SECTIONS
 from featcache.probes.grid_file import assemble, check_size, read_content
 from featcache.probes.rules import changed, without
@@ -146,7 +146,7 @@ def _select(value, splits, path, errors):
 def _search(value, path, errors):
     if value is None:
         return None
-    found = made(Search, sections(value, SEARCH, path, path.rpartition(" ")[2], {}, None, errors), path, errors)
+    found = [Search(**fields) for fields in sections(value, SEARCH, path, "search", {}, None, errors)]
     if len(found) > 1:
         errors.append(f"{path}: expected one value for each field, not several")
     return found[0] if found else None

@@ -11,14 +11,16 @@ from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import free_bytes
 from featcache.probes.grid import Grid, parse_grid, read_grid
-from featcache.probes.heads import initial_weights, widest
+from featcache.probes.heads import footprint
 from featcache.probes.scoring import work
 from featcache.probes.train import store_specs, store_splits
+from featcache.probes.weights import initial_weights
 from featcache.store.dtype import read_as
 from featcache.store.reader import open_store
 
-# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers.
-COPIES = {"sgd": 3, "adam": 4, "adamw": 4, "lars": 3}
+# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
+# (lbfgs: two histories of 10).
+COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": 24}
 # Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
 ACTIVATIONS = 4
 GEMM_SECONDS = 0.03
@@ -125,8 +127,10 @@ def probe_flops(head, dim, positions, classes):
 
     A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the weights' gradient, at every
     position; a layer behind it 2 n m more for the gradient of its input. The last layer of an MLP
-    sees the mean over positions.
+    sees the mean over positions. Attention costs 4 D h S + 4 D D forward (attentive.py), and three times that in all.
     """
+    if head.type == "attentive":
+        return 3 * (4 * dim * (head.heads * positions + dim) + 2 * dim * classes)
     widths = [dim, *[head.hidden] * (head.layers - 1), classes]
     total = 0
     for i in range(head.layers):
@@ -139,18 +143,20 @@ def probe_flops(head, dim, positions, classes):
 def _stack(blocks, feature, dim, positions, rows, classes, feature_bytes, free, device, rates):
     specs = [spec for block in blocks for spec in block]
     first, largest = specs[0], max(len(block) for block in blocks)
-    flops = len(specs) * first.epochs * rows * probe_flops(first.head, dim, positions, classes)
+    # L-BFGS goes over all rows at once, at least once an iteration.
+    passes = first.optimizer.iterations if first.optimizer.type == "lbfgs" else first.epochs
+    flops = len(specs) * passes * rows * probe_flops(first.head, dim, positions, classes)
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
-    width = widest(first.head, classes)
-    shape = (largest * width, dim, min(first.batch_size, rows) * positions)
+    weights, outputs = footprint(first.head, dim, classes, positions)
+    batch = rows if first.optimizer.type == "lbfgs" else min(first.batch_size, rows)
+    shape = (largest * max(weights // dim, 1), dim, batch * positions)
     if shape not in rates:
         rates[shape] = gemm_rate(*shape, device)
-    copies = COPIES.get(first.optimizer.type, max(COPIES.values()))
-    activations = ACTIVATIONS * 4 * largest * width * min(first.batch_size, rows) * positions * first.head.layers
     return PlannedStack(
         feature, first.head, dict(Counter(s.loss.type for s in specs)), first.optimizer.type, first.epochs,
-        first.batch_size, len(specs), len(blocks), flops, flops / rates[shape], copies * 4 * largest * numbers,
-        activations, feature_bytes, feature_bytes > free,
+        first.batch_size, len(specs), len(blocks), flops, flops / rates[shape],
+        COPIES[first.optimizer.type] * 4 * largest * numbers,
+        ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, feature_bytes, feature_bytes > free,
     )  # fmt: skip
 
 

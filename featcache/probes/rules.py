@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 from featcache.errors import nearest
-from featcache.probes.expand import alternatives, check_known, made, sections
+from featcache.probes.expand import alternatives, check_known, sections
 from featcache.probes.fields import FIELDS, SECTIONS
 
 # All fields of a probe, as rules name them: {field: names of its parts}.
@@ -72,13 +72,15 @@ def _set(spec, values, path, errors):
                 found = _parts(getattr(spec, key), value, types, where, errors)
             else:
                 found = sections(value, types, where, key, {}, None, errors)
-            found = made(make, found, where, errors)
+            found = [make(**fields) for fields in found]
         else:
             continue
         if len(found) > 1:
             errors.append(f"{where}: expected one value, not several")
         elif found:
             spec = replace(spec, **{key: found[0]})
+    if spec.conflict:
+        errors.append(f"{path}: {spec.conflict}")
     return spec
 
 
