@@ -31,7 +31,8 @@ class Number:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         inside = (number > self.low if self.above else number >= self.low) and number <= self.high
-        if isinstance(value, bool) or not inside or number == math.inf or (self.integer and number != int(number)):
+        whole = not self.integer or (abs(number) < 2**63 and number == int(number))
+        if isinstance(value, bool) or not inside or not whole or number == math.inf:
             raise ValueError(f"{shown(value)} is not {expected}")
         return int(number) if self.integer else number
 
