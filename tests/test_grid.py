@@ -433,7 +433,7 @@ def places(value, at=()):
     return [at, *(place for key, part in parts for place in places(part, (*at, key)))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=250)
 @given(st.data())
 def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
     content = copy.deepcopy(RICH)
@@ -461,6 +461,16 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
     assert checked.specs
     again = yaml.safe_load(yaml.safe_dump(checked.content))
     assert parse_grid(again).specs == checked.specs
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(alphabet=st.sampled_from("abc:-&*!?<>|[]{},#%@'\"\\ \n\t01.~=\x00é"), max_size=60) | st.binary(max_size=40))
+def test_any_file_is_read_or_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else b"probes: " + text.encode())
+    with pytest.raises(BadInput) as caught:
+        read_grid(path)
+    assert "any.yaml" in caught.value.message
 
 
 def test_the_valid_grid_of_the_mutations():
