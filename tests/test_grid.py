@@ -201,9 +201,11 @@ def test_all_errors_at_once():
         ("probes: !!python/object/apply:os.system [x]", "could not determine a constructor for the tag"),
         ("probes: &a [*a]", "an alias refers to what it stands in"),
         ("probes: " + "[" * 1000, "nested too deeply"),
-        ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-            f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in itertools.pairwise("abcdefg")
-        ), "more than 1,000,000 values"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in itertools.pairwise("abcdefg")),
+            "more than 1,000,000 values",
+        ),
     ],
 )
 def test_broken_yaml(tmp_path, text, message):
@@ -243,17 +245,29 @@ def test_random_search_draws_the_same_numbers_everywhere():
     group = {"optimizer": sgd, "epochs": {"uniform": [1, 3]}, "loss": {"choice": ["ce", "bce"]}, "random": {"n": 4}}
     specs = parse_grid(grid(**group)).specs
     # Pinned: sha256 of seed, draw and field.
-    assert [(s.optimizer.lr, s.optimizer.momentum, s.epochs, s.loss.type) for s in specs] == [(0.519974, 0.840893, 3, 'bce'), (0.136957, 0.702296, 2, 'bce'), (0.418212, 0.380024, 3, 'ce'), (4.78148, 0.0581361, 2, 'ce')]
+    assert [(s.optimizer.lr, s.optimizer.momentum, s.epochs, s.loss.type) for s in specs] == [
+        (0.519974, 0.840893, 3, "bce"),
+        (0.136957, 0.702296, 2, "bce"),
+        (0.418212, 0.380024, 3, "ce"),
+        (4.78148, 0.0581361, 2, "ce"),
+    ]
     # Of the draws nothing changes when the group draws less, and nothing stays under another seed.
     fewer = parse_grid(grid(**group | {"loss": "ce", "seed": [0, 1]})).specs
-    assert [s.optimizer.lr for s in fewer[::2]] == [s.optimizer.lr for s in fewer[1::2]] == [s.optimizer.lr for s in specs]
+    assert (
+        [s.optimizer.lr for s in fewer[::2]] == [s.optimizer.lr for s in fewer[1::2]] == [s.optimizer.lr for s in specs]
+    )
     other = parse_grid(grid(**group | {"random": {"n": 4, "seed": 1}})).specs
     assert not {s.optimizer.lr for s in other} & {s.optimizer.lr for s in specs}
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.floats(1e-6, 1e3), st.floats(2, 1e4), st.integers(1, 20), st.integers(0, 2**63 - 1), st.integers(1, 9), st.booleans()
+    st.floats(1e-6, 1e3),
+    st.floats(2, 1e4),
+    st.integers(1, 20),
+    st.integers(0, 2**63 - 1),
+    st.integers(1, 9),
+    st.booleans(),
 )
 def test_random_search_stays_in_its_ranges(low, ratio, count, seed, epochs, logarithmic):
     high = low * ratio + 1e-3
@@ -275,6 +289,12 @@ def test_a_search_of_every_choice_finds_them_all():
     assert sorted(s.epochs for s in parse_grid(group).specs) == list(range(1, 21))
 
 
+def test_what_a_search_does_not_draw_multiplies_it():
+    head = {"type": "mlp", "hidden": {"linspace": [1, 1500, 1500]}}
+    specs = parse_grid(grid(features="spatial", head=head, epochs={"uniform": [1, 9]}, random={"n": 2})).specs
+    assert len(specs) == 3000 and len({s.head.hidden for s in specs}) == 1500 and len({s.epochs for s in specs}) == 2
+
+
 def test_groups_that_start_from_others():
     base = BASE | {"name": "base", "optimizer": {"type": "sgd", "lr": [0.1, 0.2], "momentum": 0.5}}
     groups = [
@@ -289,8 +309,14 @@ def test_groups_that_start_from_others():
         ("base", "bce", "sgd", 0.2, 0.5), ("base", "bce", "adam", 1, 0),
     ]  # fmt: skip
     assert parse_grid(checked.content).specs == checked.specs, "the content needs no other groups"
-    several = [BASE | {"name": "a", "head": ["linear", {"type": "mlp"}], "features": "spatial"}, {"from": "a", "head": {"bias": False}}]
-    assert [(s.head.type, s.head.bias) for s in parse_grid({"probes": several}).specs][2:] == [("linear", False), ("mlp", False)]
+    several = [
+        BASE | {"name": "a", "head": ["linear", {"type": "mlp"}], "features": "spatial"},
+        {"from": "a", "head": {"bias": False}},
+    ]
+    assert [(s.head.type, s.head.bias) for s in parse_grid({"probes": several}).specs][2:] == [
+        ("linear", False),
+        ("mlp", False),
+    ]
 
 
 def test_an_error_is_told_once_and_where_it_stands():
@@ -348,7 +374,10 @@ def test_exclude():
     for rules, dropped in (
         ([{"head": {"type": "mlp"}, "loss": {"type": "ce"}}], lambda s: s.head.type == "mlp" and s.loss.type == "ce"),
         ([{"head": "mlp", "loss": "ce"}], lambda s: s.head.type == "mlp" and s.loss.type == "ce"),
-        ([{"optimizer.lr": "3e1", "features": "last:pooled"}], lambda s: s.optimizer.lr == 30 and s.features != "pooled"),
+        (
+            [{"optimizer.lr": "3e1", "features": "last:pooled"}],
+            lambda s: s.optimizer.lr == 30 and s.features != "pooled",
+        ),
         ([{"loss": ["ce", "focal"]}, {"optimizer.lr": 30}], lambda s: s.loss.type == "ce" or s.optimizer.lr == 30),
         ([{"schedule.milestones": [60, 80]}], lambda s: s.schedule.milestones == (60, 80)),
         ([{"head.bias": True, "seed": 0, "loss": "ce"}], lambda s: s.loss.type == "ce"),
@@ -446,7 +475,9 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
         if action == "delete":
             del parent[last]
         elif action == "add" and isinstance(parent, dict):
-            parent[data.draw(st.sampled_from(["type", "lr", "include", "from", "random", "exclude", "x", 3, None]))] = data.draw(JUNK)
+            parent[data.draw(st.sampled_from(["type", "lr", "include", "from", "random", "exclude", "x", 3, None]))] = (
+                data.draw(JUNK)
+            )
         else:
             parent[last] = data.draw(JUNK)
         if not content:
@@ -456,7 +487,10 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
     except BadInput as error:
         head, *lines = error.message.split("\n  ")
         for line in lines or [head.removeprefix("grid grid: ")]:
-            assert re.match(r"(store|splits|select|search|probes|exclude|profiles|parity|include|type|lr|from|random|x|3|None)\b", line), line
+            assert re.match(
+                r"(store|splits|select|search|probes|exclude|profiles|parity|include|type|lr|from|random|x|3|None)\b",
+                line,
+            ), line
         return
     assert checked.specs
     again = yaml.safe_load(yaml.safe_dump(checked.content))
@@ -464,7 +498,9 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.text(alphabet=st.sampled_from("abc:-&*!?<>|[]{},#%@'\"\\ \n\t01.~=\x00é"), max_size=60) | st.binary(max_size=40))
+@given(
+    st.text(alphabet=st.sampled_from("abc:-&*!?<>|[]{},#%@'\"\\ \n\t01.~=\x00é"), max_size=60) | st.binary(max_size=40)
+)
 def test_any_file_is_read_or_refused(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(text if isinstance(text, bytes) else b"probes: " + text.encode())

@@ -215,9 +215,7 @@ def test_the_voc_recipe_trains(store, tmp_path):
 
 def test_parity_from_the_command_line(store, tmp_path, command):
     path = PIPELINES / "how_to_probe" / "voc07_bcos_resnet50.yaml"
-    (tmp_path / "g.yaml").write_text(
-        f"include: {path}\nexclude: [{{head: [mlp, bcos]}}]\n"
-    )
+    (tmp_path / "g.yaml").write_text(f"include: {path}\nexclude: [{{head: [mlp, bcos]}}]\n")
     words = ["train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path / "r"]
     code, out, err = command(*words, "--parity", PARITY)
     assert code == 0 and "best 10 of 1 probes" in out, err

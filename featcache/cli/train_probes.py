@@ -46,22 +46,33 @@ def _print_plan(plan):
 
     if plan.missing:
         click.echo(format_table(["group", "probes"], [[name, str(count)] for name, count in plan.groups]))
-        click.echo(f"{plan.probes} probes; no stacks, memory or time without a store ({plan.missing}); nothing was written")
+        click.echo(
+            f"{plan.probes} probes; no stacks, memory or time without a store ({plan.missing}); nothing was written"
+        )
         return
-    columns = ["features", "head", "loss", "optimiser", "epochs", "batch", "probes", "blocks", "data", "memory", "GFLOP", "about"]
     rows = [
-        [
-            s.features, _head(s.head), ", ".join(f"{n} {kind}" for kind, n in s.loss.items()), s.optimizer, str(s.epochs),
-            str(s.batch_size), str(s.probes), str(s.blocks), _bytes(s.feature_bytes) + " streamed" * s.streamed,
-            _bytes(s.weight_bytes + s.activation_bytes), f"{s.flops / 1e9:.3g}", _duration(s.seconds),
-        ]
+        {
+            "features": s.features,
+            "head": _head(s.head),
+            "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
+            "optimiser": s.optimizer,
+            "epochs": str(s.epochs),
+            "batch": str(s.batch_size),
+            "probes": str(s.probes),
+            "blocks": str(s.blocks),
+            "data": _bytes(s.feature_bytes) + " streamed" * s.streamed,
+            "memory": _bytes(s.weight_bytes + s.activation_bytes),
+            "GFLOP": f"{s.flops / 1e9:.3g}",
+            "about": _duration(s.seconds),
+        }
         for s in plan.stacks
-    ]  # fmt: skip
-    click.echo(format_table(columns, rows))
+    ]
+    click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
     streamed = sum(s.streamed for s in plan.stacks)
     click.echo(
-        f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {_duration(plan.seconds)} of training on "
-        f"{plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, {_bytes(plan.free)} are free"
+        f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {_duration(plan.seconds)} "
+        f"of training on {plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, "
+        f"{_bytes(plan.free)} are free"
         + (f"; {streamed} stacks do not fit and are streamed" if streamed else "")
         + "; nothing was written"
     )

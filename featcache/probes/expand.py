@@ -14,6 +14,8 @@ MOST_PROBES = 100_000
 MOST_REPEATS = 1000
 # In place of a draw, to look at all that a search may draw before it does.
 EVERYTHING = "everything"
+# Of a ProbeSpec, in the order in which they multiply.
+KEYS = ("name", *FIELDS, *SECTIONS)
 RANDOM = {"n": Number(1, MOST_PROBES, integer=True), "seed": Number(0, 2**63 - 1, integer=True, default=0)}
 
 
@@ -48,26 +50,27 @@ def _group_specs(group, errors):
         errors.append(f"{group.path}: expected a group of fields")
         return []
     for key in group.fields:
-        check_known([key], ("name", "from", "random", *FIELDS, *SECTIONS), group.where(key).removesuffix(str(key)), errors)
+        check_known([key], ("from", "random", *KEYS), group.where(key).removesuffix(str(key)), errors)
     if not isinstance(group.fields.get("name", "probe"), str):
         errors.append(f"{group.where('name')}: {shown(group.fields['name'])} is not a word")
     if "random" not in group.fields:
-        axes = _axes(group, None, errors)
+        axes = _axes(group, KEYS, None, errors)
         return _multiplied(axes, group, errors) if len(errors) == before else []
-    random = _random(group, errors)
-    axes = _axes(group, EVERYTHING, errors)
-    return _searched(axes, random, group, errors) if len(errors) == before else []
+    random = _random(group.fields["random"], group.where("random"), errors)
+    _axes(group, KEYS, EVERYTHING, errors)
+    return _searched(group, random, errors) if len(errors) == before else []
 
 
-def _searched(axes, random, group, errors):
-    """Return the ProbeSpecs of a random search: of draws that differ, until there are n. axes: of EVERYTHING."""
-    changing = [key for key in axes if draws_from(group.fields.get(key))]
+def _searched(group, random, errors):
+    """Return the ProbeSpecs of a random search: of draws that differ, until there are n."""
     before = len(errors)
+    changing = [key for key in KEYS if draws_from(group.fields.get(key))]
+    axes = _axes(group, KEYS, Draw(random["seed"], 0), errors)
     found, draws, repeats, number = {}, 0, 0, 0
     while draws < random["n"] and len(found) <= MOST_PROBES and len(errors) == before:
-        axes |= _axes(group, Draw(random["seed"], number), errors, changing)
         new = dict.fromkeys(_multiplied(axes, group, errors))
         number += 1
+        axes |= _axes(group, changing, Draw(random["seed"], number), errors)
         draws, repeats = (draws, repeats + 1) if new.keys() <= found.keys() else (draws + 1, 0)
         found |= new
         if repeats == MOST_REPEATS:
@@ -75,11 +78,8 @@ def _searched(axes, random, group, errors):
     return list(found)
 
 
-def _random(group, errors):
-    """Return {n, seed} of a group's random search, or None if it has none."""
-    if "random" not in group.fields:
-        return None
-    value, path = group.fields["random"], group.where("random")
+def _random(value, path, errors):
+    """Return {n, seed} of a group's random search, or None and errors."""
     if not isinstance(value, dict):
         errors.append(f"{path}: expected n, how many to draw, and seed")
         return None
@@ -91,8 +91,8 @@ def _random(group, errors):
     return {key: values[0] for key, values in read.items()} if all(read.values()) else None
 
 
-def _axes(group, draw, errors, keys=("name", *FIELDS, *SECTIONS)):
-    """Return {field of a ProbeSpec: its alternatives}, in the order of `keys`."""
+def _axes(group, keys, draw, errors):
+    """Return {field of a ProbeSpec: its alternatives}, in the order of `keys`. draw: as for alternatives()."""
     axes = {}
     for key in keys:
         path = group.where(key)
@@ -136,7 +136,7 @@ def sections(value, types, path, name, origins, draw, errors):
         errors.append(f"{path}: missing (one of {', '.join(types)})")
         return []
     result = []
-    for item, where, _ in _items(value, path, name, draw, errors):
+    for item, where in _items(value, path, name, draw, errors):
         fields = item if isinstance(item, dict) else {"type": item}
         place = f"{where}.type" if fields is item else where
         for kind in alternatives(fields.get("type"), Choice(*types), place, f"{name}.type", draw, errors):
@@ -144,9 +144,7 @@ def sections(value, types, path, name, origins, draw, errors):
             for key in fields:
                 check_known([key], ("type", *schema), origins.get(key, f"{where}.{key}").removesuffix(str(key)), errors)
             axes = [
-                alternatives(
-                    fields.get(k, f.default), f, origins.get(k, f"{where}.{k}"), f"{name}.{k}", draw, errors
-                )
+                alternatives(fields.get(k, f.default), f, origins.get(k, f"{where}.{k}"), f"{name}.{k}", draw, errors)
                 for k, f in schema.items()
             ]
             if draw is EVERYTHING or not _too_many(axes, where, errors):
@@ -156,19 +154,19 @@ def sections(value, types, path, name, origins, draw, errors):
 
 
 def _items(value, path, name, draw, errors):
-    """Return [(item, its path, its name)] of a list or a choice; of anything else, itself."""
+    """Return [(item, its path)] of a list or a choice; of anything else, itself."""
     if isinstance(value, list):
         if not value:
             errors.append(f"{path}: an empty list leaves no probe")
-        return [(item, f"{path}[{n}]", f"{name}[{n}]") for n, item in enumerate(value)]
+        return [(item, f"{path}[{n}]") for n, item in enumerate(value)]
     if is_range(value) and "choice" in value:
         try:
             chosen = choices(value, name, None if draw is EVERYTHING else draw)
-            return [(item, f"{path}.choice[{n}]", f"{name}.choice[{n}]") for n, item in chosen]
+            return [(item, f"{path}.choice[{n}]") for n, item in chosen]
         except ValueError as error:
             errors.append(f"{path}.{error}")
             return []
-    return [(value, path, name)]
+    return [(value, path)]
 
 
 def alternatives(value, field, path, name, draw, errors):
@@ -185,7 +183,7 @@ def alternatives(value, field, path, name, draw, errors):
     elif isinstance(field, Number) and isinstance(value, dict) and not (is_range(value) and "choice" in value):
         items = [(number, path) for number in _numbers(value, field, path, name, draw, errors)]
     else:
-        items = [(item, where) for item, where, _ in _items(value, path, name, draw, errors)]
+        items = _items(value, path, name, draw, errors)
     result = []
     for item, where in items:
         try:

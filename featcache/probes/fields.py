@@ -214,4 +214,6 @@ FIELDS = {
 }
 DEFAULTS = {"schedule": "constant"}
 # Of the grid as a whole.
-SEARCH = {"halving": {"factor": Number(1, 100, above=True, default=3.0), "first": Number(0, 1, above=True, default=0.1)}}
+SEARCH = {
+    "halving": {"factor": Number(1, 100, above=True, default=3.0), "first": Number(0, 1, above=True, default=0.1)},
+}

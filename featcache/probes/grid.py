@@ -50,7 +50,7 @@ class Grid:
 
 
 def read_grid(path, parity=None):
-    """Read and check a grid file. parity: as for parse_grid. Raises BadInput that names every wrong field by its YAML path."""
+    """Read and check a grid file; see parse_grid. Raises BadInput that names every wrong field by its YAML path."""
     return parse_grid(read_content(path), path, parity)
 
 
@@ -87,7 +87,8 @@ def parse_grid(content, path="grid", parity=None):
         head = f"grid {path}: " if len(errors) == 1 else f"grid {path} has {len(errors)} errors:\n  "
         raise BadInput(head + "\n  ".join(errors))
     if parity is not None:
-        content |= {"parity": parity, "splits": content.get("splits", {}) | content["profiles"][parity].get("splits", {})}
+        own = content["profiles"][parity].get("splits", {})
+        content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = chosen
     return Grid(tuple(specs), splits, metric, split, store, content, search, parity)
 

@@ -212,7 +212,8 @@ def _merged(base, own, path, sections, errors):
     fields = dict(base.fields)
     origins = {key: base.where(key) for key in fields} | {k: v for k, v in base.origins.items() if isinstance(k, tuple)}
     for key, value in own.items():
-        if key in sections and key in fields and isinstance(value, dict) and "type" not in value and not is_range(value):
+        changes = isinstance(value, dict) and "type" not in value and not is_range(value)
+        if key in sections and key in fields and changes:
             if is_range(fields[key]):
                 errors.append(f"{path}.{key}: {base.where(key)} is a choice; give a type here to replace it")
                 continue

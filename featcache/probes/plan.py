@@ -118,7 +118,8 @@ def plan_probes(grid, store=None, device=None, parity=None):
             key = (first.head, first.optimizer.type, first.epochs, first.batch_size, first.views)
             shapes.setdefault(key, []).append(block)
         for members in shapes.values():
-            stacks.append(_stack(members, feature, dim, positions, rows, len(opened.classes), size, free, device, rates))
+            shape = (dim, positions, rows, len(opened.classes))
+            stacks.append(_stack(members, feature, shape, size, free, device, rates))
     return Plan(checked, groups, stacks, rows, str(device), free, None)
 
 
@@ -140,7 +141,9 @@ def probe_flops(head, dim, positions, classes):
     return total
 
 
-def _stack(blocks, feature, dim, positions, rows, classes, feature_bytes, free, device, rates):
+def _stack(blocks, feature, shape, feature_bytes, free, device, rates):
+    """Plan one stack. shape: width, positions, rows and classes. rates: {product's shape: measured}, filled here."""
+    dim, positions, rows, classes = shape
     specs = [spec for block in blocks for spec in block]
     first, largest = specs[0], max(len(block) for block in blocks)
     # L-BFGS goes over all rows at once, at least once an iteration.
@@ -149,12 +152,12 @@ def _stack(blocks, feature, dim, positions, rows, classes, feature_bytes, free, 
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
     weights, outputs = footprint(first.head, dim, classes, positions)
     batch = rows if first.optimizer.type == "lbfgs" else min(first.batch_size, rows)
-    shape = (largest * max(weights // dim, 1), dim, batch * positions)
-    if shape not in rates:
-        rates[shape] = gemm_rate(*shape, device)
+    product = (largest * max(weights // dim, 1), dim, batch * positions)
+    if product not in rates:
+        rates[product] = gemm_rate(*product, device)
     return PlannedStack(
         feature, first.head, dict(Counter(s.loss.type for s in specs)), first.optimizer.type, first.epochs,
-        first.batch_size, len(specs), len(blocks), flops, flops / rates[shape],
+        first.batch_size, len(specs), len(blocks), flops, flops / rates[product],
         COPIES[first.optimizer.type] * 4 * largest * numbers,
         ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, feature_bytes, feature_bytes > free,
     )  # fmt: skip
