@@ -3,13 +3,12 @@
 import time
 from collections import Counter
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.features import free_bytes
+from featcache.probes.features import free_bytes, input_shape
 from featcache.probes.grid import Grid, parse_grid, read_grid
 from featcache.probes.heads import footprint
 from featcache.probes.scoring import work
@@ -108,7 +107,7 @@ def plan_probes(grid, store=None, device=None, parity=None):
     rates, stacks = {}, []
     for blocks, feature, pool in work(specs, opened):
         held = opened.manifest.features[feature]
-        dim, positions = held["shape"][0], 1 if pool else prod(held["shape"][1:])
+        dim, positions = input_shape(opened, feature, pool)
         # A map is averaged in float32 as it is read.
         pooled = pool and len(held["shape"]) > 1
         size = rows * dim * positions * (4 if pooled else read_as(held["dtype"]).itemsize)

@@ -83,7 +83,9 @@ class Split:
     def view(self, number):
         """View `number` of the split; 0 is the split itself. Raises BadInput if there is none."""
         if not 0 <= number <= self.views:
-            raise BadInput(f"split {split_of(self.name)} of store {self.store.path} has {self.views} views, no {number}")
+            raise BadInput(
+                f"split {split_of(self.name)} of store {self.store.path} has {self.views} views, no {number}"
+            )
         return self.store[view_group(split_of(self.name), number)]
 
     @property
