@@ -70,7 +70,7 @@ def test_operations_are_those_of_the_layers(head):
 def test_the_rate_is_about_that_of_the_device():
     big = gemm_rate(1024, 1024, 1024, torch.device("cpu"))
     small = gemm_rate(8, 8, 8, torch.device("cpu"))
-    assert 1e8 < small < big < 1e14
+    assert 0 < small < big < 1e15
 
 
 def test_dry_run(store, tmp_path, command, monkeypatch):
