@@ -17,6 +17,7 @@ _TWINS = {
     "verify": "featcache.store.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
+    "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
     "compare": "featcache.probes.compare",

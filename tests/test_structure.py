@@ -50,7 +50,7 @@ def test_imports_go_down_only():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "attribute", "open_run", "compare", "report",
+        "plan_probes", "attribute", "open_run", "compare", "report",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
