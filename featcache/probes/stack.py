@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from featcache.probes.heads import STACKS, footprint
-from featcache.probes.losses import loss_function
+from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS, common
 from featcache.probes.schedules import factors
 
@@ -120,7 +120,7 @@ def epoch_order(rows, seed, epoch):
 def _loss_slices(specs, labels, classes):
     """Return [(loss function, start, end)] over probes that are sorted by loss, each small enough for the cache."""
     most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
-    functions = {loss: loss_function(loss, labels, classes) for loss in {spec.loss for spec in specs}}
+    functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):
         function = functions[spec.loss]
