@@ -54,6 +54,7 @@ class Plain(nn.Module):
                 layers.append(nn.GELU() if head.activation == "gelu" else nn.ReLU())
         self.layers = nn.Sequential(*layers)
         self.logits = LogitLayer(logit_temperature=head.temperature, logit_bias=head.offset or None)
+        self.to(next(iter(weights.values())).dtype)
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
                 if name in self.names:

@@ -58,7 +58,11 @@ def data():
     """Maps [N, D, S], pooled features and labels with some of -1."""
     random = np.random.default_rng(0)
     maps = torch.from_numpy(random.normal(0.5, 1, size=(N, D, S)).astype(np.float32))
-    return maps, maps.mean(2), torch.from_numpy(random.choice([1, 0, -1], p=[0.4, 0.5, 0.1], size=(N, C)).astype(np.int8))
+    return (
+        maps,
+        maps.mean(2),
+        torch.from_numpy(random.choice([1, 0, -1], p=[0.4, 0.5, 0.1], size=(N, C)).astype(np.int8)),
+    )
 
 
 def specs(head, rule, losses):
@@ -128,7 +132,11 @@ def problem():
     random = np.random.default_rng(1)
     features = random.normal(size=(200, 12)) * np.geomspace(0.3, 3, 12)
     scores = features @ random.normal(size=(12, 4)) + random.normal(size=(200, 4)) * 3
-    return torch.from_numpy(features).float(), torch.from_numpy((scores > 2).astype(np.int8)), torch.from_numpy(scores.argmax(1))
+    return (
+        torch.from_numpy(features).float(),
+        torch.from_numpy((scores > 2).astype(np.int8)),
+        torch.from_numpy(scores.argmax(1)),
+    )
 
 
 def lbfgs(loss, decay, iterations=1000, **head):
@@ -171,7 +179,9 @@ def test_lbfgs_finds_torchs_optimum(problem, loss):
     spec = lbfgs(loss, 1e-2)
     (fitted,), _ = fit_lbfgs([spec], features, multi, 4)
     own = {"fc0.weight": nn.Parameter(torch.zeros(4, 12).double()), "fc0.bias": nn.Parameter(torch.zeros(4).double())}
-    optimizer = torch.optim.LBFGS(own.values(), max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        own.values(), max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -189,7 +199,12 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
     features, multi, _ = problem
     multi = multi.clone()
     multi[64:128] = -1
-    losses = [Loss("bce"), Loss("ce", label_smoothing=0.1), Loss("focal", gamma=2.0, alpha=0.25), Loss("asymmetric", gamma_neg=2.0)]
+    losses = [
+        Loss("bce"),
+        Loss("ce", label_smoothing=0.1),
+        Loss("focal", gamma=2.0, alpha=0.25),
+        Loss("asymmetric", gamma_neg=2.0),
+    ]
     wanted = [lbfgs(loss, 10.0**-n, iterations=(30, 200)[n % 2], temperature=0.5) for n, loss in enumerate(losses)]
     together, histories = fit_lbfgs(wanted, features, multi, 4)
     monkeypatch.setattr("featcache.probes.lbfgs.CHUNK_ROWS", 64)
@@ -210,7 +225,12 @@ def test_lbfgs_marks_what_is_not_finite(problem):
 
 
 def group(**change):
-    return {"probes": [{"features": "pooled", "head": "linear", "loss": "bce", "epochs": 1, "optimizer": "lbfgs", "views": 0} | change]}
+    return {
+        "probes": [
+            {"features": "pooled", "head": "linear", "loss": "bce", "epochs": 1, "optimizer": "lbfgs", "views": 0}
+            | change
+        ]
+    }
 
 
 def test_grid_fields():
@@ -229,10 +249,20 @@ def test_grid_fields():
         ({"views": 3}, "probes[0]: optimizer lbfgs trains on the images as they are: say views: 0"),
         ({"optimizer": {"type": "lbfgs", "lr": 1}}, "probes[0].optimizer.lr: unknown field"),
         ({"optimizer": {"type": "sgd", "lr": 1, "momentum": 0, "nesterov": True}}, "nesterov needs a momentum above 0"),
-        ({"optimizer": {"type": "adam", "lr": 1, "clip": -1}}, "probes[0].optimizer.clip: -1 is not a number of at least 0"),
+        ({"optimizer": {"type": "adam", "lr": 1, "clip": -1}}, "optimizer.clip: -1 is not a number of at least 0"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(change, message):
     with pytest.raises(BadInput) as caught:
         parse_grid(group(**change))
     assert message in caught.value.message
+
+
+def test_a_block_of_lbfgs_probes_trains(problem):
+    features, multi, _ = problem
+    wanted = [lbfgs(Loss("bce"), decay) for decay in (0.1, 0.01)]
+    (block,) = blocks(wanted, 12, 1, 4)
+    trained = train_block(block, features, multi, 4, 0)
+    fitted, losses = fit_lbfgs(block, features, multi, 4)
+    assert [t.spec for t in trained] == block and [t.losses for t in trained] == losses
+    assert all(torch.equal(t.weights["fc0.weight"], w["fc0.weight"]) for t, w in zip(trained, fitted, strict=True))

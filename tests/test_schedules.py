@@ -73,7 +73,7 @@ def test_steps_are_torchs(schedule, make):
 
 
 def test_how_to_probes_steps():
-    """COCO and VOC: one epoch of warm-up from 1e-7, by iteration, then a tenth every 6 epochs, counted from the start."""
+    """COCO and VOC: an epoch of warm-up from 1e-7, by iteration, and a tenth every 6 epochs from the start."""
     steps = 79
     expected = []
     for epoch in range(50):
@@ -127,7 +127,7 @@ def test_grid_fields():
     ("schedule", "message"),
     [
         ({"type": "step"}, "probes[0]: schedule: a step needs either milestones or every"),
-        ({"type": "step", "milestones": [3], "every": 2}, "probes[0]: schedule: a step needs either milestones or every"),
+        ({"type": "step", "milestones": [3], "every": 2}, "schedule: a step needs either milestones or every"),
         ({"type": "constant", "per": "epoch"}, "probes[0].schedule.per: unknown field"),
         ({"type": "cosine", "final": 2}, "probes[0].schedule.final: 2 is not a number of at least 0 and at most 1"),
     ],
