@@ -15,11 +15,11 @@ from conftest import SIZE
 
 import featcache
 from featcache.probes.features import MiniBatches, Streamed, epoch_order
-from featcache.probes.heads import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.sweep import rung_epoch, rungs
 from featcache.probes.training import Training, train_block
+from featcache.probes.weights import initial_weights
 from featcache.store import manifest
 
 LINEAR = {
@@ -98,7 +98,7 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
     labels = torch.from_numpy(opened["train"].labels)
     for path in (run.path / "probes").iterdir():
         probe = load_probe(run.path, path.stem)
-        training = Training([probe.spec], maps.shape[1], len(opened.classes), 40, torch.device("cpu"))
+        training = Training([probe.spec], maps.shape[1], len(opened.classes), labels)
         for epoch in range(probe.spec.epochs):
             source = Streamed(opened, ["train"], "layer4:spatial", False, rows)
             order = torch.cat([p.rows for p in source.pieces(0, 0, epoch)])
@@ -205,7 +205,7 @@ def run_epoch(training, features, labels):
 def test_the_best_epoch_is_kept_and_patience_ends_a_probe():
     features, labels = trainable()
     specs = [spec(seed=n, keep="best", patience=2) for n in range(3)]
-    training = Training(specs, 12, 3, 50, torch.device("cpu"))
+    training = Training(specs, 12, 3, labels)
     # Scores as a validation would give them: probe 0 peaks at epoch 2, probe 1 rises, probe 2 is never finite.
     given = [[0.1, 0.1, np.nan], [0.5, 0.2, np.nan], [0.4, 0.3, np.nan], [0.4, 0.4, np.nan], [0.3, 0.5, np.nan]]
     taken = {}
@@ -229,12 +229,12 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_probe():
 def test_a_restored_state_goes_on_to_the_same_bits(tmp_path, optimizer):
     features, labels = trainable()
     specs = [spec(seed=n, optimizer=optimizer, keep="best") for n in range(4)]
-    training = Training(specs, 12, 3, 50, torch.device("cpu"))
+    training = Training(specs, 12, 3, labels)
     for epoch in range(3):
         run_epoch(training, features, labels)
         training.validated(torch.rand(4, generator=torch.Generator().manual_seed(epoch), dtype=torch.float64))
     (tmp_path / "s.safetensors").write_bytes(training.state())
-    other = Training.restored(tmp_path / "s.safetensors", 12, 3, 50, torch.device("cpu"))
+    other = Training.restored(tmp_path / "s.safetensors", 12, 3, labels)
     for t in (training, other):
         for _ in range(2):
             run_epoch(t, features, labels)

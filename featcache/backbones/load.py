@@ -7,21 +7,21 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.preprocessing import Preprocessing
-from featcache.backbones.recognise import find_architecture, recognise
-from featcache.backbones.resnet import name_children
+from featcache.backbones.preprocessing import default_preprocessing
+from featcache.backbones.recognise import find_architecture, known, recognise
 from featcache.errors import BadInput
 
 RANDOM = "random"
 
 
-def load_backbone(path, arch=None, size=None, seed=0, weights_key=None):
+def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
     """Load a frozen backbone from a checkpoint.
 
     path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`.
     arch: architecture name; by default inferred from the tensors' names and shapes.
-    size: input side in pixels; by default that of the public weights. weights_key: which encoder of a
-    checkpoint that holds several, such as "teacher". Raises BadInput.
+    weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing:
+    fields of Preprocessing (size, resize, ...) in place of those of the public weights; None leaves
+    them. Raises BadInput.
     """
     if str(path) == RANDOM:
         if arch is None:
@@ -30,23 +30,38 @@ def load_backbone(path, arch=None, size=None, seed=0, weights_key=None):
         network = _random_network(architecture, seed)
         report = f"{arch} with random weights, seed {seed}"
     else:
-        content = read_checkpoint(path)
-        asked = find_architecture(arch) if arch else None
-        encoder = find_encoder(content, _signatures(asked), path, weights_key)
-        architecture = asked or recognise(encoder.tensors, path)
+        encoder = find_encoder(read_checkpoint(path), _signatures(arch), known, path, weights_key)
+        hints = _hints(encoder)
+        asked = find_architecture(arch, encoder.tensors, hints) if arch else None
+        architecture = asked or recognise(encoder.tensors, path, hints)
         network = architecture.build()
-        loaded = load_strictly(network, encoder.tensors, architecture.classifier, path, architecture.name)
+        loaded = load_strictly(
+            network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
+        )
         report = _report(path, encoder, architecture, loaded, asked)
-    preprocessing = Preprocessing(size or architecture.size, architecture.mean, architecture.std)
-    return Backbone(architecture, network, preprocessing, report)
+    return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
 
 
-def _signatures(asked):
-    """The keys to look for, with what renames the tensors around each."""
-    children = {"7.0.conv1.weight": name_children}
-    if asked is not None:
-        return {asked.signature: None} | (children if asked.signature == "layer4.0.conv1.weight" else {})
-    return {a.signature: None for a in ARCHITECTURES.values()} | children
+def _signatures(arch):
+    """The keys by which an encoder is found: of every family, or of the architecture that is asked for."""
+    if arch and ":" in arch:
+        # Of a stranger's network the longest name is the least likely to stand elsewhere.
+        asked = find_architecture(arch)
+        keys = (key for key in asked.build().state_dict() if not key.startswith(asked.classifier))
+        return [max(keys, key=len)]
+    families = [ARCHITECTURES[arch]] if arch in ARCHITECTURES else ARCHITECTURES.values()
+    return list(dict.fromkeys(key for a in families for key in (a.signature, *a.layouts) if key))
+
+
+def _hints(encoder):
+    """What a method fixes and tensors do not say, see recognise."""
+    words = {word for name in (encoder.way, *encoder.others) for word in name.split(".")}
+    if words & {"base_encoder", "momentum_encoder"}:
+        # The heads of MoCo v3's ViTs are not 64 wide: 12 in small and base.
+        return {"heads": 12}
+    if words & {"teacher", "student"} and "mask_token" not in encoder.tensors:
+        return {"positions": "dino"}
+    return {}
 
 
 def _report(path, encoder, architecture, loaded, asked):

@@ -7,10 +7,12 @@ import click
 
 import featcache
 from featcache.cli.attribute import attribute
+from featcache.cli.compare import compare
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.extract import extract
 from featcache.cli.inspect import inspect
+from featcache.cli.layers import layers
 from featcache.cli.report import report
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
@@ -21,11 +23,11 @@ from featcache.cli.verify import verify
 def cli():
     """Extract frozen features once; train, score and explain whole grids of probes on them.
 
-    Exit codes: 0 done, 1 verify found damage, 2 bad input (one clear line), 130 interrupted.
+    Exit codes: 0 done, 1 verify or inspect --dataset found damage, 2 bad input (one clear line), 130 interrupted.
     """
 
 
-for command in (demo, extract, inspect, verify, convert, train_probes, attribute, report):
+for command in (demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report):
     cli.add_command(command)
 
 

@@ -8,18 +8,20 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    preprocessing_options,
+    split_option,
 )
 
 
 @click.command()
 @backbone_options(required=True)
 @dataset_options(required=True)
-@click.option("--split", "splits", metavar="S,...", help="Splits.  [default: all that the dataset's protocol needs]")
+@split_option
 @click.option(
     "--features",
-    default="pooled,spatial",
     metavar="SPEC,...",
-    help="LAYER:REDUCE; bare pooled and spatial mean the last layer.",
+    help="LAYER:REDUCE, see featcache layers; a bare REDUCE means the last layer.  "
+    "[default: pooled,spatial, and cls if there is a class token]",
 )
 @click.option("--store", metavar="PATH", help="Folder or URL to write to.  [default: features/DATASET-ARCH-ID.zarr]")
 @format_option("--format", help="Of the store.  [default: what the store's suffix says, else zarr]")
@@ -30,8 +32,12 @@ from featcache.cli.options import (
     default="float16",
     help="Of the stored features.",
 )
+@preprocessing_options
 @click.option(
-    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+    "--precision",
+    default="float32",
+    metavar="NAME",
+    help="The network's arithmetic: float32, tf32, bf16 or fp16.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
@@ -53,7 +59,7 @@ from featcache.cli.options import (
     help="draft: quicker on large JPEGs, not exact.",
 )
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
-def extract(splits, compression, crop_scale, **options):
+def extract(compression, crop_scale, **options):
     """Run a frozen backbone once over a dataset and write its features to a store.
 
     The same command again finishes what was interrupted, or says that nothing is left to do. Under
@@ -68,4 +74,4 @@ def extract(splits, compression, crop_scale, **options):
         except ValueError:
             raise click.UsageError(f"--crop-scale {crop_scale!r}: expected two numbers, as in 0.08,1") from None
         crop_scale = low, high
-    run(splits=splits.split(",") if splits else None, compression=compression, crop_scale=crop_scale, **options)
+    run(compression=compression, crop_scale=crop_scale, **options)

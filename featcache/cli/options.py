@@ -3,18 +3,26 @@
 import click
 
 
+arch_option = click.option(
+    "--arch",
+    metavar="NAME",
+    help="Architecture: a name, timm:NAME, or package.module:function.  [default: inferred from the checkpoint]",
+)
+weights_key_option = click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
+)
+size_option = click.option(
+    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+)
+
+
 def backbone_options(required):
     """Add --backbone, --arch and --weights-key."""
 
     def add(command):
-        command = click.option(
-            "--weights-key",
-            metavar="KEY",
-            help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
-        )(command)
-        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(
-            command
-        )
+        command = weights_key_option(arch_option(command))
         return click.option(
             "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
         )(command)
@@ -32,10 +40,65 @@ def dataset_options(required):
             metavar="DIR",
             help="Data folder.  [default: $FEATCACHE_DATA/NAME, else data/NAME]",
         )(command)
-        return click.option("--dataset", required=required, metavar="NAME", help="voc (2007) or voc2012.")(command)
+        return click.option(
+            "--dataset",
+            required=required,
+            metavar="NAME",
+            help="voc (2007), voc2012, coco (2014), coco2017, imagenet, places205, inaturalist2018, cifar10, cifar100, "
+            "stl10, folder, manifest (--root is the file), huggingface or webdataset.",
+        )(command)
 
     return add
 
+
+def _three_numbers(context, option, text):
+    try:
+        return text and tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not three numbers R,G,B") from None
+
+
+def preprocessing_options(command):
+    """Add --size, --resize, --short-side, --interpolation, --mean and --std."""
+    options = (
+        click.option(
+            "--size",
+            type=click.IntRange(min=32),
+            metavar="PIXELS",
+            help="Input side.  [default: the dataset's protocol, else the backbone's own]",
+        ),
+        click.option(
+            "--resize",
+            metavar="RULE",
+            help="squash, crop (short side, then centre crop) or warp (short side, then squash).  "
+            "[default: the dataset's protocol]",
+        ),
+        click.option(
+            "--short-side",
+            type=click.IntRange(min=1),
+            metavar="PIXELS",
+            help="Of crop and warp.  [default: size * 256 / 224]",
+        ),
+        click.option("--interpolation", metavar="NAME", help="bilinear or bicubic.  [default: the backbone's]"),
+        click.option(
+            "--mean", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
+        ),
+        click.option(
+            "--std", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+split_option = click.option(
+    "--split",
+    "splits",
+    metavar="S,...",
+    callback=lambda _context, _option, value: value.split(",") if value else None,
+    help="Splits.  [default: all that the dataset's protocol needs]",
+)
 
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 

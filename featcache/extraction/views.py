@@ -48,11 +48,10 @@ def plan_views(data, count, seed, crop_scale=None):
         raise BadInput("a crop scale is for views: say how many with --views")
     if any("@" in split for split in data.splits):
         raise BadInput(f"splits {', '.join(data.splits)}: the sign @ is kept for the names of views")
-    splits = tuple(split for split in data.splits if split in data.training)
-    if count and not splits:
+    if count and not data.training:
         raise BadInput(
-            f"views are for training, and of the splits {', '.join(data.splits)} none is for that "
-            f"({' and '.join(data.training)} of {data.name} are)"
+            f"views are for training, and of the splits {', '.join(data.splits)} none is for that (their names begin "
+            "with train)"
         )
     augmentation = data.augmentation if crop_scale is None else replace(data.augmentation, scale=tuple(crop_scale))
-    return Views(count, seed, splits, augmentation)
+    return Views(count, seed, data.training, augmentation)

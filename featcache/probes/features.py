@@ -1,5 +1,6 @@
 """From a store to the tensors that probes train on and are scored on."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +9,11 @@ import numpy as np
 import torch
 
 from featcache.errors import BadInput
+from featcache.store.manifest import feature_of
+
+
+# Rows that are scored at a time.
+CHUNK_ROWS = 1024
 
 
 def free_bytes(device):
@@ -22,32 +28,66 @@ def free_bytes(device):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_features(store, splits, feature, pool, device, view=0):
-    """Load a feature of a union of splits: [N, D], or [N, D, S] for a map, in the store's dtype.
+def as_input(rows, feature, pool):
+    """Rows of a feature as probes read them, [n, D] or [n, D, S].
 
-    pool: average the map over positions now, in float32, exact for a plain linear head. view: of every
-    split. Raises BadInput if it does not fit into memory.
+    rows: tensor [n, ...] as stored. A grid(k,s,p) is one long vector, channel by channel: D is its C h w.
+    Tokens [n, N, D] are read as the positions of a map. pool: average a map over positions now, in
+    float32, exact for a plain linear head.
+    """
+    kind = feature_of(feature).kind
+    if kind == "grid":
+        return rows.flatten(1)
+    if kind == "tokens":
+        rows = rows.transpose(1, 2)
+    if pool and rows.ndim > 2:
+        return rows.float().flatten(2).mean(2)
+    return rows.flatten(2) if rows.ndim > 2 else rows
+
+
+def load_features(store, splits, feature, pool, device, view=0):
+    """Load a feature of a union of splits, as as_input() makes it, in the store's dtype, float32 if pooled.
+
+    view: of every split. Raises BadInput if it does not fit into memory.
     """
     arrays = [store[name].view(view)[feature] for name in splits]
-    rows, bytes_ = sum(len(a) for a in arrays), sum(a.nbytes for a in arrays)
-    pooled = pool and arrays[0].ndim == 4
-    free = free_bytes(torch.device("cpu"))
-    if not pooled and bytes_ > free:
+    needed, free = feature_bytes(store, splits, feature, pool), free_bytes(torch.device("cpu"))
+    if needed > free:
         raise BadInput(
-            f"feature {feature} of {'+'.join(splits)} needs {bytes_ / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+            f"feature {feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory, "
+            f"{free / 2**30:.1f} are free"
         )
-    if pooled:
-        result = np.empty((rows, arrays[0].shape[1]), dtype=np.float32)
-        at = 0
-        for array in arrays:
-            for start in range(0, len(array), 256):
-                part = array[start : start + 256].astype(np.float32).mean((2, 3))
-                result[at : at + len(part)] = part
-                at += len(part)
-    else:
-        result = arrays[0][:] if len(arrays) == 1 else np.concatenate([a[:] for a in arrays])
-        result = result.reshape(*result.shape[:2], -1) if result.ndim == 4 else result
-    return torch.from_numpy(result).to(device)
+    result, at = None, 0
+    for array in arrays:
+        for _, piece in array.pieces():
+            part = as_input(torch.from_numpy(piece), feature, pool)
+            if result is None:
+                result = part.new_empty(sum(map(len, arrays)), *part.shape[1:])
+            result[at : at + len(part)] = part
+            at += len(part)
+    return result.to(device)
+
+
+def read_chunks(store, splits, feature, pool, device):
+    """Yield a feature of a union of splits in order, as float32 pieces of some hundred rows; holds no more."""
+    for name in splits:
+        for _, piece in store[name][feature].pieces():
+            yield from as_input(torch.from_numpy(piece), feature, pool).to(device).float().split(CHUNK_ROWS)
+
+
+def input_of(spec):
+    """What a probe reads: (feature, whether its map is averaged over positions first)."""
+    return spec.features, spec.head.pools_first and feature_of(spec.features).kind != "grid"
+
+
+def input_shape(store, feature, pool):
+    """Width of a probe's input, and at how many positions it is read: D and S of [N, D, S]; S is 1 for [N, D]."""
+    shape, kind = store.manifest.features[feature]["shape"], feature_of(feature).kind
+    if kind == "grid":
+        return math.prod(shape), 1
+    if kind == "tokens":
+        return shape[1], shape[0]
+    return shape[0], 1 if pool else math.prod(shape[1:])
 
 
 def load_labels(store, splits):
@@ -58,8 +98,8 @@ def load_labels(store, splits):
 def feature_bytes(store, splits, feature, pool):
     """Bytes that load_features would take for one view."""
     arrays = [store[name][feature] for name in splits]
-    if pool and arrays[0].ndim == 4:
-        return sum(len(a) * a.shape[1] * 4 for a in arrays)
+    if pool and arrays[0].ndim > 2:
+        return 4 * sum(len(a) for a in arrays) * input_shape(store, feature, pool)[0]
     return sum(a.nbytes for a in arrays)
 
 
@@ -109,14 +149,12 @@ class Streamed:
     """
 
     def __init__(self, store, splits, feature, pool, buffer_rows):
-        self._source = (store, splits, feature)
-        self._pool = pool
+        self._store, self._splits, self._feature, self._pool = store, splits, feature, pool
         self._buffer_rows = buffer_rows
 
     def pieces(self, view, seed, epoch):
         """Yield the Pieces of an epoch; every row is in one of them."""
-        store, splits, feature = self._source
-        arrays = [store[name].view(view)[feature] for name in splits]
+        arrays = [self._store[name].view(view)[self._feature] for name in self._splits]
         firsts = np.cumsum([0, *(len(a) for a in arrays)])
         chunks = [
             (array, start, min(start + array.chunk_rows, len(array)), int(first))
@@ -142,10 +180,7 @@ class Streamed:
         total = sum(stop - start for _, start, stop, _ in filling)
         # In the order in which they lie on disk; the shuffle comes after.
         for array, start, stop, first in sorted(filling, key=lambda chunk: (chunk[3], chunk[1])):
-            part = array[start:stop]
-            if self._pool and part.ndim == 4:
-                part = part.astype(np.float32).mean((2, 3))
-            part = torch.from_numpy(part.reshape(*part.shape[:2], -1) if part.ndim == 4 else part)
+            part = as_input(torch.from_numpy(array[start:stop]), self._feature, self._pool)
             values = part.new_empty(total, *part.shape[1:]) if values is None else values
             values[at : at + len(part)] = part
             at += len(part)

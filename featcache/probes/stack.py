@@ -1,10 +1,12 @@
 """Which probes go into one stack, and what a stack of trained ones says."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from featcache.probes.heads import STACKS, widest
+from featcache.probes.features import CHUNK_ROWS
+from featcache.probes.heads import STACKS, footprint
+from featcache.probes.optimizers import common
 
 # Weights and momentum of the probes trained at a time should stay in the last-level cache, the
 # activations of a spatial head in reach of it, and what a loss computes element by element in the
@@ -13,7 +15,6 @@ BLOCK_WEIGHT_BYTES = 24 << 20
 BLOCK_ACTIVATION_BYTES = 64 << 20
 LOSS_BYTES = 2 << 20
 MIN_ROWS = 32
-SCORED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,19 @@ def blocks(specs, dim, positions, classes):
     """
     shapes = {}
     for spec in specs:
-        optimizer = replace(spec.optimizer, lr=0.0, weight_decay=0.0)
-        key = (
-            spec.features,
-            spec.views,
-            spec.head,
-            optimizer,
-            spec.epochs,
-            spec.batch_size,
-            spec.keep,
-            spec.patience,
-            spec.precision,
-        )
+        loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
+        key = (spec.features, spec.views, spec.head, common(spec.optimizer), loop)
         shapes.setdefault(key, []).append(spec)
     result = []
-    for (_, _, head, _, _, batch_size, *_), members in shapes.items():
-        # Sorted by loss, so that each loss sees one slice of the stack.
-        members.sort(key=lambda s: s.loss.type)
-        width = widest(head, classes)
-        fit = BLOCK_WEIGHT_BYTES // (4 * width * dim)
+    for (_, _, head, _, (_, batch_size, *_)), members in shapes.items():
+        # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
+        members.sort(key=lambda s: (s.optimizer.momentum or 0.0, repr(s.loss)))
+        weights, activations = footprint(head, dim, classes, positions)
+        fit = BLOCK_WEIGHT_BYTES // (4 * weights)
         if head.type != "linear":
             # A probe that was trained elsewhere has no batch size: it is only scored.
-            rows = batch_size or SCORED_ROWS
-            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * width * rows * positions))
+            rows = batch_size or CHUNK_ROWS
+            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * activations * rows))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
@@ -82,16 +73,31 @@ def padded(specs, classes):
     return [*specs, *[specs[-1]] * (-(-MIN_ROWS // width) - len(specs))]
 
 
-@torch.no_grad()
+class Predictor:
+    """Trained probes of one block, ready to be asked for their logits.
+
+    weights: one {name: tensor} a spec. dim: width of the features.
+    """
+
+    def __init__(self, specs, weights, dim, classes, device):
+        full = padded(specs, classes)
+        self._probes = len(specs)
+        self._stack = STACKS[specs[0].head.type](full, dim, classes, device)
+        weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
+        with torch.no_grad():
+            for name, stacked in self._stack.weights.items():
+                stacked.copy_(torch.stack([w[name] for w in weights]))
+
+    @torch.no_grad()
+    def __call__(self, features):
+        """Map features [n, D] or [n, D, S], any float dtype, to logits float32 [P, n, C] where the features are."""
+        return self._stack.forward(features.float()).transpose(0, 1)[: self._probes]
+
+
 def predict(specs, weights, features, classes):
     """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
 
     weights: one {name: tensor} a spec. features: [N, D] or [N, D, S].
     """
-    full = padded(specs, classes)
-    stack = STACKS[specs[0].head.type](full, features.shape[1], classes, features.device)
-    weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
-    for name, stacked in stack.weights.items():
-        stacked.copy_(torch.stack([w[name] for w in weights]))
-    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(SCORED_ROWS)]
-    return torch.cat(parts, dim=1)
+    predictor = Predictor(specs, weights, features.shape[1], classes, features.device)
+    return torch.cat([predictor(part).cpu() for part in features.split(CHUNK_ROWS)], dim=1)

@@ -4,7 +4,6 @@ What a run folder lacks is trained; a run that was killed goes on from the last 
 and ends with the same bits.
 """
 
-import itertools
 import json
 import math
 import time
@@ -24,15 +23,19 @@ from featcache.probes.features import (
     Streamed,
     feature_bytes,
     free_bytes,
-    load_features,
+    input_of,
+    input_shape,
     load_labels,
+    read_chunks,
     view_of_epoch,
 )
-from featcache.probes.metrics import METRICS
+from featcache.probes.metrics import gain
+from featcache.probes.heads import footprint
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
 from featcache.probes.scoring import work
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.training import Training
+from featcache.probes.tally import TALLIES
+from featcache.probes.training import Training, fit_block
 
 PARTIAL = "partial"
 # States are written after an epoch, but not more often than this: a kill costs about as much.
@@ -43,8 +46,9 @@ TELL_SECONDS = 0.5
 class Sweep:
     """The training of what a run folder lacks. See train_missing."""
 
-    def __init__(self, folder, store, splits, device, seed, judge, ranks, progress):
+    def __init__(self, folder, specs, store, splits, device, seed, judge, ranks, progress):
         self.folder, self.store, self.splits, self.device, self.seed = Path(folder), store, splits, device, seed
+        self.specs = {spec.id: spec for spec in specs}
         self.judge, self.ranks, self.progress = judge, ranks, progress
         self.labels = load_labels(store, splits["train"]).to(device)
         self._saved_at = self._told_at = time.monotonic()
@@ -64,6 +68,21 @@ class Sweep:
         if buffer_rows is None:
             return Resident(self.store, names, feature, pool, self.device)
         return Streamed(self.store, names, feature, pool, buffer_rows)
+
+    def open(self, blocks, feature, pool):
+        """The Trainings of a wave's blocks, new or from their states."""
+        shape = (input_shape(self.store, feature, pool)[0], len(self.store.classes), self.labels)
+        return [
+            Training.restored(self.folder / PARTIAL / block, *shape)
+            if isinstance(block, str)
+            else Training([self.specs[name] for name in block], *shape)
+            for block in blocks
+        ]
+
+    def fit(self, specs, source):
+        """Train a block whose optimiser sees all images at once."""
+        self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)))
+        self.tick(sum(s.epochs * -(-len(self.labels) // s.batch_size) for s in specs))
 
     def run_wave(self, trainings, source, feature, pool, until):
         """Train blocks of one input, all on the same pass over the data, each up to its epoch until(training)."""
@@ -95,32 +114,26 @@ class Sweep:
 
     def _after_epoch(self, training, feature, pool, until):
         if training.validates or (until(training) < training.epochs and training.epoch == until(training)):
-            metric, names = self.judge
-            labels = load_labels(self.store, self.splits[names])
-            training.validated(METRICS[metric](training.logits(self._judged(feature, pool)), labels).double())
+            training.validated(self._validation_scores(training, feature, pool))
         self._drop(training, training.impatient() & (training.epoch < training.epochs), "patience")
         if training.specs and training.epoch == training.epochs:
             self._keep(training.finish())
             self.state_path(training).unlink(missing_ok=True)
             training.specs = []
 
-    def _judged(self, feature, pool):
-        """Chunks of the features of the split that the grid selects on; held if they fit."""
-        key, names = (feature, pool), self.splits[self.judge[1]]
-        if key not in self._validation:
-            fits = feature_bytes(self.store, names, feature, pool) < free_bytes(torch.device("cpu")) // 4
-            self._validation[key] = load_features(self.store, names, feature, pool, self.device) if fits else None
-        held = self._validation[key]
-        if held is not None:
-            return (part.float() for part in held.split(4096))
-        return self._streamed_judged(feature, pool, names)
-
-    def _streamed_judged(self, feature, pool, names):
-        for name in names:
-            for _, rows in self.store[name][feature].pieces():
-                rows = torch.from_numpy(rows).to(self.device).float()
-                rows = rows.flatten(2) if rows.ndim == 4 else rows
-                yield rows.mean(2) if pool and rows.ndim == 3 else rows
+    def _validation_scores(self, training, feature, pool):
+        """The selection metric of a block's probes on the selection split, float64 [P], higher is better."""
+        metric, role = self.judge
+        names, device = self.splits[role], self.device
+        labels = load_labels(self.store, names).to(device)
+        tally = TALLIES[self.store.task](labels, len(self.store.classes), [s.loss.type for s in training.specs])
+        if (feature, pool) not in self._validation:
+            fits = feature_bytes(self.store, names, feature, pool) < free_bytes(device) // 4
+            held = list(read_chunks(self.store, names, feature, pool, device)) if fits else None
+            self._validation[feature, pool] = held
+        for chunk in self._validation[feature, pool] or read_chunks(self.store, names, feature, pool, device):
+            tally.add(training.logits(chunk))
+        return gain(metric, tally.scores()[metric][:, 0]).double().cpu()
 
     def _drop(self, training, gone, why):
         """Take probes out of a block before their time."""
@@ -167,7 +180,7 @@ class Sweep:
             rung = rung_epoch(epochs, fraction)
             if len(values) >= rung:
                 reached[name] = values[rung - 1] if math.isfinite(values[rung - 1]) else -math.inf
-        best = sorted(reached, key=lambda name: (-reached[name], name))[: -(-len(reached) // factor)]
+        best = sorted(reached, key=lambda name: (-reached[name], name))[: math.ceil(len(reached) / factor)]
         for training in trainings:
             if training.specs and training.epoch == rung_epoch(training.epochs, fraction):
                 gone = torch.tensor([spec.id not in best for spec in training.specs], dtype=torch.bool)
@@ -196,52 +209,51 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
     search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     all is there. Raises BadInput.
     """
-    by_id = {spec.id: spec for spec in specs}
     todo = ranks.share(_plan(folder, specs, store, buffers)) if ranks.rank == 0 else ranks.shared()
-    rows = sum(len(store[name]) for name in splits["train"])
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
-        sweep = Sweep(folder, store, splits, device, seed, judge, ranks, progress)
-
-        def opened(blocks, feature):
-            dim, classes = store.manifest.features[feature]["shape"][0], len(store.classes)
-            path = Path(folder) / PARTIAL
-            return [
-                Training.restored(path / block, dim, classes, rows, device)
-                if isinstance(block, str)
-                else Training([by_id[name] for name in block], dim, classes, rows, device)
-                for block in blocks
-            ]
-
+        sweep = Sweep(folder, specs, store, splits, device, seed, judge, ranks, progress)
+        missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
+        progress.total = sum(s.epochs * -(-len(sweep.labels) // s.batch_size) for s in missing)
         if search:
-            if ranks.size > 1:
-                raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
-            _search(sweep, [(opened(blocks, feature), feature, *rest) for blocks, feature, *rest in todo], search)
+            _search(sweep, todo, search)
         else:
-            missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
-            progress.total = sum(s.epochs * -(-rows // s.batch_size) for s in missing)
-            _train(sweep, opened, ranks.draw(todo))
-        while ranks.rank == 0 and (left := ranks.left_behind(lambda: [w for w in todo if _unsaved(folder, w, by_id)])):
+            _train(sweep, ranks.draw(todo))
+        while ranks.rank == 0 and (
+            left := ranks.left_behind(lambda: [wave for wave in todo if _unsaved(folder, wave)])
+        ):
             click.echo(f"notice: no news of {len(left)} blocks that other processes took; doing them here", err=True)
-            _train(sweep, opened, left)
+            _train(sweep, left)
     if ranks.rank == 0:
         with suppress(OSError):
             (Path(folder) / PARTIAL).rmdir()
 
 
-def _train(sweep, opened, waves):
+def check_search(search, specs, ranks):
+    """Raise BadInput for a search that cannot be made."""
+    if search and ranks.size > 1:
+        raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
+    if search and any(s.optimizer.type == "lbfgs" for s in specs):
+        raise BadInput("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
+
+
+def _train(sweep, waves):
     source, shown = None, None
     for blocks, *read in waves:
         feature, pool, _ = read
         if shown != read:
             source, shown = sweep.source(*read), read
-        trainings = opened(blocks, feature)
+        specs = [] if isinstance(blocks[0], str) else [sweep.specs[name] for name in blocks[0]]
+        if specs and specs[0].optimizer.type == "lbfgs":
+            sweep.fit(specs, source)
+            continue
+        trainings = sweep.open(blocks, feature, pool)
         sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in trainings))
         sweep.run_wave(trainings, source, feature, pool, lambda t: t.epochs)
 
 
 def _search(sweep, waves, search):
+    waves = [(sweep.open(blocks, feature, pool), feature, pool, rows) for blocks, feature, pool, rows in waves]
     everyone = [t for trainings, *_ in waves for t in trainings]
-    sweep.progress.total = sum(t.epochs * t.steps * len(t.specs) for t in everyone)
     sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in everyone))
     for fraction in [*rungs(search), 1.0]:
         for trainings, feature, pool, buffer_rows in waves:
@@ -261,7 +273,7 @@ def _plan(folder, specs, store, buffers):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
     begun = _begun(folder, {s.id for s in missing})
     resumed = {spec.id for _, found in begun for spec in found}
-    inputs = [(found[0].features, found[0].head.pools_first) for _, found in begun]
+    inputs = [input_of(found[0]) for _, found in begun]
     todo = [([path.name], *read, buffers[_input(*read)]) for (path, _), read in zip(begun, inputs, strict=True)]
     for group, feature, pool in work([s for s in missing if s.id not in resumed], store):
         for wave in _waves(group, store, feature, pool, buffers):
@@ -270,7 +282,8 @@ def _plan(folder, specs, store, buffers):
     return todo
 
 
-def _unsaved(folder, wave, by_id):
+def _unsaved(folder, wave):
+    """Whether a wave's probes are not all saved; of a block that was resumed, its state is there until they are."""
     names = [name for block in wave[0] if not isinstance(block, str) for name in block]
     states = [block for block in wave[0] if isinstance(block, str)]
     return any(not probe_path(folder, name).is_file() for name in names) or any(
@@ -285,12 +298,17 @@ def plan_buffers(specs, store, splits, memory, device):
     """
     names, buffers = splits["train"], {}
     memory = memory or free_bytes(device) // 2
+    rows = sum(len(store[name]) for name in names)
     for spec in specs:
-        pool = spec.head.pools_first
-        size = feature_bytes(store, names, spec.features, pool)
-        rows = sum(len(store[name]) for name in names)
+        feature, pool = input_of(spec)
+        size = feature_bytes(store, names, feature, pool)
+        if size > memory and spec.optimizer.type == "lbfgs":
+            raise BadInput(
+                f"probe group {spec.name!r}: lbfgs needs all of {feature} in memory, {size / 1e9:.2f} GB, and "
+                f"{memory / 1e9:.2f} GB are for it; take another optimizer, or give more --memory"
+            )
         # One buffer is trained on while the next is read, in a third of the memory each.
-        buffers[_input(spec.features, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)
+        buffers[_input(feature, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)
     return buffers
 
 
@@ -304,20 +322,22 @@ def _waves(group, store, feature, pool, buffers):
     Pooled features in memory: one block at a time, which then stays in the cache. Else a pass is
     dear, and as many blocks share it as have room for their states.
     """
-    shape = store.manifest.features[feature]["shape"]
-    if buffers[_input(feature, pool)] is None and (pool or len(shape) == 1):
+    dim, positions = input_shape(store, feature, pool)
+    if buffers[_input(feature, pool)] is None and positions == 1:
         return [[block] for block in group]
     room, waves, used = free_bytes(torch.device("cpu")) // 4, [[]], 0
     for block in group:
-        widths = [shape[0], *[block[0].head.hidden] * (block[0].head.layers - 1), len(store.classes)]
-        weights = sum(a * b * block[0].head.max_out for a, b in itertools.pairwise(widths))
+        if block[0].optimizer.type == "lbfgs":
+            waves.insert(0, [block])
+            continue
+        weights, _ = footprint(block[0].head, dim, len(store.classes), positions)
         # Weights, two moments at most, and gradients: float32.
-        size = 16 * weights * len(block)
+        size = 16 * weights * block[0].head.layers * len(block)
         if waves[-1] and used + size > room:
             waves, used = [*waves, []], 0
         waves[-1].append(block)
         used += size
-    return waves
+    return [wave for wave in waves if wave]
 
 
 def _begun(folder, missing):

@@ -11,11 +11,12 @@ import torch
 
 from featcache.probes.features import epoch_order
 from featcache.probes.heads import STACKS
-from featcache.probes.losses import LOSSES
+from featcache.probes.lbfgs import fit_lbfgs
+from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import LOSS_BYTES, SCORED_ROWS, TrainedProbe, padded
+from featcache.probes.stack import LOSS_BYTES, TrainedProbe, padded
 
 
 class Training:
@@ -26,12 +27,12 @@ class Training:
     epoch (epochs done), steps (of an epoch), name (of the block as it began, from its probes' ids).
     """
 
-    def __init__(self, specs, dim, classes, rows, device):
-        """specs: of one block. dim: width of the features. rows: of the training data."""
+    def __init__(self, specs, dim, classes, labels):
+        """specs: of one block. dim: width of the features. labels: of the training data, on the device to train on."""
         self.specs = list(specs)
         self.name = hashlib.sha256(" ".join(s.id for s in specs).encode()).hexdigest()[:16]
         self.epoch = 0
-        self._shape = (dim, classes, rows, device)
+        self._shape = (dim, classes, labels)
         self._losses = torch.zeros(0, len(specs), dtype=torch.float64)  # [epochs done, P]
         self._scores = torch.zeros(0, len(specs), dtype=torch.float64)
         self._diverged = torch.full((len(specs),), -1)
@@ -39,12 +40,12 @@ class Training:
         self._build()
 
     def _build(self):
-        dim, classes, rows, device = self._shape
+        dim, classes, labels = self._shape
         full = padded(self.specs, classes)
-        self._stack = STACKS[full[0].head.type](full, dim, classes, device)
-        self._optimizer = OPTIMIZERS[full[0].optimizer.type](self._stack.parameters, full, device)
-        self._slices = _loss_slices(full, classes)
-        self.steps = -(-rows // self.batch_size)
+        self._stack = STACKS[full[0].head.type](full, dim, classes, labels.device)
+        self._optimizer = OPTIMIZERS[full[0].optimizer.type](self._stack.parameters, full, labels.device)
+        self._slices = _loss_slices(full, labels, classes)
+        self.steps = -(-len(labels) // self.batch_size)
 
     @property
     def batch_size(self):
@@ -74,12 +75,12 @@ class Training:
 
     def begin_epoch(self):
         """Prepare the rates of an epoch's steps."""
-        dim, classes, rows, device = self._shape
+        _, classes, labels = self._shape
         full = padded(self.specs, classes)
-        rates = torch.tensor([s.optimizer.lr for s in full], dtype=torch.float64)
+        rates = torch.tensor([s.rate for s in full], dtype=torch.float64)
         factor = torch.stack([factors(s.schedule, s.epochs, self.steps, self.epoch) for s in full], dim=1)
-        self._rates = (factor * rates).float().to(device)  # [steps, P]
-        self._table = torch.zeros(self.steps, len(full), device=device)
+        self._rates = (factor * rates).float().to(labels.device)  # [steps, P]
+        self._table = torch.zeros(self.steps, len(full), device=labels.device)
         self._sizes = []
 
     def feed(self, features, targets):
@@ -103,14 +104,9 @@ class Training:
         self.epoch += 1
 
     @torch.no_grad()
-    def logits(self, chunks):
-        """Logits [P, N, C] on the CPU, of features that come in chunks of float32 [R, D] or [R, D, S]."""
-        parts = [
-            self._stack.forward(part).transpose(0, 1)[: len(self.specs)].cpu()
-            for chunk in chunks
-            for part in chunk.split(SCORED_ROWS)
-        ]
-        return torch.cat(parts, dim=1)
+    def logits(self, features):
+        """Logits [P, R, C] of features, float32 [R, D] or [R, D, S], by the weights as they are."""
+        return self._stack.forward(features).transpose(0, 1)[: len(self.specs)]
 
     def validated(self, scores):
         """Take the validation scores after an epoch, float64 [P], higher is better; keep the best weights."""
@@ -172,7 +168,7 @@ class Training:
         diverged = int(self._diverged[p])
         weights = {name: w[p].detach().cpu().clone() for name, w in self._stack.weights.items()}
         epoch = self.epoch
-        if diverged < 0 and not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+        if diverged < 0 and not _finite(weights):
             # The last step's loss was still finite, and what it led to is not.
             diverged = self.epoch * self.steps - 1
         if diverged >= 0:
@@ -230,18 +226,18 @@ class Training:
         )
 
     @classmethod
-    def restored(cls, path, dim, classes, rows, device):
+    def restored(cls, path, dim, classes, labels):
         """The Training whose state a file holds. Raises what safetensors, json and torch raise for damage."""
         with safetensors.safe_open(path, "pt") as file:
             content = json.loads(file.metadata()["featcache"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        made = cls([spec_from_dict(s) for s in content["specs"]], dim, classes, rows, device)
+        made = cls([spec_from_dict(s) for s in content["specs"]], dim, classes, labels)
         made.name, made.epoch = Path(path).stem, content["epoch"]
         made._losses, made._scores, made._diverged = (tensors[n] for n in ("losses", "scores", "diverged"))
         made._fill(_under("weights/", tensors))
         made._fill_optimizer(_under("optimizer/", tensors), content["counts"])
         if "best/score" in tensors:
-            kept = {n: w.to(device) for n, w in _under("best/weights/", tensors).items()}
+            kept = {n: w.to(labels.device) for n, w in _under("best/weights/", tensors).items()}
             made._best = {"score": tensors["best/score"], "epoch": tensors["best/epoch"], "weights": kept}
         return made
 
@@ -249,16 +245,31 @@ class Training:
 def train_block(specs, features, labels, classes, order_seed):
     """Train the probes of one block on features in memory, from beginning to end.
 
-    features: [N, D] or [N, D, S], any float dtype, on the device to train on. labels: int8 [N, C] or
-    int64 [N], same device. order_seed: of the mini-batches' order. Returns a TrainedProbe for each spec.
+    features: [N, D] or [N, D, S], any float dtype. labels: int8 [N, C] or int64 [N]. Both on the device
+    to train on. order_seed: of the mini-batches' order. Returns a TrainedProbe for each spec.
     """
-    training = Training(specs, features.shape[1], classes, len(features), features.device)
+    if specs[0].optimizer.type == "lbfgs":
+        return fit_block(specs, features, labels, classes)
+    training = Training(specs, features.shape[1], classes, labels)
     while training.epoch < training.epochs:
         training.begin_epoch()
-        for rows in epoch_order(len(features), order_seed, training.epoch).split(training.batch_size):
+        for rows in epoch_order(len(features), order_seed, training.epoch).to(labels.device).split(training.batch_size):
             training.feed(features[rows].float(), labels[rows])
         training.end_epoch()
     return training.finish()
+
+
+def fit_block(specs, features, labels, classes):
+    """As train_block, for probes whose optimiser sees all images at once: lbfgs."""
+    weights, losses = fit_lbfgs(specs, features, labels, classes)
+    return [
+        TrainedProbe(spec, found, seen, None if _finite(found) else len(seen) - 1, spec.epochs)
+        for spec, found, seen in zip(specs, weights, losses, strict=True)
+    ]
+
+
+def _finite(weights):
+    return all(bool(torch.isfinite(w).all()) for w in weights.values())
 
 
 def _under(prefix, tensors):
@@ -281,15 +292,17 @@ def _repeat_last(stacked, held):
     stacked[len(held) :] = held[-1]
 
 
-def _loss_slices(specs, classes):
-    """Return [(loss, start, end)] over probes that are sorted by loss, each small enough for the cache."""
+def _loss_slices(specs, labels, classes):
+    """Return [(loss function, start, end)] over probes that are sorted by loss, each small enough for the cache."""
     most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
+    functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):
-        if slices and slices[-1][0] == spec.loss.type and number - slices[-1][1] < most:
-            slices[-1] = (spec.loss.type, slices[-1][1], number + 1)
+        function = functions[spec.loss]
+        if slices and slices[-1][0] is function and number - slices[-1][1] < most:
+            slices[-1] = (function, slices[-1][1], number + 1)
         else:
-            slices.append((spec.loss.type, number, number + 1))
+            slices.append((function, number, number + 1))
     return slices
 
 
@@ -301,6 +314,6 @@ def _loss_and_gradient(logits, targets, slices):
     dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
     # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
     gradient = torch.empty_like(logits)
-    for kind, start, end in slices:
-        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end].to(dtype), targets)
+    for function, start, end in slices:
+        loss[start:end], gradient[:, start:end] = function(logits[:, start:end].to(dtype), targets)
     return loss, gradient

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from featcache.store.marker import committed
@@ -25,15 +24,6 @@ def describe(store):
     opened = Store(store)
     manifest = opened.manifest
     return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in manifest.splits}
-
-
-def class_counts(split):
-    """How often each class is present, and how often difficult: two int64 [C]."""
-    labels = split.labels
-    classes = len(split.store.classes)
-    if labels.ndim == 1:
-        return np.bincount(labels[labels >= 0], minlength=classes), np.zeros(classes, np.int64)
-    return (labels == 1).sum(0), (labels == -1).sum(0)
 
 
 def statistics(array, progress=None):
