@@ -140,6 +140,8 @@ def test_report_chosen_by_nll(run, tmp_path):
     (tmp_path / "r/run.json").write_text(json.dumps(summary | {"select": {"metric": "nll", "split": "val"}}))
     page = featcache.report([tmp_path / "r"], tmp_path / "r.html").read_text()
     assert "<td>chance</td>" not in page and page.count("<img") == 3 and "val NLL" in page
+    with pytest.raises(BadInput, match="different metrics do not fit one page: map, nll"):
+        featcache.report([run.path, tmp_path / "r"], tmp_path / "r.html")
     _, lines = score_rows(open_run(tmp_path / "r"))
     values = [float(line[7]) for line in lines]
     assert values == sorted(values)

@@ -93,7 +93,8 @@ def store_of(run, path=None):
     store = open_store(path or run.summary["store"])
     if store.id != run.summary["store_id"]:
         raise BadInput(
-            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} (id {run.summary['store_id'][:8]})"
+            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
+            f"(id {run.summary['store_id'][:8]})"
         )
     return store
 
