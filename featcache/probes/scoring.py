@@ -15,7 +15,7 @@ import featcache
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.bootstrap import interval, resamples
-from featcache.probes.features import load_features, load_labels
+from featcache.probes.features import input_of, input_shape, load_features, load_labels
 from featcache.probes.metrics import TASK_METRICS, chance
 from featcache.probes.probe_file import load_probe, probe_path
 from featcache.probes.run import FILE, open_run
@@ -90,11 +90,10 @@ def work(specs, store):
     """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
     inputs = {}
     for spec in specs:
-        inputs.setdefault((spec.features, spec.head.pools_first), []).append(spec)
+        inputs.setdefault(input_of(spec), []).append(spec)
     for (feature, pool), members in inputs.items():
-        shape = next(iter(store.manifest.features[f]["shape"] for f in store.manifest.features if f == feature))
-        positions = 1 if pool or len(shape) == 1 else int(np.prod(shape[1:]))
-        yield blocks(members, shape[0], positions, len(store.classes)), feature, pool
+        dim, positions = input_shape(store, feature, pool)
+        yield blocks(members, dim, positions, len(store.classes)), feature, pool
 
 
 def check_apart(store, splits):
