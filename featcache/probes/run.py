@@ -54,10 +54,11 @@ class Run:
     @property
     def caution(self):
         """A line to print beside scores that the choice of probes makes too good, else None."""
-        if self.summary["select"]["split"] != self.judge:
+        chosen, splits = self.summary["select"]["split"], self.summary["splits"]
+        if not set(splits[chosen]) & set(splits[self.judge]):
             return None
-        parity = self.summary.get("parity")
-        return f"chosen and scored on {self.judge}{f' (parity {parity})' if parity else ''}: the scores are too good"
+        parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
+        return f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good"
 
 
 def read_summary(folder):
