@@ -138,21 +138,21 @@ class PlainLARS:
     Query, key and value, which torch keeps in one tensor, count as the three matrices that they are.
     """
 
-    def __init__(self, parameters, optimizer):
-        self.parameters, self.o = list(parameters), optimizer
-        self.velocity = [torch.zeros_like(p) for p in self.parameters]
+    def __init__(self, named, optimizer):
+        self.named, self.o = dict(named), optimizer
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.named.items()}
         self.param_groups = [{"lr": optimizer.lr}]
 
     def zero_grad(self):
-        for p in self.parameters:
+        for p in self.named.values():
             p.grad = None
 
     @torch.no_grad()
     def step(self):
         o, rate = self.o, self.param_groups[0]["lr"]
-        for parameter, velocity in zip(self.parameters, self.velocity, strict=True):
-            matrix = parameter.squeeze().ndim == 2
-            parts = 3 if matrix and parameter.shape[0] == 3 * parameter.shape[1] else 1
+        for name, parameter in self.named.items():
+            matrix, velocity = parameter.squeeze().ndim == 2, self.velocity[name]
+            parts = 3 if name.endswith("in_proj_weight") else 1
             decay = o.weight_decay if matrix else 0.0
             for p, g, v in zip(*(t.chunk(parts) for t in (parameter, parameter.grad, velocity)), strict=True):
                 local = o.trust * p.norm() / (g.norm() + decay * p.norm()) if matrix else 1.0
@@ -160,13 +160,13 @@ class PlainLARS:
                 p -= v
 
 
-def plain_optimizer(o, parameters):
+def plain_optimizer(o, model):
     """The torch.optim optimizer of a spec's, or PlainLARS."""
-    parameters = list(parameters)
+    parameters = list(model.parameters())
     if o.type == "sgd":
         return torch.optim.SGD(parameters, o.lr, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
     if o.type == "lars":
-        return PlainLARS(parameters, o)
+        return PlainLARS(model.named_parameters(), o)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.type](parameters, o.lr, weight_decay=o.weight_decay)
 
 
@@ -175,7 +175,7 @@ def train_plain(spec, maps, labels, factor=lambda epoch, step: 1.0, dtype=torch.
     classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     model = Plain(spec.head, initial_weights(spec, maps.shape[1], classes)).to(dtype).train()
     o, maps = spec.optimizer, maps.to(dtype).unsqueeze(3)
-    optimizer = plain_optimizer(o, model.parameters())
+    optimizer = plain_optimizer(o, model)
     scale = spec.batch_size / o.lr_base if o.lr_base else 1.0
     for epoch in range(spec.epochs):
         for step, rows in enumerate(epoch_order(len(maps), 0, epoch).split(spec.batch_size)):

@@ -7,10 +7,12 @@ import torch
 from plain import Plain, assert_near
 from torch import nn
 
+import featcache
 from featcache.errors import BadInput
 from featcache.probes.grid import parse_grid
 from featcache.probes.heads import STACKS, footprint
 from featcache.probes.heads import Head as HeadModule
+from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import blocks, predict
 from featcache.probes.training import train_block
@@ -215,3 +217,22 @@ def test_grid_fields():
     assert not specs[2].head.pools_first
     with pytest.raises(BadInput, match="head.heads: 0 is not a whole number of at least 1"):
         parse_grid({"probes": [group | {"head": {"type": "attentive", "heads": 0}}]})
+
+
+def test_a_run_of_many_kinds(store, tmp_path):
+    """Through a grid, files and scores: the new heads, losses, optimisers and schedules."""
+    base = {"loss": "bce", "epochs": 2, "batch_size": 8}
+    groups = [
+        {"features": "spatial", "head": [{"type": "attentive", "heads": 4}, {"type": "mlp", "hidden": 8, "activation": "gelu"}],
+         "loss": ["focal", "asymmetric"], "optimizer": {"type": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 1}},
+        {"features": "pooled", "head": {"type": "linear", "temperature": [1, 2]},
+         "loss": [{"type": "bce", "off_label": "1/C"}, {"type": "ce", "label_smoothing": 0.1, "class_weights": "balanced"}],
+         "optimizer": [{"type": "lars", "lr": 0.1, "lr_base": 16}, {"type": "sgd", "lr": 0.1, "nesterov": True}],
+         "schedule": {"type": "step", "every": 1, "warmup_epochs": 1, "warmup_start": "1e-7"}},
+        {"features": "pooled", "head": "linear", "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 0.01]}, "views": 0},
+    ]  # fmt: skip
+    run = featcache.train_probes({"probes": [base | g for g in groups]}, store=store, run=tmp_path / "run")
+    assert run.summary["probes"] == 4 + 8 + 2 and run.summary["diverged"] == []
+    for spec_id in {row["probe"] for row in run.scores}:
+        probe = load_probe(run.path, spec_id)
+        assert HeadModule(probe.spec, probe.weights)(torch.randn(2, 512, 2, 2)).shape == (2, 10)

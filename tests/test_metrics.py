@@ -19,8 +19,9 @@ from featcache.probes import average_precision as ap_module
 from featcache.probes import tally as tally_module
 from featcache.probes.average_precision import average_precision
 from featcache.probes.bootstrap import interval, paired_test, resamples
-from featcache.probes.losses import LOSSES
+from featcache.probes.losses import LossFunction
 from featcache.probes.metrics import TASK_METRICS, chance, gain
+from featcache.probes.spec import Loss
 from featcache.probes.tally import BINS, MultiLabelTally, SingleLabelTally
 
 
@@ -139,7 +140,7 @@ def test_nll_is_the_loss_that_a_probe_is_trained_with(single, loss):
     kind = SingleLabelTally if single else MultiLabelTally
     got = tallied(kind, logits, labels, [loss] * 3).scores()["nll"].squeeze(1)
     stacked = torch.from_numpy(logits).double().transpose(0, 1)
-    expected, _ = LOSSES[loss](stacked, torch.from_numpy(labels))
+    expected, _ = LossFunction(Loss(loss), torch.from_numpy(labels), 5)(stacked, torch.from_numpy(labels))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
 
 

@@ -218,7 +218,7 @@ def test_parity_from_the_command_line(store, tmp_path, command):
     (tmp_path / "g.yaml").write_text(f"include: {path}\nexclude: [{{head: [mlp, bcos]}}]\n")
     words = ["train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path / "r"]
     code, out, err = command(*words, "--parity", PARITY)
-    assert code == 0 and "best 10 of 1 probes" in out, err
+    assert code == 0 and "best 1 of 1 probes" in out, err
     code, _, err = command(*words)
     assert code == 2 and "was made with splits" in err
     code, _, err = command(*words, "--parity", "how-to-prob")

@@ -8,6 +8,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import yaml
+import zarr
 from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import featcache
@@ -118,17 +120,19 @@ def test_select_knows_the_better_direction_and_nested_fields(run):
 
 
 def test_choosing_on_test_is_said_wherever_scores_are_shown(run, store, command, tmp_path):
-    shutil.copytree(run.path, tmp_path / "r")
-    summary = json.loads((tmp_path / "r/run.json").read_text())
-    summary |= {"select": {"metric": "map", "split": "test"}, "parity": "how-to-probe"}
-    (tmp_path / "r/run.json").write_text(json.dumps(summary))
+    """As How-to-Probe's protocol has it: the role val is the test split, under parity alone."""
+    grid = GRID | {"profiles": {"old": {"splits": {"train": ["train", "val"], "val": "test", "test": "test"}}}}
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(grid | {"probes": GRID["probes"][:1]}))
+    words = ["train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path / "r"]
+    code, out, err = command(*words, "--parity", "old")
+    said = "chosen on the images that they are scored on, test (parity old): the scores are too good"
+    assert code == 0 and said in out, err
     chosen = open_run(tmp_path / "r")
+    assert chosen.caution == said and run.caution is None
     (best,) = select(chosen, "best map")
     assert chosen.value(best, "map", "test")["value"] == max(
         r["value"] for r in chosen.scores if (r["split"], r["metric"]) == ("test", "map")
     )
-    said = "chosen and scored on test (parity how-to-probe): the scores are too good"
-    assert chosen.caution == said and run.caution is None
     featcache.report([tmp_path / "r"], tmp_path / "r.html")
     assert f"C{said[1:]}" in (tmp_path / "r.html").read_text()
 
@@ -140,17 +144,24 @@ def test_report_chosen_by_nll(run, tmp_path):
     (tmp_path / "r/run.json").write_text(json.dumps(summary | {"select": {"metric": "nll", "split": "val"}}))
     page = featcache.report([tmp_path / "r"], tmp_path / "r.html").read_text()
     assert "<td>chance</td>" not in page and page.count("<img") == 3 and "val NLL" in page
+    with pytest.raises(BadInput, match="different metrics do not fit one page: map, nll"):
+        featcache.report([run.path, tmp_path / "r"], tmp_path / "r.html")
     _, lines = score_rows(open_run(tmp_path / "r"))
     values = [float(line[7]) for line in lines]
     assert values == sorted(values)
 
 
-def test_an_image_in_two_roles_is_refused(store):
-    opened = featcache.open_store(store)
-    scoring.check_apart(opened, {"train": ("train",), "val": ("val",), "test": ("test",)})
-    image = min(opened["val"].ids)
-    with pytest.raises(BadInput, match=f"splits.test: 20 images of .* are in splits.train too, such as '{image}'"):
-        scoring.check_apart(opened, {"train": ("train", "val"), "test": ("test", "val")})
+def test_an_image_in_two_roles_is_refused(store, tmp_path):
+    names = {"train": ("train",), "val": ("val",), "test": ("test",)}
+    scoring.check_apart(featcache.open_store(store), names)
+    shutil.copytree(store, tmp_path / "s.zarr")
+    ids = [zarr.open_array(tmp_path / f"s.zarr/{split}/ids", mode="r+") for split in ("val", "test")]
+    ids[1][3] = ids[0][5]
+    image = featcache.open_store(store)["val"].ids[5]
+    message = f"splits.test: 1 images of store .* are in splits.val too, such as '{image}' .of test and val.; the roles"
+    with pytest.raises(BadInput, match=message):
+        featcache.train_probes(GRID, store=tmp_path / "s.zarr", run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_compare(run, command):

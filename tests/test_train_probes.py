@@ -256,6 +256,7 @@ def test_a_store_without_a_test_split_is_judged_on_val(checkpoint, scenes, tmp_p
     code, out, _ = command("train-probes", "--grid", grid, "--store", store, "--run", tmp_path / "r")
     assert code == 0 and "val mAP % [95%]" in out and "chance on val" in out and "test" not in out.split("run:")[0]
     assert command("report", "--run", tmp_path / "r", "--out", tmp_path / "r.html")[0] == 0
+    assert "chosen on the images that they are scored on, val: the scores are too good" in out
     assert "scored on val" in (tmp_path / "r.html").read_text()
     named = write_grid(tmp_path / "n.yaml", {"splits": {"test": "test"}, "probes": GRID["probes"][:1]})
     code, _, err = command("train-probes", "--grid", named, "--store", store, "--run", tmp_path / "q")

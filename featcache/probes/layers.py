@@ -112,7 +112,7 @@ class BatchNorm(Layer):
         self.weight, self.bias, self.running_mean, self.running_var = weight, bias, running_mean, running_var
 
     def forward(self, rows, training):
-        """Map [P, U, R] to the same shape; by the statistics of these rows, which move the running ones, if training."""
+        """Map [P, U, R] to the same shape; if training by these rows' statistics, which move the running ones."""
         mean, variance = self.running_mean, self.running_var
         if training:
             mean = rows.mean(2)

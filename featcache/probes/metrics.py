@@ -3,7 +3,8 @@
 # The first of a task is the one that probes are chosen by, unless the grid names another.
 TASK_METRICS = {
     "multi-label": (
-        "map", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro", "nll", "ece",
+        "map", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro",
+        "nll", "ece",
     ),
     "single-label": ("top1", "top5", "balanced_accuracy", "nll", "ece"),
 }  # fmt: skip

@@ -54,10 +54,11 @@ class Run:
     @property
     def caution(self):
         """A line to print beside scores that the choice of probes makes too good, else None."""
-        if self.summary["select"]["split"] != self.judge:
+        chosen, splits = self.summary["select"]["split"], self.summary["splits"]
+        if not set(splits[chosen]) & set(splits[self.judge]):
             return None
-        parity = self.summary.get("parity")
-        return f"chosen and scored on {self.judge}{f' (parity {parity})' if parity else ''}: the scores are too good"
+        parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
+        return f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good"
 
 
 def read_summary(folder):
@@ -93,7 +94,8 @@ def store_of(run, path=None):
     store = open_store(path or run.summary["store"])
     if store.id != run.summary["store_id"]:
         raise BadInput(
-            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} (id {run.summary['store_id'][:8]})"
+            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
+            f"(id {run.summary['store_id'][:8]})"
         )
     return store
 

@@ -35,10 +35,12 @@ def report(runs, out="report.html"):
     from featcache.reporting import plots
 
     opened = [open_run(run) for run in runs]
-    metrics = {run.summary["select"]["metric"] for run in opened}
-    if len(metrics) > 1:
-        raise BadInput(f"runs with different metrics do not fit one page: {', '.join(sorted(metrics))}")
-    (metric,) = metrics
+    metrics = sorted({run.summary["select"]["metric"] for run in opened})
+    kinds = sorted({"/".join(run.metrics) for run in opened})
+    if len(metrics) > 1 or len(kinds) > 1:
+        different = metrics if len(metrics) > 1 else kinds
+        raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
+    metric = metrics[0]
     page = {
         "metric": METRIC_NAMES[metric],
         "heading": heading(metric),
