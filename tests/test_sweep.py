@@ -107,8 +107,8 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
                 training.feed(maps[chosen].float(), labels[chosen])
             training.end_epoch()
         (alone,) = training.finish()
-        assert_equal({"x": probe.weights}, {"x": alone.weights})
-        assert probe.losses == alone.losses
+        assert_equal({"x": probe.weights}, {"x": alone.weights}, exactly=False)
+        assert probe.losses == pytest.approx(alone.losses, abs=1e-6)
 
 
 STEP = (
@@ -294,4 +294,6 @@ def test_a_begun_run_stays_with_how_it_read(store, tmp_path, monkeypatch):
     )
     for path in list((tmp_path / "r/probes").iterdir())[:2]:
         path.unlink()
-    assert_equal(weights_of(featcache.train_probes(grid, store=store, run=tmp_path / "r")), expected)
+    # Two probes alone are another stack than those two among four.
+    again = weights_of(featcache.train_probes(grid, store=store, run=tmp_path / "r"))
+    assert_equal(again, expected, exactly=False)

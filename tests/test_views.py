@@ -32,7 +32,7 @@ from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes import features as probe_features
-from featcache.probes.heads import initial_weights
+from featcache.probes.weights import initial_weights
 from featcache.probes.metrics import mean_average_precision
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule, spec_from_dict
