@@ -18,6 +18,8 @@ _TWINS = {
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
     "report": "featcache.reporting.report",
+    "export": "featcache.exchange.export",
+    "import_probes": "featcache.exchange.import_probes",
 }
 __all__ = ["__version__", *_TWINS]
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "atomic", "device", "feature", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
-    {"attribution", "finetuning"},
+    {"attribution", "finetuning", "exchange"},
     {"reporting"},
     {"cli", "demo", "__main__"},
 ]
@@ -50,6 +50,7 @@ def test_imports_go_down_only():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "extract", "open_store", "inspect", "verify", "convert", "train_probes", "attribute", "open_run", "report",
+        "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
@@ -66,7 +67,11 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_every_command_explains_itself(command):
-    for name in ("demo", "extract", "inspect", "verify", "convert", "train-probes", "attribute", "report"):
+    commands = (
+        "demo", "extract", "inspect", "verify", "convert", "train-probes", "attribute", "report", "export",
+        "import-probes",
+    )  # fmt: skip
+    for name in commands:
         code, out, _ = command(name, "--help")
         assert code == 0 and "--help" in out
     assert command("extract", "--backbon", "x")[0] == 2

@@ -19,6 +19,7 @@ class Backbone(nn.Module):
     def __init__(self, architecture, network, preprocessing, grounds):
         super().__init__()
         self.arch = architecture.name
+        self.architecture = architecture
         self.aliases = architecture.aliases
         self.preprocessing = preprocessing
         self.grounds = grounds

@@ -19,6 +19,14 @@ def load_backbone(path, arch=None, size=None, seed=0):
     arch: architecture name; by default inferred from the tensors' names and shapes.
     size: input side in pixels; by default that of the public weights. Raises BadInput.
     """
+    return as_backbone(*load_network(path, arch, seed), size)
+
+
+def load_network(path, arch=None, seed=0):
+    """Load the whole network that a Backbone is made of, its classifier left as it was drawn.
+
+    Arguments as load_backbone's. Returns (architecture, network, grounds). Raises BadInput.
+    """
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")
@@ -35,6 +43,11 @@ def load_backbone(path, arch=None, size=None, seed=0):
             f"{len(tensors) - len(ignored)} tensors loaded from {path}; "
             f"classifier left out: {', '.join(ignored) or 'none there'}"
         )
+    return architecture, network, grounds
+
+
+def as_backbone(architecture, network, grounds, size=None):
+    """Cut and freeze what load_network returned; size as load_backbone's."""
     preprocessing = Preprocessing(size or architecture.size, architecture.mean, architecture.std)
     return Backbone(architecture, network, preprocessing, grounds)
 

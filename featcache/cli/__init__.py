@@ -9,7 +9,9 @@ import featcache
 from featcache.cli.attribute import attribute
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
+from featcache.cli.export import export
 from featcache.cli.extract import extract
+from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.report import report
 from featcache.cli.train_probes import train_probes
@@ -25,7 +27,9 @@ def cli():
     """
 
 
-for command in (demo, extract, inspect, verify, convert, train_probes, attribute, report):
+for command in (
+    demo, extract, inspect, verify, convert, train_probes, attribute, report, export, import_probes,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -109,11 +109,9 @@ def _head(type, **fields):
     return Head(type, **fields)
 
 
+OFFSET = Offset(-1e6, 1e6, default=0.0)
 # Of every head.
-LOGITS = {
-    "pool": Choice("after", "before", default="after"),
-    "offset": Offset(-1e6, 1e6, default=0.0),
-}
+LOGITS = {"pool": Choice("after", "before", default="after"), "offset": OFFSET}
 BIAS = {"bias": Choice(True, False, default=True)}
 HIDDEN = Number(1, integer=True, default=2048)
 # Sections that are chosen by their `type`, with the fields of each type.

@@ -27,6 +27,11 @@ class Run:
         """The role whose scores are reported: test, or the selection split where there is no test split."""
         return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
 
+    @property
+    def metrics(self):
+        """Names of the metrics that the probes are scored with."""
+        return tuple(self.summary["chance"][self.judge])
+
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
         return next(r for r in self.scores if (r["probe"], r["metric"], r["split"]) == (probe_id, metric, split))
@@ -45,7 +50,7 @@ def open_run(folder):
     """Open a finished run. Raises BadInput if there is none, or it is not finished."""
     summary = read_summary(folder)
     if "key" not in summary:
-        raise BadInput(f"run {folder} is not finished; run the same train-probes again to finish it")
+        raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
     try:
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))

@@ -35,14 +35,17 @@ def learning_rates(runs, metric):
     """Plot the validation score over the learning rate: a panel per run and head, a line per loss and decay.
 
     Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is
-    chance. Returns a data URL.
+    chance. Probes that were trained elsewhere have no rate. Returns a data URL, or None if no probe has one.
     """
     panels = []
     for run in runs:
         split = run.summary["select"]["split"]
         rows = [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
+        rows = [r for r in rows if r["optimizer.lr"]]
         heads = dict.fromkeys(r["head.type"] for r in rows)
         panels += [(run, head, [r for r in rows if r["head.type"] == head]) for head in heads]
+    if not panels:
+        return None
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, squeeze=False)
         decays = sorted({float(r["optimizer.weight_decay"]) for _, _, rows in panels for r in rows})

@@ -9,8 +9,9 @@ import numpy as np
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.run import open_run, select
+from featcache.probes.spec import IMPORTED
 from featcache.reporting.localisation import localisation_rows
-from featcache.reporting.table import METRIC_NAMES, describe_head, percent, score_rows
+from featcache.reporting.table import METRIC_NAMES, describe_head, known, percent, score_rows
 
 
 def report(runs, out="report.html"):
@@ -59,7 +60,7 @@ def _best_rows(run, metric):
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(spec)}, {spec['loss.type']}",
-            "recipe": f"lr {float(spec['optimizer.lr']):g}, wd {float(spec['optimizer.weight_decay']):g}, seed {spec['seed']}",
+            "recipe": _recipe(spec),
             "chosen_by": percent(spec["value"]),
             "test": percent(test["value"], test["low"], test["high"]),
             "width": f"{100 * test['value']:.1f}",
@@ -73,6 +74,12 @@ def _best_rows(run, metric):
         "test": percent(level),
         "width": f"{100 * level:.1f}",
     }
+
+
+def _recipe(spec):
+    if spec["optimizer.type"] == IMPORTED:
+        return f"imported ({spec['name']})"
+    return f"lr {known(spec['optimizer.lr'])}, wd {known(spec['optimizer.weight_decay'])}, seed {spec['seed']}"
 
 
 def _localisation(run, plots):

@@ -26,6 +26,11 @@ def percent(value, low=None, high=None):
     return f"{100 * value:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
+def known(number):
+    """Shorten a number of scores.csv; it is a dash where an imported probe has none."""
+    return f"{float(number):g}" if number else "-"
+
+
 def score_rows(run, most=None):
     """Return (columns, rows of strings) of a run's probes, best on the selection split first."""
     metric, split = run.summary["select"]["metric"], run.summary["select"]["split"]
@@ -46,8 +51,8 @@ def score_rows(run, most=None):
     for row in chosen[:most]:
         test = run.value(row["probe"], metric, run.judge)
         rows.append([
-            row["probe"], describe_head(row), row["features"], row["loss.type"], f"{float(row['optimizer.lr']):g}",
-            f"{float(row['optimizer.weight_decay']):g}", row["seed"], percent(row["value"]),
+            row["probe"], describe_head(row), row["features"], row["loss.type"], known(row["optimizer.lr"]),
+            known(row["optimizer.weight_decay"]), row["seed"] or "-", percent(row["value"]),
             percent(test["value"], test["low"], test["high"]),
         ])  # fmt: skip
     return columns, rows
