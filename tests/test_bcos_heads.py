@@ -14,9 +14,8 @@ import featcache
 from featcache.attribution.gradcam import gradcam
 from featcache.errors import BadInput
 from featcache.probes.grid import parse_grid
-from featcache.probes.heads import STACKS
+from featcache.probes.heads import STACKS, initial_weights
 from featcache.probes.heads import Head as HeadModule
-from featcache.probes.heads import initial_weights
 from featcache.probes.spec import Head, logit_offset
 from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, blocks, predict, train_block
 from featcache.reporting.table import describe_head

@@ -134,7 +134,10 @@ def test_the_same_again_is_well_and_another_is_refused(checkpoint, tmp_path, com
 def test_several_into_a_folder(checkpoint, tmp_path, command):
     torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "b.pth")
     code, _, _ = command("export", checkpoint, tmp_path / "b.pth", "--to", f"{tmp_path}/out/", "--arch", "resnet18")
-    assert code == 0 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b.safetensors", "resnet18.safetensors"]
+    assert code == 0 and sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "b.safetensors",
+        "resnet18.safetensors",
+    ]
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin/b.pth").write_bytes((tmp_path / "b.pth").read_bytes())
     code, _, err = command("export", tmp_path / "b.pth", tmp_path / "twin/b.pth", "--to", tmp_path / "out")
@@ -206,7 +209,7 @@ def rebuilt(name):
     elif name == "layer3":
         head = {"fc0": nn.Conv2d(256, 10, 1)}
     else:
-        head = {"fc0": nn.Conv2d(512, 8, 1, bias=False), "bn0": nn.BatchNorm2d(8), "fc1": nn.Conv2d(8, 10, 1)}
+        head = {"fc0": nn.Conv2d(512, 8, 1), "bn0": nn.BatchNorm2d(8), "fc1": nn.Conv2d(8, 10, 1)}
     return Rebuilt(nn.ModuleDict(head), stages)
 
 
@@ -235,7 +238,11 @@ def test_another_backbone_is_refused_by_name(run, probes, checkpoint, tmp_path, 
     merge = ["export", "--run", run.path, "--probe", probes["mlp"], "--to", tmp_path / "m.pth"]
     code, _, err = command(*merge, "--backbone", tmp_path / "other.pth")
     assert code == 2 and not (tmp_path / "m.pth").exists()
-    for part in ("other.pth", load_backbone(tmp_path / "other.pth", arch="resnet18").weights_sha256, run.summary["weights_sha256"]):
+    for part in (
+        "other.pth",
+        load_backbone(tmp_path / "other.pth", arch="resnet18").weights_sha256,
+        run.summary["weights_sha256"],
+    ):
         assert part in err
 
 

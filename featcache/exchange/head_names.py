@@ -30,6 +30,9 @@ def to_published(head, weights, multi_label):
         if head.type == "linear" and not multi_label:
             layer = "fc"
         linear = ".linear" if head.type == "bcos" else ""
+        if kind == "weight" and head.bias and f"{name.removesuffix('weight')}bias" not in weights:
+            # Theirs is there even where batch norm takes it away again.
+            state[f"{layer}.bias"] = torch.zeros(len(value))
         state[f"{layer}{linear}.{kind}"] = value[:, :, None, None] if kind == "weight" else value
     return state
 

@@ -22,7 +22,7 @@ from featcache.probes.heads import initial_weights
 from featcache.probes.losses import LOSSES
 from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.probe_file import load_probe, save_probe
-from featcache.probes.run import FILE, open_run, read_summary
+from featcache.probes.run import FILE, read_summary
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
 from featcache.probes.train import finish_run
@@ -45,10 +45,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     if loss not in LOSSES:
         raise BadInput(f"--loss: {loss!r} is not one of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
     opened = open_store(store)
-    splits = {role: (role,) for role in ROLES if role in opened.splits}
-    judged = next((role for role in ("val", "train") if role in splits), None)
-    if judged is None:
-        raise BadInput(f"store {store} has no split train or val to choose probes by (it has {', '.join(opened.splits)})")
+    splits = _roles(opened)
     if offset is not None:
         try:
             offset = OFFSET.read(offset)
@@ -57,7 +54,8 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     folder = Path(run)
     earlier = _earlier(folder, opened)
     probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
-    basis = {"store_id": opened.id, "seed": None, "splits": {r: list(s) for r, s in splits.items()}, "store": str(store)}
+    roles = {role: list(names) for role, names in splits.items()}
+    basis = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
     started = time.monotonic()
     try:
         (folder / "probes").mkdir(parents=True, exist_ok=True)
@@ -72,8 +70,20 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     basis["imported"] = earlier + [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]
     basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     specs = [load_probe(folder, entry["probe"]).spec for entry in basis["imported"]]
-    select = {"metric": TASK_METRICS[opened.task][0], "split": judged}
+    select = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
     return finish_run(folder, specs, opened, splits, basis, select, device, started)
+
+
+def _roles(store):
+    """Return {role: splits} of all splits: what is neither val nor test, such as trainval, has the role train."""
+    roles = {role: (role,) for role in ROLES if role in store.splits}
+    if "train" not in roles and (others := tuple(split for split in store.splits if split not in ROLES)):
+        roles["train"] = others
+    if not roles.keys() & {"train", "val"}:
+        raise BadInput(
+            f"store {store.path} has nothing but test to choose probes by (it has {', '.join(store.splits)})"
+        )
+    return roles
 
 
 def _earlier(folder, store):

@@ -78,7 +78,7 @@ def _read(path):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception:  # noqa: BLE001 (whatever is wrong with it, it is not what was to be written)
+    except Exception:  # Whatever is wrong with it, it is not what was to be written.
         return None
 
 
@@ -86,7 +86,9 @@ def _same(old, new):
     return (
         isinstance(old, dict)
         and old.keys() == new.keys()
-        and all(isinstance(old[k], torch.Tensor) and old[k].dtype == v.dtype and old[k].equal(v) for k, v in new.items())
+        and all(
+            isinstance(old[k], torch.Tensor) and old[k].dtype == v.dtype and old[k].equal(v) for k, v in new.items()
+        )
     )
 
 

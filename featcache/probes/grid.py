@@ -100,6 +100,8 @@ class Milestones:
 
 WARMUP = {"warmup_epochs": Number(0, default=0.0)}
 DECAY = {"weight_decay": Number(0, default=0.0)}
+
+
 def _head(type, **fields):
     if type == "bcos":
         fields["bias"] = False

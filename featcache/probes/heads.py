@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from featcache.probes.bcos import BatchNormUncentered2d, BcosConv2d, aligned, largest, uncentred_scale, unit
 
-
 # What a norm between layers holds, and the values that it begins with.
 NORMS = {
     "bn": {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
