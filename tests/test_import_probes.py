@@ -371,3 +371,23 @@ def test_a_b_cos_backbone_and_its_heads(scenes, bcos_architecture, tmp_path):
             got = torch.export.load(target).module()(images)
         assert row["features"] == "layer4:spatial", "the store has no pooled features"
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_store_of_trainval_and_test(checkpoint, scenes, heads, tmp_path):
+    """As How-to-Probe splits VOC: trainval has the role of train, and is what a choice looks at."""
+    root = shutil.copytree(scenes, tmp_path / "data")
+    lists = root / "VOCdevkit/VOC2007/ImageSets/Main"
+    both = "".join((lists / f"{split}.txt").read_text() for split in ("train", "val"))
+    (lists / "trainval.txt").write_text(both)
+    settings = {"root": root, "arch": "resnet18", "features": "pooled", "size": 64, "workers": 0, "dtype": "float32"}
+    path = mm_checkpoint(tmp_path / "x.pth", torch.load(checkpoint, weights_only=True), heads["linear"].state_dict())
+    store = featcache.extract(checkpoint, "voc", splits=["trainval", "test"], store=tmp_path / "s.zarr", **settings)
+    run = featcache.import_probes(path, store=store, run=tmp_path / "r", loss="bce")
+    assert run.summary["rows"] == {"train": 60, "test": 20} and run.summary["select"]["split"] == "train"
+    assert select(run, "best map") == [run.scores[0]["probe"]]
+    mlp = mm_checkpoint(tmp_path / "m.pth", torch.load(checkpoint, weights_only=True), heads["std-3"].state_dict())
+    with pytest.raises(BadInput, match="the store holds no feature 'layer4:spatial'"):
+        featcache.import_probes(mlp, store=store, run=tmp_path / "q", loss="bce")
+    only = featcache.extract(checkpoint, "voc", splits=["test"], store=tmp_path / "t.zarr", **settings)
+    with pytest.raises(BadInput, match="has nothing but test to choose probes by"):
+        featcache.import_probes(path, store=only, run=tmp_path / "q", loss="bce")
