@@ -8,6 +8,9 @@ from torch import nn
 from featcache.feature import parse_feature
 from featcache.probes.heads import Head
 
+# torch 2.6 wants a bound; this one nobody meets.
+LARGEST_BATCH = 1 << 30
+
 
 class Merged(nn.Module):
     """Normalised images [B, 3, S, S] to logits [B, C], through the backbone and the head of a probe."""
@@ -39,7 +42,7 @@ def own_tensors(architecture, network):
 def as_program(merged, images):
     """Trace the merged network by torch.export, for batches of any size. images: float32 [2, ...]."""
     # Not 1 in the example, which torch.export would take for the only batch size.
-    shapes = {"images": {0: torch.export.Dim("batch")}}
+    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}}
     # torch.export.save takes weights that lie channels last for parts of larger ones, and warns.
     plain = copy.deepcopy(merged).to(memory_format=torch.contiguous_format)
     return torch.export.export(plain, (images,), dynamic_shapes=shapes, strict=False)

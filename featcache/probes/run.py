@@ -54,6 +54,8 @@ def open_run(folder):
     try:
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))
+        if not scores:
+            raise ValueError("it holds no row")
         for row in scores:
             if None in row or None in row.values():
                 raise ValueError("a row has other columns than the first")
