@@ -12,6 +12,7 @@ _TWINS = {
     "extract": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
+    "inspect_dataset": "featcache.datasets.inspect",
     "verify": "featcache.store.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",

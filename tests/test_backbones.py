@@ -1,7 +1,4 @@
-"""Backbones: exact features, strict loading, and files that must not run code."""
-
-import os
-import pickle
+"""Backbones: exact features and strict loading."""
 
 import pytest
 import torch
@@ -9,7 +6,6 @@ from torchvision.models import resnet18, resnet50
 
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.load import load_backbone
-from featcache.backbones.checkpoint import read_state_dict
 from featcache.errors import BadInput
 from featcache.feature import parse_features
 
@@ -140,50 +136,3 @@ def test_unknown_names_suggest(checkpoint, tmp_path):
         parse_features("layer4:poled", backbone.aliases, backbone.layers)
     with pytest.raises(BadInput, match="yields no"):
         features_of(backbone, torch.randn(1, 3, 64, 64), "fc:pooled")
-
-
-class Payload:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("protocol", ["zip", "legacy", "pickle"])
-def test_code_in_a_checkpoint_never_runs(tmp_path, protocol):
-    path, evidence = tmp_path / "evil.pth", tmp_path / "evidence"
-    content = {"state_dict": {"a": torch.zeros(1)}, "x": Payload(evidence)}
-    if protocol == "pickle":
-        path.write_bytes(pickle.dumps(content["x"]))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=protocol == "zip")
-    with pytest.raises(BadInput, match=r"evil\.pth needs code execution to load") as caught:
-        read_state_dict(path)
-    # Of a bare pickle of protocol 4 torch tells the opcode that it refuses, not the function.
-    assert "mkdir)" in caught.value.message or protocol == "pickle"
-    assert not evidence.exists()
-
-
-def test_damaged_files_are_named(tmp_path, checkpoint):
-    whole = checkpoint.read_bytes()
-    cases = {
-        "page.pth": (b"<!doctype html><html>not found</html>", "not a PyTorch checkpoint"),
-        "empty.pth": (b"", "is empty"),
-        "half.pth": (whole[: len(whole) // 2], "not a PyTorch checkpoint|damaged"),
-        "flipped.pth": (whole[:200] + b"\0" * 400 + whole[600:], "damaged checkpoint|needs code"),
-    }
-    for name, (data, message) in cases.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(BadInput, match=f"({message})") as caught:
-            read_state_dict(tmp_path / name)
-        assert name in caught.value.message
-    with pytest.raises(BadInput, match="not found: .*nowhere.pth"):
-        read_state_dict(tmp_path / "nowhere.pth")
-    with pytest.raises(BadInput, match="is a folder"):
-        read_state_dict(tmp_path)
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(BadInput, match="holds a list, not a state dict"):
-        read_state_dict(tmp_path / "list.pth")

@@ -97,9 +97,9 @@ def test_a_backbone_under_its_own_names(checkpoint, tmp_path, command, suffix):
     else:
         content = torch.load(target, weights_only=True)
         tensors, meta = content["state_dict"], content["meta"]
-        again = load_backbone(target)
-        assert again.weights_sha256 == meta["weights_sha256"]
-        assert again.arch == meta["architecture"] == "resnet18"
+    again = load_backbone(target)
+    assert again.weights_sha256 == meta["weights_sha256"]
+    assert again.arch == meta["architecture"] == "resnet18"
     source = {k: v for k, v in torch.load(checkpoint, weights_only=True).items() if not k.startswith("fc.")}
     assert tensors.keys() == source.keys() and all(torch.equal(tensors[k], v) for k, v in source.items())
     assert meta["weights_sha256"] == load_backbone(checkpoint, arch="resnet18").weights_sha256

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,10 +19,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import featcache
-import featcache.backbones.load
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.architecture import Architecture
-from featcache.backbones.checkpoint import read_state_dict
 from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published, published_offset, to_published
 from featcache.probes.heads import Head as HeadModule
@@ -30,20 +30,6 @@ from featcache.probes.run import select
 from featcache.probes.spec import Head, imported_spec
 
 C, H = 10, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def resolver():
-    """Let load_backbone find `backbone.*`, as the checkpoint resolver does."""
-
-    def bare(path):
-        tensors = read_state_dict(path)
-        inner = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-        return inner or tensors
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(featcache.backbones.load, "read_state_dict", bare, raising=False)
-        yield
 
 
 class PublishedHead(nn.Module):
@@ -161,8 +147,8 @@ def test_what_is_not_known_is_not_invented(run, ids, files):
     with open(run.path / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(HEADS) * 3
-    unknown = ("epoch", "epochs", "batch_size", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.weight_decay",
-               "schedule.gamma", "schedule.warmup_epochs")  # fmt: skip
+    unknown = ("epoch", "epochs", "batch_size", "seed", "views", "optimizer.lr", "optimizer.momentum",
+               "optimizer.weight_decay", "schedule.gamma", "schedule.warmup_epochs")  # fmt: skip
     assert all(row[field] == "" for row in rows for field in unknown)
     assert {row["optimizer.type"] for row in rows} == {row["schedule.type"] for row in rows} == {"imported"}
     assert {row["probe"] for row in rows if row["loss.type"] == "ce"} == {ids["std-3"]}
@@ -296,7 +282,27 @@ def test_heads_that_are_not_understood_are_refused(heads, checkpoint, store, tmp
 
 
 class HistoryBuffer:
-    """Stands for mmengine's, which its message hub pickles."""
+    """What a message hub pickles."""
+
+
+def test_mmengines_history_buffers_are_no_hindrance(heads, files, checkpoint, store, tmp_path, monkeypatch):
+    """Every checkpoint of a real training has them; the reader lets them lie."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__})
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    history = module.HistoryBuffer()
+    history._log_history = np.zeros(3)
+    backbone, state = torch.load(checkpoint, weights_only=True), heads["linear"].state_dict()
+    path = mm_checkpoint(tmp_path / "x.pth", backbone, state, message_hub={"log_scalars": {"train/loss": history}})
+    for name in ("mmengine", "mmengine.logging", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    with_history, without = (
+        featcache.import_probes(source, store=store, run=tmp_path / folder, loss="bce").scores[0]["probe"]
+        for source, folder in ((path, "a"), (files["linear"], "b"))
+    )
+    assert with_history == without
 
 
 def test_other_checkpoints_are_refused(heads, files, checkpoint, store, tmp_path, command):
@@ -341,9 +347,8 @@ def bcos_architecture(monkeypatch):
         return bcos_resnet18(pretrained=False, in_chans=6, norm_layer=BNU, num_classes=C)
 
     name = "test_bcos_resnet18"
-    made = Architecture(
-        name, build, WithInverse, "conv1.linear.weight", ("fc.",), {"last": "layer4"}, mean=(0,) * 3, std=(1,) * 3
-    )
+    signature, aliases = "layer4.0.conv1.linear.weight", {"last": "layer4"}
+    made = Architecture(name, build, WithInverse, signature, ("fc.",), aliases, mean=(0,) * 3, std=(1,) * 3)
     monkeypatch.setitem(ARCHITECTURES, name, made)
     return name
 

@@ -49,8 +49,8 @@ def test_imports_go_down_only():
 
 def test_public_face():
     assert featcache.__all__ == [
-        "__version__", "extract", "open_store", "inspect", "verify", "convert", "train_probes", "attribute", "open_run", "report",
-        "export", "import_probes",
+        "__version__", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes", "attribute",
+        "open_run", "report", "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import VOCDetection
 
-from featcache.datasets import read_dataset
+from featcache.datasets import Dataset, Record, read_dataset
 from featcache.datasets.voc import CLASSES
 from featcache.errors import BadInput
 
@@ -105,6 +105,71 @@ def test_fingerprint_sees_labels_images_and_order(tmp_path):
     )
     prints = [before, *(fingerprint(tmp_path / name) for name in "cde")]
     assert len(set(prints)) == 4
+
+
+def test_fingerprints_of_earlier_stores_still_hold():
+    record = Record(
+        id="000005",
+        image=None,
+        image_bytes=1234,
+        height=50,
+        width=60,
+        labels=np.array([1, 0, -1], np.int8),
+        boxes=np.array([[0, 1.5, 30, 40]], np.float32),
+        box_classes=np.array([0]),
+        box_difficult=np.array([False]),
+    )
+    data = Dataset("voc2007", ("a", "b", "c"), "multi-label", {"train": (record,)})
+    assert data.fingerprint("train") == "ae7da8654d3906f12feade3588741b3d9a330e9cab8be9186a2130992d08e17d"
+
+
+def write_masks(home, image_id, class_indices, object_indices):
+    """Write uint8 [50, 60] as VOC's palette images."""
+    for kind, indices in (("SegmentationClass", class_indices), ("SegmentationObject", object_indices)):
+        (home / kind).mkdir(exist_ok=True)
+        image = Image.fromarray(indices)
+        image.putpalette(bytes(range(256)) * 3)
+        image.save(home / kind / f"{image_id}.png")
+
+
+def test_masks_are_read_where_there_are_some(tmp_path):
+    dog, cat = ("dog", False, (1, 1, 20, 20)), ("cat", True, (31, 11, 40, 20))
+    home = write_voc(tmp_path, {"1": [dog, cat], "2": [dog]})
+    objects, classes = np.zeros((50, 60), np.uint8), np.zeros((50, 60), np.uint8)
+    objects[0:20, 0:20], objects[10:20, 30:40] = 1, 2
+    classes[objects == 1], classes[objects == 2] = 12, 8
+    objects[19], classes[19] = 255, 255
+    write_masks(home, "1", classes, objects)
+    first, second = read_dataset("voc", tmp_path, ["train"]).splits["train"]
+    assert second.masks is None
+    masks = first.masks.read()
+    assert masks.dtype == bool and masks.shape == (2, 50, 60) and not masks[:, 19].any()
+    for mask, label, box in zip(masks, first.box_classes, ([0, 0, 20, 19], [30, 10, 40, 19]), strict=True):
+        rows, columns = mask.nonzero()
+        assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == box
+        assert (first.masks.read_classes()[mask] == label + 1).all()
+    write_masks(home, "1", classes, np.full((50, 60), 3, np.uint8))
+    with pytest.raises(BadInput, match=r"1\.png shows object 3, its annotation lists 2"):
+        first.masks.read()
+    (home / "SegmentationObject/1.png").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"unreadable segmentation mask .*1\.png"):
+        first.masks.read()
+
+
+def test_a_box_that_hangs_over_is_clipped_and_one_outside_is_named(tmp_path):
+    write_voc(tmp_path, {"1": [("dog", False, (0, 1, 63, 49.5))]})
+    assert read_dataset("voc", tmp_path, ["train"]).splits["train"][0].boxes.tolist() == [[0, 0, 60, 49.5]]
+    write_voc(tmp_path, {"1": [("dog", False, (70, 1, 80, 20))]})
+    with pytest.raises(BadInput, match=r"1\.jpg: box \[69.0, 0.0, 80.0, 20.0\] .* has no pixel of its 60x50"):
+        read_dataset("voc", tmp_path, ["train"])
+
+
+def test_an_archive_still_packed_is_named(tmp_path):
+    (tmp_path / "VOCtrainval_06-Nov-2007.tar").write_bytes(b"")
+    with pytest.raises(
+        BadInput, match=r"no VOC2007 in .*; unpack .*VOCtrainval_06-Nov-2007\.tar; expected this layout"
+    ):
+        read_dataset("voc", tmp_path)
 
 
 @pytest.mark.parametrize(

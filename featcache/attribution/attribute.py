@@ -15,9 +15,9 @@ from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
-from featcache.datasets.image import open_image
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
+from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
@@ -49,6 +49,7 @@ def attribute(
     split="test",
     backbone=None,
     arch=None,
+    weights_key=None,
     dataset=None,
     root=None,
     limit=None,
@@ -86,7 +87,7 @@ def attribute(
     targets = _targets(data, size, limit)
     pictures = None
     if backbone is not None:
-        model, pictures = _open_backbone(opened, split, backbone, arch, dataset, root, seed)
+        model, pictures = _open_backbone(opened, split, backbone, arch, weights_key, dataset, root, seed)
         model.to(device)
     kept = sorted({t.row for t in targets})[:examples]
     rows, panels = [], []
@@ -144,12 +145,14 @@ def _batches(targets):
         yield [t for t in targets if t.row in chosen]
 
 
-def _open_backbone(store, split, backbone, arch, dataset, root, seed):
+def _open_backbone(store, split, backbone, arch, weights_key, dataset, root, seed):
     """Load backbone and images, and make sure that they are those of the store."""
     if dataset is None:
         raise BadInput("--backbone needs --dataset and --root too, for the images")
     identity = store.manifest.identity
-    model = load_backbone(backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed)
+    model = load_backbone(
+        backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed, weights_key=weights_key
+    )
     data = read_dataset(dataset, root, [split])
     given = {
         "arch": model.arch,
@@ -162,7 +165,8 @@ def _open_backbone(store, split, backbone, arch, dataset, root, seed):
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    return model, lambda row: model.preprocessing.apply(open_image(data.splits[split][row].image))
+    decoder = identity.get("decoder", DECODERS["exact"])
+    return model, lambda row: load_input(data.splits[split][row], model.preprocessing, decoder)
 
 
 def _gradcams(data, features, heads, batch, size, device):

@@ -1,57 +1,232 @@
-"""Checkpoint files to state dicts, without ever running code from them."""
+"""Which tensors of a checkpoint are the backbone: one resolver for all the ways in which people save them.
 
-import pickle
-import re
-import warnings
-import zipfile
-from pathlib import Path
+An encoder is found by a key that only its family of networks has (its signature): whatever stands
+before that key is the way to it, and every tensor there belongs to it. So no list of prefixes has to
+be kept, and `encoder_q` is never mistaken for `encoder`.
+"""
+
+from dataclasses import dataclass
 
 import torch
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, nearest
+
+# Of two encoders of a method, the one that its authors evaluate: words, that one, the other.
+PAIRS = (
+    ("MoCo's query encoder", "encoder_q", "encoder_k"),
+    ("MoCo's query encoder", "backbone", "encoder_k"),
+    ("MoCo v3's base encoder", "base_encoder", "momentum_encoder"),
+    ("MoCo v3's base encoder", "backbone", "momentum_encoder"),
+    ("BYOL's online network", "backbone", "target_net"),
+    ("BYOL's online network", "online_net", "target_net"),
+    ("BYOL's online network", "online_network", "target_network"),
+    ("BYOL's online network", "online_encoder", "target_encoder"),
+    ("the encoder that is trained, not its moving average", "backbone", "momentum_backbone"),
+    ("the encoder that is trained, not its moving average", "backbone", "backbone_momentum"),
+    ("the encoder that is trained, not its moving average", "encoder", "momentum_encoder"),
+    ("the teacher, which DINO's authors evaluate", "teacher", "student"),
+)
+# Said of a way that holds one of these words; the first that fits.
+FAMILIES = (
+    ("VISSL", "_feature_blocks"),
+    ("CLIP's image tower", "visual"),
+    ("MoCo's query encoder", "encoder_q"),
+    ("MoCo v3's base encoder", "base_encoder"),
+    ("DINO or DINOv2's teacher", "teacher"),
+)
+# Parts of training beside a backbone that share its way; anything else that the network lacks is an error.
+BYSTANDERS = (
+    "head", "fc.", "classifier", "linear", "proj", "predict", "prototype", "queue", "decoder", "neck", "mask_token",
+    "memory", "loss", "criterion", "logit", "probe", "n_averaged", "center", "mlp", "momentum", "metric",
+)  # fmt: skip
 
 
-def read_state_dict(path):
-    """Load a checkpoint with weights_only=True and return its flat state dict, on the CPU.
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """The tensors of one encoder in a checkpoint, under bare names.
 
-    A dict under the key `state_dict` is taken in place of the whole file. Raises BadInput, naming
-    the path, when the file is missing, is no PyTorch checkpoint, is damaged, needs code execution,
-    or holds no tensors.
+    way: words before the bare names, joined by dots ("state_dict.module.encoder_q"; empty if none).
+    rule: for people, how it was chosen. others: names of all other tensors of the file, the whole way.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a checkpoint file" if path.is_dir() else "not found"
-        raise BadInput(f"checkpoint {what}: {path}")
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if not (zipfile.is_zipfile(path) or start[:1] == b"\x80"):
+
+    tensors: dict
+    way: str
+    rule: str
+    others: tuple[str, ...]
+
+
+def find_encoder(content, signatures, path, weights_key=None):
+    """Find the one encoder in the content of a checkpoint.
+
+    content: as read_checkpoint gives it. signatures: {name of a key: function that renames the
+    tensors around it, or None}. weights_key: words of the way to take, such as "teacher" or
+    "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
+    """
+    flat = {name: tensor for name, tensor in _tensors(content, ())}
+    if not flat:
+        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise BadInput(f"checkpoint {path} holds no tensors by name (it holds: {held[:200]})")
+    ways = _ways(flat, signatures)
+    if not ways:
+        keys = list(flat)
+        if len(signatures) == 1:
+            raise BadInput(
+                f"checkpoint {path} does not fit: no key ends in {next(iter(signatures))!r}, as the architecture's do "
+                f"(keys: {_few(keys, 4)})"
+            )
         raise BadInput(
-            f"not a PyTorch checkpoint: {path} ({'is empty' if not start else f'begins with {start[:24]!r}'}); "
-            "expected a file written by torch.save"
+            f"cannot tell the architecture of {path} from its keys ({_few(keys, 4)}): no "
+            "network that featcache knows has them; name it with --arch (also timm:NAME, or package.module:function)"
         )
-    try:
-        with warnings.catch_warnings():
-            # torch warns of odd pickle protocols; such a file loads, or is named below.
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|Unsupported global|Unsupported class|class) (\S+)", str(error))
-        raise BadInput(
-            f"checkpoint {path} needs code execution to load{f' ({named.group(1)})' if named else ''}; featcache "
-            'refuses that. If you trust the file, convert it in a sandbox: python -c "import torch; '
-            "c = torch.load('in.pth', weights_only=False); torch.save(c.get('state_dict', c), 'out.pth')\""
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise BadInput(f"damaged checkpoint {path}: {reason} (a truncated download?)") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise BadInput(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
-    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise BadInput(f"checkpoint {path} holds no tensors at its top level (keys: {_few(content)})")
-    return tensors
+    choices = list(ways)
+    if weights_key is not None:
+        choices = [way for way in ways if _holds(way, weights_key)]
+        if not choices:
+            words = dict.fromkeys(word for way in ways for word in way.split("."))
+            raise BadInput(
+                f"--weights-key {weights_key}: no encoder of {path} lies under that name"
+                f"{nearest(weights_key, words)} (encoders: {_shown(ways)})"
+            )
+        rule = f"as --weights-key {weights_key} says"
+    choices, preferred = _prefer(choices)
+    # Some save one encoder under two names (OpenMixup's `backbone` is its `encoder_q.0`).
+    choices = [way for n, way in enumerate(choices) if not any(_same(flat, way, other) for other in choices[:n])]
+    if len(choices) > 1:
+        keys = ", ".join(f"--weights-key {_key_of(way, choices)}" for way in choices)
+        raise BadInput(f"checkpoint {path} holds {len(choices)} encoders ({_shown(choices)}): choose one with {keys}")
+    (way,) = choices
+    if weights_key is None:
+        family = next((words for words, part in FAMILIES if part in way.split(".")), None)
+        rule = preferred or family or ("bare names" if not way else "the only encoder there")
+    prefix = f"{way}." if way else ""
+    tensors = _under(flat, way)
+    rename = signatures[ways[way]]
+    return Encoder(
+        tensors=rename(tensors) if rename else tensors,
+        way=way,
+        rule=rule,
+        others=tuple(name for name in flat if not name.startswith(prefix)),
+    )
+
+
+def _tensors(item, parts):
+    """Yield (dotted name, tensor) of all tensors in nested dicts with names for keys, but of optimisers."""
+    if isinstance(item, torch.Tensor):
+        yield ".".join(parts), item
+    elif isinstance(item, dict) and not (parts and "optim" in parts[-1].lower()):
+        for key, value in item.items():
+            if isinstance(key, str):
+                yield from _tensors(value, (*parts, key))
+
+
+def _ways(flat, signatures):
+    """Return {way: signature} for every place where a signature stands."""
+    ways = {}
+    for name in flat:
+        for signature in signatures:
+            if name == signature or name.endswith(f".{signature}"):
+                ways.setdefault(name[: -len(signature)].removesuffix("."), signature)
+    return ways
+
+
+def _holds(way, key):
+    """Whether the words of `key` stand in a way, one after another."""
+    return f".{key.strip('.')}." in f".{way}."
+
+
+def _prefer(ways):
+    """Drop the moving averages that PAIRS names; return what is left, and the words of the rule."""
+    for words, main, other in PAIRS:
+        mains = [way for way in ways if _holds(way, main) and not _holds(way, other)]
+        others = [way for way in ways if _holds(way, other)]
+        if mains and others:
+            return [way for way in ways if way not in others], words
+    return ways, None
+
+
+def _under(flat, way):
+    """The tensors of a way, by bare names."""
+    prefix = f"{way}." if way else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
+
+
+def _same(flat, way, other):
+    """Whether two ways hold the same names with the same values."""
+    a, b = _under(flat, way), _under(flat, other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _shown(ways):
+    return ", ".join(f"{way}.*" if way else "*" for way in ways)
+
+
+def _key_of(way, ways):
+    """The shortest key that picks this way alone."""
+    parts = way.split(".")
+    for length in range(1, len(parts) + 1):
+        for start in range(len(parts) - length + 1):
+            key = ".".join(parts[start : start + length])
+            if [w for w in ways if _holds(w, key)] == [way]:
+                return key
+    return way
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load did. used: tensors taken; parameters: their elements. left_out: names. absent: batch counters."""
+
+    used: int
+    parameters: int
+    left_out: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def load_strictly(network, tensors, classifier, path, arch):
+    """Load tensors into a network; all that features need must be there and fit.
+
+    classifier: prefixes of the keys that features do not need. Left out are these, and parts of
+    training that lie beside the network's own. Returns what was Loaded. Raises BadInput that lists
+    missing, unexpected and misshapen keys.
+    """
+    wanted = {k: v for k, v in network.state_dict().items() if not k.startswith(classifier)}
+    own = {key.split(".")[0] for key in wanted}
+    given = {k: v for k, v in tensors.items() if k in wanted}
+    rest = [k for k in tensors if k not in wanted]
+    unexpected = [
+        k for k in rest if not k.startswith(classifier) and (k.split(".")[0] in own or not k.startswith(BYSTANDERS))
+    ]
+    # Networks saved before PyTorch 0.4.1 have no batch counters; they play no part in eval mode.
+    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
+    missing = [k for k in wanted if k not in given and k not in optional]
+    misshapen = [
+        f"{k} {tuple(given[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in given and given[k].shape != v.shape
+    ]
+    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v)]
+    problems = [
+        f"{name}: {_few(keys)}"
+        for name, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+            ("not plain numbers", odd),
+        )
+        if keys
+    ]
+    if problems:
+        raise BadInput(f"checkpoint {path} does not fit {arch}; {'; '.join(problems)}")
+    network.load_state_dict(given, strict=False)
+    return Loaded(
+        used=len(given),
+        parameters=sum(v.numel() for v in given.values()),
+        left_out=tuple(rest),
+        absent=tuple(k for k in optional if k not in given),
+    )
+
+
+def _is_odd(tensor):
+    return tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex()
 
 
 def _few(keys, most=8):
@@ -59,30 +234,17 @@ def _few(keys, most=8):
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def load_strictly(network, tensors, classifier, path, arch):
-    """Load tensors into a network; all must fit but those of the classifier, which are left out.
+def grouped(names, way):
+    """Names of a checkpoint for people: by the first word in which they leave the encoder's way.
 
-    classifier: prefixes of the classifier's keys. Returns the keys left out. Raises BadInput that
-    lists missing, unexpected and misshapen keys.
+    Up to three are listed, more become "module.encoder_k.* (161)".
     """
-    ignored = sorted(key for key in tensors if key.startswith(classifier))
-    wanted = {k: v for k, v in network.state_dict().items() if not k.startswith(classifier)}
-    given = {k: v for k, v in tensors.items() if k not in ignored}
-    # Networks saved before PyTorch 0.4.1 have no batch counters; they play no part in eval mode.
-    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    missing = [k for k in wanted if k not in given and k not in optional]
-    unexpected = [k for k in given if k not in wanted]
-    misshapen = [
-        f"{k} {tuple(given[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in given and given[k].shape != v.shape
+    parts, groups = way.split(".") if way else [], {}
+    for name in names:
+        words = name.split(".")
+        shared = next((n for n, (a, b) in enumerate(zip(words, parts, strict=False)) if a != b), len(parts))
+        groups.setdefault(".".join(words[: shared + 1]), []).append(name)
+    shown = [
+        ", ".join(sorted(found)) if len(found) <= 3 else f"{key}.* ({len(found)})" for key, found in groups.items()
     ]
-    problems = [
-        f"{name}: {_few(keys)}"
-        for name, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if keys
-    ]
-    if problems:
-        raise BadInput(f"checkpoint {path} does not fit {arch}; {'; '.join(problems)}")
-    network.load_state_dict(given, strict=False)
-    return ignored
+    return ", ".join(shown) or "none"

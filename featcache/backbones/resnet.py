@@ -32,3 +32,10 @@ def architectures():
         )
         for name in NAMES
     }
+
+
+def name_children(tensors):
+    """Rename the tensors of nn.Sequential(*resnet.children()), as lightly and others save it, to the ResNet's own."""
+    names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
+    parts = ((key.partition("."), tensor) for key, tensor in tensors.items())
+    return {names.get(first, first) + dot + rest: tensor for (first, dot, rest), tensor in parts}

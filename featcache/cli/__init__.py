@@ -23,7 +23,7 @@ from featcache.cli.verify import verify
 def cli():
     """Extract frozen features once; train, score and explain whole grids of probes on them.
 
-    Exit codes: 0 done, 1 verify found damage, 2 bad input (one clear line), 130 interrupted.
+    Exit codes: 0 done, 1 verify or inspect --dataset found damage, 2 bad input (one clear line), 130 interrupted.
     """
 
 

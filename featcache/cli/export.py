@@ -2,14 +2,15 @@
 
 import click
 
+from featcache.cli.options import backbone_options
+
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, metavar="[CKPT]...")
 @click.option("--to", required=True, metavar="FILE", help="Its suffix says the format; or a folder, for several CKPT.")
 @click.option("--run", type=click.Path(), help="Folder of a finished run: export one of its probes.")
 @click.option("--probe", metavar="ID", help="The probe.")
-@click.option("--backbone", metavar="CKPT", help="Checkpoint of the run's backbone, to merge with the probe.")
-@click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint, or the run's]")
+@backbone_options(required=False)
 def export(**options):
     """Write backbones, or a probe merged with its backbone, for programs that know nothing of featcache.
 

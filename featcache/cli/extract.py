@@ -8,13 +8,14 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    split_option,
 )
 
 
 @click.command()
 @backbone_options(required=True)
 @dataset_options(required=True)
-@click.option("--split", "splits", metavar="S,...", help="Splits.  [default: all that the dataset's protocol needs]")
+@split_option
 @click.option(
     "--features",
     default="pooled,spatial",
@@ -36,8 +37,24 @@ from featcache.cli.options import (
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
 @device_option
-@click.option("--seed", type=int, default=0, help="Of a random backbone.")
-def extract(splits, compression, **options):
+@click.option(
+    "--views",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="Augmented views of every training image to add.",
+)
+@click.option(
+    "--crop-scale", metavar="LO,HI", help="Share of the image in the views' crops.  [default: the dataset's protocol]"
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["exact", "draft"]),
+    default="exact",
+    help="draft: quicker on large JPEGs, not exact.",
+)
+@click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
+def extract(compression, crop_scale, **options):
     """Run a frozen backbone once over a dataset and write its features to a store.
 
     The same command again finishes what was interrupted, or says that nothing is left to do. Under
@@ -46,4 +63,10 @@ def extract(splits, compression, **options):
     from featcache.extraction.extract import extract as run
 
     compression = None if compression == "none" else compression
-    run(splits=splits.split(",") if splits else None, compression=compression, **options)
+    if crop_scale is not None:
+        try:
+            low, high = (float(part) for part in crop_scale.split(","))
+        except ValueError:
+            raise click.UsageError(f"--crop-scale {crop_scale!r}: expected two numbers, as in 0.08,1") from None
+        crop_scale = low, high
+    run(compression=compression, crop_scale=crop_scale, **options)

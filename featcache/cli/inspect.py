@@ -1,21 +1,43 @@
 """`featcache inspect`."""
 
+import sys
+
 import click
 from tqdm import tqdm
 
+from featcache.cli.options import dataset_options, split_option
+from featcache.errors import BadInput
+
 # More classes than this are summed up rather than listed.
 LISTED_CLASSES = 100
+# Images in two splits are listed up to here, and counted beyond; damaged ones are listed all.
+LISTED_LEAKS = 20
 
 
 @click.command()
-@click.argument("store")
-def inspect(store):
-    """Show what a STORE (path or URL) holds: identity, shapes, sizes, classes, and feature statistics.
+@click.argument("store", required=False)
+@dataset_options(required=False)
+@split_option
+def inspect(store, dataset, root, splits):
+    """Show what a STORE (path or URL) holds, or with --dataset what a dataset on disk does.
 
-    The statistics come last, since they read every byte.
+    Of a store: identity, shapes, sizes, classes, and feature statistics; these come last, since they
+    read every byte. Of a dataset: images, boxes, sizes and classes of each split; every image is
+    decoded, and compared with all others. Exit code 1 if one is damaged or an id comes twice.
     """
+    if (store is None) == (dataset is None):
+        raise BadInput("give either a STORE or --dataset NAME, not both")
+    if store is None:
+        _show_dataset(dataset, root, splits)
+    elif root or splits:
+        raise BadInput("--root and --split go with --dataset, not with a STORE")
+    else:
+        _show_store(store)
+
+
+def _show_store(store):
     from featcache.reporting.table import format_table
-    from featcache.store.inspect import class_counts, describe, statistics
+    from featcache.store.inspect import describe, statistics
 
     opened, shards = describe(store)
     manifest = opened.manifest
@@ -35,13 +57,13 @@ def inspect(store):
             f"{len(opened[split]) * manifest.row_bytes(name) / 1e6:.1f} MB",
         )
         for name, spec in manifest.features.items()
-        for split in opened.splits
+        for split in manifest.splits
     ]
     click.echo(format_table(("feature", "row", "dtype", "split", "size"), rows) + "\n")
-    counts = {split: class_counts(opened[split]) for split in opened.splits}
-    click.echo(format_table(*_class_rows(opened, counts)) + "\n")
+    labels = {split: opened[split].labels for split in opened.splits}
+    click.echo(format_table(*_class_rows(opened.classes, labels)) + "\n")
     whole = [split for split, (there, total) in shards.items() if there == total]
-    for split in opened.splits:
+    for split in manifest.splits:
         if split not in whole:
             click.echo(f"split {split} is not whole: the same extract again finishes it")
     arrays = [(split, name, opened[split][name]) for name in manifest.features for split in whole]
@@ -63,16 +85,58 @@ def _identity_rows(identity, prefix=""):
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _class_rows(store, counts):
+def _show_dataset(name, root, splits):
+    from featcache.datasets.inspect import inspect_dataset
+    from featcache.reporting.table import format_table
+
+    found = inspect_dataset(name, root, splits)
+    data = found.dataset
+    click.echo(f"dataset: {data.name}, {data.task}, {len(data.classes)} classes\n")
+    counts = ("images", "boxes", "difficult", "crowd", "overhanging", "masks", "copies")
+    rows = [(split, *(str(getattr(s, count)) for count in counts)) for split, s in found.splits.items()]
+    click.echo(format_table(("split", *counts), rows) + "\n")
+    rows = [
+        (split, side, str(values.min()), f"{sorted(values)[len(values) // 2]}", str(values.max()))
+        for split, s in found.splits.items()
+        if len(s.sizes)
+        for side, values in zip(("height", "width"), s.sizes.T, strict=True)
+    ]
+    click.echo(format_table(("split", "side", "min", "median", "max"), rows) + "\n")
+    labels = {split: data.labels(split) for split in data.splits}
+    click.echo(format_table(*_class_rows(data.classes, labels)))
+    for (one, first), (other, second) in found.leaks[:LISTED_LEAKS]:
+        click.echo(f"leak: {one} {first} has the same bytes as {other} {second}")
+    if len(found.leaks) > LISTED_LEAKS:
+        click.echo(f"leak: {len(found.leaks) - LISTED_LEAKS} more images are in two splits")
+    for split, s in found.splits.items():
+        for image_id in s.repeated_ids:
+            click.echo(f"{split}: id {image_id} comes twice")
+        for image_id, reason in s.bad:
+            click.echo(f"{split} {image_id}: {reason}")
+    if found.damaged:
+        sys.exit(1)
+
+
+def _class_rows(classes, labels):
     """Columns and rows: a row for each class, or the rarest, median and commonest of very many."""
+    counts = {split: _class_counts(values, len(classes)) for split, values in labels.items()}
     difficult = any(hard.any() for _, hard in counts.values())
     columns = ["class", *counts, *(f"{split} difficult" for split in counts if difficult)]
     rows = [
         [name, *(str(p[n]) for p, _ in counts.values()), *(str(h[n]) for _, h in counts.values() if difficult)]
-        for n, name in enumerate(store.classes)
+        for n, name in enumerate(classes)
     ]
     if len(rows) <= LISTED_CLASSES:
         return columns, rows
     order = next(iter(counts.values()))[0].argsort(kind="stable")
     picked = {"rarest": order[0], "median": order[len(order) // 2], "commonest": order[-1]}
     return columns, [[f"{word} of {len(rows)}: {rows[n][0]}", *rows[n][1:]] for word, n in picked.items()]
+
+
+def _class_counts(labels, classes):
+    """How often each class is present, and how often difficult: two int64 [C]."""
+    import numpy as np
+
+    if labels.ndim == 1:
+        return np.bincount(labels[labels >= 0], minlength=classes), np.zeros(classes, np.int64)
+    return (labels == 1).sum(0), (labels == -1).sum(0)

@@ -1,18 +1,66 @@
 """From an image source of a record to its pixels."""
 
+import os
+from contextlib import contextmanager
+
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
 
-def open_image(source):
+def open_image(source, reduce=1):
     """Decode one image: a PIL image in mode RGB, as torchvision's ImageFolder decodes it.
 
-    source: of a Record. Raises BadInput, naming the source, when it is no readable image.
+    source: of a Record. reduce: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up, in the
+    frequency domain, which is quicker and not exact; other formats are decoded whole. Of 16-bit pixels
+    the high byte is kept, where PIL would clip them to white; transparency is dropped; an EXIF rotation
+    is not applied, since boxes are in the file's own pixels.
+    Raises BadInput, naming the source, when it is no readable image.
     """
+    with _naming(source), open_source(source) as file, Image.open(file) as image:
+        if reduce > 1:
+            image.draft("RGB", (image.width // reduce, image.height // reduce))
+        image.load()
+        # What is RGB already would be copied by a conversion: a third of the time for large images.
+        return image if image.mode == "RGB" else _to_rgb(image)
+
+
+def measure_image(source):
+    """Return (length in bytes, height, width) of an image; of a file only the header is read.
+
+    Raises BadInput, naming the source, when it has no header of an image.
+    """
+    with _naming(source), open_source(source) as file, Image.open(file) as image:
+        width, height = image.size
+        return file.seek(0, os.SEEK_END), height, width
+
+
+@contextmanager
+def _naming(source):
     try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        yield
+    except FileNotFoundError:
+        raise BadInput(f"image not found: {source}") from None
+    except UnidentifiedImageError:
+        with open_source(source) as file:
+            reason = "not an image" if file.read(1) else "the file is empty"
         raise BadInput(f"unreadable image {source}: {reason}") from None
+    # What PIL's decoders raise on a damaged file is anything from OSError to struct.error.
+    except Exception as error:
+        raise BadInput(f"unreadable image {source}: {error or type(error).__name__}") from None
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):
+        wide = np.asarray(image)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if image.mode == "P" and "transparency" in image.info:
+        # The same pixels as by the direct way, without PIL's warning.
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -2,40 +2,65 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from featcache.datasets.augmentation import Augmentation
+from featcache.datasets.sources import Pixels
 
-@dataclass(frozen=True, eq=False)
+_NO_BOXES = np.empty((0, 4), np.float32)
+_NO_CLASSES = np.empty(0, np.int64)
+_NO_FLAGS = np.empty(0, bool)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Record:
     """One image with what is known about it.
 
-    labels: int8 [C] for a multi-label dataset (1 present, 0 absent, -1 only as difficult), or an
-    int for a single-label one. boxes: float32 [M, 4] as (x0, y0, x1, y1) in pixels of the image,
-    0-based and half open. box_classes: int64 [M]. box_difficult: bool [M].
+    image: a path, or a source of featcache.datasets.sources. labels: int8 [C] for a multi-label
+    dataset (1 present, 0 absent, -1 only as difficult), or an int for a single-label one. height,
+    width: in pixels, and image_bytes, the length of the file: None until they are measured.
+    boxes: float32 [M, 4] as (x0, y0, x1, y1) in pixels of the image, 0-based and half open.
+    box_classes: int64 [M]. box_difficult: bool [M]. box_crowd: bool [M], None where the layout knows
+    no crowds. masks: None, or an object whose read() yields bool [M, height, width], a mask for each box.
     """
 
     id: str
-    image: Path
-    image_bytes: int
-    height: int
-    width: int
+    image: object
     labels: np.ndarray | int
-    boxes: np.ndarray
-    box_classes: np.ndarray
-    box_difficult: np.ndarray
+    height: int | None = None
+    width: int | None = None
+    image_bytes: int | None = None
+    boxes: np.ndarray = field(default_factory=lambda: _NO_BOXES)
+    box_classes: np.ndarray = field(default_factory=lambda: _NO_CLASSES)
+    box_difficult: np.ndarray = field(default_factory=lambda: _NO_FLAGS)
+    box_crowd: np.ndarray | None = None
+    masks: object | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset: class names, the task, and its splits in order. task: multi-label or single-label."""
+    """A dataset: class names, the task, its splits in order, and how its protocol resizes images.
+
+    task: multi-label or single-label. resize: "squash" (to a square, the aspect not kept) or "crop"
+    (short side, then centre crop). size: the protocol's input side, None for the backbone's own.
+    augmentation: of its training protocol.
+    """
 
     name: str
     classes: tuple[str, ...]
     task: str
     splits: dict[str, tuple[Record, ...]]
+    augmentation: Augmentation = Augmentation()
+    resize: str = "squash"
+    size: int | None = None
+
+    @property
+    def training(self):
+        """Names of the splits that are for training, which augmentation is meant for: train, trainval, train-1percent."""
+        return tuple(split for split in self.splits if split.startswith("train"))
 
     def labels(self, split):
         """Labels of a split: int8 [N, C] if multi-label, int64 [N] if single-label."""
@@ -47,7 +72,8 @@ class Dataset:
     def fingerprint(self, split):
         """sha256 (hex) over ids, labels, boxes, pixel sizes and file sizes of a split, in order.
 
-        File sizes stand in for the pixels: they cost one stat an image and catch a replaced file.
+        File sizes stand in for the pixels: they cost one stat an image and catch a replaced file. Images
+        that lie decoded in an array all have one size; of them the pixels' crc32 counts too.
         """
         digest = hashlib.sha256()
         for r in self.splits[split]:
@@ -61,5 +87,9 @@ class Dataset:
                 r.box_classes.tolist(),
                 r.box_difficult.tolist(),
             ]
+            if r.box_crowd is not None:
+                row.append(r.box_crowd.tolist())
+            if isinstance(r.image, Pixels):
+                row.append(zlib.crc32(r.image.array.tobytes()))
             digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()

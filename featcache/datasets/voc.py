@@ -1,10 +1,15 @@
 """PASCAL VOC 2007 and 2012 in their VOCdevkit layout (Everingham et al., IJCV 2010)."""
 
+import os
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 
 import click
 import numpy as np
+from PIL import Image
 
+from featcache.datasets.augmentation import MULTI_LABEL
+from featcache.datasets.layout import require_folder, wrong_layout
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 
@@ -15,6 +20,47 @@ CLASSES = (
 )  # fmt: skip
 # The annotations of the 2012 test set were never published.
 SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
+TREE = """
+VOCdevkit/{name}/
+  Annotations/000005.xml ...
+  ImageSets/Main/train.txt ...
+  JPEGImages/000005.jpg ...
+  SegmentationClass/000032.png ...     (may be missing)
+  SegmentationObject/000032.png ...    (may be missing)
+"""
+# Of segmentation masks: pixels at the borders of objects, which count for nothing.
+VOID = 255
+
+
+@dataclass(frozen=True, slots=True)
+class VocMasks:
+    """The segmentation of one image: paths of its PNGs in SegmentationClass and SegmentationObject."""
+
+    class_file: str
+    object_file: str
+    objects: int
+
+    def read(self):
+        """bool [M, H, W]: the pixels of each box's object, in the order of the boxes; void pixels are in none."""
+        indices = _read_indices(self.object_file)
+        last = max(self.objects, int(indices.max(where=indices != VOID, initial=0)))
+        if last > self.objects:
+            raise BadInput(f"{self.object_file} shows object {last}, its annotation lists {self.objects}")
+        return indices == np.arange(1, self.objects + 1)[:, None, None]
+
+    def read_classes(self):
+        """uint8 [H, W]: 0 is background, n the n-th class, 255 void."""
+        return _read_indices(self.class_file)
+
+
+def _read_indices(path):
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise BadInput(f"segmentation mask {path} is no palette image but {image.mode}")
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"unreadable segmentation mask {path}: {error}") from None
 
 
 def read_voc(root, year, splits=None):
@@ -22,13 +68,14 @@ def read_voc(root, year, splits=None):
 
     root: the folder VOC<year>, or one that holds VOC<year> or VOCdevkit/VOC<year>.
     A class is present (1) if the image has a box of it that is not difficult, and -1 if all its
-    boxes are difficult. Classes are the 20 of VOC, or, where the annotations name others, the
-    sorted names found in all of Annotations/, with a notice.
+    boxes are difficult. Images of the segmentation challenge have masks. Classes are the 20 of VOC,
+    or, where the annotations name others, the sorted names found in all of Annotations/, with a notice.
     """
     home = _find_home(root, year)
     splits = tuple(splits or SPLITS[year])
     ids = {split: _read_ids(home, split) for split in splits}
     objects = {i: _read_annotation(home, i) for split_ids in ids.values() for i in split_ids}
+    segmented = _segmented(home)
     classes = CLASSES
     strangers = {o["name"] for _, found in objects.values() for o in found} - set(CLASSES)
     if strangers:
@@ -43,8 +90,10 @@ def read_voc(root, year, splits=None):
         classes=classes,
         task="multi-label",
         splits={
-            split: tuple(_record(home, i, *objects[i], classes) for i in split_ids) for split, split_ids in ids.items()
+            split: tuple(_record(home, i, *objects[i], classes, i in segmented) for i in split_ids)
+            for split, split_ids in ids.items()
         },
+        augmentation=MULTI_LABEL,
     )
 
 
@@ -55,17 +104,18 @@ def _find_home(root, year):
             if home is root and root.name in {f"VOC{y}" for y in SPLITS} - {name}:
                 raise BadInput(f"{root} is {root.name}, not {name}: use --dataset {root.name.lower()}")
             return home
-    if not root.is_dir():
-        raise BadInput(f"dataset folder not found: {root} (give it with --root, or set FEATCACHE_DATA)")
+    require_folder(root)
     others = [f"VOC{y}" for y in SPLITS if y != year]
     for other in others:
         if (root / other).is_dir() or (root / "VOCdevkit" / other).is_dir():
             raise BadInput(f"{root} holds {other} but no {name}: use --dataset {other.lower()}")
-    raise BadInput(
-        f"no {name} in {root}; expected this layout:\n"
-        f"  {root}/\n    VOCdevkit/{name}/\n"
-        "      Annotations/000005.xml ...\n      ImageSets/Main/train.txt ...\n      JPEGImages/000005.jpg ..."
-    )
+    raise wrong_layout(root, f"no {name} in {root}", TREE.format(name=name), root / "VOCdevkit")
+
+
+def _segmented(home):
+    """Ids of the images that have both masks."""
+    kinds = [home / "SegmentationClass", home / "SegmentationObject"]
+    return set.intersection(*({p.stem for p in kind.glob("*.png")} for kind in kinds))
 
 
 def _read_ids(home, split):
@@ -131,12 +181,7 @@ def _classes_from_data(home):
     return tuple(sorted(names - {""}))
 
 
-def _record(home, image_id, size, objects, classes):
-    image = home / "JPEGImages" / f"{image_id}.jpg"
-    try:
-        image_bytes = image.stat().st_size
-    except OSError:
-        raise BadInput(f"image not found: {image} (listed in {home / 'ImageSets' / 'Main'})") from None
+def _record(home, image_id, size, objects, classes, segmented):
     labels = np.zeros(len(classes), dtype=np.int8)
     box_classes = np.array([classes.index(o["name"]) for o in objects], dtype=np.int64)
     difficult = np.array([o["difficult"] for o in objects], dtype=bool)
@@ -145,4 +190,18 @@ def _record(home, image_id, size, objects, classes):
     boxes = np.array([o["box"] for o in objects], dtype=np.float32).reshape(-1, 4)
     # VOC counts pixels from 1 and includes the last one; ours count from 0 and exclude it.
     boxes -= np.array([1, 1, 0, 0], dtype=np.float32)
-    return Record(image_id, image, image_bytes, *size, labels, boxes, box_classes, difficult)
+    masks = None
+    if segmented:
+        files = (os.path.join(home, kind, f"{image_id}.png") for kind in ("SegmentationClass", "SegmentationObject"))
+        masks = VocMasks(*files, len(objects))
+    return Record(
+        id=image_id,
+        image=os.path.join(home, "JPEGImages", f"{image_id}.jpg"),
+        labels=labels,
+        height=size[0],
+        width=size[1],
+        boxes=boxes,
+        box_classes=box_classes,
+        box_difficult=difficult,
+        masks=masks,
+    )

@@ -17,14 +17,14 @@ from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run
 
 
-def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=None):
+def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=None, weights_key=None):
     """Write backbones, or one probe merged with its backbone, as files that plain torch loads.
 
     checkpoints: of backbones, whose tensors are written under their architecture's own names; a path or
     several. to: file (.safetensors, .pth, .pt), or a folder for several checkpoints. Instead of
     checkpoints, run, probe (id) and backbone (checkpoint): writes both as one state dict, or as a
-    program if `to` ends in .pt2. See docs/export.md. Files that hold the same already are left as they
-    are. Returns the paths. Raises BadInput.
+    program if `to` ends in .pt2. arch, weights_key: as load_backbone's. See docs/export.md. Files that
+    hold the same already are left as they are. Returns the paths. Raises BadInput.
     """
     checkpoints = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     if to is None:
@@ -34,12 +34,12 @@ def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=No
             raise BadInput("export takes checkpoints of backbones, or --run, --probe and --backbone")
         targets = _targets(checkpoints, to)
         for checkpoint, target in zip(checkpoints, targets, strict=True):
-            _export_backbone(checkpoint, target, arch)
+            _export_backbone(checkpoint, target, arch, weights_key)
         return targets
     if checkpoints or not (probe and backbone):
         raise BadInput("export of a probe needs --run, --probe and --backbone, and no other checkpoint")
     check_suffix(to, (*STATE_DICTS, PROGRAM))
-    _export_probe(open_run(run), probe, backbone, arch, to)
+    _export_probe(open_run(run), probe, backbone, arch, weights_key, to)
     return [Path(to)]
 
 
@@ -60,11 +60,11 @@ def _targets(checkpoints, to):
     return list(targets)
 
 
-def _export_backbone(checkpoint, target, arch):
-    architecture, network, grounds = load_network(checkpoint, arch)
+def _export_backbone(checkpoint, target, arch, weights_key):
+    architecture, network, report = load_network(checkpoint, arch, weights_key=weights_key)
     # As the checkpoint has them, not as they are fitted to an input size.
     tensors = {name: tensor.clone() for name, tensor in own_tensors(architecture, network).items()}
-    backbone = as_backbone(architecture, network, grounds)
+    backbone = as_backbone(architecture, network, report)
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
 
 
@@ -78,7 +78,7 @@ def _backbone_meta(backbone, checkpoint, preprocessing):
     }
 
 
-def _export_probe(run, probe_id, checkpoint, arch, target):
+def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
     summary = run.summary
     if "preprocessing" not in summary:
         raise BadInput(
@@ -88,8 +88,8 @@ def _export_probe(run, probe_id, checkpoint, arch, target):
     probe = load_probe(run.path, probe_id)
     if probe.diverged is not None:
         raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {probe.diverged + 1}, and has no weights")
-    architecture, network, grounds = load_network(checkpoint, arch or summary["arch"])
-    backbone = as_backbone(architecture, network, grounds, summary["preprocessing"]["size"])
+    architecture, network, report = load_network(checkpoint, arch or summary["arch"], weights_key=weights_key)
+    backbone = as_backbone(architecture, network, report, summary["preprocessing"]["size"])
     if backbone.weights_sha256 != summary["weights_sha256"]:
         raise BadInput(
             f"backbone {checkpoint} (weights sha256 {backbone.weights_sha256}) is not the one that run {run.path} was "

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 import safetensors.torch
+import torch
 
 from featcache.atomic import write_whole
-from featcache.backbones.checkpoint import read_state_dict
+from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
@@ -25,7 +26,7 @@ from featcache.probes.probe_file import load_probe, save_probe
 from featcache.probes.run import FILE, read_summary
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
-from featcache.probes.train import finish_run
+from featcache.probes.scoring import finish_run
 from featcache.store.reader import open_store
 
 ROLES = ("train", "val", "test")
@@ -107,8 +108,10 @@ def _read(path, store, loss, offset):
             f"checkpoint {path} holds another backbone (weights sha256 {backbone.weights_sha256}) than store "
             f"{store.path} was made of ({identity['arch']}, weights sha256 {identity['weights_sha256']})"
         )
-    tensors = read_state_dict(path)
-    state = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+    content = read_checkpoint(path)
+    tensors = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    tensors = {str(name): value for name, value in tensors.items() if torch.is_tensor(value)}
+    state = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     if not state:
         raise BadInput(f"checkpoint {path} holds no head (no tensor's name begins with head.)")
     head, weights = from_published(state, len(store.classes), path)

@@ -13,12 +13,13 @@ from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.extraction.images import image_batches
+from featcache.extraction.images import DECODERS, Images, image_batches
 from featcache.extraction.ranks import join_ranks
+from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, plan, read_manifest
+from featcache.store.manifest import FILE, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -41,21 +42,28 @@ def extract(
     format=None,
     compression=None,
     arch=None,
+    weights_key=None,
     size=None,
     dtype="float16",
     batch_size=32,
     workers=None,
     device=None,
     seed=0,
+    views=0,
+    crop_scale=None,
+    decoder="exact",
 ):
     """Run a frozen backbone over a dataset and write its features to a store.
 
-    backbone: checkpoint path, or "random" with `arch`. dataset: registered name. splits: names, by
+    backbone: checkpoint path, or "random" with `arch`. weights_key: which of
+    several encoders in it. dataset: registered name. splits: names, by
     default all that the protocol needs. features: see featcache.feature. store: path or URL, by
     default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
     suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
     float32 or bfloat16. workers: decoding processes. device: torch device, by default cuda if there
-    is one. seed: of the random backbone.
+    is one. seed: of the random backbone, and of the views. views: how many augmented views of every
+    training image to make too. crop_scale: (lowest, highest) share of the image in their crops, by
+    default that of the dataset's protocol. decoder: exact, or draft, which is quicker on large JPEGs.
     Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
     torchrun the processes share the work. Raises BadInput for whatever the user can mend.
     """
@@ -64,14 +72,16 @@ def extract(
     device = choose_device(device, ranks.local_rank)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
-    model = load_backbone(backbone, arch=arch, size=size, seed=seed)
+    model = load_backbone(backbone, arch=arch, size=size, seed=seed, weights_key=weights_key)
     say(f"backbone: {model.grounds}", err=True)
     wanted = parse_features(features, model.aliases, model.layers)
     data = read_dataset(dataset, root, splits)
+    views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype),
-        rows={split: len(records) for split, records in data.splits.items()},
+        identity=_identity(model, data, wanted, dtype, decoder) | views.describe(),
+        rows={split: len(records) for split, records in data.splits.items()}
+        | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
         dtype=dtype,
         aliases=model.aliases,
@@ -100,17 +110,20 @@ def extract(
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
-                manifest = create_store(folder, manifest, {split: with_axes(a) for split, a in arrays.items()})
+                arrays = {group: with_axes(a) for group, a in views.arrays(arrays).items()}
+                manifest = create_store(folder, manifest, arrays)
                 todo = ranks.share(missing_shards(folder, manifest))
             else:
                 todo = ranks.shared()
                 manifest = read_manifest(folder)
             _go_on_as_begun(folder, manifest, device, batch_size, say)
-            _check_room(folder, manifest, todo)
-            _fill(folder, manifest, model, data, wanted, ranks, todo, workers, device)
+            _check_room(folder, manifest, todo, say)
+            crops = {group: Store(folder)[group].augmentation for group in views.groups()}
+            images = Images(data, model.preprocessing, DECODERS[decoder], crops)
+            _fill(folder, manifest, model, images, wanted, ranks, todo, workers, device)
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
                 say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)
-                _fill(folder, manifest, model, data, wanted, ranks.alone(), left, workers, device)
+                _fill(folder, manifest, model, images, wanted, ranks.alone(), left, workers, device)
         except BaseException:
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)
@@ -148,17 +161,23 @@ def _go_on_as_begun(folder, manifest, device, batch_size, say):
         torch.set_num_threads(begun["threads"])
 
 
-def _check_room(folder, manifest, todo):
-    """Raise BadInput before hours of work that cannot be stored."""
-    rows = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
-    needed, free = rows * sum(manifest.row_bytes(f) for f in manifest.features), folder.free_bytes()
+def _check_room(folder, manifest, todo, say):
+    """Raise BadInput before hours of work that cannot be stored; say what views cost."""
+    row_bytes = sum(manifest.row_bytes(f) for f in manifest.features)
+    sizes = {shard: row_bytes * (rows[1] - rows[0]) for shard in todo for rows in [manifest.rows_of(*shard)]}
+    needed, free = sum(sizes.values()), folder.free_bytes()
+    views = sum(size for (group, _), size in sizes.items() if split_of(group) != group)
+    if views:
+        say(f"disk: {needed / 1e9:.2f} GB to write, {views / 1e9:.2f} of them views", err=True)
     if free is not None and manifest.storage["compression"] is None and needed > free:
         raise BadInput(
             f"{folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
         )
 
 
-def _identity(model, data, features, dtype):
+def _identity(model, data, features, dtype, decoder):
+    if decoder not in DECODERS:
+        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     return {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
@@ -167,6 +186,8 @@ def _identity(model, data, features, dtype):
         "dtype": dtype,
         "precision": "float32",
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
+        # The usual one is not named, so that stores from before there was a choice keep their ids.
+        **({"decoder": DECODERS[decoder]} if decoder != "exact" else {}),
     }
 
 
@@ -177,7 +198,7 @@ def _row_shapes(model, features):
     return {f: tuple(results[str(f)].shape[1:]) for f in features}
 
 
-def _fill(folder, manifest, model, data, features, ranks, todo, workers, device):
+def _fill(folder, manifest, model, images, features, ranks, todo, workers, device):
     """Compute and write shards as they are drawn: workers decode, this thread infers, another writes."""
     drawn = deque()
 
@@ -196,11 +217,11 @@ def _fill(folder, manifest, model, data, features, ranks, todo, workers, device)
     progress = tqdm(total=total, unit="img", desc="extract", disable=ranks.rank != 0)
     pending, row = None, 0
     with ThreadPoolExecutor(1) as writer, progress:
-        for batch in image_batches(data, model.preprocessing, batches(), workers, pin_memory=device.type == "cuda"):
+        for batch in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
             if row == 0:
                 split, shard = drawn.popleft()
                 first, end = manifest.rows_of(split, shard)
-                ids = [record.id for record in data.splits[split][first:end]]
+                ids = [record.id for record in images.records(split, first, end)]
                 buffers = {
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features

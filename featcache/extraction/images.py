@@ -1,51 +1,85 @@
 """Decoding images in worker processes, in batches that never straddle a shard."""
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+import math
+
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
+from featcache.store.manifest import split_of
+
+# What the identity of a store calls them.
+DECODERS = {"exact": "pillow", "draft": "pillow-draft"}
+# A JPEG is decoded at a part of its sides only where that leaves this many pixels for one of the input.
+DRAFT_PIXELS = 2
+
+
+def load_input(record, preprocessing, decoder="pillow", crop=None):
+    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S].
+
+    decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
+    original image. Raises BadInput for an image that cannot be read or is not the annotated one.
+    """
+    top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
+    reduce = 1
+    if decoder == DECODERS["draft"]:
+        fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.size)
+        reduce = next(fits, 1)
+    image = open_image(record.image, reduce)
+    if image.size == (record.width, record.height):
+        reduce = 1
+    elif image.size != (math.ceil(record.width / reduce), math.ceil(record.height / reduce)):
+        raise BadInput(
+            f"image {record.image} is {image.width}x{image.height} pixels, its annotation says "
+            f"{record.width}x{record.height}: boxes would be wrong"
+        )
+    # Not the image's own size: that is rounded up where it was reduced.
+    box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
+    return preprocessing.apply(image, box, bool(flip))
 
 
 class Images(Dataset):
-    """The decoded images of all splits. Index: (split, row). Item: uint8 [3, S, S], or an error's text.
+    """The decoded images of all splits and views. Index: (split or view, row). Item: uint8 [3, S, S], or an error's text.
 
-    An error travels as text because DataLoader wraps exceptions of its workers in a traceback.
+    crops: {view's name: int [N, 5]}, see load_input. An error travels as text because DataLoader wraps
+    exceptions of its workers in a traceback.
     """
 
-    def __init__(self, dataset, preprocessing):
-        self.records = dataset.splits
+    def __init__(self, dataset, preprocessing, decoder="pillow", crops=None):
+        self.splits = dataset.splits
         self.preprocessing = preprocessing
+        self.decoder = decoder
+        self.crops = crops or {}
+
+    def records(self, group, first, end):
+        """The records of some rows of a split or view."""
+        return self.splits[split_of(group)][first:end]
 
     def __getitem__(self, key):
-        split, row = key
-        record = self.records[split][row]
+        group, row = key
+        crop = self.crops[group][row].tolist() if group in self.crops else None
         try:
-            image = open_image(record.image)
+            return load_input(self.splits[split_of(group)][row], self.preprocessing, self.decoder, crop)
         except BadInput as error:
             return error.message
-        if image.size != (record.width, record.height):
-            return (
-                f"image {record.image} is {image.width}x{image.height} pixels, its annotation says "
-                f"{record.width}x{record.height}: boxes would be wrong"
-            )
-        return self.preprocessing.apply(image)
 
 
 def _collate(items):
     for item in items:
         if isinstance(item, str):
             return item
-    return torch.stack(items)
+    # [S, S, 3] is how the pixels lie: the one copy goes straight into memory that the processes share,
+    # and what arrives is channels_last, as the backbone wants it.
+    return default_collate([item.permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
 
 
-def image_batches(dataset, preprocessing, batches, workers, pin_memory=False):
-    """Yield uint8 [B, 3, S, S] for each batch, a list of (split, row), in order.
+def image_batches(images, batches, workers, pin_memory=False):
+    """Yield uint8 [B, 3, S, S], channels_last, for each batch, a list of keys of Images, in order.
 
     Raises BadInput for the first image that cannot be used, naming its path.
     """
     loader = DataLoader(
-        Images(dataset, preprocessing),
+        images,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,

@@ -8,7 +8,14 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest
-from featcache.probes.spec import UNIFORM_OFFSET, Head, Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.spec import (
+    UNIFORM_OFFSET,
+    Head,
+    Loss,
+    Optimizer,
+    ProbeSpec,
+    Schedule,
+)
 
 METRICS = ("map", "top1", "top5")
 
@@ -98,6 +105,21 @@ class Milestones:
         return points
 
 
+class Views:
+    """A whole number, or `all`, which reads as None: all that the store has."""
+
+    default = "all"
+
+    def read(self, value):
+        """Return the number or None, or raise ValueError."""
+        if value == "all":
+            return None
+        try:
+            return Number(0, integer=True).read(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor all") from None
+
+
 WARMUP = {"warmup_epochs": Number(0, default=0.0)}
 DECAY = {"weight_decay": Number(0, default=0.0)}
 
@@ -152,6 +174,7 @@ FIELDS = {
     "epochs": Number(1, integer=True),
     "batch_size": Number(1, integer=True, default=64),
     "seed": Number(0, 2**63 - 1, integer=True, default=0),
+    "views": Views(),
 }
 DEFAULTS = {"schedule": "constant"}
 

@@ -74,7 +74,9 @@ class ProbeSpec:
     """All that decides a probe's weights, given a store and the order seed. seed draws its initial weights.
 
     source: of an imported probe the sha256 of its weights, which then stands for how it was trained:
-    epochs, batch_size and seed are None.
+    epochs, batch_size, seed and views are None.
+    views: of the training images, over which the epochs rotate; 0 trains on the images as they are.
+    None, in a grid, stands for all that the store has.
     """
 
     name: str
@@ -86,13 +88,16 @@ class ProbeSpec:
     epochs: int | None
     batch_size: int | None
     seed: int | None
+    views: int | None = 0
     source: str | None = None
 
     @property
     def id(self):
-        """10 hex digits of the sha256 over every field but the name."""
+        """10 hex digits of the sha256 over every field but the name, and views if there are none."""
         fields = asdict(self)
         del fields["name"]
+        if self.views == 0:
+            del fields["views"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
     def flat(self):
@@ -116,7 +121,7 @@ def imported_spec(name, features, head, loss, source):
     """Return the spec of a probe that was trained elsewhere: what is not known of it is None."""
     optimizer = Optimizer(IMPORTED, lr=None, momentum=None, weight_decay=None)
     schedule = Schedule(IMPORTED, gamma=None, warmup_epochs=None)
-    return ProbeSpec(name, features, head, Loss(loss), optimizer, schedule, None, None, None, source)
+    return ProbeSpec(name, features, head, Loss(loss), optimizer, schedule, None, None, None, None, source)
 
 
 def logit_offset(offset, classes):

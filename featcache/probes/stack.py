@@ -34,7 +34,7 @@ class TrainedProbe:
 
 
 def blocks(specs, dim, positions, classes):
-    """Group specs into blocks that train together: same features, head, batches and rule; cache-sized.
+    """Group specs into blocks that train together: same features, views, head, batches and rule; cache-sized.
 
     specs: of one feature, of which dim is the width and positions the size of the map (1 if
     pooled). Returns lists of specs, in order of first appearance.
@@ -42,10 +42,10 @@ def blocks(specs, dim, positions, classes):
     shapes = {}
     for spec in specs:
         optimizer = replace(spec.optimizer, lr=0.0, weight_decay=0.0)
-        key = (spec.features, spec.head, optimizer, spec.epochs, spec.batch_size)
+        key = (spec.features, spec.views, spec.head, optimizer, spec.epochs, spec.batch_size)
         shapes.setdefault(key, []).append(spec)
     result = []
-    for (_, head, _, _, batch_size), members in shapes.items():
+    for (_, _, head, _, _, batch_size), members in shapes.items():
         # Sorted by loss, so that each loss sees one slice of the stack.
         members.sort(key=lambda s: s.loss.type)
         width = widest(head, classes)
@@ -63,34 +63,44 @@ def blocks(specs, dim, positions, classes):
 def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: None):
     """Train the probes of one block.
 
-    features: [N, D] or [N, D, S], any float dtype, on the device to train on. labels: int8 [N, C] or
-    int64 [N], same device. order_seed: of the mini-batches' order, shared by all probes of a run.
+    features: [N, D] or [N, D, S], any float dtype, on the device to train on; or, where the probes train
+    on views, something that gives such a tensor for each view's number. labels: int8 [N, C] or int64 [N],
+    same device. order_seed: of the mini-batches' order, shared by all probes of a run.
     Returns a TrainedProbe for each spec, in order.
     """
-    device = features.device
+    device = labels.device
+    views = {0: features} if isinstance(features, torch.Tensor) else features
     asked = len(specs)
     specs = _padded(specs, classes)
     head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
-    stack = STACKS[head.type](specs, features.shape[1], classes, device)
+    stack = STACKS[head.type](specs, views[view_of_epoch(specs[0].views, 0)].shape[1], classes, device)
     optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
     slices = _loss_slices(specs, classes)
     rates = torch.tensor([s.optimizer.lr for s in specs], dtype=torch.float64)
-    steps = -(-len(features) // batch_size)
+    steps = -(-len(labels) // batch_size)
     history = torch.zeros(epochs, len(specs), dtype=torch.float64)
     for epoch in range(epochs):
-        order = epoch_order(len(features), order_seed, epoch).to(device)
+        seen = views[view_of_epoch(specs[0].views, epoch)]
+        order = epoch_order(len(seen), order_seed, epoch).to(device)
         factor = torch.stack([factors(s.schedule, epochs, steps, epoch) for s in specs], dim=1)  # [steps, P]
         step_rates = (factor * rates).float().to(device)
         total = torch.zeros(len(specs), dtype=torch.float64, device=device)
         for step, rows in enumerate(order.split(batch_size)):
-            batch, targets = features[rows].float(), labels[rows]
+            batch, targets = seen[rows].float(), labels[rows]
             logits = stack.forward(batch, training=True)  # [B, P, C]
             loss, gradient = _loss_and_gradient(logits.detach(), targets, slices)
             optimizer.step(stack.backward(batch, logits, gradient), step_rates[step])
             total += loss.double() * len(rows)
-        history[epoch] = (total / len(features)).cpu()
+        history[epoch] = (total / len(seen)).cpu()
+        # Let go of it, so that the next view may take its place in memory.
+        del seen
         on_epoch()
     return [_finish(spec, stack, history[:, p], p) for p, spec in enumerate(specs[:asked])]
+
+
+def view_of_epoch(views, epoch):
+    """The number of the view that an epoch (from 0) trains on: 1 to `views` in turn; 0 if there are none."""
+    return epoch % views + 1 if views else 0
 
 
 def _padded(specs, classes):

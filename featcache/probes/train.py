@@ -1,33 +1,27 @@
 """`featcache train-probes`: a grid on a store, into a run folder."""
 
-import csv
 import hashlib
-import io
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import click
-import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
 
-import featcache
 from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput
+from featcache.probes.features import TrainingViews, load_labels
 from featcache.probes.grid import parse_grid, read_grid
-from featcache.probes.metrics import TASK_METRICS, chance, score
-from featcache.probes.probe_file import load_probe, probe_path, save_probe
+from featcache.probes.metrics import TASK_METRICS
+from featcache.probes.probe_file import probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
+from featcache.probes.scoring import finish_run, work
 from featcache.probes.spec import logit_offset
-from featcache.probes.stack import blocks, predict, train_block
+from featcache.probes.stack import train_block
 from featcache.store.reader import open_store
-
-SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
 def train_probes(grid, store=None, run=None, device=None, seed=0):
@@ -45,7 +39,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
     splits = _roles(checked, opened)
-    specs = _resolve(checked, opened)
+    specs = _resolve(checked, opened, splits["train"])
     metrics = TASK_METRICS[opened.task]
     metric = checked.metric or metrics[0]
     if metric not in metrics:
@@ -69,38 +63,6 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
 
 
-def finish_run(folder, specs, store, splits, basis, select, device, started):
-    """Score a run's probes, write scores.csv and history.csv, then run.json, which makes it a finished run.
-
-    specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
-    run.json: the store's id and path, the `key` that marks it finished. select: {metric, split} for run.json. started:
-    time.monotonic() of the beginning. Returns the Run.
-    """
-    metrics = TASK_METRICS[store.task]
-    scores = _score(folder, specs, store, splits, metrics, device)
-    write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
-    write_whole(folder / "history.csv", _to_csv(_history(folder, specs), ("probe", "epoch", "loss")))
-    labels = {role: _labels(store, names) for role, names in splits.items()}
-    identity = store.manifest.identity
-    summary = basis | {
-        "arch": identity["arch"],
-        "weights_sha256": identity["weights_sha256"],
-        "preprocessing": identity["preprocessing"],
-        "dataset": identity["dataset"]["name"],
-        "select": select,
-        "classes": list(store.classes),
-        "probes": len(specs),
-        "diverged": [s.id for s in specs if load_probe(folder, s.id).diverged is not None],
-        "rows": {role: len(rows) for role, rows in labels.items()},
-        "chance": {r: {m: chance(m, rows, len(store.classes)) for m in metrics} for r, rows in labels.items()},
-        "device": str(device),
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
-    }
-    write_whole(folder / FILE, json.dumps(summary, indent=1) + "\n")
-    return open_run(folder)
-
-
 def _roles(grid, store):
     """Return {role: splits}: the grid's, without a test split that it does not name and the store does not have."""
     roles = dict(grid.splits)
@@ -116,9 +78,10 @@ def _roles(grid, store):
     return roles
 
 
-def _resolve(grid, store):
-    """Return the specs with their features as the store names them; refuse what would be another model."""
+def _resolve(grid, store, training):
+    """Return the specs with features and views as the store has them; refuse what would be another model."""
     specs = []
+    views = {name: store[name].views for name in training}
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
         if feature.reduction == "pooled" and not spec.head.pools_first:
@@ -127,8 +90,26 @@ def _resolve(grid, store):
                 f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
             )
         head = replace(spec.head, offset=logit_offset(spec.head.offset, len(store.classes)))
-        specs.append(replace(spec, features=str(feature), head=head))
+        specs.append(replace(spec, features=str(feature), head=head, views=_resolve_views(spec, store, views)))
+    if len({spec.id for spec in specs}) < len(specs):
+        raise BadInput(
+            f"the grid names a probe twice: features and views that it writes differently are one in store {store.path}"
+        )
     return specs
+
+
+def _resolve_views(spec, store, views):
+    """The number of views that a probe trains on. views: {training split: how many the store has}."""
+    if spec.views is None and len(set(views.values())) == 1:
+        return next(iter(views.values()))
+    if spec.views is not None and spec.views <= min(views.values()):
+        return spec.views
+    there = ", ".join(f"{count} of {name}" for name, count in views.items())
+    asked = "all views" if spec.views is None else f"{spec.views} views"
+    raise BadInput(
+        f"probe group {spec.name!r} trains on {asked}; store {store.path} has {there}: write views: 0 for the "
+        "images as they are, or extract with --views"
+    )
 
 
 def _finished(folder, basis, key):
@@ -156,59 +137,17 @@ def _begin(folder, basis, resolved):
         raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
 
 
-def _labels(store, splits):
-    return torch.from_numpy(np.concatenate([store[name].labels for name in splits]))
-
-
-def _features(store, splits, feature, pool, device):
-    """Load a feature of a union of splits: [N, D], or [N, D, S] for a map, in the store's dtype.
-
-    pool: average the map over positions now, in float32, exact for a plain linear head.
-    """
-    arrays = [store[name][feature] for name in splits]
-    rows, bytes_ = sum(len(a) for a in arrays), sum(a.nbytes for a in arrays)
-    pooled = pool and arrays[0].ndim == 4
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not pooled and bytes_ > free:
-        raise BadInput(
-            f"feature {feature} of {'+'.join(splits)} needs {bytes_ / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-        )
-    if pooled:
-        result = np.empty((rows, arrays[0].shape[1]), dtype=np.float32)
-        at = 0
-        for array in arrays:
-            for start in range(0, len(array), 256):
-                part = array[start : start + 256].astype(np.float32).mean((2, 3))
-                result[at : at + len(part)] = part
-                at += len(part)
-    else:
-        result = arrays[0][:] if len(arrays) == 1 else np.concatenate([a[:] for a in arrays])
-        result = result.reshape(*result.shape[:2], -1) if result.ndim == 4 else result
-    return torch.from_numpy(result).to(device)
-
-
-def _work(folder, specs, store):
-    """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
-    inputs = {}
-    for spec in specs:
-        inputs.setdefault((spec.features, spec.head.pools_first), []).append(spec)
-    for (feature, pool), members in inputs.items():
-        shape = next(iter(store.manifest.features[f]["shape"] for f in store.manifest.features if f == feature))
-        positions = 1 if pool or len(shape) == 1 else int(np.prod(shape[1:]))
-        yield blocks(members, shape[0], positions, len(store.classes)), feature, pool
-
-
 def _train_missing(folder, specs, store, splits, device, seed):
     missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
     if len(missing) < len(specs):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
     if not missing:
         return
-    labels = _labels(store, splits["train"]).to(device)
+    labels = load_labels(store, splits["train"]).to(device)
     total = sum(s.epochs for s in missing)
     with tqdm(total=total, unit="probe-epoch", desc=f"train {len(missing)} probes") as progress:
-        for group, feature, pool in _work(folder, missing, store):
-            features = _features(store, splits["train"], feature, pool, device)
+        for group, feature, pool in work(missing, store):
+            features = TrainingViews(store, splits["train"], feature, pool, device)
             for block in group:
                 trained = train_block(
                     block, features, labels, len(store.classes), seed, lambda n=len(block): progress.update(n)
@@ -221,40 +160,3 @@ def _train_missing(folder, specs, store, splits, device, seed):
                             f"{probe.diverged + 1}; its scores are empty",
                             err=True,
                         )
-
-
-def _score(folder, specs, store, splits, metrics, device):
-    rows = {}
-    names = {s.id: s.name for s in specs}
-    with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
-        for role, parts in splits.items():
-            labels = _labels(store, parts)
-            for group, feature, pool in _work(folder, specs, store):
-                features = _features(store, parts, feature, pool, device)
-                for block in group:
-                    weights = [load_probe(folder, s.id).weights for s in block]
-                    logits = predict(block, weights, features, len(store.classes))
-                    for metric in metrics:
-                        for spec, (value, low, high) in zip(block, score(metric, logits, labels), strict=True):
-                            head = (spec.id, names[spec.id], role, metric, value, low, high, spec.epochs)
-                            rows[spec.id, role, metric] = dict(zip(SCORE_COLUMNS, head, strict=True)) | spec.flat()
-                    progress.update(len(block))
-    return [rows[s.id, role, metric] for s in specs for role in splits for metric in metrics]
-
-
-def _history(folder, specs):
-    for spec in specs:
-        for epoch, loss in enumerate(load_probe(folder, spec.id).losses, 1):
-            yield {"probe": spec.id, "epoch": epoch, "loss": loss}
-
-
-def _to_csv(rows, first):
-    """CSV text with the columns `first`, then all others in order of appearance. NaN is an empty field."""
-    rows = list(rows)
-    columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and v != v else v for k, v in row.items()})
-    return text.getvalue()

@@ -41,7 +41,7 @@ def convert(store, format=None, out=None, compression=None):
     if FILE in target.names():
         check_same(target, manifest)
     with target.locked(f"waiting: another process is writing {target}"):
-        arrays = {split: with_axes(source[split].arrays()) for split in source.splits}
+        arrays = {split: with_axes(source[split].arrays()) for split in source.manifest.splits}
         manifest = create_store(target, manifest, arrays)
         todo = missing_shards(target, manifest)
         rows = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))

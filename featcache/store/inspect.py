@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from featcache.store.marker import committed
@@ -21,19 +20,10 @@ class Statistics:
 
 
 def describe(store):
-    """Open a store, whole or not, and count its shards: (Store, {split: (committed, all)})."""
+    """Open a store, whole or not, and count its shards: (Store, {split or view: (committed, all)})."""
     opened = Store(store)
     manifest = opened.manifest
-    return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in opened.splits}
-
-
-def class_counts(split):
-    """How often each class is present, and how often difficult: two int64 [C]."""
-    labels = split.labels
-    classes = len(split.store.classes)
-    if labels.ndim == 1:
-        return np.bincount(labels[labels >= 0], minlength=classes), np.zeros(classes, np.int64)
-    return (labels == 1).sum(0), (labels == -1).sum(0)
+    return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in manifest.splits}
 
 
 def statistics(array, progress=None):
@@ -62,7 +52,7 @@ def statistics(array, progress=None):
 
 
 def inspect(store):
-    """Return {split: {feature: Statistics}} of a store's features; splits that are not whole are left out."""
+    """Return {split: {feature: Statistics}} of a store's features; splits and views that are not whole are left out."""
     opened, shards = describe(store)
     whole = [split for split, (there, total) in shards.items() if there == total]
     arrays = [(split, name, opened[split][name]) for split in whole for name in opened.manifest.features]

@@ -84,7 +84,7 @@ def identity_hash(identity):
 def plan(identity, rows, shapes, dtype, aliases, classes, task, compute, storage):
     """Lay out a store: shard and chunk sizes follow from the bytes of a row.
 
-    rows: {split: N}. shapes: {Feature: shape of one row}. dtype: of STORED. The others as in
+    rows: {split: N}, views as view_group names them. shapes: {Feature: shape of one row}. dtype: of STORED. The others as in
     Manifest, whose `files` stay empty here. All features of a split have the same rows per shard;
     chunks are powers of two of rows, so that they divide it.
     """
@@ -154,6 +154,16 @@ def difference(old, new, prefix=""):
         elif a != b:
             lines.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
     return lines
+
+
+def view_group(split, view):
+    """Name of the group that holds a view of a split; view 0 is the split itself."""
+    return f"{split}@{view}" if view else split
+
+
+def split_of(group):
+    """The split that a group is a view of; a split is its own."""
+    return group.partition("@")[0]
 
 
 def feature_of(name):

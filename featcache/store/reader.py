@@ -8,9 +8,9 @@ from featcache.errors import BadInput, nearest
 from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
-from featcache.store.manifest import read_manifest
+from featcache.store.manifest import read_manifest, split_of, view_group
 from featcache.store.marker import committed, remedy
-from featcache.store.records import AXES, ids_of
+from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of
 
 
 def open_store(path):
@@ -20,7 +20,7 @@ def open_store(path):
     damaged, or shards are missing (named).
     """
     store = Store(path)
-    for split in store.splits:
+    for split in store.manifest.splits:
         total, there = store.manifest.shards(split), committed(store.folder, store.manifest, split)
         if len(there) < total:
             missing = min(set(range(total)) - there)
@@ -46,8 +46,8 @@ class Store:
 
     @property
     def splits(self):
-        """Names of the splits, in order."""
-        return tuple(self._splits)
+        """Names of the splits, in order, without views."""
+        return tuple(split for split in self._splits if split_of(split) == split)
 
     def __getitem__(self, split):
         if split not in self._splits:
@@ -60,7 +60,8 @@ class Store:
 class Split:
     """One split of a store: its features by name, and its ids, labels, boxes and sizes.
 
-    `split["layer4:spatial"]` is array-like; aliases such as `last:pooled` work too.
+    `split["layer4:spatial"]` is array-like; aliases such as `last:pooled` work too. A view of a split
+    is one too, with features of its own; its sizes and boxes are those of the original images.
     """
 
     def __init__(self, store, name):
@@ -74,16 +75,34 @@ class Split:
         manifest = self.store.manifest
         return FeatureArray(self.store.folder, manifest, self.name, manifest.feature(feature))
 
+    @property
+    def views(self):
+        """How many augmented views the split has, beside itself."""
+        return sum(split_of(group) == split_of(self.name) for group in self.store.manifest.splits) - 1
+
+    def view(self, number):
+        """View `number` of the split; 0 is the split itself. Raises BadInput if there is none."""
+        if not 0 <= number <= self.views:
+            raise BadInput(
+                f"split {split_of(self.name)} of store {self.store.path} has {self.views} views, no {number}"
+            )
+        return self.store[view_group(split_of(self.name), number)]
+
+    @property
+    def _names(self):
+        return RECORD_ARRAYS if split_of(self.name) == self.name else VIEW_ARRAYS
+
     def _array(self, name):
         folder = self.store.folder
+        group = self.name if name in self._names else split_of(self.name)
         try:
-            return FORMATS[self.store.manifest.storage["format"]].read_array(folder, self.name, name)
+            return FORMATS[self.store.manifest.storage["format"]].read_array(folder, group, name)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"damaged array {self.name}/{name} of store {folder}: {error}; {remedy(folder)}") from None
+            raise BadInput(f"damaged array {group}/{name} of store {folder}: {error}; {remedy(folder)}") from None
 
     def arrays(self):
         """The small arrays of the split, {name: array}."""
-        return {name: self._array(name) for name in AXES}
+        return {name: self._array(name) for name in self._names}
 
     @cached_property
     def ids(self):
@@ -94,6 +113,13 @@ class Split:
     def labels(self):
         """int8 [N, C] with 1, 0, -1 (only difficult) if multi-label, int64 [N] if single-label."""
         return self._array("labels")
+
+    @cached_property
+    def augmentation(self):
+        """Of a view, int32 [N, 5]: top, left, height, width of the crop in pixels of the original image, flip."""
+        if split_of(self.name) == self.name:
+            raise BadInput(f"split {self.name} is not augmented; its views are: see Split.view")
+        return self._array("augmentation")
 
     @cached_property
     def sizes(self):

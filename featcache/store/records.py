@@ -11,7 +11,10 @@ AXES = {
     "box_classes": ("box",),
     "box_difficult": ("box",),
     "box_offsets": ("bound",),
+    "augmentation": ("row", "crop"),
 }
+RECORD_ARRAYS = ("ids", "labels", "sizes", "image_bytes", "boxes", "box_classes", "box_difficult", "box_offsets")
+VIEW_ARRAYS = ("ids", "labels", "augmentation")
 
 
 def with_axes(arrays):
@@ -34,6 +37,11 @@ def record_arrays(dataset, split):
         "box_difficult": np.concatenate([r.box_difficult for r in records]).astype(np.uint8),
         "box_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     }
+
+
+def view_arrays(arrays, augmentation):
+    """The small arrays of a view, {name: array}, from those of its split and its augmentation, int32 [N, 5]."""
+    return {"ids": arrays["ids"], "labels": arrays["labels"], "augmentation": augmentation}
 
 
 def ids_of(array):

@@ -1,0 +1,244 @@
+"""Checkpoint files to nested dicts of tensors, without ever running code from them.
+
+Reads what torch.save writes (with weights_only=True), TorchScript archives (their tensors alone),
+.safetensors, and folders of sharded safetensors. What a file claims is checked before memory is
+spent on it.
+"""
+
+import io
+import json
+import math
+import pickle
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import safetensors
+import torch
+
+from featcache.backbones.pickle_scan import Scan, StandIn, scan_legacy, scan_pickle
+from featcache.errors import BadInput
+
+# A tensor may be larger than its storage if it repeats it; this much is no attack.
+SLACK_BYTES = 16 << 20
+# Training frameworks store such objects beside the tensors. They are replaced by stand-ins: nothing
+# of theirs is imported or run.
+BYSTANDERS = (
+    "argparse.", "collections.defaultdict", "collections.deque", "datetime.", "numpy.", "omegaconf.",
+    "pathlib.", "mmengine.", "mmcv.", "vissl.", "classy_vision.", "easydict.", "pytorch_lightning.", "lightning.",
+    "lightning_fabric.", "typing.", "builtins.getattr", "builtins.slice",
+    "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str", "builtins.tuple",
+)  # fmt: skip
+DICTS = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict")
+LISTS = ("deque",)
+
+
+def read_checkpoint(path):
+    """Return the content of a checkpoint, nested dicts and lists with tensors on the CPU.
+
+    Raises BadInput, naming the path, when it is missing, no checkpoint, damaged, needs code
+    execution, or claims tensors that are larger than the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise BadInput(f"checkpoint not found: {path}")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{" and start[:1] != b"\x80":
+        return _read_safetensors(path)
+    if start[:2] == b"PK":
+        return _read_zip(path)
+    if start[:1] == b"\x80":
+        return _read_legacy(path)
+    raise BadInput(f"not a PyTorch checkpoint: {path} ({_guess(start)}); expected a file of torch.save or .safetensors")
+
+
+def _guess(start):
+    if not start:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer: fetch the file itself with git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "is a web page, not the download itself"
+    return f"begins with {start[:24]!r}"
+
+
+def _damaged(path, error):
+    reason = str(error).split("\n")[0][:200] or type(error).__name__
+    return BadInput(f"damaged checkpoint {path}: {reason} (a truncated download?)")
+
+
+def _read_safetensors(path):
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read_folder(path):
+    """Read a folder of safetensors: one file, or shards that an index names, which must all be there."""
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indexes) > 1 or (not indexes and len(files) != 1):
+        there = ", ".join(f.name for f in (indexes or files)) or "none"
+        raise BadInput(
+            f"checkpoint {path} is a folder; expected *.safetensors.index.json with its shards, or one .safetensors "
+            f"file in it (there: {there})"
+        )
+    if not indexes:
+        return _read_safetensors(files[0])
+    try:
+        places = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
+        lost = [name for name in shards if Path(name).name != name or not (path / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(indexes[0], error) from None
+    if lost:
+        raise BadInput(f"checkpoint {path} lacks the shard {lost[0]} that {indexes[0].name} names")
+    tensors = {}
+    for name in shards:
+        content = _read_safetensors(path / name)
+        tensors |= {key: value for key, value in content.items() if places.get(key) == name}
+    missing = [key for key in places if key not in tensors]
+    if missing:
+        raise BadInput(
+            f"checkpoint {path}: {places[missing[0]]} does not hold {missing[0]!r}, which the index promises"
+        )
+    return tensors
+
+
+def _read_zip(path):
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # TorchScript squeezes its source text, which is not looked at.
+            entries = [e for e in archive.infolist() if "/code/" not in e.filename]
+            squeezed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+            if squeezed:
+                raise BadInput(
+                    f"not a PyTorch checkpoint: {path} holds compressed entries ({squeezed[0]}), which torch.save never "
+                    "writes; if it is an archive, unpack it first"
+                )
+            if sum(e.file_size for e in entries) > size:
+                raise BadInput(f"damaged checkpoint {path}: its entries claim more bytes than the file has")
+            pickles = [e for e in entries if e.filename.split("/")[1:] == ["data.pkl"]]
+            if len(pickles) != 1:
+                raise BadInput(f"not a PyTorch checkpoint: {path} is a zip archive without data.pkl; unpack it first")
+            folder = pickles[0].filename.split("/")[0]
+            records = {e.filename.removeprefix(f"{folder}/data/"): e.file_size for e in entries}
+            if len(entries) < len(archive.infolist()):
+                return _read_torchscript(path, archive, pickles[0], folder, records)
+            scan = scan_pickle(archive.read(pickles[0]))
+    except BadInput:
+        raise
+    except Exception as error:  # A damaged pickle or archive can raise anything.
+        raise _damaged(path, error) from None
+    _check_claims(path, scan, size, records)
+    # Mapped, so that optimiser states and other encoders are never read.
+    return _load(path, scan, mmap=True)
+
+
+def _read_legacy(path):
+    try:
+        with open(path, "rb") as file:
+            scan = scan_legacy(file)
+    except Exception as error:  # As above.
+        raise _damaged(path, error) from None
+    _check_claims(path, scan, path.stat().st_size)
+    return _load(path, scan, mmap=False)
+
+
+def _check_claims(path, scan, size, records=None):
+    """Compare what the tensors claim with the bytes that are there."""
+    for key, (kind, elements) in scan.storages.items():
+        needed = elements * _itemsize(kind)
+        held = size if records is None else records.get(key, 0)
+        if needed < 0 or needed > held:
+            raise BadInput(
+                f"damaged checkpoint {path}: storage {key} claims {needed} bytes, the file has {held} for it"
+            )
+    for elements, stored, kind in scan.tensors:
+        if elements > stored and elements * _itemsize(kind) > size + SLACK_BYTES:
+            raise BadInput(
+                f"checkpoint {path} holds a tensor of {elements} elements on a storage of {stored}: an absurd shape"
+            )
+
+
+def _itemsize(kind):
+    sizes = {
+        "Double": 8,
+        "Long": 8,
+        "Half": 2,
+        "BFloat16": 2,
+        "Short": 2,
+        "Char": 1,
+        "Byte": 1,
+        "Bool": 1,
+        "Untyped": 1,
+    }
+    return sizes.get(kind.removesuffix("Storage"), 4)
+
+
+def _load(path, scan, mmap):
+    bystanders = [_bystander(name) for name in scan.globals if name.startswith(BYSTANDERS)]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(bystanders):
+            # torch warns of odd pickle protocols; such a file loads, or is named below.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        ours = ("torch.", "collections.", *BYSTANDERS)
+        foreign = sorted(name for name in scan.globals if not name.startswith(ours)) or sorted(scan.globals)
+        raise BadInput(
+            f"checkpoint {path} needs code execution to load{f' ({foreign[0]})' if foreign else ''}; featcache "
+            'refuses that. If you trust the file, convert it in a sandbox: python -c "import torch; '
+            "c = torch.load('in.pth', weights_only=False); torch.save(c.get('state_dict', c), 'out.pth')\""
+        ) from None
+    except Exception as error:  # As above.
+        raise _damaged(path, error) from None
+
+
+def _bystander(path):
+    """A class that torch takes for the global of that name: inert, as StandIn is."""
+    module, _, name = path.rpartition(".")
+
+    def make(cls, *args):
+        return {} if name in DICTS else [] if name in LISTS else object.__new__(cls)
+
+    members = {"__module__": module, "__qualname__": name, "__new__": make}
+    return types.new_class(name, (StandIn,), exec_body=lambda space: space.update(members))
+
+
+def _read_torchscript(path, archive, entry, folder, records):
+    """The tensors of a TorchScript archive, {"a.b.weight": tensor}; its code is not looked at."""
+
+    def tensor(kind, key, offset, size, stride):
+        dtype = getattr(torch, {"Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
+                                "Long": "int64", "Int": "int32", "Bool": "bool", "Byte": "uint8", "Char": "int8",
+                                "Short": "int16"}[kind.removesuffix("Storage")])  # fmt: skip
+        width, stride = dtype.itemsize, tuple(stride)
+        reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if math.prod(size) else 0
+        if reach * width > records.get(key, 0) or min((0, *stride)) < 0:
+            raise ValueError(f"tensor {size} reaches beyond its storage {key}")
+        if not math.prod(size):
+            return torch.empty(size, dtype=dtype)
+        data = torch.frombuffer(bytearray(archive.read(f"{folder}/data/{key}")), dtype=dtype)
+        return data.as_strided(size, stride, offset)
+
+    content = Scan(io.BytesIO(archive.read(entry)), tensor).load()
+    tensors = {}
+
+    def walk(item, prefix):
+        if isinstance(item, StandIn) and isinstance(item.state, dict):
+            for name, value in item.state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{prefix}{name}"] = value
+                else:
+                    walk(value, f"{prefix}{name}.")
+
+    walk(content, "")
+    return tensors

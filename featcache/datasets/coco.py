@@ -1,0 +1,158 @@
+"""COCO 2014 and 2017: instances_{train,val}YEAR.json through pycocotools (Lin et al., ECCV 2014)."""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from featcache.datasets.augmentation import MULTI_LABEL
+from featcache.datasets.layout import (
+    archives,
+    known_splits,
+    read_json,
+    require_folder,
+    wrong_layout,
+)
+from featcache.datasets.record import Dataset, Record
+from featcache.errors import BadInput
+
+SPLITS = ("train", "val")
+# The input side with which the reference project probes COCO.
+PROTOCOL_SIZE = 448
+# What every entry of an instances file must have, for what is read here.
+FIELDS = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "categories": {"id": int, "name": str},
+    "annotations": {"id": int, "image_id": int, "category_id": int},
+}
+TREE = """
+annotations/instances_{split}{year}.json
+{split}{year}/*.jpg                          (or images/{split}{year}/)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CocoMasks:
+    """The masks of one image's boxes: ids of annotations in an instances file."""
+
+    annotations: str
+    ids: tuple[int, ...]
+
+    def read(self):
+        """bool [M, H, W], in the order of the boxes. The first call reads the annotation file."""
+        coco = _open_kept(self.annotations)
+        return np.stack([coco.annToMask(coco.anns[i]).astype(bool) for i in self.ids])
+
+
+def read_coco(root, year, splits=None):
+    """Read COCO's instances as multi-label records with boxes, masks and crowd flags.
+
+    root: the folder that holds annotations/ and the image folders. Images are in the order of their
+    ids, classes in that of the category ids: 80. Of the annotations are dropped, as in mmpretrain:
+    those flagged `ignore`, without pixels of the image, of area <= 0, or less than 1 pixel wide or
+    high. A class is present (1) if any other annotation shows it, crowds included. Images without
+    labels stay.
+    """
+    require_folder(root)
+    read = {split: _read_split(root, f"{split}{year}", split, year) for split in known_splits(splits, SPLITS, "COCO")}
+    names = {split: classes for split, (classes, _) in read.items()}
+    first, classes = next(iter(names.items()))
+    for split, others in names.items():
+        if others != classes:
+            raise BadInput(f"{root}: the categories of {split} are not those of {first}")
+    return Dataset(
+        name=f"coco{year}",
+        classes=classes,
+        task="multi-label",
+        splits={split: records for split, (_, records) in read.items()},
+        size=PROTOCOL_SIZE,
+        augmentation=MULTI_LABEL,
+    )
+
+
+def _read_split(root, name, split, year):
+    """Return (class names, records)."""
+    tree = TREE.format(split=split, year=year)
+    annotations = root / "annotations" / f"instances_{name}.json"
+    if not annotations.is_file():
+        raise wrong_layout(root, f"no annotations/{annotations.name} in {root}", tree, annotations.parent)
+    folder = next((f for f in (root / name, root / "images" / name) if f.is_dir()), None)
+    if folder is None or archives(folder):
+        raise wrong_layout(root, f"no image folder {name} in {root}", tree, folder or root / "images")
+    coco = _open(annotations)
+    index = {category: n for n, category in enumerate(sorted(coco.cats))}
+    classes = tuple(coco.cats[category]["name"] for category in index)
+    return classes, tuple(_record(coco, coco.imgs[i], str(annotations), folder, index) for i in sorted(coco.imgs))
+
+
+def _open(path):
+    from pycocotools.coco import COCO
+
+    parsed = read_json(path)
+    for key, fields in FIELDS.items():
+        entries = parsed.get(key) if isinstance(parsed, dict) else None
+        if not isinstance(entries, list) or not (entries or key == "annotations"):
+            raise BadInput(f"annotation {path}: {key!r} must be a list with entries")
+        seen = set()
+        for n, entry in enumerate(entries):
+            for field, kind in fields.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    raise BadInput(f"annotation {path}: {key} entry {n} lacks {field!r}, or it is no {kind.__name__}")
+            if entry["id"] in seen:
+                raise BadInput(f"annotation {path}: {key} id {entry['id']} comes twice")
+            seen.add(entry["id"])
+    images, categories = ({entry["id"] for entry in parsed[key]} for key in ("images", "categories"))
+    for found in parsed["annotations"]:
+        for field, known in (("image_id", images), ("category_id", categories)):
+            if found[field] not in known:
+                raise BadInput(f"annotation {path}: annotation {found['id']} has an unknown {field}: {found[field]}")
+    coco = COCO()
+    coco.dataset = parsed
+    # It prints its progress.
+    with contextlib.redirect_stdout(None):
+        coco.createIndex()
+    return coco
+
+
+_open_kept = lru_cache(maxsize=2)(_open)
+
+
+def _record(coco, image, annotations, folder, index):
+    height, width = image["height"], image["width"]
+    kept = [found for found in coco.imgToAnns[image["id"]] if _counts(found, height, width, annotations)]
+    labels = np.zeros(len(index), np.int8)
+    box_classes = np.array([index[found["category_id"]] for found in kept], np.int64)
+    labels[box_classes] = 1
+    boxes = np.array([found["bbox"] for found in kept], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Record(
+        id=str(image["id"]),
+        image=os.path.join(folder, image["file_name"]),
+        labels=labels,
+        height=height,
+        width=width,
+        boxes=boxes.astype(np.float32),
+        box_classes=box_classes,
+        box_difficult=np.zeros(len(kept), bool),
+        box_crowd=np.array([bool(found.get("iscrowd")) for found in kept], bool),
+        masks=CocoMasks(annotations, tuple(found["id"] for found in kept)) if kept else None,
+    )
+
+
+def _counts(found, height, width, path):
+    """Whether an annotation is one of the protocol's. Raises BadInput if its box is none."""
+    box, area = found.get("bbox"), found.get("area", 1)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in (*box, area)):
+        raise BadInput(
+            f"annotation {path}: annotation {found['id']} needs a bbox [x, y, width, height] and a number as area"
+        )
+    x, y, w, h = box
+    inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+    return not found.get("ignore") and inside and area > 0 and w >= 1 and h >= 1
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,167 @@
+"""ImageNet-1k (ILSVRC2012): class folders, or flat with a list or the devkit; subset lists too."""
+
+import os
+import re
+
+from featcache.datasets.layout import (
+    archives,
+    first_file,
+    folders_in,
+    images_by_class,
+    images_in,
+    read_lines,
+    read_list,
+    require_folder,
+    wrong_layout,
+)
+from featcache.datasets.record import Dataset, Record
+from featcache.errors import BadInput
+
+SPLITS = ("train", "val")
+TREE = """
+train/n01440764/*.JPEG ...
+val/n01440764/*.JPEG ...                        or val/*.JPEG with one of
+meta/val.txt                                        (lines "ILSVRC2012_val_00000001.JPEG 65")
+ILSVRC2012_devkit_t12/data/                         (as its archive unpacks)
+train_labeled_1percent.txt, 1percent.txt ...    for the split train-1percent; also in meta/
+"""
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+def read_imagenet(root, splits=None):
+    """Read ImageNet as single-label records; class names are the sorted wnids, as torchvision's ImageFolder has them.
+
+    splits: train, val, and subsets such as train-1percent, which a list names. Where there is a list
+    it tells images, order and labels, as in mmpretrain; else the class folders do, else the devkit.
+    The id of a record is the image's file name without suffix.
+    Raises BadInput for a list whose labels contradict the wnids in its file names.
+    """
+    require_folder(root)
+    wnids = _wnids(root)
+    return Dataset(
+        name="imagenet",
+        classes=wnids,
+        task="single-label",
+        splits={split: _records(root, split, wnids) for split in tuple(splits or SPLITS)},
+        resize="crop",
+    )
+
+
+def _wnids(root):
+    """The sorted wnids, from the class folders, else from the folders that the lists name, else from the devkit."""
+    for split in SPLITS:
+        found = folders_in(root / split)
+        packed = [p for p in archives(root / split) if p.name.split(".")[0] not in found]
+        if packed:
+            raise wrong_layout(root, f"{root / split} is only half unpacked", TREE, root / split)
+        if found:
+            return tuple(found)
+    for split in SPLITS:
+        listed = _list_of(root, split)
+        found = {_wnid_of(image) for _, image, _ in read_list(listed)} if listed else set()
+        if found and None not in found:
+            return tuple(sorted(found))
+    devkit = _devkit(root)
+    if devkit:
+        return tuple(sorted(_synsets(devkit).values()))
+    raise wrong_layout(root, f"cannot tell ImageNet's classes in {root}", TREE)
+
+
+def _records(root, split, wnids):
+    base, _, subset = split.partition("-")
+    folder = root / base
+    if base not in SPLITS:
+        raise BadInput(f"imagenet has no split {split!r} (it has train, val, and subsets such as train-1percent)")
+    if not folder.is_dir():
+        raise wrong_layout(root, f"no folder {folder}", TREE)
+    listed, devkit = _list_of(root, split), _devkit(root)
+    if listed:
+        found = _read_listed(listed, folder, wnids)
+    elif not subset and folders_in(folder):
+        found = images_by_class(folder, wnids)
+    elif not subset and split == "val" and devkit:
+        found = _read_devkit(devkit, folder, wnids)
+    else:
+        raise wrong_layout(
+            root, f"no list of the split {split} in {root}" if subset else f"no labels of {folder}", TREE
+        )
+    return tuple(Record(id=os.path.splitext(os.path.basename(p))[0], image=p, labels=label) for p, label in found)
+
+
+def _list_of(root, split):
+    """The list of a split, by the names that mmpretrain, OpenMixup and SimCLR give it, or None."""
+    base, _, subset = split.partition("-")
+    names = [f"{base}_labeled_{subset}.txt", f"{base}_{subset}.txt", f"{subset}.txt"]
+    if not subset:
+        names = [f"{base}.txt", f"{base}_labeled.txt", f"{base}_labeled_full.txt"]
+    places = (root / "meta", root, root.parent / "meta" / "ImageNet")
+    return first_file(place / name for place in places for name in names)
+
+
+def _wnid_of(image):
+    """The wnid that a relative path shows: its folder, or what its file name begins with; else None."""
+    found = re.search(r"(?:^|/)(n\d{8})[/_]", image)
+    return found and found.group(1)
+
+
+def _read_listed(path, folder, wnids):
+    """Yield (path, label). The label is the list's, or else that of the wnid in the file's name."""
+    nested, index = bool(folders_in(folder)), {wnid: n for n, wnid in enumerate(wnids)}
+    for number, image, label in read_list(path):
+        wnid = _wnid_of(image)
+        if wnid is not None and wnid not in index:
+            raise BadInput(f"{path} line {number}: {wnid} is none of the {len(wnids)} classes")
+        if label is None and wnid is None:
+            raise BadInput(f"{path} line {number}: {image} has no label, and no wnid in its name")
+        if label is not None and label >= len(wnids):
+            raise BadInput(f"{path} line {number}: label {label} is out of range, there are {len(wnids)} classes")
+        if label is not None and wnid is not None and wnids[label] != wnid:
+            raise BadInput(f"{path} line {number}: label {label} is {wnids[label]}, the file is of {wnid}")
+        label = index[wnid] if label is None else label
+        if nested and "/" not in image:
+            image = f"{wnids[label]}/{image}"
+        yield os.path.join(folder, image), label
+
+
+def _devkit(root):
+    """The devkit's data folder, or None."""
+    places = (root / "ILSVRC2012_devkit_t12" / "data", root / "devkit" / "data", root / "data", root)
+    found = first_file(place / GROUND_TRUTH for place in places)
+    return found and found.parent
+
+
+def _synsets(devkit):
+    """{ILSVRC2012_ID: wnid} of the 1000 leaves, from map_clsloc.txt, else from meta.mat, which needs scipy."""
+    if (devkit / "map_clsloc.txt").is_file():
+        words = [line.split() for _, line in read_lines(devkit / "map_clsloc.txt")]
+        return {int(number): wnid for wnid, number, *_ in words}
+    meta = devkit / "meta.mat"
+    if not meta.is_file():
+        raise BadInput(f"{devkit / GROUND_TRUTH} numbers the classes by {meta}, which is missing")
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise BadInput(
+            f"{meta} needs scipy: pip install scipy, or sort the images of val into class folders, or give meta/val.txt"
+        ) from None
+    try:
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        leaves = synsets[synsets["num_children"] == 0]
+        return {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
+    # scipy's own errors of a damaged file have no common base.
+    except Exception as error:
+        raise BadInput(f"cannot read {meta}: {error}") from None
+
+
+def _read_devkit(devkit, folder, wnids):
+    synsets, images = _synsets(devkit), images_in(folder)
+    lines = read_lines(devkit / GROUND_TRUTH)
+    if len(lines) != len(images):
+        raise BadInput(f"{devkit / GROUND_TRUTH} has {len(lines)} lines, {folder} holds {len(images)} images")
+    found = []
+    for (number, line), image in zip(lines, images, strict=True):
+        wnid = synsets.get(int(line)) if line.isdecimal() else None
+        if wnid not in wnids:
+            raise BadInput(f"{devkit / GROUND_TRUTH} line {number}: {line!r} is the number of no class")
+        found.append((image, wnids.index(wnid)))
+    return found

@@ -1,0 +1,60 @@
+"""iNaturalist 2018 (Van Horn et al., CVPR 2018): train2018.json and val2018.json beside train_val2018/."""
+
+import os
+
+from featcache.datasets.layout import (
+    known_splits,
+    read_json,
+    require_folder,
+    wrong_layout,
+)
+from featcache.datasets.record import Dataset, Record
+from featcache.errors import BadInput
+
+SPLITS = ("train", "val")
+TREE = """
+train2018.json
+val2018.json
+train_val2018/Aves/2820/*.jpg ...
+"""
+
+
+def read_inaturalist2018(root, splits=None):
+    """Read iNaturalist 2018 as single-label records, in the order of the image ids; 8142 classes in that of theirs."""
+    require_folder(root)
+    classes, read = None, {}
+    for split in known_splits(splits, SPLITS, "inaturalist2018"):
+        path = root / f"{split}2018.json"
+        if not path.is_file() or not (root / "train_val2018").is_dir():
+            missing = "train_val2018" if path.is_file() else path.name
+            raise wrong_layout(root, f"no {missing} in {root}", TREE)
+        parsed = read_json(path)
+        try:
+            names = {c["id"]: str(c["name"]) for c in parsed["categories"]}
+            index = {category: n for n, category in enumerate(sorted(names))}
+            labels = {a["image_id"]: index[a["category_id"]] for a in parsed["annotations"]}
+            read[split] = tuple(
+                _record(root, image, labels) for image in sorted(parsed["images"], key=lambda i: i["id"])
+            )
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"annotation {path}: broken or missing entry {error}") from None
+        if classes not in (None, names):
+            raise BadInput(f"{path}: its categories are not those of {SPLITS[0]}2018.json")
+        classes = names
+    return Dataset(
+        name="inaturalist2018",
+        classes=tuple(classes[category] for category in sorted(classes)),
+        task="single-label",
+        splits=read,
+        resize="crop",
+    )
+
+
+def _record(root, image, labels):
+    return Record(
+        id=str(image["id"]),
+        image=os.path.join(root, image["file_name"]),
+        labels=labels[image["id"]],
+        height=image.get("height"),
+        width=image.get("width"),
+    )

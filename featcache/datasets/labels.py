@@ -1,0 +1,83 @@
+"""From labels as people write them, names or indices, one or several an image, to a Dataset of class indices."""
+
+import numbers
+
+import numpy as np
+
+from featcache.datasets.layout import known_splits
+from featcache.datasets.record import Dataset
+from featcache.errors import BadInput
+
+# No dataset has more classes; a larger index is some other number, such as an id.
+MOST_CLASSES = 1_000_000
+
+
+def index_labels(values, where, names=None):
+    """Return (class names, task, labels) of the labels of all images of all splits together.
+
+    values: for each image a label, or a list of labels (then all are multi-label). A label is an
+    index from 0, also written as digits, or a class name. where: function from the position in
+    `values` to words for messages. names: class names, if known.
+    Indices alone yield the names "0" to the largest; names alone are sorted. labels: ints, or int8 [C].
+    Raises BadInput for labels of mixed kinds and for one that is out of range.
+    """
+    several = bool(values) and isinstance(values[0], (list, tuple))
+    for n, value in enumerate(values):
+        if isinstance(value, (list, tuple)) != several:
+            raise BadInput(f"{where(n)}: one label, where other images have a list, or the reverse")
+    lists = [[_plain(label, where, n) for label in (value if several else [value])] for n, value in enumerate(values)]
+    found = {label for labels in lists for label in labels}
+    if names is None:
+        names = _names(found, lists, where)
+    index = {name: n for n, name in enumerate(names)}
+    index |= {n: n for n in range(len(names))}
+    for n, labels in enumerate(lists):
+        for label in labels:
+            if label not in index:
+                raise BadInput(f"{where(n)}: label {label!r} is out of range, there are {len(names)} classes")
+    if not several:
+        return tuple(names), "single-label", [index[label] for (label,) in lists]
+    rows = []
+    for labels in lists:
+        rows.append(np.zeros(len(names), np.int8))
+        rows[-1][[index[label] for label in labels]] = 1
+    return tuple(names), "multi-label", rows
+
+
+def group_splits(name, classes, task, rows, splits, place):
+    """A Dataset from rows (split, Record): of the splits asked for, else of all. place: for messages."""
+    found = {}
+    for split, record in rows:
+        found.setdefault(split, []).append(record)
+    chosen = known_splits(splits, tuple(found), place)
+    return Dataset(
+        name=name,
+        classes=classes,
+        task=task,
+        splits={split: tuple(found[split]) for split in chosen},
+        resize="crop" if task == "single-label" else "squash",
+    )
+
+
+def _plain(label, where, n):
+    if isinstance(label, numbers.Integral) and not isinstance(label, bool):
+        return int(label)
+    if isinstance(label, str) and label.strip():
+        label = label.strip()
+        return int(label) if label.removeprefix("-").isdecimal() else label
+    raise BadInput(f"{where(n)}: label {label!r} is neither a class index nor a name")
+
+
+def _names(found, lists, where):
+    indices = {label for label in found if isinstance(label, int)}
+    if indices and indices != found:
+        name = min(found - indices)
+        n = next(n for n, labels in enumerate(lists) if name in labels)
+        raise BadInput(f"{where(n)}: label {name!r} is a name, where other images have class indices")
+    if not indices:
+        return sorted(found)
+    for n, labels in enumerate(lists):
+        for label in labels:
+            if not 0 <= label < MOST_CLASSES:
+                raise BadInput(f"{where(n)}: label {label} is out of range; class indices count from 0")
+    return [str(n) for n in range(max(indices) + 1)]

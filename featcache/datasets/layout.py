@@ -1,0 +1,138 @@
+"""What the layouts share: finding folders and lists, and saying what was expected where they are not."""
+
+import json
+import os
+from pathlib import Path
+
+from featcache.errors import BadInput
+
+# As torchvision's ImageFolder.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip", ".gz", ".7z")
+
+
+def require_folder(root):
+    """Raise BadInput if the dataset's root is no folder."""
+    if not root.is_dir():
+        raise BadInput(f"dataset folder not found: {root} (give it with --root, or set FEATCACHE_DATA)")
+
+
+def wrong_layout(root, problem, tree, *places):
+    """BadInput that says the problem, names archives still to be unpacked, and draws the expected layout.
+
+    tree: lines below the root. places: more folders in which archives may lie.
+    """
+    packed = [str(p) for place in (root, *places) for p in archives(place)]
+    if packed:
+        more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
+        problem += f"; unpack {packed[0]}{more}"
+    drawn = "".join(f"\n    {line}" for line in tree.strip("\n").split("\n"))
+    return BadInput(f"{problem}; expected this layout:\n  {root}/{drawn}")
+
+
+def archives(folder):
+    """Archive files in a folder, sorted."""
+    folder = Path(folder)
+    return sorted(p for p in folder.iterdir() if p.name.endswith(ARCHIVE_SUFFIXES)) if folder.is_dir() else []
+
+
+def folders_in(folder):
+    """Names of the folders in a folder, sorted; hidden ones left out."""
+    if not Path(folder).is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def holds_images(folder):
+    """Whether images lie directly in a folder."""
+    with os.scandir(folder) as entries:
+        return any(_is_image(entry.name) for entry in entries)
+
+
+def _is_image(name):
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def images_in(folder):
+    """Paths (str) of the images below a folder, in torchvision's order: by folder, then by name."""
+    return [
+        os.path.join(where, name)
+        for where, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if _is_image(name)
+    ]
+
+
+def images_by_class(folder, classes):
+    """[(path, class index)] of a folder of class folders.
+
+    Raises BadInput for a class that is not in `classes`, for a class folder without an image, and
+    for images beside the class folders: sorting them into folders was interrupted.
+    """
+    found = []
+    if holds_images(folder):
+        raise BadInput(f"{folder} holds images beside class folders: move them into the folders of their classes")
+    for name in folders_in(folder):
+        inside = images_in(os.path.join(folder, name))
+        if name not in classes:
+            raise BadInput(f"{folder} holds the class {name!r}, which the other splits lack")
+        if not inside:
+            raise BadInput(f"class folder without an image: {os.path.join(folder, name)}")
+        label = classes.index(name)
+        found += [(path, label) for path in inside]
+    return found
+
+
+def first_file(candidates):
+    """The first of some paths that is a file, or None."""
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_lines(path):
+    """[(line number, text)] of the lines that are not blank. Raises BadInput if the file cannot be read or is empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadInput(f"file not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise BadInput(f"{path} is empty")
+    return lines
+
+
+def read_list(path, separator=None):
+    """[(line number, image, label or None)] of a list with lines `image` or `image label`.
+
+    separator: between image and label; white space by default. Raises BadInput for a label that is no number.
+    """
+    rows = []
+    for number, line in read_lines(path):
+        image, *label = line.rsplit(separator, 1)
+        if label and not label[0].strip().isdecimal():
+            raise BadInput(f"{path} line {number}: {label[0]!r} is no class index")
+        rows.append((number, image.strip(), int(label[0]) if label else None))
+    return rows
+
+
+def read_json(path):
+    """Parse a JSON file. Raises BadInput with the line of a syntax error."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise BadInput(f"annotation not found: {path}") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"broken JSON in {path}, line {error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"cannot read annotation {path}: {error}") from None
+
+
+def known_splits(splits, known, dataset):
+    """The splits asked for, or all. Raises BadInput for one that the dataset does not have."""
+    for split in splits or ():
+        if split not in known:
+            raise BadInput(f"{dataset} has no split {split!r} (it has {', '.join(known)})")
+    return tuple(splits or known)

@@ -1,0 +1,151 @@
+"""A manifest: one CSV, JSONL or Parquet file that lists images and their labels."""
+
+import csv
+import json
+import os
+
+import numpy as np
+
+from featcache.datasets.labels import group_splits, index_labels
+from featcache.datasets.record import Record
+from featcache.errors import BadInput
+
+ONE_SPLIT = "all"
+# Columns with a meaning of their own; without `label` and `labels`, all others are classes.
+COLUMNS = ("path", "label", "labels", "split", "id", "boxes")
+HELP = "columns: path, then label, or labels (names with ; between), or a 0/1 column for each class; split, id, boxes"
+
+
+def read_manifest_file(path, splits=None):
+    """Read a manifest. Docs: docs/datasets.md.
+
+    path: a .csv, .jsonl or .parquet file; image paths in it are relative to its folder. Classes are
+    those of all its rows, whichever splits are asked for. Raises BadInput with the line at fault.
+    """
+    rows = _read_rows(path)
+    numbers = [number for number, _ in rows]
+    values = [row for _, row in rows]
+
+    def where(n):
+        return f"{path} {'row' if path.suffix == '.parquet' else 'line'} {numbers[n]}"
+
+    for n, row in enumerate(values):
+        if not isinstance(row.get("path"), str) or not row["path"].strip():
+            raise BadInput(f"{where(n)}: no path ({HELP})")
+    classes, task, labels = _labels(path, values, where)
+    records = []
+    for n, row in enumerate(values):
+        image = row["path"].strip()
+        boxes = _boxes(row.get("boxes"), classes, where, n)
+        image_id, split = _cell(row, "id", image), _cell(row, "split", ONE_SPLIT)
+        record = Record(id=image_id, image=os.path.join(path.parent, image), labels=labels[n], **boxes)
+        records.append((split, record))
+    return group_splits("manifest", classes, task, records, splits, path)
+
+
+def _cell(row, column, default):
+    value = row.get(column)
+    return default if value in (None, "") else str(value).strip()
+
+
+def _read_rows(path):
+    """[(line or row number, {column: value})]."""
+    if not path.is_file():
+        raise BadInput(f"manifest not found: {path} (give the .csv, .jsonl or .parquet file with --root)")
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise BadInput(f"manifest {path} is no {', '.join(readers)} file")
+    try:
+        rows = readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"cannot read manifest {path}: {error}") from None
+    if not rows:
+        raise BadInput(f"manifest {path} lists no image")
+    return rows
+
+
+def _read_csv(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows = [(reader.line_num, row) for row in reader]
+        columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise BadInput(f"{path} line 1: a column comes twice")
+    for number, row in rows:
+        if None in row or None in row.values():
+            raise BadInput(
+                f"{path} line {number}: line 1 has {len(columns)} columns, this line has more or fewer fields"
+            )
+    return rows
+
+
+def _read_jsonl(path):
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise BadInput(f"broken JSON in {path}, line {number}: {error.msg}") from None
+            if not isinstance(rows[-1][1], dict):
+                raise BadInput(f"{path} line {number}: not an object")
+    return rows
+
+
+def _read_parquet(path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"{path} needs pyarrow: pip install 'featcache[parquet]'") from None
+    try:
+        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist()))
+    except pyarrow.ArrowException as error:
+        raise BadInput(f"cannot read manifest {path}: {error}") from None
+
+
+def _labels(path, rows, where):
+    """Return (classes, task, labels) from whichever of the three ways the columns show."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    if "label" in columns and "labels" in columns:
+        raise BadInput(f"{path} has both a label and a labels column")
+    if "label" in columns:
+        return index_labels([row.get("label") for row in rows], where)
+    if "labels" in columns:
+        values = [row.get("labels") for row in rows]
+        lists = [v if isinstance(v, list) else _names_in(v) for v in values]
+        return index_labels(lists, where)
+    # Spreadsheets leave the column of their row numbers without a name.
+    classes = tuple(c for c in columns if c not in COLUMNS and c.strip())
+    if not classes:
+        raise BadInput(f"{path} has no labels ({HELP})")
+    matrix = []
+    for n, row in enumerate(rows):
+        cells = [str(row.get(c)).strip() for c in classes]
+        for name, cell in zip(classes, cells, strict=True):
+            if cell not in ("0", "1", "-1"):
+                raise BadInput(f"{where(n)}: column {name!r} is {cell!r}, not 0, 1 or -1 ({HELP})")
+        matrix.append(np.array(cells, dtype=np.int8))
+    return classes, "multi-label", matrix
+
+
+def _names_in(cell):
+    return [] if cell is None else [name for name in str(cell).split(";") if name.strip()]
+
+
+def _boxes(value, classes, where, n):
+    """A Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": may be missing}]."""
+    if value in (None, ""):
+        return {}
+    try:
+        entries = json.loads(value) if isinstance(value, str) else value
+        boxes = np.array([e["box"] for e in entries], np.float32).reshape(-1, 4)
+        names = [e["label"] if isinstance(e["label"], int) else classes.index(e["label"]) for e in entries]
+        difficult = np.array([bool(e.get("difficult")) for e in entries], bool)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f'{where(n)}: boxes must be a list of {{"box": [x0, y0, x1, y1], "label": a class}}: {error}'
+        ) from None
+    if any(not 0 <= label < len(classes) for label in names):
+        raise BadInput(f"{where(n)}: a box's label is out of range, there are {len(classes)} classes")
+    return {"boxes": boxes, "box_classes": np.array(names, np.int64), "box_difficult": difficult}
