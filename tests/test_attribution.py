@@ -14,6 +14,7 @@ from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
+from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
@@ -101,19 +102,25 @@ def test_epg_by_hand():
     assert values[0] == pytest.approx(0.5) and np.isnan(values[1]) and values[2] == 1
 
 
+def squashed_mask(boxes, height, width, size):
+    """The mask of boxes in an image of height x width, squashed to size x size."""
+    squash = Preprocessing(size, (0, 0, 0), (1, 1, 1))
+    return box_mask(squash.map_boxes(boxes, height, width)[0], size)
+
+
 def test_box_masks_by_hand():
     # A 200 x 100 image squashed to 10 x 10: one pixel is 20 wide and 10 high.
-    mask = box_mask([(40, 20, 100, 50)], 100, 200, 10)
+    mask = squashed_mask([(40, 20, 100, 50)], 100, 200, 10)
     assert mask.nonzero().tolist() == [[r, c] for r in (2, 3, 4) for c in (2, 3, 4)]
-    both = box_mask([(40, 20, 100, 50), (0, 0, 60, 30)], 100, 200, 10)
+    both = squashed_mask([(40, 20, 100, 50), (0, 0, 60, 30)], 100, 200, 10)
     assert int(both.sum()) == 9 + 9 - 1, "a union counts no pixel twice"
-    assert box_mask([(0, 0, 200, 100)], 100, 200, 10).all()
-    assert not box_mask([(41, 21, 49, 24)], 100, 200, 10).any(), "a box that holds no pixel's centre"
-    assert not box_mask([], 100, 200, 10).any()
+    assert squashed_mask([(0, 0, 200, 100)], 100, 200, 10).all()
+    assert not squashed_mask([(41, 21, 49, 24)], 100, 200, 10).any(), "a box that holds no pixel's centre"
+    assert not squashed_mask([], 100, 200, 10).any()
 
 
 def test_a_uniform_map_scores_the_boxes_share():
-    mask = box_mask([(0, 0, 50, 50)], 100, 100, 20)
+    mask = squashed_mask([(0, 0, 50, 50)], 100, 100, 20)
     assert energy_in_boxes(torch.ones(1, 20, 20), mask[None]).item() == pytest.approx(0.25)
 
 

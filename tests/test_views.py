@@ -116,7 +116,7 @@ def test_a_row_depends_on_nothing_but_seed_view_and_number(sizes, seed, view, bl
 @pytest.mark.parametrize("size", [64, 224])
 def test_a_view_is_torchvisions_crop_to_the_pixel(size):
     image = Image.fromarray(photographs.astronaut()).resize((500, 375))
-    apply = Preprocessing(size, (0,) * 3, (1,) * 3).apply
+    apply = Preprocessing(size, (0,) * 3, (1,) * 3).apply_view
     for top, left, height, width, flip in Augmentation().draw([(375, 500)] * 20, 0, 1).tolist():
         expected = TF.resized_crop(image, top, left, height, width, [size, size])
         expected = TF.pil_to_tensor(TF.hflip(expected) if flip else expected)

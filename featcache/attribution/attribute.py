@@ -14,6 +14,7 @@ from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
+from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
@@ -33,7 +34,7 @@ BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A class to explain in an image: row of the split, class, and the mask of its boxes [S, S]."""
+    """A class to explain in an image: row of the split, class, and the mask of its boxes [S, S], not empty."""
 
     row: int
     label: int
@@ -82,12 +83,13 @@ def attribute(
     trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
     features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]
-    size = opened.manifest.identity["preprocessing"]["size"]
+    preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
+    size = preprocessing.size
     data = opened[split]
-    targets = _targets(data, size, limit)
+    targets = _targets(data, preprocessing, limit)
     pictures = None
     if backbone is not None:
-        model, pictures = _open_backbone(opened, split, backbone, arch, weights_key, dataset, root, seed)
+        model, pictures = _open_backbone(opened, split, preprocessing, backbone, arch, weights_key, dataset, root, seed)
         model.to(device)
     kept = sorted({t.row for t in targets})[:examples]
     rows, panels = [], []
@@ -117,21 +119,23 @@ def attribute(
                         if target.row in kept:
                             panels.append((rows[-1], target.row, map_.numpy().astype(np.float32)))
                 progress.update(len(batch) * len(heads))
-    _write(Path(run), rows, panels, data, kept, pictures, size)
+    _write(Path(run), rows, panels, data, kept, pictures, preprocessing)
     return rows
 
 
-def _targets(data, size, limit):
-    """Return the Targets of a split, in order, of at most `limit` images."""
+def _targets(data, preprocessing, limit):
+    """Return the Targets of a split, in order, of at most `limit` images.
+
+    A class whose boxes hold no pixel's centre of the input, as outside a crop, leaves no target.
+    """
     targets, images = [], 0
     for row, (boxes, classes, difficult) in enumerate(data.boxes):
-        labels = np.unique(classes[~difficult])
-        if len(labels) and (limit is None or images < limit):
+        boxes, _ = preprocessing.map_boxes(boxes, *data.sizes[row].tolist())
+        masks = {int(c): box_mask(boxes[(classes == c) & ~difficult], preprocessing.size) for c in classes[~difficult]}
+        found = [Target(row, c, masks[c]) for c in sorted(masks) if masks[c].any()]
+        if found and (limit is None or images < limit):
             images += 1
-            height, width = data.sizes[row]
-            targets += [
-                Target(row, int(c), box_mask(boxes[(classes == c) & ~difficult], height, width, size)) for c in labels
-            ]
+            targets += found
     if not targets:
         raise BadInput(f"split {data.name} of store {data.store.path} has no box to score against")
     return targets
@@ -145,28 +149,26 @@ def _batches(targets):
         yield [t for t in targets if t.row in chosen]
 
 
-def _open_backbone(store, split, backbone, arch, weights_key, dataset, root, seed):
-    """Load backbone and images, and make sure that they are those of the store."""
+def _open_backbone(store, split, preprocessing, backbone, arch, weights_key, dataset, root, seed):
+    """Load backbone and images, make sure that they are those of the store, and prepare images as it did."""
     if dataset is None:
         raise BadInput("--backbone needs --dataset and --root too, for the images")
     identity = store.manifest.identity
-    model = load_backbone(
-        backbone, arch=arch, size=identity["preprocessing"]["size"], seed=seed, weights_key=weights_key
-    )
+    model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
     data = read_dataset(dataset, root, [split])
     given = {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
-        "preprocessing": model.preprocessing.describe(),
         f"dataset {split}": data.fingerprint(split),
     }
-    stored = {key: identity[key] for key in ("arch", "weights_sha256", "preprocessing")}
+    stored = {key: identity[key] for key in ("arch", "weights_sha256")}
     stored[f"dataset {split}"] = identity["dataset"]["splits"].get(split)
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
+    model.preprocessing = preprocessing
     decoder = identity.get("decoder", DECODERS["exact"])
-    return model, lambda row: load_input(data.splits[split][row], model.preprocessing, decoder)
+    return model, lambda row: load_input(data.splits[split][row], preprocessing, decoder)
 
 
 def _gradcams(data, features, heads, batch, size, device):
@@ -191,22 +193,27 @@ def _input_x_gradients(model, pictures, features, heads, batch, device):
     return result
 
 
-def _write(run, rows, panels, data, kept, pictures, size):
+def _write(run, rows, panels, data, kept, pictures, preprocessing):
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
     write_whole(run / "attribution.csv", text.getvalue())
     names = np.array(data.store.classes)
-    scales = [size / data.sizes[row][[1, 0, 1, 0]] for row in kept]
-    boxes, classes, difficult = zip(*(data.boxes[row] for row in kept), strict=True) if kept else ((), (), ())
+    size, drawn = preprocessing.size, []
+    for number, row in enumerate(kept):
+        boxes, classes, difficult = data.boxes[row]
+        boxes, inside = preprocessing.map_boxes(boxes, *data.sizes[row].tolist())
+        drawn.append((np.full(inside.sum(), number), boxes[inside], names[classes[inside]], difficult[inside]))
+    nothing = (np.empty(0, int), np.empty((0, 4)), names[:0], np.empty(0, bool))
+    examples, boxes, classes, difficult = (np.concatenate(parts) for parts in zip(nothing, *drawn, strict=True))
     arrays = {
         "ids": np.array([data.ids[row] for row in kept]),
         # Boxes of all examples, in pixels of the maps; box_examples says whose each is.
-        "box_examples": np.repeat(np.arange(len(kept)), [len(b) for b in boxes]),
-        "boxes": np.concatenate([np.empty((0, 4)), *(b * s for b, s in zip(boxes, scales, strict=True))]),
-        "box_classes": np.concatenate([names[:0], *(names[c] for c in classes)]),
-        "box_difficult": np.concatenate([np.empty(0, bool), *difficult]),
+        "box_examples": examples,
+        "boxes": boxes,
+        "box_classes": classes,
+        "box_difficult": difficult,
         "maps": np.stack([m for _, _, m in panels]) if panels else np.empty((0, size, size), np.float32),
         "panels": np.array([[str(r[k]) for k in COLUMNS] for r, _, _ in panels]).reshape(-1, len(COLUMNS)),
     }

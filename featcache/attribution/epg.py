@@ -4,17 +4,16 @@ import numpy as np
 import torch
 
 
-def box_mask(boxes, height, width, size):
+def box_mask(boxes, size):
     """Return bool [size, size]: the pixels whose centre lies in the union of the boxes.
 
-    boxes: [M, 4] as x0 y0 x1 y1 in pixels of an image of height x width that was resized to
-    size x size.
+    boxes: [M, 4] as x0, y0, x1, y1 in pixels of the map, see Preprocessing.map_boxes.
     """
     centres = np.arange(size) + 0.5
     mask = np.zeros((size, size), dtype=bool)
     for x0, y0, x1, y1 in boxes:
-        columns = (centres >= x0 * size / width) & (centres < x1 * size / width)
-        rows = (centres >= y0 * size / height) & (centres < y1 * size / height)
+        columns = (centres >= x0) & (centres < x1)
+        rows = (centres >= y0) & (centres < y1)
         mask |= rows[:, None] & columns[None, :]
     return torch.from_numpy(mask)
 

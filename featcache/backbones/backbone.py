@@ -46,7 +46,9 @@ class Backbone(nn.Module):
                     raise BadInput(
                         f"feature {feature}: layer {feature.layer} of {self.arch} yields no [B, C, H, W] map"
                     )
-                results[str(feature)] = output.mean((2, 3)) if feature.reduction == "pooled" else output.clone()
+                # Means of half-precision maps are taken in float32.
+                output = output.float() if output.dtype != torch.float32 else output.clone()
+                results[str(feature)] = output.mean((2, 3)) if feature.reduction == "pooled" else output
 
             return hook
 

@@ -7,7 +7,7 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.preprocessing import default_preprocessing
 from featcache.backbones.recognise import find_architecture, recognise
 from featcache.backbones.resnet import name_children
 from featcache.errors import BadInput
@@ -15,15 +15,16 @@ from featcache.errors import BadInput
 RANDOM = "random"
 
 
-def load_backbone(path, arch=None, size=None, seed=0, weights_key=None):
+def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
     """Load a frozen backbone from a checkpoint.
 
     path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`.
     arch: architecture name; by default inferred from the tensors' names and shapes.
-    size: input side in pixels; by default that of the public weights. weights_key: which encoder of a
-    checkpoint that holds several, such as "teacher". Raises BadInput.
+    weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing:
+    fields of Preprocessing (size, resize, ...) in place of those of the public weights; None leaves
+    them. Raises BadInput.
     """
-    return as_backbone(*load_network(path, arch, seed, weights_key), size)
+    return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
 
 
 def load_network(path, arch=None, seed=0, weights_key=None):
@@ -48,10 +49,9 @@ def load_network(path, arch=None, seed=0, weights_key=None):
     return architecture, network, report
 
 
-def as_backbone(architecture, network, report, size=None):
-    """Cut and freeze what load_network returned; size as load_backbone's."""
-    preprocessing = Preprocessing(size or architecture.size, architecture.mean, architecture.std)
-    return Backbone(architecture, network, preprocessing, report)
+def as_backbone(architecture, network, report, **preprocessing):
+    """Cut and freeze what load_network returned; preprocessing as load_backbone's."""
+    return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
 
 
 def _signatures(asked):

@@ -1,21 +1,35 @@
 """From a decoded image to the backbone's input. Part of the features' identity."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
+
+from featcache.errors import BadInput, nearest
+
+# What each rule does with a whole image, for people.
+RESIZE = {
+    "squash": "squash to {size}x{size}",
+    "crop": "short side to {short}, then centre crop {size}x{size}",
+    "warp": "short side to {short}, then squash to {size}x{size}",
+}
+INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize rule and normalisation.
 
-    size: side of the square input in pixels. resize: "squash" resizes to size x size without
-    keeping the aspect ratio (the VOC protocol of How-to-Probe), so that a box maps to the input by
-    scaling. Interpolation is PIL's bilinear, which is anti-aliased. mean, std: per channel, for
-    pixel values in 0..1.
+    size: side of the square input in pixels. resize: "squash" does not keep the aspect ratio (VOC and
+    COCO in How-to-Probe); "crop" brings the short side to `short_side` and cuts out the centre
+    (ImageNet), to the pixel as torchvision's Resize and CenterCrop on PIL images; "warp" brings the
+    short side to `short_side` and then squashes (VISSL's VOC07 SVM). short_side: None is
+    size * 256 / 224, rounded. interpolation: PIL's bilinear or bicubic, which are anti-aliased.
+    mean, std: per channel, for pixel values in 0..1. inverse: the input is B-cos's six channels
+    [x, 1 - x] of such values, with mean 0 and std 1 (Boehle et al., CVPR 2022).
+    Raises BadInput for what does not go together.
     """
 
     size: int
@@ -23,34 +37,141 @@ class Preprocessing:
     std: tuple[float, float, float]
     resize: str = "squash"
     interpolation: str = "bilinear"
+    short_side: int | None = None
+    inverse: bool = False
+
+    def __post_init__(self):
+        for option, known in (("resize", RESIZE), ("interpolation", INTERPOLATION)):
+            word = getattr(self, option)
+            if word not in known:
+                raise BadInput(f"--{option} {word}: unknown{nearest(word, known)} (known: {', '.join(known)})")
+        for option in ("mean", "std"):
+            values = tuple(float(v) for v in getattr(self, option))
+            object.__setattr__(self, option, values)
+            if len(values) != 3 or not all(math.isfinite(v) for v in values):
+                raise BadInput(f"--{option}: expected three numbers, for red, green and blue")
+            if max(values) > 1:
+                raise BadInput(f"--{option} {_numbers(values)}: pixel values are in 0..1 here; divide by 255")
+        if min(self.std) <= 0:
+            raise BadInput(f"--std {_numbers(self.std)}: must be above 0")
+        if self.inverse and (self.mean, self.std) != ((0, 0, 0), (1, 1, 1)):
+            raise BadInput("--mean, --std: a network whose input is [x, 1 - x] takes pixels in 0..1 as they are")
+        if self.size < 1:
+            raise BadInput(f"--size {self.size}: must be at least 1")
+        if self.short_side is not None and self.resize == "squash":
+            raise BadInput("--short-side goes with --resize crop or warp; squash resizes both sides at once")
+        if self.resize == "crop" and self.short < self.size:
+            raise BadInput(f"--short-side {self.short} is less than the crop, --size {self.size}")
+        if self.short < 1:
+            raise BadInput(f"--short-side {self.short}: must be at least 1")
+
+    @property
+    def short(self):
+        """Length of the short side of the resized image, before it is cropped or squashed, in pixels."""
+        if self.resize == "squash":
+            return self.size
+        return round(self.size * 256 / 224) if self.short_side is None else self.short_side
+
+    def changed(self, **fields):
+        """The same with other fields; those that are None stay as they are. Raises BadInput."""
+        return replace(self, **{name: value for name, value in fields.items() if value is not None})
 
     def describe(self):
-        """Return the fields as plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Return the fields as plain JSON values, without those that play no part."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        fields["short_side"] = None if self.resize == "squash" else self.short
+        return {k: v for k, v in fields.items() if v not in (None, False)}
 
-    def apply(self, image, box=None, flip=False):
+    def __str__(self):
+        rule = RESIZE[self.resize].format(size=self.size, short=self.short)
+        pixels = (
+            "[x, 1 - x] of pixels in 0..1" if self.inverse else f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+        )
+        return f"{rule} ({self.interpolation}), {pixels}"
+
+    def apply(self, image, box=None):
         """Resize a PIL image in mode RGB: uint8 tensor [3, size, size], whose memory is [size, size, 3].
 
         box: (x0, y0, x1, y1) of what is to be seen, in pixels of the image, which may be parts of one; by
-        default all of it. flip: mirror the result from left to right.
+        default all of it.
         """
-        if box is not None:
-            image, box = _crop(image, box)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        # A copy, because torch warns about PIL's read-only memory.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        how, side = INTERPOLATION[self.interpolation], self.size
+        image, box = _crop(image, box or (0, 0, *image.size))
+        if self.resize != "squash":
+            image, box = image.resize(self._whole(box[2] - box[0], box[3] - box[1]), how, box=box), None
+        if self.resize == "crop":
+            left, top = self._corner(*image.size)
+            image = image.crop((left, top, left + side, top + side))
+        else:
+            image = image.resize((side, side), how, box=box)
+        return _pixels(image)
+
+    def apply_view(self, image, box, flip):
+        """As `apply`, but a part of the image is squashed to the input whatever the resize rule, as in training.
+
+        So does torchvision's resized_crop. flip: mirror the result from left to right.
+        """
+        image, box = _crop(image, box)
+        image = image.resize((self.size, self.size), INTERPOLATION[self.interpolation], box=box)
+        return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+    def _whole(self, width, height):
+        """Width and height of a whole image whose short side is brought to `short`, as torchvision rounds them."""
+        long = int(self.short * max(width, height) / min(width, height))
+        return (self.short, long) if width <= height else (long, self.short)
+
+    def _corner(self, width, height):
+        """Left and top of the centre crop, as torchvision rounds them: halves to the even number."""
+        return round((width - self.size) / 2), round((height - self.size) / 2)
+
+    def map_boxes(self, boxes, height, width):
+        """Take boxes from pixels of an image to pixels of the input.
+
+        boxes: [M, 4] as x0, y0, x1, y1 in an image of height x width. Returns float64 [M, 4], clipped
+        to the input, and bool [M], whether anything of the box is in it.
+        """
+        whole, corner = (self.size, self.size), (0, 0)
+        if self.resize == "crop":
+            whole = self._whole(width, height)
+            corner = self._corner(*whole)
+        moved = np.asarray(boxes, np.float64).reshape(-1, 4) * (2 * whole) / (2 * (width, height)) - 2 * corner
+        moved = moved.clip(0, self.size)
+        return moved, (moved[:, 0] < moved[:, 2]) & (moved[:, 1] < moved[:, 3])
 
     def normalise(self, images):
-        """Turn uint8 [B, 3, H, W] into float32 (x / 255 - mean) / std on the same device, channels_last."""
+        """Turn uint8 [B, 3, H, W] into the input on the same device: float32 [B, 3 or 6, H, W], channels_last.
+
+        Three channels are (x - mean) / std of x in 0..1, six are [x, 1 - x].
+        """
         values = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)  # [B, H, W, 3]
         values /= 255
         # By whole rows: where the three channels lie innermost, broadcasting over them is three times slower.
         rows = values.flatten(2)
         rows -= torch.tensor(self.mean, device=images.device).repeat(images.shape[3])
         rows /= torch.tensor(self.std, device=images.device).repeat(images.shape[3])
-        return values.permute(0, 3, 1, 2)
+        x = values.permute(0, 3, 1, 2)
+        return torch.cat([x, 1 - x], 1) if self.inverse else x
+
+
+def default_preprocessing(architecture):
+    """The preprocessing of an Architecture's public weights; the resize rule is the dataset's to choose."""
+    return Preprocessing(
+        size=architecture.size,
+        # Six channels have no other normalisation.
+        mean=(0, 0, 0) if architecture.inverse else architecture.mean,
+        std=(1, 1, 1) if architecture.inverse else architecture.std,
+        interpolation=architecture.interpolation,
+        inverse=architecture.inverse,
+    )
+
+
+def _pixels(image):
+    # A copy, because torch warns about PIL's read-only memory.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _numbers(values):
+    return ",".join(f"{v:.6g}" for v in values)
 
 
 def _crop(image, box):

@@ -8,6 +8,7 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    preprocessing_options,
     split_option,
 )
 
@@ -31,8 +32,12 @@ from featcache.cli.options import (
     default="float16",
     help="Of the stored features.",
 )
+@preprocessing_options
 @click.option(
-    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+    "--precision",
+    default="float32",
+    metavar="NAME",
+    help="The network's arithmetic: float32, tf32, bf16 or fp16.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")

@@ -43,6 +43,46 @@ def dataset_options(required):
     return add
 
 
+def _three_numbers(context, option, text):
+    try:
+        return text and tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not three numbers R,G,B") from None
+
+
+def preprocessing_options(command):
+    """Add --size, --resize, --short-side, --interpolation, --mean and --std."""
+    options = (
+        click.option(
+            "--size",
+            type=click.IntRange(min=32),
+            metavar="PIXELS",
+            help="Input side.  [default: the dataset's protocol, else the backbone's own]",
+        ),
+        click.option(
+            "--resize",
+            metavar="RULE",
+            help="squash, crop (short side, then centre crop) or warp (short side, then squash).  "
+            "[default: the dataset's protocol]",
+        ),
+        click.option(
+            "--short-side",
+            type=click.IntRange(min=1),
+            metavar="PIXELS",
+            help="Of crop and warp.  [default: size * 256 / 224]",
+        ),
+        click.option("--interpolation", metavar="NAME", help="bilinear or bicubic.  [default: the backbone's]"),
+        click.option(
+            "--mean", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
+        ),
+        click.option(
+            "--std", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
 split_option = click.option(
     "--split",
     "splits",

@@ -69,3 +69,5 @@ class Augmentation:
 
 # The training augmentations of How-to-Probe for multi-label datasets.
 MULTI_LABEL = Augmentation(scale=(0.7, 1.0))
+# That of OpenMixup for CIFAR and STL-10.
+SMALL_IMAGES = Augmentation(scale=(0.2, 1.0))

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 
+from featcache.datasets.augmentation import SMALL_IMAGES
 from featcache.datasets.layout import known_splits, require_folder, wrong_layout
 from featcache.datasets.record import Dataset, Record
 from featcache.datasets.sources import Pixels
@@ -57,6 +58,7 @@ def read_cifar(root, classes, splits=None):
             )
             for split in splits
         },
+        augmentation=SMALL_IMAGES,
         resize="crop",
     )
 

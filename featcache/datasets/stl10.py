@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from featcache.datasets.augmentation import SMALL_IMAGES
 from featcache.datasets.layout import (
     known_splits,
     read_lines,
@@ -36,6 +37,7 @@ def read_stl10(root, splits=None):
         classes=classes,
         task="single-label",
         splits={split: _read_split(root, home, split, classes) for split in known_splits(splits, SPLITS, "stl10")},
+        augmentation=SMALL_IMAGES,
         resize="crop",
     )
 

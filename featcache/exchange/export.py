@@ -8,7 +8,9 @@ from pathlib import Path
 
 import safetensors.torch
 
+from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
+from featcache.backbones.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
@@ -89,7 +91,7 @@ def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
     if probe.diverged is not None:
         raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {probe.diverged + 1}, and has no weights")
     architecture, network, report = load_network(checkpoint, arch or summary["arch"], weights_key=weights_key)
-    backbone = as_backbone(architecture, network, report, summary["preprocessing"]["size"])
+    backbone = Backbone(architecture, network, Preprocessing(**summary["preprocessing"]), report)
     if backbone.weights_sha256 != summary["weights_sha256"]:
         raise BadInput(
             f"backbone {checkpoint} (weights sha256 {backbone.weights_sha256}) is not the one that run {run.path} was "

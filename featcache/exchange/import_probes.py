@@ -102,7 +102,7 @@ def _earlier(folder, store):
 def _read(path, store, loss, offset):
     """Read one checkpoint as a TrainedProbe on a feature of the store."""
     identity = store.manifest.identity
-    backbone = load_backbone(path, identity["arch"], identity["preprocessing"]["size"])
+    backbone = load_backbone(path, identity["arch"], size=identity["preprocessing"]["size"])
     if backbone.weights_sha256 != identity["weights_sha256"]:
         raise BadInput(
             f"checkpoint {path} holds another backbone (weights sha256 {backbone.weights_sha256}) than store "

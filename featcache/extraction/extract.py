@@ -3,6 +3,7 @@
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.backbones.load import load_backbone
+from featcache.backbones.precision import check_precision, fold_batch_norm, measure, running
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
@@ -19,7 +21,7 @@ from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, plan, read_manifest, split_of
+from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -30,6 +32,9 @@ from featcache.store.writer import (
     missing_shards,
     put_shard,
 )
+
+# Below this the features of a precision are not those of the network any more.
+TRUSTED_COSINE = 0.99
 
 
 def extract(
@@ -44,6 +49,12 @@ def extract(
     arch=None,
     weights_key=None,
     size=None,
+    resize=None,
+    short_side=None,
+    interpolation=None,
+    mean=None,
+    std=None,
+    precision="float32",
     dtype="float16",
     batch_size=32,
     workers=None,
@@ -59,11 +70,13 @@ def extract(
     several encoders in it. dataset: registered name. splits: names, by
     default all that the protocol needs. features: see featcache.feature. store: path or URL, by
     default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
-    suffix says. compression: None, zstd or blosc. size: input side in pixels. dtype: float16,
-    float32 or bfloat16. workers: decoding processes. device: torch device, by default cuda if there
-    is one. seed: of the random backbone, and of the views. views: how many augmented views of every
-    training image to make too. crop_scale: (lowest, highest) share of the image in their crops, by
-    default that of the dataset's protocol. decoder: exact, or draft, which is quicker on large JPEGs.
+    suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
+    Preprocessing; size and resize by default as the dataset's protocol says, the others as the backbone
+    does. precision: float32, tf32, bf16 or fp16, of the network; dtype: float16, float32 or bfloat16, of
+    the store. workers: decoding processes. device: torch device, by default cuda if there is one. seed:
+    of the random backbone, and of the views. views: how many augmented views of every training image to
+    make too. crop_scale: (lowest, highest) share of the image in their crops, by default that of the
+    dataset's protocol. decoder: exact, or draft, which is quicker on large JPEGs.
     Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
     torchrun the processes share the work. Raises BadInput for whatever the user can mend.
     """
@@ -72,14 +85,27 @@ def extract(
     device = choose_device(device, ranks.local_rank)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
-    model = load_backbone(backbone, arch=arch, size=size, seed=seed, weights_key=weights_key)
-    say(f"backbone: {model.grounds}", err=True)
-    wanted = parse_features(features, model.aliases, model.layers)
+    check_precision(precision, device)
     data = read_dataset(dataset, root, splits)
+    model = load_backbone(
+        backbone,
+        arch=arch,
+        seed=seed,
+        weights_key=weights_key,
+        size=size or data.size,
+        resize=resize or data.resize,
+        short_side=short_side,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+    )
+    say(f"backbone: {model.grounds}", err=True)
+    say(f"preprocessing: {model.preprocessing}", err=True)
+    wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype, decoder) | views.describe(),
+        identity=_identity(model, data, wanted, dtype, precision, decoder) | views.describe(),
         rows={split: len(records) for split, records in data.splits.items()}
         | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
@@ -110,13 +136,16 @@ def extract(
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
+                if precision != "float32" and FILE not in folder.names():
+                    plain = Images(data, model.preprocessing, DECODERS[decoder])
+                    manifest = _measured(manifest, model, plain, wanted, device)
                 arrays = {group: with_axes(a) for group, a in views.arrays(arrays).items()}
                 manifest = create_store(folder, manifest, arrays)
                 todo = ranks.share(missing_shards(folder, manifest))
             else:
                 todo = ranks.shared()
                 manifest = read_manifest(folder)
-            _go_on_as_begun(folder, manifest, device, batch_size, say)
+            _go_on_as_begun(folder, manifest, model, device, batch_size, say)
             _check_room(folder, manifest, todo, say)
             crops = {group: Store(folder)[group].augmentation for group in views.groups()}
             images = Images(data, model.preprocessing, DECODERS[decoder], crops)
@@ -146,7 +175,7 @@ def _check(folder, manifest, arrays):
         raise BadInput("; ".join([error.message, *said])) from None
 
 
-def _go_on_as_begun(folder, manifest, device, batch_size, say):
+def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
     """Take over what a begun store fixes, since it can change the last bits of a feature."""
     begun = manifest.compute
     if begun["device"] != device.type:
@@ -159,6 +188,20 @@ def _go_on_as_begun(folder, manifest, device, batch_size, say):
     if begun["threads"] and begun["threads"] != torch.get_num_threads():
         say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
         torch.set_num_threads(begun["threads"])
+    if begun.get("folded"):
+        model.trunk = fold_batch_norm(model.trunk, [feature_of(f).layer for f in manifest.features])
+    if "cosine" in begun:
+        folded = "folded" if begun["folded"] else "not folded"
+        say(
+            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first batch every feature's "
+            f"cosine to float32 is at least {begun['cosine']:.6f}",
+            err=True,
+        )
+        if begun["cosine"] < TRUSTED_COSINE:
+            say(
+                f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not",
+                err=True,
+            )
 
 
 def _check_room(folder, manifest, todo, say):
@@ -175,7 +218,7 @@ def _check_room(folder, manifest, todo, say):
         )
 
 
-def _identity(model, data, features, dtype, decoder):
+def _identity(model, data, features, dtype, precision, decoder):
     if decoder not in DECODERS:
         raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     return {
@@ -184,17 +227,28 @@ def _identity(model, data, features, dtype, decoder):
         "preprocessing": model.preprocessing.describe(),
         "features": sorted(str(f) for f in features),
         "dtype": dtype,
-        "precision": "float32",
+        "precision": precision,
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
         # The usual one is not named, so that stores from before there was a choice keep their ids.
         **({"decoder": DECODERS[decoder]} if decoder != "exact" else {}),
     }
 
 
+def _measured(manifest, model, images, features, device):
+    """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
+    split = next(iter(images.splits))
+    rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
+    (batch,) = image_batches(images, [[(split, row) for row in rows]], workers=0)
+    batch = model.to(device).preprocessing.normalise(batch.to(device))
+    found = measure(model, batch, features, manifest.identity["precision"])
+    return replace(manifest, compute=manifest.compute | found)
+
+
 def _row_shapes(model, features):
     size = model.preprocessing.size
     with torch.inference_mode():
-        results = model(torch.zeros(1, 3, size, size), features)
+        images = model.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        results = model(images, features)
     return {f: tuple(results[str(f)].shape[1:]) for f in features}
 
 
@@ -226,7 +280,7 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features
                 }
-            with torch.inference_mode():
+            with running(manifest.identity["precision"], device):
                 results = model(model.preprocessing.normalise(batch.to(device, non_blocking=True)), features)
                 for name, values in results.items():
                     buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])

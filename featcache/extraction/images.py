@@ -23,7 +23,7 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
     top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
     reduce = 1
     if decoder == DECODERS["draft"]:
-        fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.size)
+        fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.short)
         reduce = next(fits, 1)
     image = open_image(record.image, reduce)
     if image.size == (record.width, record.height):
@@ -35,7 +35,7 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
         )
     # Not the image's own size: that is rounded up where it was reduced.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
-    return preprocessing.apply(image, box, bool(flip))
+    return preprocessing.apply(image, box) if crop is None else preprocessing.apply_view(image, box, bool(flip))
 
 
 class Images(Dataset):

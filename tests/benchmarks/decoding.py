@@ -57,7 +57,8 @@ def write_images(folder, width, height, count):
 def records(folder, width, height):
     """Records of the images in a folder."""
     empty = np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, bool)
-    return tuple(Record(p.stem, p, p.stat().st_size, height, width, 0, *empty) for p in sorted(folder.glob("class/*")))
+    paths = sorted(folder.glob("class/*"))
+    return tuple(Record(p.stem, p, 0, height=height, width=width, image_bytes=p.stat().st_size) for p in paths)
 
 
 def torchvision_loader(folder, rule, workers, batch):

@@ -1,0 +1,177 @@
+"""In which arithmetic a backbone runs, and what that does to its features."""
+
+import copy
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from featcache.errors import BadInput, nearest
+
+# The dtype of matrix products and convolutions; tf32 is a mode of float32.
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FOLDED_WITHIN = 1e-5
+
+
+def check_precision(precision, device):
+    """Raise BadInput for an unknown precision, and for one that the device cannot do."""
+    if precision not in PRECISIONS:
+        raise BadInput(
+            f"--precision {precision}: unknown{nearest(precision, PRECISIONS)} (known: {', '.join(PRECISIONS)})"
+        )
+    if precision == "tf32" and device.type != "cuda":
+        raise BadInput(f"--precision tf32 is of NVIDIA GPUs, not of {device.type}: use float32 or bf16")
+    if precision in ("tf32", "bf16") and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise BadInput(f"--precision {precision}: {torch.cuda.get_device_name(device)} cannot; use fp16 or float32")
+
+
+@contextmanager
+def running(precision, device):
+    """Inference in a precision, for the duration; torch's own settings are put back.
+
+    bf16 and fp16 are torch's autocast: weights stay as they are, and what is delicate stays in
+    float32. float32 is all of float32, where torch would let cuDNN's convolutions use tf32.
+    """
+    dtype = PRECISIONS[precision]
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with torch.inference_mode():
+            if dtype is torch.float32:
+                yield
+            else:
+                with torch.autocast(device.type, dtype):
+                    yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def measure(model, images, features, precision):
+    """Compare a precision with float32 on a batch, and see whether batch norms can be folded.
+
+    images: normalised float32 [B, C, H, W], on the model's device. Returns {"folded": whether every
+    feature in float32 stays within FOLDED_WITHIN of its largest value, "cosine": to float32, the
+    minimum over features and images}, both plain JSON. Raises BadInput if a value overflows.
+    """
+    with running("float32", images.device):
+        exact = model(images, features)
+    plain, folded = model.trunk, fold_batch_norm(model.trunk, [f.layer for f in features])
+    try:
+        if folded is not None:
+            model.trunk = folded
+            with running("float32", images.device):
+                near = model(images, features)
+            if any((near[k] - exact[k]).abs().max() > FOLDED_WITHIN * exact[k].abs().max() for k in exact):
+                folded, model.trunk = None, plain
+        with running(precision, images.device):
+            values = model(images, features)
+    finally:
+        model.trunk = plain
+    for name in values:
+        if exact[name].isfinite().all() and not values[name].isfinite().all():
+            raise BadInput(f"--precision {precision}: feature {name} overflows; use bf16 or float32")
+    cosine = min(float(_cosine(values[name], exact[name]).min()) for name in values)
+    return {"folded": folded is not None, "cosine": round(cosine, 6)}
+
+
+def _cosine(a, b):
+    """Cosine in float64 of [B, ...] and [B, ...], row by row; 1 where both are zero."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    both_zero = (a == 0).all(1) & (b == 0).all(1)
+    return torch.where(both_zero, 1, nn.functional.cosine_similarity(a, b, eps=1e-300))
+
+
+def fold_batch_norm(trunk, layers):
+    """Return a copy of a network in eval mode whose convolutions do the batch norms' work, or None if none can.
+
+    A norm becomes an identity of the same name when nothing but it sees its convolution's output:
+    neither another module nor one of `layers`, the modules whose outputs are asked for. Weights are
+    computed in float64.
+    """
+    pairs = [
+        (conv, norm)
+        for conv, norm in _pairs(trunk)
+        if not any(_within(conv, layer) and not _within(norm, layer) for layer in layers)
+    ]
+    if not pairs:
+        return None
+    folded = copy.deepcopy(trunk)
+    for conv_name, norm_name in pairs:
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double()
+        if conv.bias is not None:
+            shift = shift + conv.bias.double()
+        if norm.affine:
+            scale = scale * norm.weight.double()
+        shift = shift * scale
+        if norm.affine:
+            shift = shift + norm.bias.double()
+        weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
+        conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+        conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+        parent, _, name = norm_name.rpartition(".")
+        setattr(folded.get_submodule(parent), name, nn.Identity())
+    return folded
+
+
+def _within(name, layer):
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def _pairs(trunk):
+    """[(name of a convolution, name of the batch norm that alone sees its output)]."""
+    modules = dict(trunk.named_modules())
+    norms = {
+        name for name, module in modules.items() if type(module) is nn.BatchNorm2d and module.running_var is not None
+    }
+    if not norms:
+        return []
+    try:
+        nodes = fx.Tracer().trace(trunk).nodes
+    except Exception:  # noqa: BLE001 - a network's own code may object to being traced in any way
+        return _neighbours(modules, norms)
+    uses = Counter(node.target for node in nodes if node.op in ("call_module", "get_attr"))
+    pairs = []
+    for node in nodes:
+        if node.op == "call_module" and node.target in norms and uses[node.target] == 1:
+            (source,) = node.all_input_nodes
+            conv = _convolution(source, modules)
+            if conv and uses[conv] + uses[f"{conv}.weight"] == 1 and len(source.users) == 1:
+                pairs.append((conv, node.target))
+    return pairs
+
+
+def _convolution(node, modules):
+    """Name of the Conv2d that a node of a traced graph runs with its weight as it is, or None.
+
+    A subclass with a forward of its own, such as one that pads as TensorFlow does, is traced into:
+    then the node is the function conv2d. B-cos normalises the weight first, and so is not meant.
+    """
+    name = None
+    if node.op == "call_module":
+        name = node.target
+        if type(modules[name]).forward is not nn.Conv2d.forward:
+            return None
+    elif node.op == "call_function" and node.target is F.conv2d:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1:
+            name, _, word = weight.target.rpartition(".")
+            name = name if word == "weight" else None
+    return name if isinstance(modules.get(name), nn.Conv2d) else None
+
+
+def _neighbours(modules, norms):
+    """As _pairs, where a network cannot be traced: neighbours in an nn.Sequential."""
+    pairs = []
+    for name, module in modules.items():
+        if type(module).forward is nn.Sequential.forward:
+            children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+            for conv, norm in zip(children, children[1:], strict=False):
+                if norm in norms and type(modules.get(conv)).forward is nn.Conv2d.forward:
+                    pairs.append((conv, norm))
+    return pairs
