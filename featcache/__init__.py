@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _TWINS = {
+    "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",

@@ -12,7 +12,7 @@ from bcos.modules import BcosConv2d
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from conftest import tree_hash
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 import featcache
 from featcache.backbones.load import load_backbone
@@ -114,6 +114,15 @@ def test_names_are_the_architectures_own_where_layers_go_by_others(tmp_path):
     expected = {k: v for k, v in torch.load(source, weights_only=True).items() if not k.startswith("_fc.")}
     assert tensors.keys() >= expected.keys() and all(torch.equal(tensors[k], v) for k, v in expected.items())
     assert load_backbone(target).weights_sha256 == load_backbone(source).weights_sha256
+
+
+def test_what_bare_tensors_do_not_tell_is_said(tmp_path, command):
+    torch.save(resnet50().state_dict(), tmp_path / "caffe.pth")
+    words = ("export", tmp_path / "caffe.pth", "--to", tmp_path / "b.safetensors")
+    code, _, err = command(*words, "--arch", "resnet50_caffe")
+    assert code == 0 and f"note: load {tmp_path / 'b.safetensors'} with --arch resnet50_caffe" in err
+    code, _, err = command(*words, "--arch", "resnet50")
+    assert code == 0 and "note" not in err
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

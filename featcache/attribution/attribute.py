@@ -82,7 +82,7 @@ def attribute(
     device = choose_device(device)
     trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
-    features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]
+    features = [_map_of(p.spec, opened.manifest.feature(p.spec.features)) for p in trained]
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     size = preprocessing.size
     data = opened[split]
@@ -121,6 +121,13 @@ def attribute(
                 progress.update(len(batch) * len(heads))
     _write(Path(run), rows, panels, data, kept, pictures, preprocessing)
     return rows
+
+
+def _map_of(spec, feature):
+    """The map that a probe's feature is the mean of. Raises BadInput if it saw something else."""
+    if feature.kind not in ("pooled", "patch_mean", "spatial"):
+        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
+    return Feature(feature.layer, "spatial")
 
 
 def _targets(data, preprocessing, limit):

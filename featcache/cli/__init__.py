@@ -13,6 +13,7 @@ from featcache.cli.export import export
 from featcache.cli.extract import extract
 from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
+from featcache.cli.layers import layers
 from featcache.cli.report import report
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
@@ -28,7 +29,7 @@ def cli():
 
 
 for command in (
-    demo, extract, inspect, verify, convert, train_probes, attribute, report, export, import_probes,
+    demo, layers, extract, inspect, verify, convert, train_probes, attribute, report, export, import_probes,
 ):  # fmt: skip
     cli.add_command(command)
 

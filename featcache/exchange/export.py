@@ -6,11 +6,13 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import click
 import safetensors.torch
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
 from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.recognise import recognise
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
@@ -68,6 +70,16 @@ def _export_backbone(checkpoint, target, arch, weights_key):
     tensors = {name: tensor.clone() for name, tensor in own_tensors(architecture, network).items()}
     backbone = as_backbone(architecture, network, report)
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
+    if _recognised(tensors, target) != architecture.name:
+        # As with strides or a number of heads, which the wrappers of a method may have told.
+        click.echo(f"note: load {target} with --arch {architecture.name}; its tensors alone do not say so", err=True)
+
+
+def _recognised(tensors, path):
+    try:
+        return recognise(tensors, path).name
+    except BadInput:
+        return None
 
 
 def _backbone_meta(backbone, checkpoint, preprocessing):

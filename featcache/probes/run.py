@@ -55,7 +55,7 @@ def open_run(folder):
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))
         if not scores:
-            raise ValueError("it holds no row")
+            raise ValueError("it ends before the first score")
         for row in scores:
             if None in row or None in row.values():
                 raise ValueError("a row has other columns than the first")

@@ -84,7 +84,11 @@ def _resolve(grid, store, training):
     views = {name: store[name].views for name in training}
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
-        if feature.reduction == "pooled" and not spec.head.pools_first:
+        if feature.kind == "tokens":
+            raise BadInput(
+                f"probe group {spec.name!r}: no head reads {feature} yet; take {feature.layer}:cls, :patch_mean or :spatial"
+            )
+        if feature.kind in ("pooled", "patch_mean") and not spec.head.pools_first:
             raise BadInput(
                 f"probe group {spec.name!r}: a head of type {spec.head.type} on {feature} is another model than on "
                 f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
