@@ -18,6 +18,7 @@ from featcache.probes.heads import STACKS, initial_weights
 from featcache.probes.heads import Head as HeadModule
 from featcache.probes.spec import Head, logit_offset
 from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, blocks, predict, train_block
+from featcache.probes.weights import initial_weights
 from featcache.reporting.table import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)

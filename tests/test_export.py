@@ -24,7 +24,8 @@ TRAIN = {"epochs": 2, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}}
 GRID = {
     "probes": [
         {"name": "pooled", "features": "pooled", "head": "linear", **TRAIN},
-        {"name": "spatial", "features": "spatial", "head": {"type": "linear", "bias": False, "offset": -1.5}, **TRAIN},
+        {"name": "spatial", "features": "spatial", **TRAIN,
+         "head": {"type": "linear", "bias": False, "offset": -1.5, "temperature": 2}},
         {"name": "layer3", "features": "layer3:spatial", "head": "linear", **TRAIN},
         {"name": "mlp", "features": "spatial", "head": {"type": "mlp", "hidden": 8}, **TRAIN},
         {"name": "before", "features": "pooled", "head": {"type": "mlp", "hidden": 8, "pool": "before"}, **TRAIN},

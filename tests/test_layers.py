@@ -324,7 +324,7 @@ def test_probes_on_tokens_and_grids(scenes, vit_checkpoint, tmp_path):
     assert torch.allclose(logits.reshape(by_hand.shape), by_hand, atol=1e-5)
     mlp = {"type": "mlp", "hidden": 4}
     assert train("cls", mlp, "mlp").scores
-    with pytest.raises(BadInput, match="an mlp head on norm:patch_mean is another model"):
+    with pytest.raises(BadInput, match="a head of type mlp on norm:patch_mean is another model"):
         train("patch_mean", mlp, "refused")
     with pytest.raises(BadInput, match="no head reads norm:tokens yet; take norm:cls, :patch_mean or :spatial"):
         train("tokens", name="refused")

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from featcache.probes.heads import Head as HeadModule
-from featcache.probes.heads import initial_weights
 from featcache.probes.losses import LOSSES, bce, ce
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import blocks, epoch_order, predict, train_block
+from featcache.probes.weights import initial_weights
 
 N, D, C, S = 150, 48, 7, 4
 LINEAR, MLP3 = Head("linear"), Head("mlp", 3, 16, "bn")

@@ -50,7 +50,7 @@ def test_imports_go_down_only():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "attribute", "open_run", "report", "export", "import_probes",
+        "plan_probes", "attribute", "open_run", "compare", "report", "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
@@ -68,7 +68,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_every_command_explains_itself(command):
     commands = (
-        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "attribute", "report",
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "compare", "attribute", "report",
         "export", "import-probes",
     )  # fmt: skip
     for name in commands:

@@ -116,7 +116,7 @@ def test_a_row_depends_on_nothing_but_seed_view_and_number(sizes, seed, view, bl
 @pytest.mark.parametrize("size", [64, 224])
 def test_a_view_is_torchvisions_crop_to_the_pixel(size):
     image = Image.fromarray(photographs.astronaut()).resize((500, 375))
-    apply = Preprocessing(size, (0,) * 3, (1,) * 3).apply_view
+    apply = Preprocessing(size, (0,) * 3, (1,) * 3, resize="crop").apply_view
     for top, left, height, width, flip in Augmentation().draw([(375, 500)] * 20, 0, 1).tolist():
         expected = TF.resized_crop(image, top, left, height, width, [size, size])
         expected = TF.pil_to_tensor(TF.hflip(expected) if flip else expected)
@@ -360,9 +360,10 @@ def large(tmp_path, scenes):
     }
 
 
+@pytest.mark.parametrize("rule", ["squash", "crop", "warp"])
 @pytest.mark.parametrize("crop", [None, (100, 333, 701, 905, 1), (0, 0, 1001, 1499, 0), (3, 5, 200, 210, 1)])
-def test_draft_decoding_is_close_and_only_for_jpegs(large, crop):
-    preprocessing = Preprocessing(64, (0,) * 3, (1,) * 3)
+def test_draft_decoding_is_close_and_only_for_jpegs(large, crop, rule):
+    preprocessing = Preprocessing(64, (0,) * 3, (1,) * 3, resize=rule)
     exact, draft = (
         {name: load_input(record, preprocessing, decoder, crop).int() for name, record in large.items()}
         for decoder in DECODERS.values()

@@ -22,9 +22,8 @@ from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select
+from featcache.probes.run import open_run, select, store_of
 from featcache.store.manifest import difference
-from featcache.store.reader import open_store
 
 # Methods, and whether they run the backbone.
 METHODS = {"gradcam": False, "input_x_gradient": True}
@@ -74,11 +73,7 @@ def attribute(
         raise BadInput(
             f"--method: unknown method {unknown[0]!r}{nearest(unknown[0], METHODS)} (known: {', '.join(METHODS)})"
         )
-    opened = open_store(store or finished.summary["store"])
-    if opened.id != finished.summary["store_id"]:
-        raise BadInput(
-            f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})"
-        )
+    opened = store_of(finished, store)
     device = choose_device(device)
     trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]

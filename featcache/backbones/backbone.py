@@ -50,6 +50,9 @@ class Backbone(nn.Module):
             path, norm, _ = feature.layer.partition("+")
 
             def hook(module, inputs, output):
+                if isinstance(output, torch.Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+                    # Means of half-precision maps are taken in float32.
+                    output = output.float()
                 if norm and isinstance(output, torch.Tensor):
                     before_norm[feature] = output.clone()
                 else:

@@ -7,6 +7,7 @@ import click
 
 import featcache
 from featcache.cli.attribute import attribute
+from featcache.cli.compare import compare
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.export import export
@@ -29,7 +30,7 @@ def cli():
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, attribute, report, export, import_probes,
+    demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report, export, import_probes,
 ):  # fmt: skip
     cli.add_command(command)
 

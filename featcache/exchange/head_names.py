@@ -20,8 +20,9 @@ def to_published(head, weights, multi_label):
     """Rename and reshape the weights of a probe as the state dict of the head that How-to-Probe would train."""
     state = {}
     for name, value in weights.items():
-        layer, kind = name.split(".")
-        if layer.startswith("bn"):
+        layer, _, kind = name.rpartition(".")
+        # How-to-Probe has no attention: it keeps its names.
+        if layer.startswith(("bn", "attention")):
             state[name] = value
             if head.norm == "bnu" and kind == "running_var":
                 # It is a buffer of every batch norm, and here one that nothing reads.

@@ -23,8 +23,11 @@ class Merged(nn.Module):
 
     def forward(self, images):
         """Return the logits."""
-        maps = self.backbone(images, [self.feature])[str(self.feature)]
-        return self.head(maps if maps.ndim == 4 else maps[:, :, None, None])
+        values = self.backbone(images, [self.feature])[str(self.feature)]
+        if self.feature.kind == "grid":
+            # One vector, as probes.features lays it out.
+            values = values.flatten(1)
+        return self.head(values if values.ndim == 4 else values[:, :, None, None])
 
 
 def example(backbone, count=2):
@@ -68,7 +71,8 @@ def as_own_network(merged, probe, tensors, images):
     if len(names) != 1 or network.get_submodule(names[0]).in_features != weight.shape[1]:
         return None
     network.set_submodule(names[0], nn.Linear(weight.shape[1], weight.shape[0]))
-    bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) + head.offset
+    bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + head.offset
+    weight = weight / head.temperature
     tensors = tensors | {f"{names[0]}.weight": weight, f"{names[0]}.bias": bias}
     wanted = network.state_dict()
     if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in tensors.items()}:

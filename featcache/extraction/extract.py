@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import check_precision, fold_batch_norm, measure, running
+from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
@@ -190,7 +190,7 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
         say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
-        model.trunk = fold_batch_norm(model.trunk, [feature_of(f).layer for f in manifest.features])
+        model.trunk = fold_batch_norm(model.trunk, layers_of(map(feature_of, manifest.features)))
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
         say(

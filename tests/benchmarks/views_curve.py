@@ -143,7 +143,7 @@ def plot(table, path):
     axis.set_xticks(places, table)
     axis.set_xlabel("K, cached views of a training image")
     axis.set_ylabel("test mAP, %")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
