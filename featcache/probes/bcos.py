@@ -26,14 +26,13 @@ class Bcos(Layer):
     """
 
     def __init__(self, weight, b, max_out):
-        super().__init__()
         self.weight, self.b, self.max_out = weight, b, max_out
 
     def forward(self, rows, training):
         """Map [D, R] or [P, D, R] to [P, U, R]."""
         self.rows = rows
         self.length = self.weight.norm(dim=2, keepdim=True).clamp(min=1e-12)
-        self.unit = torch.div(self.weight, self.length, out=self.memory("unit", self.weight.shape, self.weight))
+        self.unit = torch.div(self.weight, self.length, out=self.tensor("unit", self.weight.shape, self.weight))
         self.out = self.products(self.unit, rows)
         if self.max_out > 1:
             self.out, self.chosen = self.out.unflatten(1, (-1, self.max_out)).max(2)
@@ -41,7 +40,7 @@ class Bcos(Layer):
             return self.out
         squares = self.dot(rows, rows, -2).unsqueeze(-2)
         self.norm = squares.add_(PATCH_EPS).sqrt_()  # [1, R] or [P, 1, R]
-        self.cosine = torch.abs(self.out, out=self.memory("cosine", self.out.shape, rows)).div_(self.norm)
+        self.cosine = torch.abs(self.out, out=self.tensor("cosine", self.out.shape, rows)).div_(self.norm)
         return self.out.mul_(cosine_power(self.cosine, self.b)[0])
 
     def backward(self, gradient):

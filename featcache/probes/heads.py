@@ -4,7 +4,7 @@ from torch import nn
 
 from featcache.probes.attentive import AttentivePooling, AttentiveStack
 from featcache.probes.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
-from featcache.probes.layers import GELU, BatchNorm, Linear, Mean, ReLU, UncentredBatchNorm
+from featcache.probes.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
 from featcache.probes.weights import NORMS, stacked_weights
 
 NORM_LAYERS = {"bn": BatchNorm, "bnu": UncentredBatchNorm}
@@ -86,9 +86,15 @@ class LayerStack:
                     self.layers.append(ACTIVATIONS[head.activation][0]())
         if head.type == "bcos":
             self.layers.append(self.mean)
+        for place, layer in enumerate(self.layers):
+            layer.place = place
 
     def forward(self, features, training=False):
         """Map features to logits [B, P, C]; with training, by the batch's statistics, and ready for backward()."""
+        self.memory = Memory.shared()
+        self.memory.user = self
+        for layer in self.layers:
+            layer.memory = self.memory
         rows, self.mean.positions = self._rows(features)
         for layer in self.layers:
             rows = layer.forward(rows, training)
@@ -100,11 +106,13 @@ class LayerStack:
         if features.ndim == 2:
             return features.t(), 1
         batch, dim, positions = features.shape
-        rows = self.mean.memory("features", (dim, batch, positions), features)
+        rows = self.memory.tensor("features", (dim, batch, positions), features)
         return rows.copy_(features.transpose(0, 1)).flatten(1), positions
 
     def backward(self, features, logits, gradient):
-        """Return the parameters' gradients, of the last forward()."""
+        """Return the parameters' gradients, of the last forward(), after which no other stack may have had one."""
+        if self.memory.user is not self:
+            raise RuntimeError("another stack has used the memory since this one's forward()")
         gradient = _unscaled(gradient, self.head).permute(1, 2, 0).contiguous()  # [P, C, B]
         for layer in reversed(self.layers):
             gradient = layer.backward(gradient)

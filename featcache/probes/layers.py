@@ -8,6 +8,8 @@ returns the gradient of the input and leaves those of the parameters in `gradien
 """
 
 import math
+import threading
+import weakref
 
 import torch
 
@@ -16,28 +18,51 @@ NORM_MOMENTUM = 0.1
 aten = torch.ops.aten
 
 
-class Layer:
-    """What all layers have: gradients of the last backward(), and memory."""
+class Memory:
+    """Memory for activations and their gradients, by name: to have the system map it anew costs two passes over it.
 
-    gradients = ()
+    The stacks of a thread share one, for only one of them is between forward() and backward() at a time; it
+    lives as long as they do.
+    """
+
+    _of_thread = threading.local()
 
     def __init__(self):
         self._held = {}
+        self.user = None
 
-    def memory(self, name, shape, like):
-        """An uninitialised tensor of the same name's memory: having the system map it anew costs two passes over it."""
-        size = math.prod(shape)
-        if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = like.new_empty(size)
-        return self._held[name][:size].view(shape)
+    @classmethod
+    def shared(cls):
+        """That of this thread."""
+        there = getattr(cls._of_thread, "memory", lambda: None)() or cls()
+        cls._of_thread.memory = weakref.ref(there)
+        return there
+
+    def tensor(self, name, shape, like):
+        """An uninitialised tensor, which lies where that of the same name lay."""
+        size, key = math.prod(shape), (name, like.dtype, like.device)
+        if key not in self._held or self._held[key].numel() < size:
+            self._held[key] = like.new_empty(size)
+        return self._held[key][:size].view(shape)
+
+
+class Layer:
+    """What all layers have: gradients of the last backward(), their place in the stack, and the stack's memory."""
+
+    gradients = ()
+    place = memory = None
+
+    def tensor(self, name, shape, like):
+        """An uninitialised tensor of this layer's own."""
+        return self.memory.tensor((self.place, name), shape, like)
 
     def dot(self, a, b, dim):
         """Inner products of [P, U, R] along an axis."""
-        return torch.mul(a, b, out=self.memory("dot", b.shape, b)).sum(dim)
+        return torch.mul(a, b, out=self.tensor("dot", b.shape, b)).sum(dim)
 
     def products(self, weight, rows):
         """Apply weights [P, U, D] to rows [D, R] that all probes share, or [P, D, R]: [P, U, R]."""
-        out = self.memory("products", (*weight.shape[:2], rows.shape[-1]), rows)
+        out = self.tensor("products", (*weight.shape[:2], rows.shape[-1]), rows)
         if rows.ndim == 2:
             torch.mm(weight.flatten(0, 1), rows, out=out.flatten(0, 1))
         else:
@@ -46,7 +71,7 @@ class Layer:
 
     def input_gradient(self, weight, gradient):
         """Take the gradient [P, U, R] back through products(): [P, D, R]."""
-        out = self.memory("input", (len(weight), weight.shape[2], gradient.shape[2]), gradient)
+        out = self.tensor("input", (len(weight), weight.shape[2], gradient.shape[2]), gradient)
         return torch.bmm(weight.transpose(1, 2), gradient, out=out)
 
 
@@ -61,7 +86,6 @@ class Linear(Layer):
     """y = W x + b. weight: [P, U, D]. bias: [P, U] or None."""
 
     def __init__(self, weight, bias):
-        super().__init__()
         self.weight, self.bias = weight, bias
 
     def forward(self, rows, training):
@@ -85,11 +109,10 @@ class BatchNorm(Layer):
     """
 
     def __init__(self, weight, bias, running_mean, running_var):
-        super().__init__()
         self.weight, self.bias, self.running_mean, self.running_var = weight, bias, running_mean, running_var
 
     def forward(self, rows, training):
-        """Map [P, U, R] to the same shape, by the statistics of these rows if training, which then move the running ones."""
+        """Map [P, U, R] to the same shape; by the statistics of these rows, which move the running ones, if training."""
         mean, variance = self.running_mean, self.running_var
         if training:
             mean = rows.mean(2)
@@ -101,7 +124,7 @@ class BatchNorm(Layer):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), NORM_MOMENTUM)
         self.spread = variance + NORM_EPS
         self.scale = self.weight / self.spread.sqrt()
-        out = self.memory("out", rows.shape, rows)
+        out = self.tensor("out", rows.shape, rows)
         return torch.addcmul(self.bias.unsqueeze(2), self.centred, self.scale.unsqueeze(2), out=out)
 
     def backward(self, gradient):
@@ -118,12 +141,11 @@ class UncentredBatchNorm(Layer):
     """y = weight x / sqrt(variance + 1e-5): batch norm that leaves the mean, the bcos package's without bias."""
 
     def __init__(self, weight, running_var):
-        super().__init__()
         self.weight, self.running_var = weight, running_var
 
     def forward(self, rows, training):
-        """Map [P, U, R] to the same shape, by the variance of these rows if training, which then moves the running one."""
-        out, variance = self.memory("out", rows.shape, rows), self.running_var
+        """Map [P, U, R] to the same shape; by the variance of these rows, which moves the running one, if training."""
+        out, variance = self.tensor("out", rows.shape, rows), self.running_var
         if training:
             self.rows, self.mean = rows, rows.mean(2)
             variance = _mean_square(torch.sub(rows, self.mean.unsqueeze(2), out=out))
@@ -165,7 +187,7 @@ class ReLU(Layer):
 
     def out_of(self, gradient):
         """Where to write a gradient element by element: in its place, unless one number stands for many there."""
-        return gradient if gradient.is_contiguous() else self.memory("gradient", gradient.shape, gradient)
+        return gradient if gradient.is_contiguous() else self.tensor("gradient", gradient.shape, gradient)
 
 
 class GELU(ReLU):
@@ -174,7 +196,7 @@ class GELU(ReLU):
     def forward(self, rows, training):
         """Map [P, U, R] to the same shape."""
         self.rows = rows
-        return aten.gelu.out(rows, out=self.memory("out", rows.shape, rows))
+        return aten.gelu.out(rows, out=self.tensor("out", rows.shape, rows))
 
     def backward(self, gradient):
         """Return the gradient of the input, as ReLU's."""

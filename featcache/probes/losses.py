@@ -1,12 +1,10 @@
 """Losses of many probes at once, in closed form.
 
-loss_function() makes a function of logits [B, P, C] and labels that all probes share; it returns the mean
-loss of every probe, [P], and the gradient of the sum of those losses, [B, P, C]. Labels are int8 [B, C] for
+Each is a function of logits [B, P, C] and labels that all probes share, and returns the mean loss of every
+probe, [P], and the gradient of the sum of those losses, [B, P, C]. Labels are int8 [B, C] for
 multi-label data (1, 0, and -1 where a class is difficult) or int64 [B] for single-label data, which all
 losses but ce read as one-hot.
 """
-
-from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -17,13 +15,27 @@ from featcache.probes.spec import UNIFORM_TARGET
 IGNORED = -1e30
 
 
-def loss_function(loss, labels, classes):
-    """Return the function of a spec.Loss. labels: of the whole training set, of which `balanced` counts classes."""
-    weights = class_weights(loss, labels, classes) if loss.class_weights == "balanced" else None
-    made = partial(LOSSES[loss.type], loss=loss, weights=weights)
-    if loss.difficult == "negative":
-        return lambda logits, labels: made(logits, labels.clamp(min=0) if labels.ndim == 2 else labels)
-    return made
+class LossFunction:
+    """A spec.Loss as a function. labels: of the whole training set, of which `balanced` counts the classes."""
+
+    def __init__(self, loss, labels, classes):
+        self.loss, self.classes = loss, classes
+        self.weights = class_weights(loss, labels, classes) if loss.class_weights == "balanced" else None
+
+    def __call__(self, logits, labels):
+        """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
+        return LOSSES[self.loss.type](logits, self._read(labels), self.loss, self.weights)
+
+    def count(self, labels):
+        """What the mean over these labels divides by, so that means of parts can be put together."""
+        labels = self._read(labels)
+        if self.loss.type == "ce":
+            weighed = self.weights is not None and labels.ndim == 1
+            return float(self.weights[labels].sum()) if weighed else len(labels)
+        return int((labels >= 0).sum()) if labels.ndim == 2 else len(labels) * self.classes
+
+    def _read(self, labels):
+        return labels.clamp(min=0) if self.loss.difficult == "negative" and labels.ndim == 2 else labels
 
 
 def class_weights(loss, labels, classes):

@@ -55,7 +55,7 @@ class _Rule:
 
 
 class SGD(_Rule):
-    """torch.optim.SGD: v = momentum v + (g + decay w), w = w - rate v; Nesterov: w - rate (g + decay w + momentum v)."""
+    """torch.optim.SGD: v = momentum v + (g + decay w), w = w - rate v; with Nesterov rate (g + decay w + momentum v)."""
 
     def __init__(self, parameters, specs, device):
         super().__init__(parameters, specs, device)

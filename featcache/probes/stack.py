@@ -1,11 +1,13 @@
 """Training a stack: probes of one shape on the same mini-batches, each as if it were alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from featcache.probes.heads import STACKS, footprint
-from featcache.probes.losses import loss_function
+from featcache.probes.lbfgs import fit_lbfgs
+from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS, common
 from featcache.probes.schedules import factors
 
@@ -69,6 +71,9 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
     """
     device = labels.device
     views = {0: features} if isinstance(features, torch.Tensor) else features
+    if specs[0].optimizer.type == "lbfgs":
+        fitted = fit_lbfgs(specs, views[0], labels, classes)
+        return [_trained(*each) for each in zip(specs, *fitted, strict=True)]
     asked = len(specs)
     specs = _padded(specs, classes)
     head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
@@ -120,7 +125,7 @@ def epoch_order(rows, seed, epoch):
 def _loss_slices(specs, labels, classes):
     """Return [(loss function, start, end)] over probes that are sorted by loss, each small enough for the cache."""
     most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
-    functions = {loss: loss_function(loss, labels, classes) for loss in {spec.loss for spec in specs}}
+    functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):
         function = functions[spec.loss]
@@ -145,13 +150,17 @@ def _loss_and_gradient(logits, targets, slices):
 
 
 def _finish(spec, stack, losses, p):
-    weights = {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}
-    finite = torch.isfinite(losses)
+    return _trained(spec, {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}, losses.tolist())
+
+
+def _trained(spec, weights, losses):
+    """A TrainedProbe of weights and losses, which are looked through for what is not finite."""
+    finite = [math.isfinite(loss) for loss in losses]
     healthy = all(bool(torch.isfinite(w).all()) for w in weights.values())
-    if finite.all() and healthy:
-        return TrainedProbe(spec, weights, losses.tolist(), None)
-    diverged = int((~finite).int().argmax()) if not finite.all() else len(losses) - 1
-    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses.tolist(), diverged)
+    if all(finite) and healthy:
+        return TrainedProbe(spec, weights, losses, None)
+    diverged = finite.index(False) if not all(finite) else len(losses) - 1
+    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses, diverged)
 
 
 class Predictor:

@@ -43,7 +43,7 @@ def initial_weights(spec, dim, classes):
 
 
 def _attention(head, dim, generator):
-    """As torch.nn.MultiheadAttention draws them, Xavier over the three products in one, with a query of N(0, 0.02^2)."""
+    """As torch.nn.MultiheadAttention draws them, Xavier over the three products in one; the query from N(0, 0.02^2)."""
     if dim % head.heads:
         raise BadInput(f"head attentive: {head.heads} heads do not divide features of width {dim}")
     bounds = {"query": math.sqrt(6 / (4 * dim)), "out": 1 / math.sqrt(dim)}
