@@ -22,6 +22,8 @@ _TWINS = {
     "open_run": "featcache.probes.run",
     "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
+    "export": "featcache.exchange.export",
+    "import_probes": "featcache.exchange.import_probes",
 }
 __all__ = ["__version__", *_TWINS]
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "atomic", "device", "feature", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
-    {"attribution", "finetuning"},
+    {"attribution", "finetuning", "exchange"},
     {"reporting"},
     {"cli", "demo", "__main__"},
 ]
@@ -50,7 +50,7 @@ def test_imports_go_down_only():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "plan_probes", "attribute", "open_run", "compare", "report",
+        "plan_probes", "attribute", "open_run", "compare", "report", "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
@@ -67,18 +67,11 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_every_command_explains_itself(command):
-    for name in (
-        "demo",
-        "layers",
-        "extract",
-        "inspect",
-        "verify",
-        "convert",
-        "train-probes",
-        "compare",
-        "attribute",
-        "report",
-    ):
+    commands = (
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "compare", "attribute", "report",
+        "export", "import-probes",
+    )  # fmt: skip
+    for name in commands:
         code, out, _ = command(name, "--help")
         assert code == 0 and "--help" in out
     assert command("extract", "--backbon", "x")[0] == 2

@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         return self.trunk(images.contiguous(memory_format=torch.channels_last))
 
     def _output(self, output, module, images):
-        return Output(output, module, self.architecture, images.shape[2:], len(images))
+        return Output(output, module, self.architecture, images.shape[2:], images.shape[0])
 
 
 def _hash_tensors(tensors):

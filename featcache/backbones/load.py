@@ -23,6 +23,14 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
     fields of Preprocessing (size, resize, ...) in place of those of the public weights; None leaves
     them. Raises BadInput.
     """
+    return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
+
+
+def load_network(path, arch=None, seed=0, weights_key=None):
+    """Load the whole network that a Backbone is made of, its classifier left as it was drawn.
+
+    Arguments as load_backbone's. Returns (architecture, network, report). Raises BadInput.
+    """
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")
@@ -39,6 +47,11 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
             network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
         )
         report = _report(path, encoder, architecture, loaded, asked)
+    return architecture, network, report
+
+
+def as_backbone(architecture, network, report, **preprocessing):
+    """Cut and freeze what load_network returned; preprocessing as load_backbone's."""
     return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
 
 

@@ -27,7 +27,8 @@ class Output:
         self.output = self.values = output
         self.kind, self.prefix, self.cls = None, 0, False
         usable = isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim in (2, 3, 4)
-        if not (usable and len(output) == batch):
+        # Not len(), which would fix the batch size of a traced program.
+        if not (usable and output.shape[0] == batch):
             return
         tokens = architecture.tokens
         if output.ndim == 2:

@@ -10,7 +10,9 @@ from featcache.cli.attribute import attribute
 from featcache.cli.compare import compare
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
+from featcache.cli.export import export
 from featcache.cli.extract import extract
+from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.layers import layers
 from featcache.cli.report import report
@@ -27,7 +29,9 @@ def cli():
     """
 
 
-for command in (demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report):
+for command in (
+    demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report, export, import_probes,
+):  # fmt: skip
     cli.add_command(command)
 
 

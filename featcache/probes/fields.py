@@ -124,11 +124,9 @@ def _schedule(type, per=None, **fields):
     return Schedule(type, per=None if per == PER[type] else per, **fields)
 
 
+OFFSET = NumberOr(UNIFORM_OFFSET, -1e6, 1e6, default=0.0)
 # Of every head.
-SCALE = {
-    "temperature": Number(0, above=True, default=1.0),
-    "offset": NumberOr(UNIFORM_OFFSET, -1e6, 1e6, default=0.0),
-}
+SCALE = {"temperature": Number(0, above=True, default=1.0), "offset": OFFSET}
 LOGITS = {"pool": Choice("after", "before", default="after"), **SCALE}
 BIAS = {"bias": Choice(True, False, default=True)}
 HIDDEN = Number(1, integer=True, default=2048)

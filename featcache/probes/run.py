@@ -74,7 +74,7 @@ def open_run(folder):
     """Open a finished run. Raises BadInput if there is none, or it is not finished."""
     summary = read_summary(folder)
     if "key" not in summary:
-        raise BadInput(f"run {folder} is not finished; run the same train-probes again to finish it")
+        raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
     try:
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))

@@ -120,7 +120,7 @@ class ProbeSpec:
     """All that decides a probe's weights, given a store and the order seed. seed draws its initial weights.
 
     source: of an imported probe the sha256 of its weights, which then stands for how it was trained:
-    epochs, batch_size and seed are None.
+    epochs, batch_size, seed and views are None.
     views: of the training images, over which the epochs rotate; 0 trains on the images as they are.
     None, in a grid, stands for all that the store has.
     keep: last or best, which epoch's weights, the best by the selection metric on the selection split.
@@ -201,7 +201,7 @@ def imported_spec(name, features, head, loss, source):
     """Return the spec of a probe that was trained elsewhere: what is not known of it is None."""
     optimizer = Optimizer(IMPORTED, lr=None, momentum=None, weight_decay=None)
     schedule = Schedule(IMPORTED, gamma=None, warmup_epochs=None)
-    return ProbeSpec(name, features, head, Loss(loss), optimizer, schedule, None, None, None, source=source)
+    return ProbeSpec(name, features, head, Loss(loss), optimizer, schedule, None, None, None, None, source)
 
 
 def logit_offset(offset, classes):

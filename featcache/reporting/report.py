@@ -10,6 +10,7 @@ from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.metrics import LOWER_IS_BETTER
 from featcache.probes.run import open_run, select
+from featcache.probes.spec import IMPORTED
 from featcache.reporting.localisation import localisation_rows
 from featcache.reporting.table import (
     METRIC_NAMES,
@@ -81,7 +82,7 @@ def _best_rows(run, metric):
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(spec)}, {spec['loss.type']}",
-            "recipe": f"lr {known(spec['optimizer.lr'])}, wd {known(spec['optimizer.weight_decay'])}, seed {spec['seed']}",
+            "recipe": _recipe(spec),
             "chosen_by": scored(metric, spec["value"]),
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
@@ -98,6 +99,12 @@ def _measured(run, metric):
         rows = [run.value(probe, m, run.judge) for m in run.metrics]
         cells = [(scored(r["metric"], r["value"]), scored(r["metric"], r["value"], r["low"], r["high"])) for r in rows]
         yield run.path.name, f"{describe_head(rows[0])}, {rows[0]['loss.type']}", cells
+
+
+def _recipe(spec):
+    if spec["optimizer.type"] == IMPORTED:
+        return f"imported ({spec['name']})"
+    return f"lr {known(spec['optimizer.lr'])}, wd {known(spec['optimizer.weight_decay'])}, seed {spec['seed']}"
 
 
 def _localisation(run, plots):

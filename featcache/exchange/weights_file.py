@@ -1,0 +1,102 @@
+"""Files of weights that plain torch and safetensors read, written whole or not at all."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import click
+import safetensors.torch
+import torch
+
+from featcache.atomic import replacing
+from featcache.errors import BadInput
+
+STATE_DICTS = (".safetensors", ".pth", ".pt")
+PROGRAM = ".pt2"
+META = "featcache.json"
+SAME_PROGRAM = ("weights_sha256", "probe_sha256", "probe")
+
+
+def check_suffix(path, suffixes):
+    """Raise BadInput unless the file's suffix is one of these."""
+    if Path(path).suffix not in suffixes:
+        raise BadInput(f"--to {path}: expected a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+
+
+def write_state_dict(path, tensors, meta):
+    """Write {name: tensor} as .safetensors, or as .pth or .pt: {"state_dict": tensors, "meta": meta}.
+
+    meta: JSON values; in safetensors they are JSON text under the metadata key `featcache`. A file that
+    holds the same tensors already is left as it is; raises BadInput if it holds others.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if path.exists():
+        _keep_or_refuse(path, _same(_read(path), tensors))
+        return
+    if path.suffix == ".safetensors":
+        data = safetensors.torch.save(tensors, metadata={"featcache": json.dumps(meta)})
+        _write(path, lambda file: file.write(data))
+    else:
+        # A view would be saved with all of what it is a view of.
+        content = {"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}, "meta": meta}
+        _write(path, lambda file: torch.save(content, file))
+
+
+def write_program(path, trace, meta):
+    """Write a torch.export program as .pt2, with meta as its extra file featcache.json. Raises BadInput as above.
+
+    trace: function that makes the program; not called if the file is there already, of the same weights.
+    """
+    path = Path(path)
+    if path.exists():
+        _keep_or_refuse(path, all(_program_meta(path).get(key) == meta[key] for key in SAME_PROGRAM))
+        return
+    program = trace()
+    _write(path, lambda file: torch.export.save(program, file, extra_files={META: json.dumps(meta)}))
+
+
+def _write(path, put):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            put(file)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
+    click.echo(f"export: {path}", err=True)
+
+
+def _keep_or_refuse(path, same):
+    if not same:
+        raise BadInput(f"--to {path}: there is a file already, and it holds something else; remove it or name another")
+    click.echo(f"export: {path} holds these tensors already", err=True)
+
+
+def _read(path):
+    """The tensors of a file written here, or None if it is anything else."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception:  # Whatever is wrong with it, it is not what was to be written.
+        return None
+
+
+def _same(old, new):
+    return (
+        isinstance(old, dict)
+        and old.keys() == new.keys()
+        and all(
+            isinstance(old[k], torch.Tensor) and old[k].dtype == v.dtype and old[k].equal(v) for k, v in new.items()
+        )
+    )
+
+
+def _program_meta(path):
+    """The meta of a program written here, or {} if it is anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith(f"/{META}"))
+            return json.loads(archive.read(name))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}
