@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _TWINS = {
+    "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
@@ -16,8 +17,10 @@ _TWINS = {
     "verify": "featcache.store.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
+    "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
+    "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
 }
 __all__ = ["__version__", *_TWINS]

@@ -1,18 +1,33 @@
 """The name of a feature: LAYER:REDUCE, as in `layer4:pooled`."""
 
+import re
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest
 
 # What each reduction leaves of a row, axis by axis.
-REDUCTIONS = {"pooled": ("channel",), "spatial": ("channel", "y", "x")}
+REDUCTIONS = {
+    "pooled": ("channel",),
+    "spatial": ("channel", "y", "x"),
+    "cls": ("channel",),
+    "patch_mean": ("channel",),
+    "tokens": ("token", "channel"),
+    "grid": ("channel", "y", "x"),
+}
+# As people write them.
+WORDS = {name: name for name in REDUCTIONS} | {"grid": "grid(k,s,p)"}
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One layer of a backbone and how its map is reduced.
+    """One layer of a backbone and how what it yields is reduced.
 
-    `pooled` is the mean over all positions, [C]; `spatial` is the map itself, [C, H, W].
+    layer: a module path, or two joined by `+`: the output of the first, put through the second.
+    Of a map: `pooled` is the mean over all positions, [C]; `spatial` the map itself, [C, H, W];
+    `grid(k,s,p)` is averaged over windows of k x k, s apart, with p zeros around, as nn.AvgPool2d
+    does, [C, h, w]. Of tokens: `cls` is the class token, [D]; `patch_mean`, also called `pooled`, the
+    mean over the patches, [D]; `tokens` all of them, [N, D]; `spatial` and `grid` see the patches as a
+    map.
     """
 
     layer: str
@@ -22,35 +37,85 @@ class Feature:
         return f"{self.layer}:{self.reduction}"
 
     @property
+    def kind(self):
+        """The reduction without its numbers: a word of REDUCTIONS."""
+        return self.reduction.partition("(")[0]
+
+    @property
+    def window(self):
+        """Kernel, stride and padding of a grid."""
+        return tuple(int(number) for number in self.reduction[len("grid(") : -1].split(","))
+
+    @property
     def folder(self):
-        """Name of the array in a store: ':' is not allowed in file names everywhere."""
-        return f"{self.layer}.{self.reduction}"
+        """Name of the array in a store: ':', '(' and ',' are not allowed in file names everywhere."""
+        return f"{self.layer}.{self.reduction.rstrip(')').replace('(', '-').replace(',', '-')}"
 
     @property
     def axes(self):
         """Names of the axes of one row, unique to this feature."""
-        return tuple(f"{self.folder}.{axis}" for axis in REDUCTIONS[self.reduction])
+        return tuple(f"{self.folder}.{axis}" for axis in REDUCTIONS[self.kind])
 
 
 def parse_feature(text, aliases, known_layers=None):
-    """Turn `pooled`, `last:spatial` or `layer3:pooled` into a Feature with its aliases resolved.
+    """Turn `pooled`, `last:spatial`, `layer3:grid(8,3,0)` or `blocks.8+norm:cls` into a Feature, aliases resolved.
 
     A bare reduction means the last layer. Raises BadInput for an unknown reduction or layer.
     """
-    layer, _, reduction = str(text).strip().rpartition(":")
+    layer, _, reduction = re.sub(r"\s", "", str(text)).rpartition(":")
     layer = layer or "last"
-    if reduction not in REDUCTIONS:
-        raise BadInput(
-            f"feature {text!r}: {reduction!r} is not one of {', '.join(REDUCTIONS)}{nearest(reduction, REDUCTIONS)}"
-        )
+    reduction = _reduction(text, reduction)
     layer = aliases.get(layer, layer)
-    if known_layers is not None and layer not in known_layers:
-        words = [*aliases, *known_layers]
-        raise BadInput(f"feature {text!r}: the backbone has no layer {layer!r}{nearest(layer, words)}")
+    if known_layers is not None:
+        parts = layer.split("+")
+        for part in parts[:2]:
+            if part not in known_layers:
+                words = [*aliases, *known_layers] if len(parts) == 1 else known_layers
+                raise BadInput(f"feature {text!r}: the backbone has no layer {part!r}{nearest(part, words)}")
+        if len(parts) > 2:
+            raise BadInput(f"feature {text!r}: more than one '+'; a layer is a module path, or LAYER+NORM")
     return Feature(layer, reduction)
 
 
+def _reduction(text, word):
+    """Check a reduction and write out the numbers of a grid: a stride defaults to the kernel, a padding to 0."""
+    name, bracket, rest = word.partition("(")
+    if name not in REDUCTIONS:
+        raise BadInput(
+            f"feature {text!r}: {name!r} is not one of {', '.join(WORDS.values())}{nearest(name, REDUCTIONS)}"
+        )
+    if name != "grid" and not bracket:
+        return name
+    numbers = re.fullmatch(r"(\d+)(?:,(\d+))?(?:,(\d+))?\)", rest)
+    if name != "grid" or not numbers:
+        raise BadInput(f"feature {text!r}: {word!r} is not one of {', '.join(WORDS.values())}")
+    kernel = int(numbers[1])
+    stride, padding = int(numbers[2] or kernel), int(numbers[3] or 0)
+    if kernel < 1 or stride < 1 or padding > kernel // 2:
+        raise BadInput(
+            f"feature {text!r}: a grid needs kernel and stride of at least 1 and padding of at most half the kernel"
+        )
+    return f"grid({kernel},{stride},{padding})"
+
+
 def parse_features(text, aliases, known_layers=None):
-    """Turn a comma-separated list into Features, each once, in the order given."""
-    parts = text.split(",") if isinstance(text, str) else text
-    return tuple(dict.fromkeys(parse_feature(part, aliases, known_layers) for part in parts))
+    """Turn a comma-separated list into Features, each once, in the order given.
+
+    `lastN:REDUCE` stands for the last N blocks of a transformer, first to last.
+    """
+    # A comma between brackets belongs to a grid.
+    parts = re.split(r",(?![^(]*\))", text) if isinstance(text, str) else text
+    features = []
+    for part in parts:
+        several = re.fullmatch(r"last([1-9]\d*):(.*)", str(part).strip())
+        names = [part]
+        if several and several[0].partition(":")[0] not in aliases:
+            layers = [f"last-{i}" for i in range(int(several[1]) - 1, 0, -1)] + ["last"]
+            for layer in layers:
+                if layer not in aliases:
+                    most = sum(alias.startswith("last-") for alias in aliases)
+                    have = f"its last {most + 1} blocks have names" if most else "it is no transformer"
+                    raise BadInput(f"feature {part!r}: the backbone has no {layer!r}; {have}")
+            names = [f"{layer}:{several[2]}" for layer in layers]
+        features += [parse_feature(name, aliases, known_layers) for name in names]
+    return tuple(dict.fromkeys(features))

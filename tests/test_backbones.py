@@ -4,7 +4,6 @@ import pytest
 import torch
 from torchvision.models import resnet18, resnet50
 
-from featcache.backbones import ARCHITECTURES
 from featcache.backbones.load import load_backbone
 from featcache.errors import BadInput
 from featcache.feature import parse_features
@@ -20,14 +19,6 @@ def features_of(backbone, images, spec):
     wanted = parse_features(spec, backbone.aliases, backbone.layers)
     with torch.inference_mode():
         return backbone(images, wanted)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
-def test_architecture_is_inferred_from_shapes(tmp_path, name):
-    torch.save(ARCHITECTURES[name].build().state_dict(), tmp_path / "x.pth")
-    backbone = load_backbone(tmp_path / "x.pth")
-    assert backbone.arch == name
-    assert "fc.bias, fc.weight" in backbone.grounds, "the classifier left out is named"
 
 
 def test_resnet_features_equal_torchvision(checkpoint):
@@ -130,9 +121,8 @@ def test_unknown_names_suggest(checkpoint, tmp_path):
     with pytest.raises(BadInput, match="cannot tell the architecture .*alien.pth.*--arch"):
         load_backbone(tmp_path / "alien.pth")
     backbone = load_backbone(checkpoint)
+    assert "fc.bias, fc.weight" in backbone.grounds, "the classifier left out is named"
     with pytest.raises(BadInput, match="no layer 'layer44'; did you mean 'layer4"):
         parse_features("layer44:pooled", backbone.aliases, backbone.layers)
-    with pytest.raises(BadInput, match="'poled' is not one of pooled, spatial; did you mean 'pooled'"):
+    with pytest.raises(BadInput, match="'poled' is not one of pooled, spatial, .*; did you mean 'pooled'"):
         parse_features("layer4:poled", backbone.aliases, backbone.layers)
-    with pytest.raises(BadInput, match="yields no"):
-        features_of(backbone, torch.randn(1, 3, 64, 64), "fc:pooled")

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from bcos.modules import BcosConv2d, LogitLayer
-from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from captum.attr import InputXGradient, LayerGradCam
+from plain import Plain
 from test_stack import C, D, N, S, data, largest_difference, specs  # noqa: F401
 from torch import nn
 
@@ -14,11 +13,10 @@ import featcache
 from featcache.attribution.gradcam import gradcam
 from featcache.errors import BadInput
 from featcache.probes.grid import parse_grid
-from featcache.probes.heads import STACKS
 from featcache.probes.heads import Head as HeadModule
-from featcache.probes.heads import initial_weights
 from featcache.probes.spec import Head, logit_offset
 from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, blocks, predict, train_block
+from featcache.probes.weights import initial_weights
 from featcache.reporting.table import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)
@@ -32,50 +30,6 @@ HEADS = [
     Head("mlp", 2, 16, "bnu", False, offset=0.25),
     Head("linear", offset=-2.0),
 ]
-
-
-class Published(nn.Module):
-    """The same head of the bcos package's and torch's own modules: logits averaged, then the logit layer."""
-
-    def __init__(self, head, weights):
-        super().__init__()
-        layers = []
-        for i in range(head.layers):
-            weight = weights[f"fc{i}.weight"]
-            outputs, inputs = weight.shape
-            if head.type == "bcos":
-                conv = BcosConv2d(inputs, outputs // head.max_out, 1, b=head.b, max_out=head.max_out)
-                target = conv.linear
-            else:
-                conv = target = nn.Conv2d(inputs, outputs, 1, bias=f"fc{i}.bias" in weights)
-            target.weight.data = weight[:, :, None, None].clone()
-            if f"fc{i}.bias" in weights:
-                target.bias.data = weights[f"fc{i}.bias"].clone()
-            layers.append(conv)
-            if i < head.layers - 1:
-                if head.norm == "bnu":
-                    norm = NoBias(BatchNormUncentered2d)(outputs // head.max_out)
-                    norm.weight.data = weights[f"bn{i}.weight"].clone()
-                    norm.running_var.copy_(weights[f"bn{i}.running_var"])
-                    layers.append(norm)
-                layers += [nn.ReLU()] * (head.type == "mlp")
-        self.layers, self.logits = nn.Sequential(*layers), LogitLayer(logit_bias=head.offset or None)
-
-    def forward(self, maps):
-        return self.logits(self.layers(maps).mean((2, 3)))
-
-    def named(self, tensors):
-        """Tensors of the state dict, or gradients by the same names, under featcache's names."""
-        number, names = -1, {}
-        for place, layer in enumerate(self.layers):
-            if isinstance(layer, nn.ReLU):
-                continue
-            fc = isinstance(layer, BcosConv2d | nn.Conv2d)
-            number += fc
-            for key in tensors:
-                if key.startswith(f"layers.{place}."):
-                    names[key] = f"{'fc' if fc else 'bn'}{number}.{key.rpartition('.')[2]}"
-        return {new: tensors[old].flatten(1) if tensors[old].ndim == 4 else tensors[old] for old, new in names.items()}
 
 
 def perturbed(spec, random):
@@ -96,7 +50,7 @@ def test_values_and_gradients_equal_the_package(data, head):  # noqa: F811
     features = maps.mean(2) if head.type == "linear" else maps
     logits = predict(several, weights, features, C)
     for spec, own, got in zip(several, weights, logits, strict=True):
-        published, module = Published(head, own).eval().double(), HeadModule(spec, own).double()
+        published, module = Plain(head, own).eval().double(), HeadModule(spec, own).double()
         inputs = maps.double().unflatten(2, (2, 2)).requires_grad_()
         expected = published(inputs)
         torch.testing.assert_close(got, expected.float().detach(), rtol=1e-6, atol=2e-6)
@@ -106,34 +60,6 @@ def test_values_and_gradients_equal_the_package(data, head):  # noqa: F811
         (slow,) = torch.autograd.grad(expected, inputs, ones)
         (fast,) = torch.autograd.grad(module(inputs), inputs, ones)
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("head", [h for h in HEADS if h.type != "linear"], ids=str)
-def test_a_training_step_equals_the_package(data, head):  # noqa: F811
-    """Logits on batch statistics, gradients of all parameters and the running statistics, for each probe of three."""
-    maps = data[1].float() - 0.7
-    several = specs(3, head)
-    stack = STACKS[head.type](several, D, C, "cpu")
-    start = [{n: w[p].detach().clone() for n, w in stack.weights.items()} for p in range(3)]
-    gradient = torch.randn(N, 3, C, generator=torch.Generator().manual_seed(2)) / N
-    logits = stack.forward(maps, training=True)
-    got = dict(
-        zip(
-            [n for n in stack.weights if "running" not in n], stack.backward(maps, logits, gradient), strict=True
-        )
-    )  # fmt: skip
-    for p in range(3):
-        published = Published(head, start[p]).train()
-        expected = published(maps.unflatten(2, (2, 2)))
-        torch.testing.assert_close(logits[:, p], expected, rtol=1e-6, atol=2e-6)
-        expected.backward(gradient[:, p])
-        slow = published.named({n: w.grad for n, w in published.named_parameters()})
-        assert slow.keys() == got.keys()
-        for name, value in slow.items():
-            torch.testing.assert_close(got[name][p], value, rtol=1e-5, atol=1e-6)
-        state = published.named(published.state_dict())
-        for name in (n for n in stack.weights if n.endswith("running_var")):
-            torch.testing.assert_close(stack.weights[name][p], state[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -167,7 +93,7 @@ def test_maps_equal_captums(head):
     trunk = nn.Sequential(nn.Conv2d(3, D, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)).eval().requires_grad_(False)
     (spec,) = specs(1, head)
     weights = initial_weights(spec, D, C)
-    model = nn.Sequential(trunk, Published(head, weights).eval())
+    model = nn.Sequential(trunk, Plain(head, weights).eval())
     images, classes = torch.randn(4, 3, 8, 8).requires_grad_(), torch.tensor([0, 3, 6, 1])
     module = HeadModule(spec, weights)
     oracle = LayerGradCam(model, model[0]).attribute(images, classes, relu_attributions=False)[:, 0]

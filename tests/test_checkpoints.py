@@ -1,6 +1,9 @@
 """Checkpoints: every way in which people save an encoder gives the same tensors; what is not sure is an error."""
 
+import argparse
 import json
+import re
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -9,6 +12,7 @@ from torchvision.models import resnet18
 
 from featcache.backbones.load import load_backbone
 from featcache.errors import BadInput
+from featcache.feature import parse_features
 
 
 @pytest.fixture(scope="module")
@@ -335,3 +339,168 @@ def test_extract_prints_the_report(trained, scenes, tmp_path, command):
         tmp_path / "t.zarr",
     )
     assert code == 2 and "--weights-key teacher: no encoder" in err
+
+
+def tiny_vit(seed, **changed):
+    """A small vision transformer of timm's with weights of its own."""
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    chosen = {
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": 128,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    } | changed
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    torch.manual_seed(seed)
+    network = vit.VisionTransformer(**chosen, norm_layer=norm).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def renamed(tensors, *pairs):
+    for pattern, new in pairs:
+        tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
+    return tensors
+
+
+def swapped(tensors):
+    """DINOv2's own names, and its unused mask token."""
+    return renamed(tensors, (r"^reg_token$", "register_tokens")) | {"mask_token": torch.zeros(1, 128)}
+
+
+# name: (file's content from this encoder's tensors and those of another, arguments of the ViT, words of the rule)
+VIT_LAYOUTS = {
+    "timm or DeiT": (lambda a, b: {"model": a | {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)}}, {}, None),
+    "DINO, whole training state": (
+        lambda a, b: {
+            "student": under("module.backbone.", b) | extra("module.head.mlp.0.weight"),
+            "teacher": under("backbone.", a) | extra("head.mlp.0.weight"),
+            "args": argparse.Namespace(arch="vit_small", patch_size=16),
+            "dino_loss": extra("center"),
+        },
+        {},
+        "the teacher",
+    ),
+    "DINOv2": (lambda a, b: swapped(a), {"init_values": 1e-5}, "bare names"),
+    "DINOv2's training": (
+        lambda a, b: {"teacher": under("backbone.", swapped(a)) | extra("dino_head.mlp.0.weight")},
+        {"init_values": 1e-5},
+        "DINOv2's teacher",
+    ),
+    "MAE": (
+        lambda a, b: {
+            "model": a | extra("mask_token", "decoder_embed.weight", "decoder_pos_embed", "decoder_blocks.0.attn.qkv.weight"),
+            "optimizer": OPTIMIZER,
+            "args": argparse.Namespace(model="mae_vit_base_patch16"),
+        },
+        {},
+        "the only encoder",
+    ),
+    "MoCo v3": (
+        lambda a, b: {
+            "state_dict": under("module.base_encoder.", a)
+            | under("module.momentum_encoder.", b)
+            | extra("module.base_encoder.head.0.weight", "module.predictor.0.weight")
+        },
+        {"embed_dim": 384, "num_heads": 12},
+        "MoCo v3's base encoder",
+    ),
+    "mmpretrain": (
+        lambda a, b: {
+            "state_dict": under(
+                "backbone.",
+                renamed(
+                    a,
+                    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+                    (r"^blocks\.(\d+)\.norm", r"layers.\1.ln"),
+                    (r"^blocks\.(\d+)\.mlp\.fc1", r"layers.\1.ffn.layers.0.0"),
+                    (r"^blocks\.(\d+)\.mlp\.fc2", r"layers.\1.ffn.layers.1"),
+                    (r"^blocks\.", "layers."),
+                    (r"^norm\.", "ln1."),
+                ),
+            )
+            | extra("head.layers.head.weight"),
+        },
+        {},
+        "the only encoder",
+    ),
+    "VISSL": (
+        lambda a, b: {"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", a)}}}},
+        {},
+        "VISSL",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", VIT_LAYOUTS)
+def test_every_layout_of_a_vision_transformer_gives_the_network_that_was_saved(layout, tmp_path):
+    build, changed, rule = VIT_LAYOUTS[layout]
+    network, other = tiny_vit(0, **changed), tiny_vit(1, **changed)
+    torch.save(build(network.state_dict(), other.state_dict()), tmp_path / "vit.pth")
+    backbone = load_backbone(tmp_path / "vit.pth", size=64)
+    assert (rule or "") in backbone.grounds
+    images = torch.randn(2, 3, 64, 64)
+    wanted = parse_features("last:tokens,cls,pooled,last2:cls", backbone.aliases, backbone.layers)
+    with torch.inference_mode():
+        got = backbone(images, wanted)
+        tokens = network.to(memory_format=torch.channels_last).forward_features(
+            images.contiguous(memory_format=torch.channels_last)
+        )
+    assert torch.equal(got["norm:tokens"], tokens) and torch.equal(got["norm:cls"], tokens[:, 0])
+    assert torch.equal(got["norm:pooled"], tokens[:, 1:].mean(1))
+    assert "blocks.0+norm:cls" in got
+
+
+def test_clip_archives_give_the_image_tower(tmp_path):
+    """OpenAI's names, text tower beside it, half precision."""
+    open_clip = pytest.importorskip("open_clip")
+    for vision in ({"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}, {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64}):  # fmt: skip
+        torch.manual_seed(0)
+        text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+        model = open_clip.model.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text, quick_gelu=True).eval()
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        torch.save(tensors, tmp_path / "clip.pt")
+        backbone = load_backbone(tmp_path / "clip.pt", size=64)
+        assert "CLIP's image tower (visual.*)" in backbone.grounds and backbone.preprocessing.mean[0] == 0.48145466
+        assert not any("transformer" in line and "missing" in line for line in backbone.grounds.split("\n"))
+
+
+def test_bcos_checkpoints_of_the_package_of_lightning_and_of_mmengine(tmp_path):
+    models = pytest.importorskip("bcos.models.resnet")
+    torch.manual_seed(0)
+    norm = pytest.importorskip("bcos.modules.norms").NoBias(pytest.importorskip("bcos.modules.norms").BatchNormUncentered2d)
+    network = models.resnet18(pretrained=False, norm_layer=norm).eval().requires_grad_(False)
+    tensors = network.state_dict()
+    images = torch.rand(2, 6, 64, 64)
+    layouts = {
+        "release": tensors,
+        "lightning": {"state_dict": under("model.", tensors)},
+        "ema": {"state_dict": under("ema.module.", tensors)},
+        "mmengine": {"state_dict": under("backbone.", {k: v for k, v in tensors.items() if not k.startswith("fc.")})},
+    }
+    prints = set()
+    for name, content in layouts.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        backbone = load_backbone(tmp_path / f"{name}.pth")
+        prints.add(backbone.weights_sha256)
+        assert backbone.preprocessing.inverse and backbone.arch == "bcos_resnet18"
+    assert len(prints) == 1
+    with torch.inference_mode():
+        got = backbone(images, parse_features("spatial", backbone.aliases, backbone.layers))["layer4:spatial"]
+        network.to(memory_format=torch.channels_last)
+        expected = network.get_feature_extractor()(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(got, expected)
+
+
+def test_a_network_of_ones_own_is_found_in_any_layout(trained, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from torchvision.models import resnet18\ndef build():\n    return resnet18()\n")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": under("module.encoder_q.", trained[0]) | under("module.encoder_k.", trained[1])}, "c.pth")
+    backbone = load_backbone("c.pth", arch="mine:build")
+    assert torch.equal(backbone.trunk.conv1.weight, trained[0]["conv1.weight"])
+    torch.save({"something": torch.zeros(3)}, "d.pth")
+    with pytest.raises(BadInput, match=r"d\.pth does not fit: no key ends in"):
+        load_backbone("d.pth", arch="mine:build")

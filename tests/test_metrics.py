@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, by hand, and by simulation."""
+"""Scores against scikit-learn, by hand, by slow loops, and by simulation."""
 
 import math
 
@@ -7,34 +7,55 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, top_k_accuracy_score
-
-from featcache.probes.metrics import (
-    average_precision,
-    chance,
-    mean_average_precision,
-    score,
-    top_k,
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
 )
+
+from featcache.probes import average_precision as ap_module
+from featcache.probes import tally as tally_module
+from featcache.probes.average_precision import average_precision
+from featcache.probes.bootstrap import interval, paired_test, resamples
+from featcache.probes.losses import LossFunction
+from featcache.probes.metrics import TASK_METRICS, chance, gain
+from featcache.probes.spec import Loss
+from featcache.probes.tally import BINS, MultiLabelTally, SingleLabelTally
+
+
+def tallied(kind, logits, labels, losses, chunk=7):
+    """A tally of numpy logits [P, N, C] that were added in chunks."""
+    tally = kind(torch.from_numpy(labels), logits.shape[2], losses)
+    for part in torch.from_numpy(logits.astype(np.float32)).split(chunk, dim=1):
+        tally.add(part)
+    return tally
+
+
+def multi_label(seed, images, classes, probes=3, ties=False):
+    random = np.random.default_rng(seed)
+    logits = 2 * random.normal(size=(probes, images, classes)).astype(np.float32)
+    labels = random.choice([1, 0, -1], p=[0.3, 0.6, 0.1], size=(images, classes)).astype(np.int8)
+    return logits.round() if ties else logits, labels
+
+
+def sklearn_map(scores, labels):
+    values = []
+    for c in range(labels.shape[1]):
+        known = labels[:, c] != -1
+        if (labels[:, c] == 1).any():
+            values.append(average_precision_score(labels[known, c] == 1, scores[known, c]))
+    return np.mean(values) if values else math.nan
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(1, 8), st.booleans())
 def test_map_equals_scikit_learn(seed, images, classes, ties):
-    random = np.random.default_rng(seed)
-    scores = random.normal(size=(3, images, classes)).astype(np.float32)
-    if ties:
-        scores = scores.round()
-    labels = random.choice([1, 0, -1], size=(images, classes)).astype(np.int8)
-    got = mean_average_precision(torch.from_numpy(scores), torch.from_numpy(labels))
+    logits, labels = multi_label(seed, images, classes, ties=ties)
+    got = tallied(MultiLabelTally, logits, labels, ["bce"] * 3).scores()["map"]
     for p in range(3):
-        values = []
-        for c in range(classes):
-            known = labels[:, c] != -1
-            if (labels[:, c] == 1).any():
-                values.append(average_precision_score(labels[known, c] == 1, scores[p, known, c]))
-        expected = np.mean(values) if values else math.nan
-        assert got[p].item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        assert got[p].item() == pytest.approx(sklearn_map(logits[p], labels), abs=1e-9, nan_ok=True)
 
 
 def test_average_precision_by_hand():
@@ -46,48 +67,170 @@ def test_average_precision_by_hand():
     assert average_precision(scores, torch.zeros(4, dtype=torch.bool)).isnan().all()
 
 
-def test_resampled_scores_are_scores_of_the_repeated_images():
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_resampled_scores_are_scores_of_the_repeated_images(ties, loss, monkeypatch):
+    # Pieces of a few probes and rows, as large splits have them.
+    monkeypatch.setattr(ap_module, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(tally_module, "PIECE_ROWS", 16)
+    weights = resamples(50, 6)
+    logits, labels = multi_label(0, 50, 4, ties=ties)
+    classes = np.random.default_rng(0).integers(0, 4, 50)
+    for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, classes)):
+        got = tallied(kind, logits, truth, [loss] * 3).scores(weights)
+        for r in range(6):
+            rows = np.repeat(np.arange(50), weights[:, r].numpy())
+            expected = tallied(kind, logits[:, rows], truth[rows], [loss] * 3).scores()
+            for metric, values in expected.items():
+                torch.testing.assert_close(got[metric][:, 1 + r], values[:, 0], rtol=1e-6, atol=1e-12, msg=metric)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 8))
+def test_precision_recall_f1_equal_scikit_learn(seed, images, classes):
+    """Where a label is -1, prediction and truth count as 0, as How-to-Probe has it."""
+    logits, labels = multi_label(seed, images, classes)
+    got = tallied(MultiLabelTally, logits, labels, ["bce", "focal", "asymmetric"]).scores()
+    for p in range(3):
+        said = (1 / (1 + np.exp(-logits[p].astype(np.float64))) >= 0.5) & (labels >= 0)
+        for average in ("macro", "micro"):
+            # A single class is a column of booleans, which scikit-learn would take for two classes.
+            padded = [np.hstack([a, np.zeros((images, 1), bool)]) for a in (labels == 1, said)]
+            names = range(classes)
+            expected = precision_recall_fscore_support(*padded, labels=names, average=average, zero_division=0)[:3]
+            for name, value in zip(("precision", "recall", "f1"), expected, strict=True):
+                assert got[f"{name}_{average}"][p].item() == pytest.approx(value, abs=1e-9)
+
+
+def test_top_k_balanced_accuracy_and_nll_equal_scikit_learn():
     random = np.random.default_rng(0)
-    scores = torch.from_numpy(random.normal(size=(2, 30, 4)).round(1))
-    labels = torch.from_numpy(random.choice([1, 0, -1], size=(30, 4)).astype(np.int8))
-    counts = torch.from_numpy(random.multinomial(30, [1 / 30] * 30, size=5))
-    got = mean_average_precision(scores, labels, counts)
-    for r in range(5):
-        repeated = torch.repeat_interleave(torch.arange(30), counts[r])
-        expected = mean_average_precision(scores[:, repeated], labels[repeated])
-        torch.testing.assert_close(got[:, r], expected)
-    classes = torch.from_numpy(random.integers(0, 4, 30))
-    hits = top_k(scores, classes, 2, counts)
-    repeated = torch.repeat_interleave(torch.arange(30), counts[0])
-    torch.testing.assert_close(hits[:, 0], top_k(scores[:, repeated], classes[repeated], 2))
+    logits, labels = random.normal(size=(2, 80, 9)).astype(np.float32), random.integers(0, 8, 80)
+    got = tallied(SingleLabelTally, logits, labels, ["ce", "ce"]).scores()
+    for p in range(2):
+        probabilities = np.exp(logits[p].astype(np.float64))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        for k in (1, 5):
+            expected = top_k_accuracy_score(labels, logits[p], k=k, labels=range(9))
+            assert got[f"top{k}"][p].item() == pytest.approx(expected)
+        seen = np.isin(logits[p].argmax(1), labels)
+        recalls = [np.mean(logits[p].argmax(1)[labels == c] == c) for c in np.unique(labels)]
+        assert got["balanced_accuracy"][p].item() == pytest.approx(np.mean(recalls))
+        if seen.all():
+            expected = balanced_accuracy_score(labels, logits[p].argmax(1))
+            assert got["balanced_accuracy"][p].item() == pytest.approx(expected)
+        assert got["nll"][p].item() == pytest.approx(log_loss(labels, probabilities, labels=range(9)))
+    few = tallied(SingleLabelTally, logits[:, :, :3], labels % 3, ["ce", "ce"]).scores()
+    assert few["top5"].eq(1).all()
 
 
-def test_top_k_equals_scikit_learn():
-    random = np.random.default_rng(0)
-    scores, labels = random.normal(size=(2, 80, 9)), random.integers(0, 9, 80)
-    for k in (1, 5):
-        got = top_k(torch.from_numpy(scores), torch.from_numpy(labels), k)
-        for p in range(2):
-            assert got[p].item() == pytest.approx(top_k_accuracy_score(labels, scores[p], k=k, labels=range(9)))
-    assert top_k(torch.randn(1, 10, 3), torch.zeros(10, dtype=torch.int64), 5).item() == 1
+def test_a_constant_gets_no_credit():
+    labels = np.arange(40) % 4
+    got = tallied(SingleLabelTally, np.zeros((1, 40, 4)), labels, ["ce"]).scores()
+    assert got["top1"].item() == got["balanced_accuracy"].item() == 0.25
+    assert got["nll"].item() == pytest.approx(math.log(4)) and got["ece"].item() == pytest.approx(0)
 
 
-def test_intervals_hold_the_score_and_broken_probes_have_none():
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+@pytest.mark.parametrize("single", [True, False])
+def test_nll_is_the_loss_that_a_probe_is_trained_with(single, loss):
+    logits, labels = multi_label(3, 60, 5)
+    # An image without a class adds nothing to ce but counts there; a softmax cannot be judged by it.
+    labels[:, 0] = np.where((labels == 1).any(1), labels[:, 0], 1)
+    labels = np.random.default_rng(0).integers(0, 5, 60) if single else labels
+    kind = SingleLabelTally if single else MultiLabelTally
+    got = tallied(kind, logits, labels, [loss] * 3).scores()["nll"].squeeze(1)
+    stacked = torch.from_numpy(logits).double().transpose(0, 1)
+    expected, _ = LossFunction(Loss(loss), torch.from_numpy(labels), 5)(stacked, torch.from_numpy(labels))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+@pytest.mark.parametrize("single", [True, False])
+def test_ece_by_a_slow_loop(single, loss):
+    """Guo et al. 2017 for one label an image; for several, over all pairs of image and class."""
+    logits, labels = multi_label(4, 90, 5, probes=1)
+    labels = np.random.default_rng(0).integers(0, 5, 90) if single else labels
+    pairs = []
+    for values, truth in zip(logits[0].astype(np.float64), labels, strict=True):
+        known = np.ones(5, bool) if single else truth >= 0
+        exp = np.exp(values) * known
+        p = exp / exp.sum() if loss == "ce" else 1 / (1 + np.exp(-values))
+        if single:
+            pairs.append((p.max(), float(p.argmax() == truth)))
+        elif loss == "bce":
+            pairs += [(p[c], float(truth[c] == 1)) for c in range(5) if known[c]]
+        elif (truth == 1).any():
+            pairs += [(p[c], (truth[c] == 1) / (truth == 1).sum()) for c in range(5) if known[c]]
+    error, table = 0, np.zeros((BINS, 3))
+    for b in range(BINS):
+        inside = [(p, y) for p, y in pairs if b / BINS < p <= (b + 1) / BINS]
+        if inside:
+            table[b] = len(inside), sum(p for p, _ in inside), sum(y for _, y in inside)
+            error += len(inside) / len(pairs) * abs(np.mean([p for p, _ in inside]) - np.mean([y for _, y in inside]))
+    tally = tallied(SingleLabelTally if single else MultiLabelTally, logits, labels, [loss])
+    assert tally.scores()["ece"].item() == pytest.approx(error, abs=1e-9)
+    np.testing.assert_allclose(tally.calibration()[0], table, atol=1e-9)
+
+
+def test_a_probe_is_scored_as_if_it_were_alone():
+    logits, labels = multi_label(5, 200, 6, probes=5)
+    losses, weights = ["bce", "bce", "ce", "focal", "ce"], resamples(200, 20)
+    logits[3, 17, 2] = math.nan
+    for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, labels.argmax(1).astype(np.int64))):
+        together = tallied(kind, logits, truth, losses).scores(weights)
+        task = "multi-label" if kind is MultiLabelTally else "single-label"
+        assert set(together) == set(TASK_METRICS[task])
+        for p in (0, 2, 4):
+            alone = tallied(kind, logits[p : p + 1], truth, losses[p : p + 1]).scores(weights)
+            assert all(torch.equal(together[m][p], alone[m][0]) for m in alone), "to the bit"
+        assert all(table[3].isnan().all() for table in together.values()), "a broken probe has no scores"
+
+
+def test_intervals():
     random = np.random.default_rng(1)
-    labels = torch.from_numpy(random.integers(0, 5, 400))
-    logits = torch.from_numpy(random.normal(size=(2, 400, 5))) + 2 * torch.nn.functional.one_hot(labels, 5)
-    logits[1, 3, 2] = math.nan
-    (value, low, high), broken = score("top1", logits, labels)
+    labels = random.integers(0, 5, 400)
+    logits = random.normal(size=(1, 400, 5)) + 2 * np.eye(5)[labels]
+    value, low, high = interval(tallied(SingleLabelTally, logits, labels, ["ce"]).scores(resamples(400))["top1"][0])
     assert low < value < high
     # About +-1.96 sqrt(p (1 - p) / n).
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(value * (1 - value) / 400), rel=0.3)
-    assert all(math.isnan(v) for v in broken)
+
+
+def test_resamples_are_as_large_as_the_split_and_the_first_of_many():
+    few, many = resamples(70, 20), resamples(70, 50)
+    assert (many.sum(0) == 70).all() and torch.equal(many[:, :20], few)
+    # Poisson with mean 1 in the limit: variance 1.
+    assert many.double().var().item() == pytest.approx(1 - 1 / 70, rel=0.1)
+
+
+def test_the_paired_test_holds_its_level_and_finds_differences():
+    """Under no difference p is uniform; the mean of paired normals stands in for a score."""
+    random = np.random.default_rng(0)
+    weights = resamples(100, 400).double()
+    values = torch.from_numpy(random.normal(size=(300, 100)))
+    scores = torch.cat([values.mean(1, keepdim=True), values @ weights / 100], dim=1)
+    nothing = torch.zeros(401, dtype=torch.float64)
+    p = np.array([paired_test(row, nothing)[3] for row in scores])
+    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.04) and np.mean(p < 0.5) == pytest.approx(0.5, abs=0.09)
+    difference, low, high, p = paired_test(scores[0] + 1, scores[0])
+    assert difference == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1) and p == 2 / 401
+    assert paired_test(scores[0], scores[0])[3] == 1
+    # The formula, by hand: 3 of 4 differences are above 0.
+    assert paired_test(torch.tensor([1.0, 2, 3, -1, 1]), torch.zeros(5))[3] == 2 * (1 + 1) / (4 + 1)
 
 
 def test_chance_is_what_a_random_ranking_scores():
     random = np.random.default_rng(0)
-    labels = torch.from_numpy(random.choice([1, 0, -1], p=[0.1, 0.8, 0.1], size=(60, 6)).astype(np.int8))
-    simulated = mean_average_precision(torch.from_numpy(random.normal(size=(3000, 60, 6))), labels)
-    error = simulated.std().item() / math.sqrt(3000)
-    assert chance("map", labels, 6) == pytest.approx(simulated.mean().item(), abs=4 * error)
-    assert chance("top1", None, 20) == 1 / 20 and chance("top5", None, 3) == 1
+    labels = random.choice([1, 0, -1], p=[0.1, 0.8, 0.1], size=(60, 6)).astype(np.int8)
+    simulated = tallied(MultiLabelTally, random.normal(size=(3000, 60, 6)), labels, ["bce"] * 3000, chunk=60)
+    values = simulated.average_precisions()[:, :, 0].mean(1)
+    error = values.std().item() / math.sqrt(3000)
+    assert chance("map", torch.from_numpy(labels), 6) == pytest.approx(values.mean().item(), abs=4 * error)
+    assert chance("top1", None, 20) == chance("balanced_accuracy", None, 20) == 1 / 20
+    assert chance("top5", None, 3) == 1 and chance("nll", None, 3) is None
+
+
+def test_lower_is_better_for_some():
+    assert (
+        gain("map", 0.6) > gain("map", 0.5) and gain("nll", 0.5) > gain("nll", 0.6) and gain("ece", 0) > gain("ece", 1)
+    )

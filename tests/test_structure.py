@@ -49,8 +49,8 @@ def test_imports_go_down_only():
 
 def test_public_face():
     assert featcache.__all__ == [
-        "__version__", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes", "attribute",
-        "open_run", "report",
+        "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
+        "plan_probes", "attribute", "open_run", "compare", "report",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
@@ -67,7 +67,18 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_every_command_explains_itself(command):
-    for name in ("demo", "extract", "inspect", "verify", "convert", "train-probes", "attribute", "report"):
+    for name in (
+        "demo",
+        "layers",
+        "extract",
+        "inspect",
+        "verify",
+        "convert",
+        "train-probes",
+        "compare",
+        "attribute",
+        "report",
+    ):
         code, out, _ = command(name, "--help")
         assert code == 0 and "--help" in out
     assert command("extract", "--backbon", "x")[0] == 2

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from conftest import tree_hash
 from sklearn.metrics import average_precision_score
 from test_store import write_store
@@ -15,6 +17,7 @@ from test_store import write_store
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.heads import Head
+from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
 from featcache.store.manifest import identity_hash
@@ -43,18 +46,16 @@ def write_grid(path, content=None):
 
 def test_the_run_folder(run):
     assert sorted(p.name for p in run.path.iterdir()) == [
-        "grid.yaml",
-        "history.csv",
-        "probes",
-        "run.json",
-        "scores.csv",
-    ]
+        "calibration.csv", "grid.yaml", "history.csv", "probes", "run.json", "scores.csv", "scores_per_class.csv",
+        "seeds.csv",
+    ]  # fmt: skip
     with open(run.path / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == ["probe", "name", "split", "metric", "value", "low", "high", "epoch", "features"]
-    assert len(rows) == 9 * 3 and {r["split"] for r in rows} == {"train", "val", "test"}
+    assert len(rows) == 9 * 3 * 9 and {r["split"] for r in rows} == {"train", "val", "test"}
+    assert {r["metric"] for r in rows} == set(TASK_METRICS["multi-label"])
     assert {r["features"] for r in rows} == {"layer4:pooled", "layer4:spatial"}, "aliases are resolved"
-    assert all(0 <= float(r["low"]) <= float(r["high"]) <= 1 for r in rows)
+    assert all(0 <= float(r["low"]) <= float(r["high"]) <= (math.inf if r["metric"] == "nll" else 1) for r in rows)
     with open(run.path / "history.csv", newline="") as file:
         history = list(csv.DictReader(file))
     assert len(history) == 8 * 4 + 2
@@ -83,7 +84,7 @@ def test_finished_runs_return_at_once(run, store, command, tmp_path):
     code, out, err = command(
         "train-probes", "--grid", write_grid(tmp_path / "g.yaml"), "--store", store, "--run", tmp_path / "r"
     )
-    assert code == 0 and "is finished already" in err and "best 10 of 9 probes by val mAP" in out
+    assert code == 0 and "is finished already" in err and "best 9 of 9 probes by val mAP" in out
     assert tree_hash(tmp_path / "r") == before
 
 
@@ -92,7 +93,7 @@ def test_an_interrupted_run_trains_only_what_is_missing(run, store, command, tmp
     summary = json.loads((tmp_path / "r/run.json").read_text())
     (tmp_path / "r/run.json").write_text(json.dumps({k: summary[k] for k in ("store_id", "seed", "splits")}))
     (tmp_path / "r/scores.csv").unlink()
-    lost = [r["probe"] for r in run.scores][::9]
+    lost = list(dict.fromkeys(r["probe"] for r in run.scores))[::3]
     for probe in lost:
         (tmp_path / f"r/probes/{probe}.safetensors").unlink()
     with pytest.raises(BadInput, match="not finished"):
@@ -111,12 +112,15 @@ def test_a_longer_grid_trains_only_the_new_probes(run, store, tmp_path, capsys):
     grown = featcache.train_probes(longer, store=store, run=tmp_path / "r")
     assert "9 of 13 probes are trained already" in capsys.readouterr().err
     for row in run.scores:
-        assert grown.value(row["probe"], "map", row["split"])["value"] == row["value"]
+        again = grown.value(row["probe"], row["metric"], row["split"])
+        assert [again[k] for k in ("value", "low", "high")] == [row[k] for k in ("value", "low", "high")]
 
 
 def test_select(run):
     (best,) = select(run, "best mAP")
-    assert run.value(best, "map", "val")["value"] == max(r["value"] for r in run.scores if r["split"] == "val")
+    assert run.value(best, "map", "val")["value"] == max(
+        r["value"] for r in run.scores if (r["split"], r["metric"]) == ("val", "map")
+    )
     per_loss = select(run, "best map per loss, head")
     kinds = [(run.value(p, "map", "val")["loss.type"], run.value(p, "map", "val")["head.type"]) for p in per_loss]
     assert sorted(kinds) == [("bce", "linear"), ("bce", "mlp"), ("ce", "linear")]
@@ -161,11 +165,15 @@ def test_top_k_run(tmp_path):
         for marker in (tmp_path / f"s.zarr/commits/{split}").iterdir():
             marker.write_bytes(seal(unseal(marker.read_bytes()) | {"split": split, "store": manifest["id"]}))
         manifest["splits"][split] = manifest["splits"]["train"]
+        # Other images: their ids begin with the split's letter.
+        zarr.open_array(tmp_path / f"s.zarr/{split}/ids", mode="r+")[:, 0] = ord(split[1])
     file.write_bytes(seal(manifest))
     run = featcache.train_probes({"probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "r")
-    assert {r["metric"] for r in run.scores} == {"top1", "top5"}
-    assert run.summary["chance"]["test"] == {"top1": 1 / 3, "top5": 1.0}
-    with pytest.raises(BadInput, match="'map' does not fit single-label labels; use top1 or top5"):
+    assert {r["metric"] for r in run.scores} == {"top1", "top5", "balanced_accuracy", "nll", "ece"}
+    known = {"top1": 1 / 3, "top5": 1.0, "balanced_accuracy": 1 / 3}
+    assert run.summary["chance"]["test"] == known | {"nll": None, "ece": None}
+    assert featcache.report([run.path], tmp_path / "r.html").stat().st_size > 10_000
+    with pytest.raises(BadInput, match="'map' does not fit single-label labels; use top1 or top5 or balanced_accuracy"):
         featcache.train_probes(
             {"select": {"metric": "map"}, "probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "q"
         )
@@ -248,6 +256,7 @@ def test_a_store_without_a_test_split_is_judged_on_val(checkpoint, scenes, tmp_p
     code, out, _ = command("train-probes", "--grid", grid, "--store", store, "--run", tmp_path / "r")
     assert code == 0 and "val mAP % [95%]" in out and "chance on val" in out and "test" not in out.split("run:")[0]
     assert command("report", "--run", tmp_path / "r", "--out", tmp_path / "r.html")[0] == 0
+    assert "chosen on the images that they are scored on, val: the scores are too good" in out
     assert "scored on val" in (tmp_path / "r.html").read_text()
     named = write_grid(tmp_path / "n.yaml", {"splits": {"test": "test"}, "probes": GRID["probes"][:1]})
     code, _, err = command("train-probes", "--grid", named, "--store", store, "--run", tmp_path / "q")

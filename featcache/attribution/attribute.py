@@ -22,9 +22,8 @@ from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads import Head
 from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select
+from featcache.probes.run import open_run, select, store_of
 from featcache.store.manifest import difference
-from featcache.store.reader import open_store
 
 # Methods, and whether they run the backbone.
 METHODS = {"gradcam": False, "input_x_gradient": True}
@@ -74,15 +73,11 @@ def attribute(
         raise BadInput(
             f"--method: unknown method {unknown[0]!r}{nearest(unknown[0], METHODS)} (known: {', '.join(METHODS)})"
         )
-    opened = open_store(store or finished.summary["store"])
-    if opened.id != finished.summary["store_id"]:
-        raise BadInput(
-            f"store {opened.path} (id {opened.id[:8]}) is not the one of run {run} (id {finished.summary['store_id'][:8]})"
-        )
+    opened = store_of(finished, store)
     device = choose_device(device)
     trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
-    features = [Feature(opened.manifest.feature(p.spec.features).layer, "spatial") for p in trained]
+    features = [_map_of(p.spec, opened.manifest.feature(p.spec.features)) for p in trained]
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     size = preprocessing.size
     data = opened[split]
@@ -121,6 +116,13 @@ def attribute(
                 progress.update(len(batch) * len(heads))
     _write(Path(run), rows, panels, data, kept, pictures, preprocessing)
     return rows
+
+
+def _map_of(spec, feature):
+    """The map that a probe's feature is the mean of. Raises BadInput if it saw something else."""
+    if feature.kind not in ("pooled", "patch_mean", "spatial"):
+        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
+    return Feature(feature.layer, "spatial")
 
 
 def _targets(data, preprocessing, limit):

@@ -1,9 +1,22 @@
 """What featcache needs to know of an architecture."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How layers that yield tokens [B, N, D] are laid out.
+
+    prefix: tokens that come before those of the patches. cls: whether the first of them is a class
+    token. patch: side of a patch in pixels; the patches follow row by row.
+    """
+
+    prefix: int
+    cls: bool
+    patch: int
 
 
 @dataclass(frozen=True)
@@ -12,10 +25,17 @@ class Architecture:
 
     build() returns the whole network, with the parameter names of its checkpoints. trunk(network)
     returns the module to run for features: without the classifier, its submodules under the names
-    that layers go by. signature: a key that only checkpoints of this family have. classifier:
+    that layers go by. signature: a key that checkpoints of this family have; empty if it is only taken
+    by name. layouts: {key of a foreign layout: function from its tensors to ours}. classifier:
     prefixes of the keys that features do not need. aliases: layer names for people (`last`,
-    `feat1`..`feat5`) to module paths. size (pixels), mean, std, interpolation: input of the public
-    weights. inverse: the input is B-cos's six channels [x, 1 - x].
+    `feat1`..`feat5`, `last-1`) to module paths. size (pixels), mean, std, interpolation: input of the
+    public weights. inverse: the input is B-cos's six channels [x, 1 - x]. tokens: of networks that
+    yield tokens. nhwc: what is not a convolution's output is [B, H, W, C], as in Swin.
+
+    infer(tensors, hints) returns the Architecture with what only the checkpoint says (depth, width,
+    position grid), or None if it is another network's. fit(network, size) makes a loaded network take
+    images of size x size; it returns a line on what it did, if anything. note: a line on what tensors
+    cannot tell.
     """
 
     name: str
@@ -29,3 +49,48 @@ class Architecture:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
     inverse: bool = False
+    tokens: Tokens | None = None
+    nhwc: bool = False
+    layouts: dict[str, Callable[[dict], dict]] = field(default_factory=dict)
+    infer: Callable[[dict, dict], "Architecture | None"] | None = None
+    fit: Callable[[nn.Module, int], str] | None = None
+    note: str = ""
+
+    def named(self, tensors):
+        """Return a state dict under this architecture's own names. Pure; what has them already is left as it is."""
+        for key, rename in self.layouts.items():
+            if key in tensors:
+                tensors = rename(tensors)
+        return tensors
+
+
+def without(*names):
+    """Return a trunk function that puts nn.Identity in the place of the modules of these names."""
+
+    def trunk(network):
+        for name in names:
+            setattr(network, name, nn.Identity())
+        return network
+
+    return trunk
+
+
+def with_forward(network, forward):
+    """Give a network another forward(network, images). Its class changes, so that copies and compilers see it too."""
+    kind = type(network)
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return network
+
+
+def usual_heads(width):
+    """Attention heads of a vision transformer: 64 wide, but for widths that have 16 in every published network."""
+    return 16 if width in (1280, 1408, 1664) else max(width // 64, 1)
+
+
+def last_blocks(blocks, norm):
+    """Aliases of a transformer: `last`, and `last-1`.. for the blocks before, each through the final norm.
+
+    So does DINOv2's linear evaluation take the last n blocks. blocks: their module paths, in order.
+    norm: path of the final norm.
+    """
+    return {"last": norm} | {f"last-{i}": f"{path}+{norm}" for i, path in enumerate(reversed(blocks)) if i}

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from featcache.backbones.reductions import Output
 from featcache.errors import BadInput
 
 
@@ -12,52 +13,80 @@ class Backbone(nn.Module):
     """A frozen network in eval mode that yields features of its layers.
 
     Attributes: arch (name), aliases (`last` and the like to module paths), layers (module paths),
-    preprocessing, weights_sha256 (over the trunk's tensors), grounds (one line for people: how the
-    architecture was found and what was loaded).
+    preprocessing, weights_sha256 (over the tensors that run: the trunk's, positions fitted to the
+    input's size), grounds (a few lines for people: how the architecture was found and what was
+    loaded), class_token (whether the last layer has one).
     """
 
     def __init__(self, architecture, network, preprocessing, grounds):
         super().__init__()
         self.arch = architecture.name
+        self.architecture = architecture
         self.aliases = architecture.aliases
         self.preprocessing = preprocessing
-        self.grounds = grounds
+        fitted = architecture.fit(network, preprocessing.size) if architecture.fit else ""
+        self.grounds = "\n  ".join(line for line in (grounds, architecture.note, fitted) if line)
         # channels_last: 1.3 to 1.5 times faster on CPUs, and what tensor cores want.
         self.trunk = architecture.trunk(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.weights_sha256 = _hash_tensors(self.trunk.state_dict())
-        self.layers = [name for name, _ in self.trunk.named_modules() if name]
+        # What stands in the classifier's place is no layer of the network.
+        gone = architecture.classifier
+        self.layers = [name for name, _ in self.trunk.named_modules() if name and not f"{name}.".startswith(gone)]
+        self.class_token = architecture.tokens is not None and architecture.tokens.cls
 
     def train(self, mode=True):
         """Stay in eval mode whatever is asked: batch-norm statistics never move."""
         return super().train(False)
 
     def forward(self, images, features):
-        """Run normalised images [B, 3, H, W] and return {str(feature): tensor}.
+        """Run normalised images [B, 3, H, W] and return {str(feature): tensor [B, ...]}; see feature.py.
 
-        `pooled` gives [B, C], `spatial` [B, C, h, w]. The result is a copy, so that layers which
-        work in place later do not reach it; gradients flow if the caller asks for them.
+        B-cos networks take six channels too. The result is a copy, so that layers which work in place
+        later do not reach it; gradients flow if the caller asks for them.
         """
-        results = {}
+        results, before_norm = {}, {}
 
         def keep(feature):
+            path, norm, _ = feature.layer.partition("+")
+
             def hook(module, inputs, output):
-                if not (isinstance(output, torch.Tensor) and output.ndim == 4):
-                    raise BadInput(
-                        f"feature {feature}: layer {feature.layer} of {self.arch} yields no [B, C, H, W] map"
-                    )
-                # Means of half-precision maps are taken in float32.
-                output = output.float() if output.dtype != torch.float32 else output.clone()
-                results[str(feature)] = output.mean((2, 3)) if feature.reduction == "pooled" else output
+                if isinstance(output, torch.Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+                    # Means of half-precision maps are taken in float32.
+                    output = output.float()
+                if norm and isinstance(output, torch.Tensor):
+                    before_norm[feature] = output.clone()
+                else:
+                    results[feature] = self._output(output, module, images).reduce(feature, self.arch)
 
-            return hook
+            return self.trunk.get_submodule(path).register_forward_hook(hook)
 
-        hooks = [self.trunk.get_submodule(f.layer).register_forward_hook(keep(f)) for f in features]
+        hooks = [keep(feature) for feature in features]
         try:
-            self.trunk(images.contiguous(memory_format=torch.channels_last))
+            self.run(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return results
+        for feature, output in before_norm.items():
+            path, _, second = feature.layer.partition("+")
+            norm = self.trunk.get_submodule(second)
+            try:
+                output = norm(output)
+            except (RuntimeError, ValueError, TypeError):
+                raise BadInput(f"feature {feature}: {second} of {self.arch} does not take what {path} yields") from None
+            results[feature] = self._output(output, norm, images).reduce(feature, self.arch)
+        for feature in features:
+            if feature not in results:
+                raise BadInput(f"feature {feature}: {self.arch} does not run its module {feature.layer} for features")
+        return {str(feature): results[feature] for feature in features}
+
+    def run(self, images):
+        """Run the trunk on normalised images [B, 3, H, W], of which B-cos networks see [x, 1 - x]."""
+        if self.architecture.inverse and images.shape[1] == 3:
+            images = torch.cat([images, 1 - images], 1)
+        return self.trunk(images.contiguous(memory_format=torch.channels_last))
+
+    def _output(self, output, module, images):
+        return Output(output, module, self.architecture, images.shape[2:], len(images))
 
 
 def _hash_tensors(tensors):

@@ -55,11 +55,11 @@ class Encoder:
     others: tuple[str, ...]
 
 
-def find_encoder(content, signatures, path, weights_key=None):
+def find_encoder(content, signatures, known, path, weights_key=None):
     """Find the one encoder in the content of a checkpoint.
 
-    content: as read_checkpoint gives it. signatures: {name of a key: function that renames the
-    tensors around it, or None}. weights_key: words of the way to take, such as "teacher" or
+    content: as read_checkpoint gives it. signatures: names of keys; with more than one, known tells
+    whether the tensors around it, under bare names, are a network's. weights_key: words of the way to take, such as "teacher" or
     "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
     """
     flat = {name: tensor for name, tensor in _tensors(content, ())}
@@ -67,18 +67,20 @@ def find_encoder(content, signatures, path, weights_key=None):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise BadInput(f"checkpoint {path} holds no tensors by name (it holds: {held[:200]})")
     ways = _ways(flat, signatures)
+    if len(signatures) > 1:
+        ways = [way for way in ways if known(_under(flat, way))]
     if not ways:
         keys = list(flat)
         if len(signatures) == 1:
             raise BadInput(
-                f"checkpoint {path} does not fit: no key ends in {next(iter(signatures))!r}, as the architecture's do "
+                f"checkpoint {path} does not fit: no key ends in {signatures[0]!r}, as the architecture's do "
                 f"(keys: {_few(keys, 4)})"
             )
         raise BadInput(
             f"cannot tell the architecture of {path} from its keys ({_few(keys, 4)}): no "
             "network that featcache knows has them; name it with --arch (also timm:NAME, or package.module:function)"
         )
-    choices = list(ways)
+    choices = ways
     if weights_key is not None:
         choices = [way for way in ways if _holds(way, weights_key)]
         if not choices:
@@ -99,10 +101,8 @@ def find_encoder(content, signatures, path, weights_key=None):
         family = next((words for words, part in FAMILIES if part in way.split(".")), None)
         rule = preferred or family or ("bare names" if not way else "the only encoder there")
     prefix = f"{way}." if way else ""
-    tensors = _under(flat, way)
-    rename = signatures[ways[way]]
     return Encoder(
-        tensors=rename(tensors) if rename else tensors,
+        tensors=_under(flat, way),
         way=way,
         rule=rule,
         others=tuple(name for name in flat if not name.startswith(prefix)),
@@ -120,13 +120,18 @@ def _tensors(item, parts):
 
 
 def _ways(flat, signatures):
-    """Return {way: signature} for every place where a signature stands."""
-    ways = {}
-    for name in flat:
-        for signature in signatures:
-            if name == signature or name.endswith(f".{signature}"):
-                ways.setdefault(name[: -len(signature)].removesuffix("."), signature)
-    return ways
+    """Return the way to every place where a signature stands, but for places within another (a block of a stage)."""
+    ways = dict.fromkeys(
+        name[: -len(signature)].removesuffix(".")
+        for signature in signatures
+        for name in flat
+        if name == signature or name.endswith(f".{signature}")
+    )
+    return [
+        way
+        for way in ways
+        if not any(other != way and f"{way}.".startswith(f"{other}." if other else "") for other in ways)
+    ]
 
 
 def _holds(way, key):

@@ -8,8 +8,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.preprocessing import default_preprocessing
-from featcache.backbones.recognise import find_architecture, recognise
-from featcache.backbones.resnet import name_children
+from featcache.backbones.recognise import find_architecture, known, recognise
 from featcache.errors import BadInput
 
 RANDOM = "random"
@@ -31,22 +30,38 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
         network = _random_network(architecture, seed)
         report = f"{arch} with random weights, seed {seed}"
     else:
-        content = read_checkpoint(path)
-        asked = find_architecture(arch) if arch else None
-        encoder = find_encoder(content, _signatures(asked), path, weights_key)
-        architecture = asked or recognise(encoder.tensors, path)
+        encoder = find_encoder(read_checkpoint(path), _signatures(arch), known, path, weights_key)
+        hints = _hints(encoder)
+        asked = find_architecture(arch, encoder.tensors, hints) if arch else None
+        architecture = asked or recognise(encoder.tensors, path, hints)
         network = architecture.build()
-        loaded = load_strictly(network, encoder.tensors, architecture.classifier, path, architecture.name)
+        loaded = load_strictly(
+            network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
+        )
         report = _report(path, encoder, architecture, loaded, asked)
     return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
 
 
-def _signatures(asked):
-    """The keys to look for, with what renames the tensors around each."""
-    children = {"7.0.conv1.weight": name_children}
-    if asked is not None:
-        return {asked.signature: None} | (children if asked.signature == "layer4.0.conv1.weight" else {})
-    return {a.signature: None for a in ARCHITECTURES.values()} | children
+def _signatures(arch):
+    """The keys by which an encoder is found: of every family, or of the architecture that is asked for."""
+    if arch and ":" in arch:
+        # Of a stranger's network the longest name is the least likely to stand elsewhere.
+        asked = find_architecture(arch)
+        keys = (key for key in asked.build().state_dict() if not key.startswith(asked.classifier))
+        return [max(keys, key=len)]
+    families = [ARCHITECTURES[arch]] if arch in ARCHITECTURES else ARCHITECTURES.values()
+    return list(dict.fromkeys(key for a in families for key in (a.signature, *a.layouts) if key))
+
+
+def _hints(encoder):
+    """What a method fixes and tensors do not say, see recognise."""
+    words = {word for name in (encoder.way, *encoder.others) for word in name.split(".")}
+    if words & {"base_encoder", "momentum_encoder"}:
+        # The heads of MoCo v3's ViTs are not 64 wide: 12 in small and base.
+        return {"heads": 12}
+    if words & {"teacher", "student"} and "mask_token" not in encoder.tensors:
+        return {"positions": "dino"}
+    return {}
 
 
 def _report(path, encoder, architecture, loaded, asked):

@@ -59,7 +59,7 @@ def measure(model, images, features, precision):
     """
     with running("float32", images.device):
         exact = model(images, features)
-    plain, folded = model.trunk, fold_batch_norm(model.trunk, [f.layer for f in features])
+    plain, folded = model.trunk, fold_batch_norm(model.trunk, layers_of(features))
     try:
         if folded is not None:
             model.trunk = folded
@@ -83,6 +83,11 @@ def _cosine(a, b):
     a, b = a.double().flatten(1), b.double().flatten(1)
     both_zero = (a == 0).all(1) & (b == 0).all(1)
     return torch.where(both_zero, 1, nn.functional.cosine_similarity(a, b, eps=1e-300))
+
+
+def layers_of(features):
+    """Paths of the modules whose outputs features are made of; of a layer written A+B, both."""
+    return [path for feature in features for path in feature.layer.split("+")]
 
 
 def fold_batch_norm(trunk, layers):

@@ -1,34 +1,132 @@
 """Which architecture a name, or a set of tensors, stands for."""
 
-import torch
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.timm_models import PREFIX, timm_architecture
+from featcache.backbones.user_code import user_architecture
 from featcache.errors import BadInput, nearest
 
-
-def find_architecture(name):
-    """Return the Architecture of that name. Raises BadInput with the nearest one."""
-    if name not in ARCHITECTURES:
-        raise BadInput(
-            f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
-        )
-    return ARCHITECTURES[name]
+# The name under which the size of a ViT is read off its tensors.
+GENERIC = "vit"
+HOW_TO_NAME = "a name, timm:NAME, or package.module:function of your own"
 
 
-def recognise(tensors, path):
-    """Return the architecture whose tensors agree best in name and shape; the load then checks all."""
-    family = [a for a in ARCHITECTURES.values() if a.signature in tensors]
-    if not family:
+def find_architecture(name, tensors=None, hints=None):
+    """Return the Architecture of a name: one of ours, `timm:NAME`, or `package.module:function`.
+
+    tensors: of the checkpoint, so that the network gets its sizes (a ViT its position grid); with them
+    every name that recognise gives is known. hints: what tensors do not say, see recognise. Raises
+    BadInput with the nearest name, or if the tensors are another network's.
+    """
+    if name.startswith(PREFIX):
+        found = timm_architecture(name)
+    elif ":" in name:
+        found = user_architecture(name)
+    else:
+        found = ARCHITECTURES.get(name)
+    if found is not None and (tensors is None or found.infer is None):
+        return found
+    hints = dict(hints or {})
+    # A name of recognise's holds what tensors do not say.
+    for field, number, make in (("heads", r"[1-9]\d*", int), ("eps", r"\d+(?:\.\d+)?(?:e-\d+)?", float)):
+        said = re.search(f"_{field}({number})", name)
+        if said:
+            hints[field] = make(said[1])
+    read = {a.name: a for a, _ in _readings([found] if found else ARCHITECTURES.values(), tensors or {}, hints)}
+    if name in read or (found is not None and name == GENERIC and read):
+        return read.get(name) or next(iter(read.values()))
+    if read and found is not None:
+        raise BadInput(f"--arch {name}: by the shapes of its tensors the checkpoint is {next(iter(read))}")
+    if found is not None and name != GENERIC:
+        # The load lists what does not fit.
+        return found
+    if found is not None:
+        raise BadInput("--arch vit: the checkpoint's tensors are not those of a ViT in the layout of timm or DINOv2")
+    raise BadInput(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)} (--arch takes {HOW_TO_NAME})")
+
+
+def _readings(architectures, tensors, hints):
+    """Yield (architecture as the tensors tell its sizes, tensors under its names) of all whose signature is there."""
+    for architecture in architectures:
+        if any(key in tensors for key in (architecture.signature, *architecture.layouts)):
+            named = architecture.named(tensors)
+            try:
+                read = architecture.infer(named, hints) if architecture.infer else architecture
+            except (ValueError, IndexError, KeyError):
+                # Keys of the family with shapes, or lacking others, as no network of it has.
+                read = None
+            if read is not None:
+                yield read, named
+
+
+def known(tensors):
+    """Whether tensors under bare names are those of a network that recognise knows."""
+    return any(True for _ in _readings(ARCHITECTURES.values(), tensors, {}))
+
+
+def recognise(tensors, path, hints=None):
+    """Return the Architecture whose tensors agree best in name and shape; the load then checks all.
+
+    Only networks of families whose signature is there are built, on the meta device. Where several
+    agree alike, the first is taken and its note names the others. hints: what the caller knows and
+    tensors do not say: `heads`, `eps` of norms, `positions` (see positions.RULES). The tensors may be in
+    a foreign layout; see Architecture.named. Raises BadInput if no family has them.
+    """
+    candidates = {read.name: (read, named) for read, named in _readings(ARCHITECTURES.values(), tensors, hints or {})}
+    if not candidates:
         keys = ", ".join(list(tensors)[:5])
         raise BadInput(
             f"cannot tell the architecture of {path} from its keys ({keys}, ...): no known network has them; "
-            f"say it with --arch (known: {', '.join(ARCHITECTURES)})"
+            f"say it with --arch ({HOW_TO_NAME})"
         )
+    agreement = {name: _agreement(read, named) for name, (read, named) in candidates.items()}
+    best = max(agreement, key=agreement.get)
+    alike = [name for name in agreement if agreement[name] == agreement[best] and name != best]
+    read, _ = candidates[best]
+    if alike:
+        note = f"tensors cannot tell it from {', '.join(alike)}: say so with --arch"
+        read = replace(read, note="; ".join(line for line in (read.note, note) if line))
+    return read
 
-    def agreement(architecture):
-        with torch.device("meta"):
-            shapes = {k: v.shape for k, v in architecture.build().state_dict().items()}
-        agreeing = sum(k in tensors and tensors[k].shape == shape for k, shape in shapes.items())
-        return agreeing / len(shapes.keys() | tensors.keys())
 
-    return max(family, key=agreement)
+def _agreement(architecture, tensors):
+    """Share of all names, the network's and the tensors', that have the same shape in both."""
+    known = architecture is ARCHITECTURES.get(architecture.name)
+    shapes = _known_shapes(architecture.name) if known else _shapes(architecture)
+    agreeing = sum(key in tensors and tensors[key].shape == shape for key, shape in shapes.items())
+    return agreeing / len(shapes.keys() | tensors.keys())
+
+
+@cache
+def _known_shapes(name):
+    return _shapes(ARCHITECTURES[name])
+
+
+def _shapes(architecture):
+    """Names and shapes of a network's tensors; none of its parameters takes memory."""
+    with _without_memory():
+        return {key: value.shape for key, value in architecture.build().state_dict().items()}
+
+
+@contextmanager
+def _without_memory():
+    """Send every parameter of a network that is built here to the meta device.
+
+    torch.device("meta") alone would do the same to the small tensors in which RegNet plans its widths.
+    """
+
+    def to_meta(module, name, parameter):
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -7,10 +7,12 @@ import click
 
 import featcache
 from featcache.cli.attribute import attribute
+from featcache.cli.compare import compare
 from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.extract import extract
 from featcache.cli.inspect import inspect
+from featcache.cli.layers import layers
 from featcache.cli.report import report
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
@@ -25,7 +27,7 @@ def cli():
     """
 
 
-for command in (demo, extract, inspect, verify, convert, train_probes, attribute, report):
+for command in (demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report):
     cli.add_command(command)
 
 

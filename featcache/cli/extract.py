@@ -19,9 +19,9 @@ from featcache.cli.options import (
 @split_option
 @click.option(
     "--features",
-    default="pooled,spatial",
     metavar="SPEC,...",
-    help="LAYER:REDUCE; bare pooled and spatial mean the last layer.",
+    help="LAYER:REDUCE, see featcache layers; a bare REDUCE means the last layer.  "
+    "[default: pooled,spatial, and cls if there is a class token]",
 )
 @click.option("--store", metavar="PATH", help="Folder or URL to write to.  [default: features/DATASET-ARCH-ID.zarr]")
 @format_option("--format", help="Of the store.  [default: what the store's suffix says, else zarr]")

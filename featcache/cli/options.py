@@ -3,18 +3,26 @@
 import click
 
 
+arch_option = click.option(
+    "--arch",
+    metavar="NAME",
+    help="Architecture: a name, timm:NAME, or package.module:function.  [default: inferred from the checkpoint]",
+)
+weights_key_option = click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
+)
+size_option = click.option(
+    "--size", type=click.IntRange(min=32), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+)
+
+
 def backbone_options(required):
     """Add --backbone, --arch and --weights-key."""
 
     def add(command):
-        command = click.option(
-            "--weights-key",
-            metavar="KEY",
-            help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
-        )(command)
-        command = click.option("--arch", metavar="NAME", help="Architecture.  [default: inferred from the checkpoint]")(
-            command
-        )
+        command = weights_key_option(arch_option(command))
         return click.option(
             "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
         )(command)
@@ -82,6 +90,7 @@ def preprocessing_options(command):
     for option in reversed(options):
         command = option(command)
     return command
+
 
 split_option = click.option(
     "--split",

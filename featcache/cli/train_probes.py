@@ -11,24 +11,85 @@ from featcache.cli.options import device_option
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/GRID-ID]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the order of the mini-batches.")
-def train_probes(**options):
+@click.option("--parity", metavar="NAME", help="A profile of the grid, such as how-to-probe: the published protocol.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be trained, with memory and time; write nothing.")
+def train_probes(dry_run, run, seed, **options):
     """Train and score a whole grid of probes on cached features.
 
     The same command again trains only what is missing.
     """
-    from featcache.probes.train import train_probes as run
-    from featcache.reporting.table import (
-        METRIC_NAMES,
-        format_table,
-        percent,
-        score_rows,
-    )
+    if dry_run:
+        from featcache.probes.plan import plan_probes
 
-    finished = run(**options)
+        _print_plan(plan_probes(**options))
+        return
+    from featcache.probes.train import train_probes as train
+    from featcache.reporting.table import METRIC_NAMES, format_table, score_rows, scored
+
+    finished = train(run=run, seed=seed, **options)
     click.echo(format_table(*score_rows(finished, most=10)))
     summary = finished.summary
     metric = summary["select"]["metric"]
+    level = summary["chance"][finished.judge][metric]
     click.echo(
-        f"best 10 of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
-        f"chance on {finished.judge}: {percent(summary['chance'][finished.judge][metric])} %; run: {finished.path}"
+        f"best {min(10, summary['probes'])} of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
+        + (f"chance on {finished.judge}: {scored(metric, level)} %; " if level is not None else "")
+        + f"run: {finished.path}"
     )
+    if finished.caution:
+        click.echo(finished.caution)
+
+
+def _print_plan(plan):
+    from featcache.reporting.table import format_table
+
+    if plan.missing:
+        click.echo(format_table(["group", "probes"], [[name, str(count)] for name, count in plan.groups]))
+        click.echo(
+            f"{plan.probes} probes; no stacks, memory or time without a store ({plan.missing}); nothing was written"
+        )
+        return
+    rows = [
+        {
+            "features": s.features,
+            "head": _head(s.head),
+            "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
+            "optimiser": s.optimizer,
+            "epochs": str(s.epochs),
+            "batch": str(s.batch_size),
+            "probes": str(s.probes),
+            "blocks": str(s.blocks),
+            "data": _bytes(s.feature_bytes) + " streamed" * s.streamed,
+            "memory": _bytes(s.weight_bytes + s.activation_bytes),
+            "GFLOP": f"{s.flops / 1e9:.3g}",
+            "about": _duration(s.seconds),
+        }
+        for s in plan.stacks
+    ]
+    click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    streamed = sum(s.streamed for s in plan.stacks)
+    click.echo(
+        f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {_duration(plan.seconds)} "
+        f"of training on {plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, "
+        f"{_bytes(plan.free)} are free"
+        + (f"; {streamed} stacks do not fit and are streamed" if streamed else "")
+        + "; nothing was written"
+    )
+
+
+def _head(head):
+    return head.type if head.layers == 1 else f"{head.type}-{head.layers} ({head.hidden})"
+
+
+def _bytes(count):
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1000 or unit == "GiB":
+            return f"{count:.3g} {unit}"
+
+
+def _duration(seconds):
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

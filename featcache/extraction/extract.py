@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import check_precision, fold_batch_norm, measure, running
+from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
 from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
@@ -42,7 +42,7 @@ def extract(
     dataset,
     root=None,
     splits=None,
-    features="pooled,spatial",
+    features=None,
     store=None,
     format=None,
     compression=None,
@@ -66,11 +66,11 @@ def extract(
 ):
     """Run a frozen backbone over a dataset and write its features to a store.
 
-    backbone: checkpoint path, or "random" with `arch`. weights_key: which of
-    several encoders in it. dataset: registered name. splits: names, by
-    default all that the protocol needs. features: see featcache.feature. store: path or URL, by
-    default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default what the store's
-    suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
+    backbone: checkpoint path, or "random" with `arch`. weights_key: which of several encoders in it.
+    dataset: registered name. splits: names, by default all that the protocol needs. features: see
+    featcache.feature; by default pooled and spatial of the last layer, and cls if it has a class token.
+    store: path or URL, by default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default
+    what the store's suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
     Preprocessing; size and resize by default as the dataset's protocol says, the others as the backbone
     does. precision: float32, tf32, bf16 or fp16, of the network; dtype: float16, float32 or bfloat16, of
     the store. workers: decoding processes. device: torch device, by default cuda if there is one. seed:
@@ -101,6 +101,7 @@ def extract(
     )
     say(f"backbone: {model.grounds}", err=True)
     say(f"preprocessing: {model.preprocessing}", err=True)
+    features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
@@ -120,7 +121,7 @@ def extract(
         },
         storage={"format": format, "compression": compression},
     )
-    default = Path("features") / f"{data.name}-{model.arch}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
+    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
     folder = open_folder(store or default)
     FORMATS[format].check_place(folder, compression)
     arrays = {split: record_arrays(data, split) for split in data.splits}
@@ -189,7 +190,7 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
         say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
-        model.trunk = fold_batch_norm(model.trunk, [feature_of(f).layer for f in manifest.features])
+        model.trunk = fold_batch_norm(model.trunk, layers_of(map(feature_of, manifest.features)))
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
         say(

@@ -1,43 +1,76 @@
-"""B-cos layers (Böhle et al., CVPR 2022; TPAMI 2024) as 1x1 convolutions, and uncentred batch norm.
+"""B-cos layers (Böhle et al., CVPR 2022; TPAMI 2024) as 1x1 convolutions, and uncentred batch norm as a module.
 
-The stacks use the functions, the single head the modules.
+The stacks use the layer of layers.py's kind, the single head the modules.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-NORM_EPS = 1e-5
+from featcache.probes.layers import Layer, uncentred_scale, weight_gradient
+
 PATCH_EPS = 1e-6
 
 
-def unit(weight, dim):
-    """Scale weights to unit norm over the inputs, which are axis `dim`."""
-    return F.normalize(weight, dim=dim)
-
-
-def largest(out, count, dim):
-    """MaxOut: keep the largest of each unit's `count` responses, which lie side by side on axis `dim`."""
-    return out.unflatten(dim, (-1, count)).max(dim + 1 if dim >= 0 else dim).values if count > 1 else out
-
-
-def aligned(out, squares, b):
-    """Scale responses s = w.x to s |cos|^(b - 1), with |cos| = |s| / sqrt(|x|^2 + 1e-6).
-
-    squares: |x|^2, of a shape that broadcasts to out's. b: 1 leaves s as it is; for b other than 2,
-    1e-6 is added to |cos|. These are the terms of the bcos package's BcosConv2d.
-    """
-    if b == 1:
-        return out
-    norm = (squares + PATCH_EPS).sqrt()
+def cosine_power(cosine, b):
+    """|cos|^(b - 1), and |cos| times its derivative; for b other than 2, 1e-6 is added to |cos| as the package does."""
     if b == 2:
-        return out.abs() / norm * out
-    return ((out / norm).abs() + 1e-6).pow(b - 1) * out
+        return cosine, cosine
+    return (cosine + PATCH_EPS).pow(b - 1), (b - 1) * cosine * (cosine + PATCH_EPS).pow(b - 2)
 
 
-def uncentred_scale(weight, variance):
-    """What uncentred batch norm multiplies each channel by: weight / sqrt(variance + 1e-5)."""
-    return weight / (variance + NORM_EPS).sqrt()
+class Bcos(Layer):
+    """y = s |cos|^(b - 1) with s = w.x / |w| and |cos| = |s| / sqrt(|x|^2 + 1e-6), which is the package's BcosConv2d.
+
+    weight: [P, U max_out, D]. Of each unit's max_out responses s, which lie side by side, the largest is kept.
+    """
+
+    def __init__(self, weight, b, max_out):
+        self.weight, self.b, self.max_out = weight, b, max_out
+
+    def forward(self, rows, training):
+        """Map [D, R] or [P, D, R] to [P, U, R]."""
+        self.rows = rows
+        self.length = self.weight.norm(dim=2, keepdim=True).clamp(min=1e-12)
+        self.unit = torch.div(self.weight, self.length, out=self.tensor("unit", self.weight.shape, self.weight))
+        self.out = self.products(self.unit, rows)
+        if self.max_out > 1:
+            self.out, self.chosen = self.out.unflatten(1, (-1, self.max_out)).max(2)
+        if self.b == 1:
+            return self.out
+        squares = self.dot(rows, rows, -2).unsqueeze(-2)
+        self.norm = squares.add_(PATCH_EPS).sqrt_()  # [1, R] or [P, 1, R]
+        self.cosine = torch.abs(self.out, out=self.tensor("cosine", self.out.shape, rows)).div_(self.norm)
+        return self.out.mul_(cosine_power(self.cosine, self.b)[0])
+
+    def backward(self, gradient):
+        """Return the gradient [P, D, R] of the input, or None if the probes share it."""
+        shared = self.rows.ndim == 2
+        if gradient.ndim == 4:
+            gradient = gradient.flatten(2)
+        fall = None
+        if self.b != 1:
+            power, steep = cosine_power(self.cosine, self.b)
+            if not shared:
+                # The response falls with |x|: dy / d|x| = -y steep / power / |x|.
+                weighed = gradient if self.b == 2 else gradient * (steep / power)
+                fall = self.dot(self.out, weighed, 1).unsqueeze(1).div_(self.norm.square()).neg_()
+            if self.b == 2:
+                torch.addcmul(gradient.new_zeros(()), gradient, steep, value=2, out=gradient)
+            else:
+                gradient = gradient * (power + steep)
+        if self.max_out > 1:
+            every = gradient.new_zeros(*gradient.shape[:2], self.max_out, gradient.shape[2])
+            gradient = every.scatter_(2, self.chosen.unsqueeze(2), gradient.unsqueeze(2)).flatten(1, 2)
+        first, second = weight_gradient(gradient, self.rows)
+        weight = (first @ second).view(self.weight.shape)
+        # Along w itself the response does not change.
+        along = self.dot(weight, self.unit, 2).unsqueeze(2)
+        self.gradients = [weight.addcmul_(self.unit, along, value=-1).div_(self.length)]
+        if shared:
+            return None
+        rows = self.input_gradient(self.unit, gradient)
+        return rows if fall is None else rows.addcmul_(self.rows, fall)
 
 
 class BcosConv2d(nn.Module):
@@ -50,8 +83,13 @@ class BcosConv2d(nn.Module):
 
     def forward(self, maps):
         """Return the scaled responses."""
-        out = largest(F.conv2d(maps, unit(self.weight, 1)), self.max_out, 1)
-        return aligned(out, maps.square().sum(1, keepdim=True), self.b)
+        out = F.conv2d(maps, F.normalize(self.weight, dim=1))
+        if self.max_out > 1:
+            out = out.unflatten(1, (-1, self.max_out)).max(2).values
+        if self.b == 1:
+            return out
+        cosine = out.abs() / (maps.square().sum(1, keepdim=True) + PATCH_EPS).sqrt()
+        return cosine_power(cosine, self.b)[0] * out
 
 
 class BatchNormUncentered2d(nn.Module):

@@ -1,11 +1,13 @@
 """From a store to the tensors that probes train on and are scored on."""
 
+import math
 import os
 
 import numpy as np
 import torch
 
 from featcache.errors import BadInput
+from featcache.store.manifest import feature_of
 
 
 def free_bytes(device):
@@ -23,7 +25,7 @@ def free_bytes(device):
 def load_features(store, splits, feature, pool, device, view=0):
     """Load a feature of a union of splits: [N, D], or [N, D, S] for a map, in the store's dtype.
 
-    pool: average the map over positions now, in float32, exact for a plain linear head. view: of every
+    A grid(k,s,p) is one long vector, channel by channel: D is its C h w. pool: average the map over positions now, in float32, exact for a plain linear head. view: of every
     split. Raises BadInput if it does not fit into memory.
     """
     arrays = [store[name].view(view)[feature] for name in splits]
@@ -44,8 +46,24 @@ def load_features(store, splits, feature, pool, device, view=0):
                 at += len(part)
     else:
         result = arrays[0][:] if len(arrays) == 1 else np.concatenate([a[:] for a in arrays])
-        result = result.reshape(*result.shape[:2], -1) if result.ndim == 4 else result
+        if feature_of(feature).kind == "grid":
+            result = result.reshape(len(result), -1)
+        elif result.ndim == 4:
+            result = result.reshape(*result.shape[:2], -1)
     return torch.from_numpy(result).to(device)
+
+
+def input_of(spec):
+    """What a probe reads: (feature, whether its map is averaged over positions first)."""
+    return spec.features, spec.head.pools_first and feature_of(spec.features).kind != "grid"
+
+
+def input_shape(store, feature, pool):
+    """Width of a probe's input, and at how many positions it is read: D and S of [N, D, S]; S is 1 for [N, D]."""
+    shape = store.manifest.features[feature]["shape"]
+    if feature_of(feature).kind == "grid":
+        return math.prod(shape), 1
+    return shape[0], 1 if pool else math.prod(shape[1:])
 
 
 def load_labels(store, splits):

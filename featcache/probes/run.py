@@ -4,9 +4,12 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from featcache.errors import BadInput, nearest
+from featcache.probes.metrics import gain
+from featcache.store.reader import open_store
 
 FILE = "run.json"
 
@@ -27,9 +30,35 @@ class Run:
         """The role whose scores are reported: test, or the selection split where there is no test split."""
         return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
 
+    @property
+    def metrics(self):
+        """Names of the metrics that the probes are scored with."""
+        return tuple(self.summary["chance"][self.judge])
+
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
-        return next(r for r in self.scores if (r["probe"], r["metric"], r["split"]) == (probe_id, metric, split))
+        return self._rows[probe_id, metric, split]
+
+    @cached_property
+    def _rows(self):
+        return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
+
+    def table(self, name):
+        """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
+        try:
+            with open(self.path / name, newline="") as file:
+                return list(csv.DictReader(file))
+        except OSError as error:
+            raise BadInput(f"damaged run {self.path}: {name}: {error.strerror}") from None
+
+    @property
+    def caution(self):
+        """A line to print beside scores that the choice of probes makes too good, else None."""
+        chosen, splits = self.summary["select"]["split"], self.summary["splits"]
+        if not set(splits[chosen]) & set(splits[self.judge]):
+            return None
+        parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
+        return f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good"
 
 
 def read_summary(folder):
@@ -60,11 +89,23 @@ def open_run(folder):
     return Run(Path(folder), summary, scores)
 
 
-def select(run, rule):
-    """Choose probes by the validation score: "best map", or "best map per loss,head".
+def store_of(run, path=None):
+    """Open the store that a run was made from, at `path` if it was moved. Raises BadInput if that is another one."""
+    store = open_store(path or run.summary["store"])
+    if store.id != run.summary["store_id"]:
+        raise BadInput(
+            f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
+            f"(id {run.summary['store_id'][:8]})"
+        )
+    return store
 
-    Returns probe ids, one per group, in order of first appearance. Only the split that the grid
-    selects on is looked at, never test. Raises BadInput for a rule that cannot be read.
+
+def select(run, rule):
+    """Choose probes by the validation score: "best map", or "best top1 per optimizer.lr,head".
+
+    Returns probe ids, one per group, in order of first appearance; of equal scores the first. The best
+    is the lowest of nll and ece, else the highest. Only the split that the grid selects on is looked at;
+    that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read.
     """
     match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", rule)
     if not match:
@@ -82,7 +123,9 @@ def select(run, rule):
     winners = {}
     for row in rows:
         group = tuple(row[c] for c in columns)
-        if row["metric"] == metric and (group not in winners or row["value"] > winners[group]["value"]):
+        if row["metric"] == metric and (
+            group not in winners or gain(metric, row["value"]) > gain(metric, winners[group]["value"])
+        ):
             winners[group] = row
     if not winners:
         raise BadInput(f"--select {rule!r}: every probe of run {run.path} diverged")
@@ -93,4 +136,6 @@ def _column(name, row, rule):
     for column in (name, f"{name}.type"):
         if column in row:
             return column
-    raise BadInput(f"--select {rule!r}: unknown field {name!r}{nearest(name, row)}")
+    inside = [column for column in row if column.endswith(f".{name}")]
+    hint = f"; did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(name, row)
+    raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,27 +13,59 @@ from tqdm import tqdm
 
 import featcache
 from featcache.atomic import write_whole
-from featcache.probes.features import load_features, load_labels
-from featcache.probes.metrics import TASK_METRICS, chance, score
-from featcache.probes.probe_file import load_probe
+from featcache.errors import BadInput
+from featcache.probes.bootstrap import interval, resamples
+from featcache.probes.features import input_of, input_shape, load_features, load_labels
+from featcache.probes.metrics import TASK_METRICS, chance
+from featcache.probes.probe_file import load_probe, probe_path
 from featcache.probes.run import FILE, open_run
-from featcache.probes.stack import blocks, predict
+from featcache.probes.seeds import over_seeds
+from featcache.probes.stack import SCORED_ROWS, Predictor, blocks
+from featcache.probes.tally import TALLIES, MultiLabelTally
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
+SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes")
+# Of logits and weights while the features pass by once.
+HELD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one probe on one role. values: {metric: (value, low, high)}. classes: average precisions [C]
+    or None if single-label. bins: [BINS, 3], see Tally.calibration.
+    """
+
+    values: dict
+    classes: torch.Tensor | None
+    bins: torch.Tensor
 
 
 def finish_run(folder, specs, store, splits, basis, select, device, started):
-    """Score a run's probes, write scores.csv and history.csv, then run.json, which makes it a finished run.
+    """Score a run's probes, write the tables of scores, then run.json, which makes it a finished run.
 
     specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
     run.json: the store's id and path, the `key` that marks it finished. select: {metric, split} for run.json. started:
     time.monotonic() of the beginning. Returns the Run.
     """
     metrics = TASK_METRICS[store.task]
-    scores = _score(folder, specs, store, splits, metrics, device)
-    write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
-    write_whole(folder / "history.csv", _to_csv(_history(folder, specs), ("probe", "epoch", "loss")))
     labels = {role: load_labels(store, names) for role, names in splits.items()}
+    scored = _score(folder, specs, store, splits, labels, device)
+    history, diverged, scores = [], [], []
+    for spec in specs:
+        probe = load_probe(folder, spec.id)
+        history += _history(spec.id, {"loss": probe.losses})
+        diverged += [spec.id] if probe.diverged is not None else []
+        for role, metric in itertools.product(splits, metrics):
+            value, low, high = scored[spec.id, role].values[metric]
+            own = (spec.id, spec.name, role, metric, value, low, high, getattr(probe, "epoch", spec.epochs))
+            scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | spec.flat())
+    write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
+    write_whole(folder / "seeds.csv", _to_csv(over_seeds(scores), SEED_COLUMNS))
+    write_whole(folder / "history.csv", _to_csv(history, ("probe", "epoch", "loss")))
+    write_whole(folder / "calibration.csv", _to_csv(_calibration(scored), ("probe", "split", "bin")))
+    if store.task == "multi-label":
+        rows = _per_class(scored, store.classes, labels)
+        write_whole(folder / "scores_per_class.csv", _to_csv(rows, ("probe", "split", "class", "ap", "positives")))
     identity = store.manifest.identity
     summary = basis | {
         "arch": identity["arch"],
@@ -41,7 +75,7 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
         "select": select,
         "classes": list(store.classes),
         "probes": len(specs),
-        "diverged": [s.id for s in specs if load_probe(folder, s.id).diverged is not None],
+        "diverged": diverged,
         "rows": {role: len(rows) for role, rows in labels.items()},
         "chance": {r: {m: chance(m, rows, len(store.classes)) for m in metrics} for r, rows in labels.items()},
         "device": str(device),
@@ -56,36 +90,108 @@ def work(specs, store):
     """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
     inputs = {}
     for spec in specs:
-        inputs.setdefault((spec.features, spec.head.pools_first), []).append(spec)
+        inputs.setdefault(input_of(spec), []).append(spec)
     for (feature, pool), members in inputs.items():
-        shape = next(iter(store.manifest.features[f]["shape"] for f in store.manifest.features if f == feature))
-        positions = 1 if pool or len(shape) == 1 else int(np.prod(shape[1:]))
-        yield blocks(members, shape[0], positions, len(store.classes)), feature, pool
+        dim, positions = input_shape(store, feature, pool)
+        yield blocks(members, dim, positions, len(store.classes)), feature, pool
 
 
-def _score(folder, specs, store, splits, metrics, device):
-    rows = {}
-    names = {s.id: s.name for s in specs}
+def check_apart(store, splits):
+    """Raise BadInput if an image, told by its id, is in splits of two roles. splits: {role: splits of the store}.
+
+    A split that two roles name is the grid's affair, which allows it under parity alone.
+    """
+    ids = {role: {i: name for name in reversed(names) for i in store[name].ids} for role, names in splits.items()}
+    for a, b in itertools.combinations(ids, 2):
+        both = ids[a].keys() & ids[b].keys()
+        if both and not set(splits[a]) & set(splits[b]):
+            image = min(both)
+            raise BadInput(
+                f"splits.{b}: {len(both)} images of store {store.path} are in splits.{a} too, such as {image!r} "
+                f"(of {ids[b][image]} and {ids[a][image]}); the roles must be kept apart"
+            )
+
+
+def tally(folder, group, store, features, labels):
+    """Gather what the probes of some blocks say of a split: a Tally for each block.
+
+    folder: of the probes. group: lists of specs. features: [N, D] or [N, D, S]. labels: of the N images.
+    The features pass by once, whatever the number of blocks.
+    """
+    classes, device = len(store.classes), features.device
+    labels = labels.to(device)
+    predictors = [
+        Predictor(block, [load_probe(folder, s.id).weights for s in block], features.shape[1], classes, device)
+        for block in group
+    ]
+    tallies = [TALLIES[store.task](labels, classes, [s.loss.type for s in block]) for block in group]
+    for part in features.split(SCORED_ROWS):
+        for predictor, each in zip(predictors, tallies, strict=True):
+            each.add(predictor(part))
+    return tallies
+
+
+def _score(folder, specs, store, splits, labels, device):
+    """Return {(probe id, role): Scored}."""
+    scored = {}
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         for role, parts in splits.items():
-            labels = load_labels(store, parts)
+            weights = resamples(len(labels[role]))
+            kept = 4 * len(store.classes) if store.task == "multi-label" else 24
             for group, feature, pool in work(specs, store):
                 features = load_features(store, parts, feature, pool, device)
-                for block in group:
-                    weights = [load_probe(folder, s.id).weights for s in block]
-                    logits = predict(block, weights, features, len(store.classes))
-                    for metric in metrics:
-                        for spec, (value, low, high) in zip(block, score(metric, logits, labels), strict=True):
-                            head = (spec.id, names[spec.id], role, metric, value, low, high, spec.epochs)
-                            rows[spec.id, role, metric] = dict(zip(SCORE_COLUMNS, head, strict=True)) | spec.flat()
-                    progress.update(len(block))
-    return [rows[s.id, role, metric] for s in specs for role in splits for metric in metrics]
+                for some in _passes(folder, group, kept * len(features)):
+                    for block, each in zip(some, tally(folder, some, store, features, labels[role]), strict=True):
+                        for spec, result in zip(block, _scored(each, weights), strict=True):
+                            scored[spec.id, role] = result
+                        progress.update(len(block))
+    return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
-def _history(folder, specs):
-    for spec in specs:
-        for epoch, loss in enumerate(load_probe(folder, spec.id).losses, 1):
-            yield {"probe": spec.id, "epoch": epoch, "loss": loss}
+def _passes(folder, group, kept):
+    """Divide blocks into lists of blocks whose weights, and `kept` bytes a probe, fit into memory together."""
+    result, room = [], 0
+    for block in group:
+        each = probe_path(folder, block[0].id).stat().st_size + kept
+        fit = max(HELD_BYTES // each, 1)
+        for part in (block[start : start + fit] for start in range(0, len(block), fit)):
+            if not result or len(part) * each > room:
+                result.append([])
+                room = HELD_BYTES
+            result[-1].append(part)
+            room -= len(part) * each
+    return result
+
+
+def _scored(tally, weights):
+    """Yield the Scored of every probe of a tally."""
+    scores, bins = tally.scores(weights), tally.calibration()
+    classes = [None] * len(bins)
+    if isinstance(tally, MultiLabelTally):
+        broken = ~tally.finite.cpu().unsqueeze(1)
+        classes = tally.average_precisions()[:, :, 0].cpu().masked_fill(broken, torch.nan)
+    for p in range(len(bins)):
+        yield Scored({metric: interval(table[p]) for metric, table in scores.items()}, classes[p], bins[p])
+
+
+def _history(probe_id, series):
+    """Yield a row for every epoch. series: {column: a value an epoch}."""
+    for epoch, values in enumerate(zip(*series.values(), strict=True), 1):
+        yield {"probe": probe_id, "epoch": epoch} | dict(zip(series, values, strict=True))
+
+
+def _per_class(scored, classes, labels):
+    positives = {role: (rows == 1).sum(0).tolist() for role, rows in labels.items()}
+    for (probe, role), result in scored.items():
+        for name, value, count in zip(classes, result.classes.tolist(), positives[role], strict=True):
+            yield {"probe": probe, "split": role, "class": name, "ap": value, "positives": count}
+
+
+def _calibration(scored):
+    for (probe, role), result in scored.items():
+        for number, (pairs, confidence, outcome) in enumerate(result.bins.tolist(), 1):
+            means = {"confidence": confidence / pairs, "outcome": outcome / pairs} if pairs else {}
+            yield {"probe": probe, "split": role, "bin": number, "pairs": int(pairs)} | means
 
 
 def _to_csv(rows, first):

@@ -1,12 +1,14 @@
 """Training a stack: probes of one shape on the same mini-batches, each as if it were alone."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 
-from featcache.probes.heads import STACKS, widest
-from featcache.probes.losses import LOSSES
-from featcache.probes.optimizers import OPTIMIZERS
+from featcache.probes.heads import STACKS, footprint
+from featcache.probes.lbfgs import fit_lbfgs
+from featcache.probes.losses import LossFunction
+from featcache.probes.optimizers import OPTIMIZERS, common
 from featcache.probes.schedules import factors
 
 # Weights and momentum of the probes trained at a time should stay in the last-level cache, the
@@ -41,19 +43,18 @@ def blocks(specs, dim, positions, classes):
     """
     shapes = {}
     for spec in specs:
-        optimizer = replace(spec.optimizer, lr=0.0, weight_decay=0.0)
-        key = (spec.features, spec.views, spec.head, optimizer, spec.epochs, spec.batch_size)
+        key = (spec.features, spec.views, spec.head, common(spec.optimizer), spec.epochs, spec.batch_size)
         shapes.setdefault(key, []).append(spec)
     result = []
     for (_, _, head, _, _, batch_size), members in shapes.items():
-        # Sorted by loss, so that each loss sees one slice of the stack.
-        members.sort(key=lambda s: s.loss.type)
-        width = widest(head, classes)
-        fit = BLOCK_WEIGHT_BYTES // (4 * width * dim)
+        # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
+        members.sort(key=lambda s: (s.optimizer.momentum or 0.0, repr(s.loss)))
+        weights, activations = footprint(head, dim, classes, positions)
+        fit = BLOCK_WEIGHT_BYTES // (4 * weights)
         if head.type != "linear":
             # A probe that was trained elsewhere has no batch size: it is only scored.
             rows = batch_size or SCORED_ROWS
-            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * width * rows * positions))
+            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * activations * rows))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
@@ -70,13 +71,16 @@ def train_block(specs, features, labels, classes, order_seed, on_epoch=lambda: N
     """
     device = labels.device
     views = {0: features} if isinstance(features, torch.Tensor) else features
+    if specs[0].optimizer.type == "lbfgs":
+        fitted = fit_lbfgs(specs, views[0], labels, classes)
+        return [_trained(*each) for each in zip(specs, *fitted, strict=True)]
     asked = len(specs)
     specs = _padded(specs, classes)
     head, epochs, batch_size = specs[0].head, specs[0].epochs, specs[0].batch_size
     stack = STACKS[head.type](specs, views[view_of_epoch(specs[0].views, 0)].shape[1], classes, device)
     optimizer = OPTIMIZERS[specs[0].optimizer.type](stack.parameters, specs, device)
-    slices = _loss_slices(specs, classes)
-    rates = torch.tensor([s.optimizer.lr for s in specs], dtype=torch.float64)
+    slices = _loss_slices(specs, labels, classes)
+    rates = torch.tensor([s.rate for s in specs], dtype=torch.float64)
     steps = -(-len(labels) // batch_size)
     history = torch.zeros(epochs, len(specs), dtype=torch.float64)
     for epoch in range(epochs):
@@ -118,15 +122,17 @@ def epoch_order(rows, seed, epoch):
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _loss_slices(specs, classes):
-    """Return [(loss, start, end)] over probes that are sorted by loss, each small enough for the cache."""
+def _loss_slices(specs, labels, classes):
+    """Return [(loss function, start, end)] over probes that are sorted by loss, each small enough for the cache."""
     most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
+    functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):
-        if slices and slices[-1][0] == spec.loss.type and number - slices[-1][1] < most:
-            slices[-1] = (spec.loss.type, slices[-1][1], number + 1)
+        function = functions[spec.loss]
+        if slices and slices[-1][0] is function and number - slices[-1][1] < most:
+            slices[-1] = (function, slices[-1][1], number + 1)
         else:
-            slices.append((spec.loss.type, number, number + 1))
+            slices.append((function, number, number + 1))
     return slices
 
 
@@ -138,31 +144,50 @@ def _loss_and_gradient(logits, targets, slices):
     dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
     # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
     gradient = torch.empty_like(logits)
-    for kind, start, end in slices:
-        loss[start:end], gradient[:, start:end] = LOSSES[kind](logits[:, start:end].to(dtype), targets)
+    for function, start, end in slices:
+        loss[start:end], gradient[:, start:end] = function(logits[:, start:end].to(dtype), targets)
     return loss, gradient
 
 
 def _finish(spec, stack, losses, p):
-    weights = {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}
-    finite = torch.isfinite(losses)
+    return _trained(spec, {name: w[p].detach().cpu().clone() for name, w in stack.weights.items()}, losses.tolist())
+
+
+def _trained(spec, weights, losses):
+    """A TrainedProbe of weights and losses, which are looked through for what is not finite."""
+    finite = [math.isfinite(loss) for loss in losses]
     healthy = all(bool(torch.isfinite(w).all()) for w in weights.values())
-    if finite.all() and healthy:
-        return TrainedProbe(spec, weights, losses.tolist(), None)
-    diverged = int((~finite).int().argmax()) if not finite.all() else len(losses) - 1
-    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses.tolist(), diverged)
+    if all(finite) and healthy:
+        return TrainedProbe(spec, weights, losses, None)
+    diverged = finite.index(False) if not all(finite) else len(losses) - 1
+    return TrainedProbe(spec, {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, losses, diverged)
 
 
-@torch.no_grad()
+class Predictor:
+    """Trained probes of one block, ready to be asked for their logits.
+
+    weights: one {name: tensor} a spec. dim: width of the features.
+    """
+
+    def __init__(self, specs, weights, dim, classes, device):
+        padded = _padded(specs, classes)
+        self._probes = len(specs)
+        self._stack = STACKS[specs[0].head.type](padded, dim, classes, device)
+        weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
+        with torch.no_grad():
+            for name, stacked in self._stack.weights.items():
+                stacked.copy_(torch.stack([w[name] for w in weights]))
+
+    @torch.no_grad()
+    def __call__(self, features):
+        """Map features [n, D] or [n, D, S], any float dtype, to logits float32 [P, n, C] where the features are."""
+        return self._stack.forward(features.float()).transpose(0, 1)[: self._probes]
+
+
 def predict(specs, weights, features, classes):
     """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
 
     weights: one {name: tensor} a spec. features: as for train_block.
     """
-    padded = _padded(specs, classes)
-    stack = STACKS[specs[0].head.type](padded, features.shape[1], classes, features.device)
-    weights = [*weights, *[weights[-1]] * (len(padded) - len(specs))]
-    for name, stacked in stack.weights.items():
-        stacked.copy_(torch.stack([w[name] for w in weights]))
-    parts = [stack.forward(part.float()).transpose(0, 1)[: len(specs)].cpu() for part in features.split(SCORED_ROWS)]
-    return torch.cat(parts, dim=1)
+    predictor = Predictor(specs, weights, features.shape[1], classes, features.device)
+    return torch.cat([predictor(part).cpu() for part in features.split(SCORED_ROWS)], dim=1)

@@ -18,28 +18,29 @@ from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.probe_file import probe_path, save_probe
 from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scoring import finish_run, work
+from featcache.probes.scoring import check_apart, finish_run, work
 from featcache.probes.spec import logit_offset
 from featcache.probes.stack import train_block
 from featcache.store.reader import open_store
 
 
-def train_probes(grid, store=None, run=None, device=None, seed=0):
+def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None):
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
     grid: path of a YAML file, or its content as a dict. store: path; by default the grid's own.
     run: folder; by default runs/<grid>-<id>. device: torch device. seed: of the mini-batches' order.
+    parity: name of one of the grid's profiles, such as how-to-probe.
     Returns the Run. Probes that the folder holds already are not trained again; a finished run of
     the same grid is returned at once. Raises BadInput.
     """
     device = choose_device(device)
-    checked = parse_grid(grid) if isinstance(grid, dict) else read_grid(grid)
+    checked = parse_grid(grid, parity=parity) if isinstance(grid, dict) else read_grid(grid, parity)
     source = store or checked.store
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
-    splits = _roles(checked, opened)
-    specs = _resolve(checked, opened, splits["train"])
+    splits = store_splits(checked, opened)
+    specs = store_specs(checked, opened, splits["train"])
     metrics = TASK_METRICS[opened.task]
     metric = checked.metric or metrics[0]
     if metric not in metrics:
@@ -50,12 +51,15 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
         "select": {"metric": metric, "split": checked.split},
     }
     basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]}
-    key = hashlib.sha256(json.dumps([basis, resolved["probes"]], sort_keys=True).encode()).hexdigest()
+    asked = [basis, resolved["probes"], *([checked.rules] if checked.rules else [])]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
     if _finished(folder, basis, key):
         click.echo(f"run: {folder} is finished already", err=True)
         return open_run(folder)
+    check_apart(opened, splits)
     _begin(folder, basis, resolved)
     started = time.monotonic()
     _train_missing(folder, specs, opened, splits, device, seed)
@@ -63,7 +67,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0):
     return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
 
 
-def _roles(grid, store):
+def store_splits(grid, store):
     """Return {role: splits}: the grid's, without a test split that it does not name and the store does not have."""
     roles = dict(grid.splits)
     if "test" not in grid.content.get("splits", {}) and "test" not in store.splits:
@@ -78,13 +82,17 @@ def _roles(grid, store):
     return roles
 
 
-def _resolve(grid, store, training):
+def store_specs(grid, store, training):
     """Return the specs with features and views as the store has them; refuse what would be another model."""
     specs = []
     views = {name: store[name].views for name in training}
     for spec in grid.specs:
         feature = store.manifest.feature(spec.features)
-        if feature.reduction == "pooled" and not spec.head.pools_first:
+        if feature.kind == "tokens":
+            raise BadInput(
+                f"probe group {spec.name!r}: no head reads {feature} yet; take {feature.layer}:cls, :patch_mean or :spatial"
+            )
+        if feature.kind in ("pooled", "patch_mean") and not spec.head.pools_first:
             raise BadInput(
                 f"probe group {spec.name!r}: a head of type {spec.head.type} on {feature} is another model than on "
                 f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.probes.run import open_run
-from featcache.reporting.table import describe_head, percent
+from featcache.reporting.table import describe_head, known, percent
 
 RESAMPLES = 1000
 
@@ -30,7 +30,7 @@ def localisation_rows(folder):
         scored = [r for r in members if r["epg"]]
         share = np.mean([float(r["box_share"]) for r in members])
         result.append([
-            probe, describe_head(spec), spec["loss.type"], f"{float(spec['optimizer.lr']):g}", method,
+            probe, describe_head(spec), spec["loss.type"], known(spec["optimizer.lr"]), method,
             percent(*_mean_with_interval(scored)), percent(share), str(len(members)), str(len(members) - len(scored)),
         ])  # fmt: skip
     return columns, result

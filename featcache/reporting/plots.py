@@ -6,7 +6,7 @@ import io
 import numpy as np
 
 from featcache.errors import BadInput
-from featcache.reporting.table import METRIC_NAMES
+from featcache.reporting.table import describe_head, heading, scored
 
 try:
     import matplotlib
@@ -16,7 +16,7 @@ except ImportError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = {"bce": "#0b6e99", "ce": "#c2571a"}
+COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
 MARKERS = "osD^vP*X"
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache"}
@@ -35,39 +35,43 @@ def learning_rates(runs, metric):
     """Plot the validation score over the learning rate: a panel per run and head, a line per loss and decay.
 
     Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is
-    chance. Returns a data URL.
+    chance. Probes without a rate are left out. Returns a data URL, or None if no probe has one.
     """
     panels = []
     for run in runs:
         split = run.summary["select"]["split"]
         rows = [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
+        rows = [r for r in rows if r["optimizer.lr"]]
         heads = dict.fromkeys(r["head.type"] for r in rows)
         panels += [(run, head, [r for r in rows if r["head.type"] == head]) for head in heads]
+    if not panels:
+        return None
+    scale = 1 if metric == "nll" else 100
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, squeeze=False)
         decays = sorted({float(r["optimizer.weight_decay"]) for _, _, rows in panels for r in rows})
         for axis, (run, head, rows) in zip(axes[0], panels, strict=True):
-            _rate_lines(axis, rows, decays)
-            axis.axhline(
-                100 * run.summary["chance"][run.summary["select"]["split"]][metric], color="0.5", linestyle=":"
-            )
+            _rate_lines(axis, rows, decays, scale)
+            level = run.summary["chance"][run.summary["select"]["split"]][metric]
+            if level is not None:
+                axis.axhline(scale * level, color="0.5", linestyle=":")
             axis.set_title(f"{run.path.name}: {head}", fontsize=10)
             axis.set_xscale("log")
             rates = sorted({float(r["optimizer.lr"]) for r in rows})
             axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
             axis.minorticks_off()
             axis.set_xlabel("learning rate")
-        axes[0][0].set_ylabel(f"{runs[0].summary['select']['split']} {METRIC_NAMES[metric]}, %")
+        axes[0][0].set_ylabel(f"{runs[0].summary['select']['split']} {heading(metric)}")
         entries = dict(zip(*reversed(_legend(axes[0])), strict=True))
         figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return _embed(figure, "svg")
 
 
-def _rate_lines(axis, rows, decays):
+def _rate_lines(axis, rows, decays, scale):
     groups = {}
     for row in rows:
         key = (row["loss.type"], float(row["optimizer.weight_decay"]))
-        groups.setdefault(key, {}).setdefault(float(row["optimizer.lr"]), []).append(100 * row["value"])
+        groups.setdefault(key, {}).setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
     for (loss, decay), points in sorted(groups.items()):
         rates = sorted(points)
         means = np.array([np.mean(points[r]) for r in rates])
@@ -84,6 +88,67 @@ def _legend(axes):
         more = axis.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     return handles, labels
+
+
+def class_bars(run, probes):
+    """Draw the average precision of every class on the judged split, a bar a probe; the dots are the share of positives.
+
+    probes: ids. Classes are in order of the first probe's. Returns a data URL.
+    """
+    rows = [r for r in run.table("scores_per_class.csv") if r["split"] == run.judge and r["ap"]]
+    values = {(r["probe"], r["class"]): 100 * float(r["ap"]) for r in rows}
+    shares = {r["class"]: 100 * int(r["positives"]) / run.summary["rows"][run.judge] for r in rows}
+    names = sorted(shares, key=lambda name: values[probes[0], name])
+    height = 0.8 / len(probes)
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(7, 0.6 + len(names) * (0.12 + 0.11 * len(probes))))
+        for number, probe in enumerate(probes):
+            places = np.arange(len(names)) + 0.4 - height * (number + 0.5)
+            bars = [values[probe, name] for name in names]
+            axis.barh(places, bars, 0.9 * height, color=_colour(run, probe, number), label=_label(run, probe))
+        axis.plot(
+            [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
+        )
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.judge} AP, %")
+        axis.tick_params(axis="y", length=0)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        return _embed(figure, "svg")
+
+
+def reliability(runs, choose):
+    """Draw how often what a probe says with some confidence is so: a panel a run, a line a probe.
+
+    choose: function of a run to probe ids. A dot's area grows with its share of the pairs. Returns a data URL.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 3.2), sharey=True, squeeze=False)
+        for axis, run in zip(axes[0], runs, strict=True):
+            table = [r for r in run.table("calibration.csv") if r["split"] == run.judge and r["confidence"]]
+            axis.plot([0, 100], [0, 100], color="0.7", linewidth=1)
+            for number, probe in enumerate(choose(run)):
+                bins = [r for r in table if r["probe"] == probe]
+                x, y = (np.array([100 * float(r[k]) for r in bins]) for k in ("confidence", "outcome"))
+                pairs = np.array([int(r["pairs"]) for r in bins])
+                error = scored("ece", run.value(probe, "ece", run.judge)["value"])
+                colour = _colour(run, probe, number)
+                axis.plot(x, y, color=colour, linewidth=1, label=f"{_label(run, probe)}: ECE {error}%")
+                axis.scatter(x, y, 4 + 60 * np.sqrt(pairs / pairs.sum()), color=colour, alpha=0.8, linewidth=0)
+            axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
+            axis.set_title(run.path.name, fontsize=10)
+            axis.legend(loc="upper left", frameon=False, fontsize=8)
+        axes[0][0].set_ylabel(f"{runs[0].judge}: share that is so, %")
+        return _embed(figure, "svg")
+
+
+def _colour(run, probe, number):
+    loss = run.value(probe, run.metrics[0], run.judge)["loss.type"]
+    return COLOURS.get(loss, f"C{number}")
+
+
+def _label(run, probe):
+    row = run.value(probe, run.metrics[0], run.judge)
+    return f"{describe_head(row)}, {row['loss.type']}"
 
 
 def heatmaps(kept, describe):

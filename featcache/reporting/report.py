@@ -8,9 +8,18 @@ import numpy as np
 
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
+from featcache.probes.metrics import LOWER_IS_BETTER
 from featcache.probes.run import open_run, select
 from featcache.reporting.localisation import localisation_rows
-from featcache.reporting.table import METRIC_NAMES, describe_head, percent, score_rows
+from featcache.reporting.table import (
+    METRIC_NAMES,
+    describe_head,
+    heading,
+    known,
+    score_rows,
+    scored,
+    seed_texts,
+)
 
 
 def report(runs, out="report.html"):
@@ -26,16 +35,28 @@ def report(runs, out="report.html"):
     from featcache.reporting import plots
 
     opened = [open_run(run) for run in runs]
-    metrics = {run.summary["select"]["metric"] for run in opened}
-    if len(metrics) > 1:
-        raise BadInput(f"runs with different metrics do not fit one page: {', '.join(sorted(metrics))}")
-    (metric,) = metrics
+    metrics = sorted({run.summary["select"]["metric"] for run in opened})
+    kinds = sorted({"/".join(run.metrics) for run in opened})
+    if len(metrics) > 1 or len(kinds) > 1:
+        different = metrics if len(metrics) > 1 else kinds
+        raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
+    metric = metrics[0]
     page = {
         "metric": METRIC_NAMES[metric],
+        "heading": heading(metric),
         "split": opened[0].summary["select"]["split"],
         "judge": opened[0].judge,
         "best": [line for run in opened for line in _best_rows(run, metric)],
+        "cautions": list(dict.fromkeys(run.caution for run in opened if run.caution)),
+        "metrics": [heading(m) for m in opened[0].metrics],
+        "measured": [line for run in opened for line in _measured(run, metric)],
         "rates": plots.learning_rates(opened, metric),
+        "classes": [
+            (run.path.name, len(run.summary["classes"]), plots.class_bars(run, select(run, f"best {metric} per loss")))
+            for run in opened
+            if "map" in run.metrics
+        ],
+        "reliability": plots.reliability(opened, lambda run: select(run, f"best {metric} per loss")),
         "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
@@ -53,26 +74,30 @@ def report(runs, out="report.html"):
 
 def _best_rows(run, metric):
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
+    seeds = seed_texts(run, metric)
     for probe in select(run, f"best {metric} per head,loss"):
         spec = run.value(probe, metric, run.summary["select"]["split"])
         test = run.value(probe, metric, run.judge)
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(spec)}, {spec['loss.type']}",
-            "recipe": f"lr {float(spec['optimizer.lr']):g}, wd {float(spec['optimizer.weight_decay']):g}, seed {spec['seed']}",
-            "chosen_by": percent(spec["value"]),
-            "test": percent(test["value"], test["low"], test["high"]),
-            "width": f"{100 * test['value']:.1f}",
+            "recipe": f"lr {known(spec['optimizer.lr'])}, wd {known(spec['optimizer.weight_decay'])}, seed {spec['seed']}",
+            "chosen_by": scored(metric, spec["value"]),
+            "test": scored(metric, test["value"], test["low"], test["high"]),
+            "seeds": seeds.get(probe, ""),
+            "width": None if metric in LOWER_IS_BETTER else f"{100 * test['value']:.1f}",
         }
     level = run.summary["chance"][run.judge][metric]
-    yield {
-        "run": run.path.name,
-        "probe": "chance",
-        "recipe": "",
-        "chosen_by": "",
-        "test": percent(level),
-        "width": f"{100 * level:.1f}",
-    }
+    if level is not None:
+        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": f"{100 * level:.1f}"}
+
+
+def _measured(run, metric):
+    """Of the same probes, every metric on the judged split: (run, probe, [(score, interval)])."""
+    for probe in select(run, f"best {metric} per head,loss"):
+        rows = [run.value(probe, m, run.judge) for m in run.metrics]
+        cells = [(scored(r["metric"], r["value"]), scored(r["metric"], r["value"], r["low"], r["high"])) for r in rows]
+        yield run.path.name, f"{describe_head(rows[0])}, {rows[0]['loss.type']}", cells
 
 
 def _localisation(run, plots):

@@ -1,6 +1,15 @@
 """Tables on the terminal, and the words for scores."""
 
-METRIC_NAMES = {"map": "mAP", "top1": "top-1", "top5": "top-5"}
+import math
+
+from featcache.probes.metrics import gain
+from featcache.probes.seeds import over_seeds
+
+METRIC_NAMES = {
+    "map": "mAP", "precision_macro": "macro precision", "recall_macro": "macro recall", "f1_macro": "macro F1",
+    "precision_micro": "micro precision", "recall_micro": "micro recall", "f1_micro": "micro F1",
+    "top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "nll": "NLL", "ece": "ECE",
+}  # fmt: skip
 
 
 def format_table(columns, rows):
@@ -16,40 +25,80 @@ def format_table(columns, rows):
 
 
 def _is_number(text):
-    return not text or text[0].isdigit() or text[0] == "-"
+    return not text or text[0].isdigit() or text[0] in "-+"
 
 
 def percent(value, low=None, high=None):
     """Format a fraction as percent, with its interval if given; a missing value is a dash."""
-    if value is None:
+    return _with_interval(value, low, high, 100, "{:.1f}")
+
+
+def scored(metric, value, low=None, high=None):
+    """Format a score: as percent, but for NLL, which is a number of nats; a missing value is a dash."""
+    return _with_interval(value, low, high, 1, "{:.3f}") if metric == "nll" else percent(value, low, high)
+
+
+def heading(metric):
+    """Name a metric, with the unit in which `scored` writes it."""
+    return METRIC_NAMES[metric] if metric == "nll" else f"{METRIC_NAMES[metric]} %"
+
+
+def _with_interval(value, low, high, scale, pattern):
+    if value is None or math.isnan(value):
         return "-"
-    return f"{100 * value:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    interval = "" if low is None else f" [{pattern.format(scale * low)}, {pattern.format(scale * high)}]"
+    return pattern.format(scale * value) + interval
+
+
+def known(number):
+    """Shorten a number of scores.csv; it is a dash where an imported probe has none."""
+    return f"{float(number):g}" if number else "-"
 
 
 def score_rows(run, most=None):
-    """Return (columns, rows of strings) of a run's probes, best on the selection split first."""
+    """Return (columns, rows of strings) of a run's probes, best on the selection split first.
+
+    Where probes differ in their seed alone, the last column has mean and standard deviation over their seeds.
+    """
     metric, split = run.summary["select"]["metric"], run.summary["select"]["split"]
-    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == split]
-    chosen.sort(key=lambda r: -1 if r["value"] is None else r["value"], reverse=True)
-    columns = [
-        "probe",
-        "head",
-        "features",
-        "loss",
-        "lr",
-        "wd",
-        "seed",
-        f"{split} {METRIC_NAMES[metric]} %",
-        f"{run.judge} {METRIC_NAMES[metric]} % [95%]",
-    ]
+    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
+    chosen.sort(key=lambda r: gain(metric, r["value"]), reverse=True)
+    chosen += [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is None]
+    name = heading(metric)
+    columns = ["probe", "head", "features", "loss", "lr", "wd", "seed", f"{split} {name}", f"{run.judge} {name} [95%]"]
+    seeds = seed_texts(run, metric)
+    columns += [f"{run.judge} {name} over seeds"] if seeds else []
     rows = []
     for row in chosen[:most]:
         test = run.value(row["probe"], metric, run.judge)
         rows.append([
-            row["probe"], describe_head(row), row["features"], row["loss.type"], f"{float(row['optimizer.lr']):g}",
-            f"{float(row['optimizer.weight_decay']):g}", row["seed"], percent(row["value"]),
-            percent(test["value"], test["low"], test["high"]),
+            row["probe"], describe_head(row), row["features"], row["loss.type"], known(row["optimizer.lr"]),
+            known(row["optimizer.weight_decay"]), row["seed"] or "-", scored(metric, row["value"]),
+            scored(metric, test["value"], test["low"], test["high"]),
         ])  # fmt: skip
+        rows[-1] += [seeds.get(row["probe"], "-")] if seeds else []
+    return columns, rows
+
+
+def seed_texts(run, metric):
+    """Return {probe: mean ± std (n)} over the seeds on the judged split, for probes of which there are several seeds."""
+    rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.judge]
+    texts = {}
+    for group in over_seeds(rows):
+        if group["std"] is not None:
+            text = f"{scored(metric, group['mean'])} ± {scored(metric, group['std'])} ({group['n']})"
+            texts |= dict.fromkeys(group["probes"].split(), text)
+    return texts
+
+
+def comparison_rows(comparisons):
+    """Return (columns, rows of strings) of the Comparisons of two probes."""
+    first, second = comparisons[0].probes
+    columns = [f"on {comparisons[0].split}", first, second, "difference [95%]", "p"]
+    rows = []
+    for c in comparisons:
+        scores = [scored(c.metric, score) for score in c.scores]
+        rows.append([heading(c.metric), *scores, scored(c.metric, c.difference, c.low, c.high), f"{c.p:.3f}"])
     return columns, rows
 
 

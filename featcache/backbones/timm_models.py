@@ -1,0 +1,85 @@
+"""timm's networks by name (Wightman, 2019): `timm:NAME`, with timm's own description of the input."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from featcache.backbones.architecture import Architecture, last_blocks, with_forward
+from featcache.backbones.layers import find_last, outputs, tokens_of
+from featcache.backbones.reductions import MAP, SEQUENCE
+from featcache.errors import BadInput, nearest
+
+PREFIX = "timm:"
+
+
+def timm_architecture(name):
+    """Return the Architecture of `timm:NAME`. Raises BadInput without timm, or if it has no such network."""
+    try:
+        import timm
+    except ImportError:
+        raise BadInput(f"--arch {name} needs the package timm: pip install 'featcache[timm]'") from None
+    known = name.removeprefix(PREFIX)
+    if known.partition(".")[0] not in timm.list_models():
+        raise BadInput(f"--arch {name}: timm has no such network{nearest(known, timm.list_models())}")
+    build = partial(timm.create_model, known, pretrained=False)
+    with torch.device("meta"):
+        network = build()
+    config = timm.data.resolve_model_data_config(network)
+    classifier = network.pretrained_cfg.get("classifier") or ()
+    classifier = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
+    architecture = Architecture(
+        name=name,
+        build=build,
+        trunk=_trunk,
+        signature=next(key for key in network.state_dict() if not key.startswith(classifier)),
+        classifier=classifier,
+        aliases={},
+        size=config["input_size"][1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        nhwc=getattr(network, "output_fmt", "NCHW") == "NHWC",
+        fit=partial(_fit, name, config["input_size"][1]),
+    )
+    return _with_layers(architecture, _trunk(network).eval())
+
+
+def _trunk(network):
+    """The features before pooling and classifier, under timm's names; `final` is what forward_features returns."""
+    network.reset_classifier(0)
+    network.final = nn.Identity()
+    return with_forward(network, lambda self, images: self.final(self.forward_features(images)))
+
+
+def _with_layers(architecture, trunk):
+    """Add what a run tells: `last`, the layout of tokens; timm's feature stages or a transformer's last blocks."""
+    found = outputs(trunk, architecture, architecture.size)
+    final = found.pop("final")
+    if final.kind not in (MAP, SEQUENCE):
+        raise BadInput(f"--arch {architecture.name}: its forward_features returns no map and no tokens")
+    last = find_last(found)
+    if last is None or found[last].output is not final.output:
+        # Something that is no module comes after the last one, such as a permutation.
+        last = "final"
+    aliases = {"last": last}
+    if final.kind == MAP:
+        stages = [stage["module"] for stage in getattr(trunk, "feature_info", ()) if stage["module"] in found]
+        aliases |= {f"feat{5 - i}": path for i, path in enumerate(reversed(stages[-5:]))}
+        return replace(architecture, aliases=aliases)
+    blocks = [path for path in found if path.startswith("blocks.") and path.count(".") == 1]
+    order = list(found)
+    if blocks and last in order and set(order[order.index(blocks[-1]) + 1 : order.index(last)]) <= {"blocks"}:
+        aliases = last_blocks(blocks, last)
+    return replace(architecture, aliases=aliases, tokens=tokens_of(trunk, final.output.shape[1], architecture.size))
+
+
+def _fit(name, native, network, size):
+    if size == native or not hasattr(network, "set_input_size"):
+        return ""
+    try:
+        network.set_input_size((size, size))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise BadInput(f"--size {size}: {name} does not take it ({error})") from None
+    return "made to fit {size} pixels by timm, bicubic and anti-aliased"

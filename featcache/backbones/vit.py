@@ -1,0 +1,216 @@
+"""Vision transformers in timm's key layout: those of DINO, DINOv2, MAE, MoCo v3, DeiT and timm itself.
+
+Everything but the number of heads follows from the tensors' shapes; timm's VisionTransformer is built
+from them. Keys of DINOv2's code and of mmpretrain are renamed to timm's.
+"""
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads, with_forward
+from featcache.backbones.positions import fit_positions
+from featcache.errors import BadInput
+
+# Width to name and usual depth.
+SIZES = {
+    192: ("tiny", 12), 384: ("small", 12), 768: ("base", 12), 1024: ("large", 24), 1280: ("huge", 32),
+    1408: ("giant", 40), 1536: ("giant2", 40),
+}  # fmt: skip
+EPS = 1e-6
+# Networks that can be named: width and patches, each at 224 pixels.
+PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
+MOCO_V3_HEADS = 12
+CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "masked_embed", "decoder_")
+SIGNATURE = "blocks.0.attn.qkv.weight"
+NEEDED = (SIGNATURE, "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+
+
+def architectures():
+    """Return `vit`, which is read off any checkpoint of the layout, and the usual sizes by name."""
+    found = {}
+    for width, patches in PATCHES.items():
+        for patch in patches:
+            made = _described(_usual(width, patch))
+            found[made.name] = made
+    # MoCo v3's ViT-S has 12 heads where DINO's and DeiT's, of the same shapes, have 6.
+    moco = replace(_described(_usual(384, 16) | {"num_heads": MOCO_V3_HEADS}), infer=_infer_moco_v3)
+    generic = Architecture(
+        name="vit", build=_no_shapes, trunk=_trunk, signature=SIGNATURE, classifier=CLASSIFIER, aliases={},
+        layouts=LAYOUTS, infer=infer,
+    )  # fmt: skip
+    return {"vit": generic, **found, moco.name: moco}
+
+
+def _usual(width, patch):
+    """Arguments of timm's VisionTransformer for a usual size."""
+    swiglu = width == 1536
+    return {
+        "embed_dim": width, "depth": SIZES[width][1], "num_heads": usual_heads(width), "patch_size": patch,
+        "img_size": 224, "hidden": 8192 if swiglu else 4 * width, "swiglu": swiglu, "eps": EPS,
+    }  # fmt: skip
+
+
+def _no_shapes():
+    raise BadInput("--arch vit is read off a checkpoint's shapes; without one name its size, as vit_base_patch16")
+
+
+def infer(tensors, hints):
+    """Read an Architecture off the shapes of a checkpoint in timm's layout, or None if it is no such ViT.
+
+    hints: heads (int), eps (of the norms) and positions (of positions.RULES), which tensors do not say.
+    """
+    if any(key not in tensors for key in NEEDED):
+        return None
+    _, length, width = tensors["pos_embed"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
+    hidden, gated = tensors["blocks.0.mlp.fc1.weight"].shape[0], tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    prefix = sum(key in tensors for key in ("cls_token", "dist_token")) + registers
+    bare = math.isqrt(length) ** 2 == length
+    # The `small` of mmpretrain and of early timm has 8 blocks and 8 heads.
+    heads = hints.get("heads", 8 if (width, depth) == (768, 8) else usual_heads(width))
+    side = math.isqrt(length if bare else length - prefix)
+    if side * side + (0 if bare else prefix) != length or width % heads:
+        return None
+    # DINOv2's code keeps a mask token of two axes, MAE's one of three.
+    dinov2 = "mask_token" in tensors and tensors["mask_token"].ndim == 2
+    chosen = {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": patch,
+        "img_size": side * patch,
+        "hidden": hidden,
+        "swiglu": hidden == 2 * gated,
+        "eps": hints.get("eps", EPS),
+        "reg_tokens": registers,
+        "no_embed_class": bare,
+        "class_token": "cls_token" in tensors,
+        "distilled": "dist_token" in tensors,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "proj_bias": "blocks.0.attn.proj.bias" in tensors,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in tensors else None,
+        "pre_norm": "norm_pre.weight" in tensors,
+        "fc_norm": "fc_norm.weight" in tensors and "norm.weight" not in tensors,
+    }
+    rule = ("antialias" if registers else "dino") if dinov2 else "plain"
+    return _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+
+
+def _described(chosen, rule="plain", size=None):
+    """The Architecture of these arguments; its name holds all that tensors do not."""
+    width, depth, heads, patch = (chosen[k] for k in ("embed_dim", "depth", "num_heads", "patch_size"))
+    known, usual_depth = SIZES.get(width, ("", 0))
+    name = f"vit_{known}" if depth == usual_depth else f"vit_d{width}_l{depth}"
+    name += f"_patch{patch}"
+    registers = chosen.get("reg_tokens", 0)
+    name += f"_reg{registers}" if registers else ""
+    name += f"_heads{heads}" if heads != usual_heads(width) else ""
+    name += f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else ""
+    cls, distilled = chosen.get("class_token", True), chosen.get("distilled", False)
+    return Architecture(
+        name=name,
+        build=partial(_build, **chosen),
+        trunk=_trunk,
+        signature=SIGNATURE,
+        classifier=CLASSIFIER,
+        aliases=last_blocks([f"blocks.{i}" for i in range(depth)], "norm"),
+        size=size or chosen["img_size"],
+        interpolation="bicubic",
+        tokens=Tokens(prefix=cls + distilled + registers, cls=cls, patch=patch),
+        layouts=LAYOUTS,
+        infer=infer,
+        fit=partial(_fit, rule, patch, name),
+    )
+
+
+def _infer_moco_v3(tensors, hints):
+    read = infer(tensors, {"heads": MOCO_V3_HEADS} | hints)
+    return read if read and tensors["pos_embed"].shape[2] == 384 else None
+
+
+def _build(embed_dim, hidden, swiglu, eps, distilled=False, fc_norm=False, class_token=True, **chosen):
+    try:
+        from timm.layers import SwiGLUPacked
+        from timm.models.deit import VisionTransformerDistilled
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError:
+        raise BadInput("this vision transformer needs the package timm: pip install 'featcache[timm]'") from None
+    if swiglu:
+        chosen |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return (VisionTransformerDistilled if distilled else VisionTransformer)(
+        embed_dim=embed_dim,
+        # timm rounds the product down.
+        mlp_ratio=(hidden + 0.5) / embed_dim,
+        norm_layer=partial(nn.LayerNorm, eps=eps),
+        num_classes=0,
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+        fc_norm=fc_norm,
+        **chosen,
+    )
+
+
+def _trunk(network):
+    """All tokens after the final norm, without what turns them into logits."""
+    network.fc_norm = network.head = nn.Identity()
+    return with_forward(network, lambda self, images: self.forward_features(images))
+
+
+def _fit(rule, patch, arch, network, size):
+    said = fit_positions(network, "pos_embed", size, patch, rule, arch)
+    network.patch_embed.set_input_size(img_size=(size, size))
+    return said
+
+
+def from_dinov2(tensors):
+    """Rename the keys of DINOv2's code to timm's; those of timm are left as they are.
+
+    Its position embeddings have an entry for the class token, to which it is added here, and none for
+    the registers. A ViT-g has a SwiGLU whose two halves are one matrix, w12. Checkpoints of its
+    training count blocks within chunks, blocks.CHUNK.BLOCK.
+    """
+    renamed = {}
+    for key, value in tensors.items():
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+        key = re.sub(r"^(blocks\.\d+)\.gamma_(\d)$", r"\1.ls\2.gamma", key)  # DeiT III
+        renamed[key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")] = value
+    if "register_tokens" in renamed:
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        positions = renamed["pos_embed"]
+        renamed["cls_token"] = renamed["cls_token"] + positions[:, :1]
+        renamed["pos_embed"] = positions[:, 1:]
+    return renamed
+
+
+MMPRETRAIN = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^pre_norm\.", "norm_pre."),
+    (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."),
+    (r"^layers\.(\d+)\.ln(\d)\.", r"blocks.\1.norm\2."),
+    (r"^layers\.(\d+)\.attn\.gamma1\.weight$", r"blocks.\1.ls1.gamma"),
+    (r"^layers\.(\d+)\.ffn\.gamma2\.weight$", r"blocks.\1.ls2.gamma"),
+    (r"^layers\.(\d+)\.ffn\.(?:layers\.0\.0|w12)\.", r"blocks.\1.mlp.fc1."),
+    (r"^layers\.(\d+)\.ffn\.(?:layers\.1|w3)\.", r"blocks.\1.mlp.fc2."),
+    (r"^layers\.(\d+)\.", r"blocks.\1."),
+)
+
+
+def from_mmpretrain(tensors):
+    """Rename the keys of mmpretrain's (mmcls's, mmselfsup's) VisionTransformer to timm's."""
+    renamed = {}
+    for key, value in tensors.items():
+        pattern, new = next(((p, n) for p, n in MMPRETRAIN if re.match(p, key)), (r"^", ""))
+        renamed[re.sub(pattern, new, key)] = value
+    return renamed
+
+
+# By the key that tells each layout; the second and third are DINOv2's, whole and in chunks.
+LAYOUTS = {"layers.0.ln1.weight": from_mmpretrain, SIGNATURE: from_dinov2, "blocks.0.0.attn.qkv.weight": from_dinov2}

@@ -1,0 +1,118 @@
+"""`featcache compare`: is one probe better than another, or only on these images?"""
+
+import os
+from dataclasses import dataclass
+
+import click
+import torch
+
+from featcache.device import choose_device
+from featcache.errors import BadInput
+from featcache.probes.bootstrap import RESAMPLES, paired_test, resamples
+from featcache.probes.features import load_features, load_labels
+from featcache.probes.probe_file import load_probe
+from featcache.probes.run import open_run, select, store_of
+from featcache.probes.scoring import tally, work
+
+COMPARED = 10 * RESAMPLES
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two probes on one metric: their scores, the difference first - second with its 95% interval, and its p value.
+
+    See bootstrap.paired_test for interval and p.
+    """
+
+    probes: tuple[str, str]
+    split: str
+    metric: str
+    scores: tuple[float, float]
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(runs, probes=None, rule=None, stores=None, device=None):
+    """Compare two probes on the images that their runs are judged on, by a paired bootstrap.
+
+    runs: folder of a finished run that holds both, or of two, which then must be scored on the same
+    images. probes: two ids, in the order of the runs; else those that `rule` selects (see
+    run.select): two of one run, or one of each. stores: of the runs, by default where they found them.
+    Returns a Comparison for every metric. Raises BadInput.
+    """
+    opened = [open_run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    stores = stores or [None] * len(opened)
+    if len(opened) > 2 or len(stores) != len(opened):
+        raise BadInput("compare takes one or two runs, and as many stores if any")
+    chosen = _two_probes(opened, probes, rule)
+    device = choose_device(device)
+    sources = [store_of(run, path) for run, path in zip(opened, stores, strict=True)]
+    pairs = list(zip(opened, sources, strict=True)) * (3 - len(opened))
+    (first, a), (second, b) = pairs[:2]
+    split = first.judge
+    if len(opened) == 2:
+        _check_same_images(first, a, second, b)
+    tallies = [_tally(run, store, probe, device) for (run, store), probe in zip(pairs[:2], chosen, strict=True)]
+    labels = tallies[0].labels
+    weights = resamples(len(labels), COMPARED)
+    tables = [_scores(each, weights) for each in tallies]
+    if tallies[0].softmax != tallies[1].softmax:
+        click.echo(
+            "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
+        )
+    result = []
+    for metric in first.metrics:
+        scores, other = tables[0][metric], tables[1][metric]
+        values = (scores[0].item(), other[0].item())
+        result.append(Comparison(tuple(chosen), split, metric, values, *paired_test(scores, other)))
+    return result
+
+
+def _two_probes(runs, probes, rule):
+    """Return the ids of the two probes, in the order of the runs."""
+    if probes:
+        chosen, way = list(probes), "--probe"
+    elif rule:
+        chosen, way = [probe for run in runs for probe in select(run, rule)], f"--select {rule!r}"
+    else:
+        raise BadInput("name two probes with --probe, or a rule with --select that chooses two")
+    if len(chosen) != 2 or (len(runs) == 1 and chosen[0] == chosen[1]):
+        found = f" ({', '.join(chosen[:5])}{', ...' if len(chosen) > 5 else ''})" if chosen else ""
+        raise BadInput(f"compare takes two probes; {way} names {len(set(chosen))}{found}")
+    for run, probe in zip(runs * (3 - len(runs)), chosen, strict=False):
+        if probe in run.summary["diverged"]:
+            raise BadInput(f"probe {probe} of run {run.path} diverged: it has no scores to compare")
+    return chosen
+
+
+def _check_same_images(first, a, second, b):
+    """Raise BadInput unless two runs are judged on the same images with the same labels."""
+    where = f"runs {first.path} and {second.path} cannot be compared"
+    if first.judge != second.judge:
+        raise BadInput(f"{where}: one is judged on {first.judge}, the other on {second.judge}")
+    if (a.classes, a.task) != (b.classes, b.task):
+        raise BadInput(f"{where}: their stores have other classes")
+    ids = [
+        [i for name in run.summary["splits"][run.judge] for i in store[name].ids]
+        for run, store in ((first, a), (second, b))
+    ]
+    if ids[0] != ids[1]:
+        raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")
+    labels = [load_labels(store, run.summary["splits"][run.judge]) for run, store in ((first, a), (second, b))]
+    if not torch.equal(*labels):
+        raise BadInput(f"{where}: the labels of their {first.judge} splits differ")
+
+
+def _tally(run, store, probe, device):
+    spec, names = load_probe(run.path, probe).spec, run.summary["splits"][run.judge]
+    (_, feature, pool) = next(work([spec], store))
+    features = load_features(store, names, feature, pool, device)
+    return tally(run.path, [[spec]], store, features, load_labels(store, names))[0]
+
+
+def _scores(tally, weights):
+    """Return {metric: float64 [1 + R]} of the one probe of a tally."""
+    parts = [tally.scores(part) for part in weights.split(RESAMPLES, dim=1)]
+    return {m: torch.cat([values[0, :1], *(part[m][0, 1:] for part in parts)]) for m, values in parts[0].items()}

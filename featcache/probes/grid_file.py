@@ -1,0 +1,231 @@
+"""A grid as it is written: YAML, files that include others, groups that start from others."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from featcache.errors import BadInput, nearest, shown
+from featcache.probes.ranges import is_range
+
+# Anchors may make a few lines stand for any number of nodes.
+MOST_NODES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of fields, of which those that it starts `from` are filled in.
+
+    path: of the group, as errors name it. origins: {field: path} and {(section, field): path} of what
+    was written elsewhere than `path` says.
+    """
+
+    fields: object
+    path: str
+    origins: dict = field(default_factory=dict)
+
+    def where(self, key):
+        """Path of a field."""
+        return self.origins.get(key, f"{self.path}.{key}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A grid without `include` and `from`.
+
+    content: the same in plain dicts and lists. groups: Groups. origins: {top-level field: "FILE: "} of
+    what an included file says. exclude: [(path, rule)].
+    """
+
+    content: dict
+    groups: list
+    origins: dict
+    exclude: list
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML readers otherwise settle in silence."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        # Here rather than in construct_mapping, which sees the keys that << merges in as well.
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            # Such as the date 2001-02-30, or !!int x.
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown(node.value)} is not what YAML calls {kind}", node.start_mark
+            ) from None
+
+
+def read_content(path):
+    """Read one YAML file into dicts and lists. Raises BadInput with line and column."""
+    path = Path(path)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise BadInput(f"grid not found: {path}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read grid {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read grid {path}: {error}") from None
+    except RecursionError:
+        raise BadInput(f"grid {path}: nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BadInput(f"grid {path}{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def assemble(content, path, known, sections, errors):
+    """Put a grid together: the files that it includes, and the groups that start from others.
+
+    content: of the file at `path`, to which `include` is relative. known: top-level fields. sections:
+    fields that have fields of their own. Errors are added to the list `errors`. Returns a Written.
+    """
+    raw = Written({}, [], {}, [])
+    _add(content, Path(path), "", (Path(path).resolve(),), known, raw, errors)
+    filled = {}
+    for number in range(len(raw.groups)):
+        _fill(number, raw.groups, filled, (), sections, errors)
+    groups = [filled[number] for number in range(len(raw.groups)) if filled[number]]
+    whole = raw.content | {"probes": [group.fields for group in groups]}
+    if raw.exclude:
+        whole["exclude"] = [rule for _, rule in raw.exclude]
+    return Written(whole, groups, raw.origins, raw.exclude)
+
+
+def check_size(content, path):
+    """Raise BadInput if a grid refers to itself, or aliases blow it up."""
+
+    def count(value, within):
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) in within:
+            raise BadInput(f"grid {path}: an alias refers to what it stands in")
+        if id(value) not in sizes:
+            inside = within | {id(value)}
+            parts = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(count(part, inside) for part in parts)
+        return sizes[id(value)]
+
+    sizes = {}
+    try:
+        if count(content, frozenset()) > MOST_NODES:
+            raise BadInput(f"grid {path}: more than {MOST_NODES:,} values")
+    except RecursionError:
+        raise BadInput(f"grid {path}: nested too deeply") from None
+
+
+def _add(content, file, prefix, chain, known, result, errors):
+    """Add a file's groups, and its top-level fields where no file that includes it has them, to `result`."""
+    for key, value in content.items():
+        if key not in known:
+            errors.append(f"{prefix}{key}: unknown field{nearest(key, known)} (known: {', '.join(known)})")
+        elif key not in ("include", "probes", "exclude") and key not in result.content:
+            result.content[key] = value
+            result.origins[key] = prefix
+    result.groups.extend(Group(value, where) for where, value in _items(content, "probes", "groups", prefix, errors))
+    result.exclude.extend(_items(content, "exclude", "rules", prefix, errors))
+    names = content.get("include", [])
+    for number, name in enumerate(names if isinstance(names, list) else [names]):
+        where = f"{prefix}include" + f"[{number}]" * (names is not name)
+        inner = _included(name, file, where, chain, errors)
+        if inner is not None:
+            path = file.parent / name
+            _add(inner, path, f"{name}: ", (*chain, path.resolve()), known, result, errors)
+
+
+def _items(content, key, what, prefix, errors):
+    value = content.get(key, [])
+    if not isinstance(value, list) or (key in content and not value):
+        errors.append(f"{prefix}{key}: expected a list of at least one {what.removesuffix('s')}")
+        return []
+    return [(f"{prefix}{key}[{number}]", item) for number, item in enumerate(value)]
+
+
+def _included(name, file, where, chain, errors):
+    """Return the content of an included file, or None and an error."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        errors.append(f"{where}: {shown(name)} is not the path of a file")
+        return None
+    path = file.parent / name
+    if path.resolve() in chain:
+        errors.append(f"{where}: {name} includes itself" + " through other files" * (len(chain) > 1))
+        return None
+    try:
+        content = read_content(path)
+        if not isinstance(content, dict):
+            raise BadInput(f"grid {path}: expected fields such as probes at the top")
+        check_size(content, path)
+    except BadInput as error:
+        errors.append(f"{where}: {error.message}")
+        return None
+    return content
+
+
+def _fill(number, groups, filled, chain, sections, errors):
+    """Put group `number`, with the fields that it takes from another one, into `filled`; None if there is no such."""
+    if number in filled:
+        return
+    group = groups[number]
+    filled[number] = group
+    if not isinstance(group.fields, dict) or "from" not in group.fields:
+        return
+    filled[number] = None
+    own = {key: value for key, value in group.fields.items() if key != "from"}
+    base = _base(number, group, groups, chain, errors)
+    if base is not None:
+        _fill(base, groups, filled, (*chain, number), sections, errors)
+        if filled[base]:
+            filled[number] = _merged(filled[base], own, group.path, sections, errors)
+
+
+def _base(number, group, groups, chain, errors):
+    """Return the number of the group that a group starts from, or None and an error."""
+    name, where = group.fields["from"], f"{group.path}.from"
+    names = [g.fields.get("name") if isinstance(g.fields, dict) else None for g in groups]
+    found = [n for n, other in enumerate(names) if isinstance(name, str) and other == name]
+    if not found:
+        there = [n for n in names if isinstance(n, str)]
+        errors.append(f"{where}: no group is called {shown(name)}{nearest(name, there)}")
+    elif len(found) > 1:
+        errors.append(f"{where}: {len(found)} groups are called {name!r}")
+    elif found[0] in (*chain, number):
+        errors.append(f"{where}: {name!r} starts from itself")
+    else:
+        return found[0]
+    return None
+
+
+def _merged(base, own, path, sections, errors):
+    """A group that starts from another: a field replaces the other's; a section without a type changes fields in it."""
+    fields = dict(base.fields)
+    origins = {key: base.where(key) for key in fields} | {k: v for k, v in base.origins.items() if isinstance(k, tuple)}
+    for key, value in own.items():
+        changes = isinstance(value, dict) and "type" not in value and not is_range(value)
+        if key in sections and key in fields and changes:
+            if is_range(fields[key]):
+                errors.append(f"{path}.{key}: {base.where(key)} is a choice; give a type here to replace it")
+                continue
+            given = fields[key]
+            changed = [_section(item) | value for item in (given if isinstance(given, list) else [given])]
+            fields[key] = changed if isinstance(given, list) else changed[0]
+            origins |= {(key, part): f"{path}.{key}.{part}" for part in value}
+        else:
+            fields[key] = value
+            origins = {k: v for k, v in origins.items() if k != key and not (isinstance(k, tuple) and k[0] == key)}
+    return Group(fields, path, origins)
+
+
+def _section(item):
+    return item if isinstance(item, dict) else {"type": item}

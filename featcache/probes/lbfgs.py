@@ -1,0 +1,140 @@
+"""Full-batch L-BFGS for linear probes, many at once (Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.5).
+
+Minimises the mean loss over all images plus weight_decay / 2 |W|^2, the bias left out, in float64. With `ce` on
+single-label data that is scikit-learn's LogisticRegression with C = 1 / (N weight_decay).
+"""
+
+import torch
+
+from featcache.probes.losses import LossFunction
+from featcache.probes.weights import stacked_weights
+
+HISTORY = 10
+# Converged: no partial derivative of the objective is larger.
+TOLERANCE = 1e-7
+# A step is taken if the objective falls by this share of what its slope promises (Armijo), but for rounding.
+SUFFICIENT = 1e-4
+ROUNDING = 1e-15
+TRIALS = 40
+CHUNK_ROWS = 4096
+
+
+def fit_lbfgs(specs, features, labels, classes):
+    """Train linear probes that share features; their losses, decays and iterations may differ.
+
+    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses):
+    for each spec {name: float32 CPU tensor}, and the mean losses at the start and after every iteration. A probe
+    whose objective is not finite has weights that are NaN. The order of images does not matter, nor do neighbours
+    but for the rounding of float64.
+    """
+    problem = _Problem(specs, features, labels, classes)
+    start = stacked_weights(specs, features.shape[1], classes, features.device)
+    # From zero: seeds do not matter then, not even to what a softmax leaves open.
+    point = torch.cat([torch.zeros_like(w).double().flatten(1) for w in start.values()], dim=1)  # [P, C D + C]
+    limits = torch.tensor([s.optimizer.iterations for s in specs], device=point.device)
+    value, slope, loss = problem.evaluate(point, torch.arange(len(specs), device=point.device))
+    losses, moved = [[number] for number in loss.tolist()], torch.ones_like(limits, dtype=torch.bool)
+    pairs = []
+    for iteration in range(int(limits.max())):
+        active = moved & torch.isfinite(value) & (slope.abs().amax(1) > TOLERANCE) & (iteration < limits)
+        if not active.any():
+            break
+        before = point.clone(), slope.clone()
+        direction = _direction(slope, pairs)
+        moved = _line_search(problem, (point, value, slope, loss), direction, active, first=not iteration)
+        pairs = [*pairs[1 - HISTORY :], _pair(point - before[0], slope - before[1])]
+        for p in moved.nonzero().flatten().tolist():
+            losses[p].append(loss[p].item())
+    point[~torch.isfinite(value)] = torch.nan
+    parts = point.split([w[0].numel() for w in start.values()], dim=1)
+    fitted = {n: part.reshape(w.shape).float().cpu() for (n, w), part in zip(start.items(), parts, strict=True)}
+    return [{n: w[p].clone() for n, w in fitted.items()} for p in range(len(specs))], losses
+
+
+class _Problem:
+    """The objectives of the probes, with their gradients."""
+
+    def __init__(self, specs, features, labels, classes):
+        self.features, self.labels, self.head = features, labels, specs[0].head
+        self.shape = (classes, features.shape[1])
+        self.losses = [spec.loss for spec in specs]
+        self.functions = {loss: LossFunction(loss, labels, classes) for loss in set(self.losses)}
+        self.totals = {loss: max(f.count(labels), 1) for loss, f in self.functions.items()}
+        self.decay = torch.tensor([s.optimizer.weight_decay for s in specs], device=features.device).double()
+
+    def evaluate(self, points, probes):
+        """At points [k, n] of the probes [k]: objectives [k], gradients [k, n] and mean losses [k]."""
+        size = self.shape[0] * self.shape[1]
+        weight, bias = points[:, :size].unflatten(1, self.shape), points[:, size:]
+        loss, slope = torch.zeros(len(points)).to(points), torch.zeros_like(points)
+        chosen = [self.losses[p] for p in probes.tolist()]
+        for rows, labels in zip(self.features.split(CHUNK_ROWS), self.labels.split(CHUNK_ROWS), strict=True):
+            rows = rows.double()
+            logits = (weight.flatten(0, 1) @ rows.t()).unflatten(0, weight.shape[:2])  # [k, C, B]
+            if self.head.bias:
+                logits += bias.unsqueeze(2)
+            logits = (logits / self.head.temperature + self.head.offset).permute(2, 0, 1)
+            gradient = torch.empty_like(logits)
+            for kind in set(chosen):
+                own = [k for k, other in enumerate(chosen) if other == kind]
+                share = self.functions[kind].count(labels) / self.totals[kind]
+                part, push = self.functions[kind](logits[:, own], labels)
+                loss[own] += part * share
+                gradient[:, own] = push * (share / self.head.temperature)
+            gradient = gradient.permute(1, 2, 0)
+            slope[:, :size] += (gradient.flatten(0, 1) @ rows).view(len(points), -1)
+            if self.head.bias:
+                slope[:, size:] += gradient.sum(2)
+        decay = self.decay[probes]
+        slope[:, :size] += decay.unsqueeze(1) * points[:, :size]
+        return loss + decay / 2 * points[:, :size].square().sum(1), slope, loss
+
+
+def _pair(step, change):
+    """A step, the change of the gradient along it, and one over their product: 0 where the pair is of no use."""
+    product = (step * change).sum(1, keepdim=True)
+    useful = product > 1e-10 * change.square().sum(1, keepdim=True)
+    return step, change, torch.where(useful, 1 / product, 0.0)
+
+
+def _direction(slope, pairs):
+    """Minus the inverse Hessian, as the pairs have it, times the gradient [P, n]."""
+    result, scale, kept = -slope, torch.ones_like(slope[:, :1]), []
+    for step, change, inverse in reversed(pairs):
+        kept.append(inverse * (step * result).sum(1, keepdim=True))
+        result = result - kept[-1] * change
+    for _, change, inverse in pairs:
+        # In the end that of the latest useful pair.
+        scale = torch.where(inverse > 0, 1 / (inverse * change.square().sum(1, keepdim=True)), scale)
+    result = result * scale
+    for (step, change, inverse), share in zip(pairs, reversed(kept), strict=True):
+        result = result + step * (share - inverse * (change * result).sum(1, keepdim=True))
+    return result
+
+
+def _line_search(problem, state, direction, active, first):
+    """Step along the directions, halving or better until the objective has fallen enough.
+
+    state: point, value, slope and loss, changed in place where a step was taken. Returns where, bool [P].
+    """
+    point, value, slope, loss = state
+    promise = (direction * slope).sum(1)
+    # A first step of unit length in the sum of its parts at most, as torch's LBFGS; then whole ones.
+    length = (1 / slope.abs().sum(1)).clamp(max=1) if first else torch.ones_like(value)
+    pending, moved = active.nonzero().flatten(), torch.zeros_like(active)
+    for _ in range(TRIALS):
+        if not len(pending):
+            break
+        tried = point[pending] + length[pending, None] * direction[pending]
+        there, *rest = problem.evaluate(tried, pending)
+        reached, slack = length[pending] * promise[pending], ROUNDING * value[pending].abs()
+        good = there <= value[pending] + SUFFICIENT * reached + slack
+        # The lowest point of the parabola through both values and the slope, between a tenth and a half of the step.
+        shorter = -reached / (2 * (there - value[pending] - reached))
+        length[pending] *= shorter.nan_to_num(nan=0.5).clamp(0.1, 0.5)
+        taken = pending[good]
+        moved[taken] = True
+        for held, new in zip(state, (tried, there, *rest), strict=True):
+            held[taken] = new[good]
+        pending = pending[~good]
+    return moved

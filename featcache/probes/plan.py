@@ -1,0 +1,182 @@
+"""What a grid would do: its stacks, memory and time, without training anything."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from featcache.device import choose_device
+from featcache.errors import BadInput
+from featcache.probes.features import free_bytes, input_shape
+from featcache.probes.grid import Grid, parse_grid, read_grid
+from featcache.probes.heads import footprint
+from featcache.probes.scoring import work
+from featcache.probes.train import store_specs, store_splits
+from featcache.probes.weights import initial_weights
+from featcache.store.dtype import read_as
+from featcache.store.reader import open_store
+
+# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
+# (lbfgs: two histories of 10).
+COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": 24}
+# Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
+ACTIVATIONS = 4
+GEMM_SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class PlannedStack:
+    """Probes of one shape, which train on the same mini-batches, in blocks that fit the cache.
+
+    loss: how many probes have which. flops: of the whole training, of all probes. seconds: about, at the
+    rate of the stack's own matrix product. weight_bytes: weights, gradients and the optimiser's
+    memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as
+    they are kept; streamed: they do not fit into the free memory.
+    """
+
+    features: str
+    head: object
+    loss: dict
+    optimizer: str
+    epochs: int
+    batch_size: int
+    probes: int
+    blocks: int
+    flops: float
+    seconds: float
+    weight_bytes: int
+    activation_bytes: int
+    feature_bytes: int
+    streamed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid's stacks on a store. Without a store, stacks is empty, and missing says why.
+
+    groups: [(name, number of probes)] in the grid's order. rows: of the training splits together.
+    """
+
+    grid: Grid
+    groups: list
+    stacks: list
+    rows: int
+    device: str
+    free: int
+    missing: str | None
+
+    @property
+    def probes(self):
+        """Number of probes."""
+        return len(self.grid.specs)
+
+    @property
+    def seconds(self):
+        """Seconds of training, about."""
+        return sum(stack.seconds for stack in self.stacks)
+
+    @property
+    def memory(self):
+        """Bytes at the same time, about: one block trains at a time, on one feature."""
+        return max(
+            (s.feature_bytes * (not s.streamed) + s.weight_bytes + s.activation_bytes for s in self.stacks), default=0
+        )
+
+
+def plan_probes(grid, store=None, device=None, parity=None):
+    """Say what train_probes would do with the same arguments; nothing is written or trained.
+
+    Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
+    is wrong, or does not fit the store; a store that is not there only leaves the plan without stacks.
+    """
+    device = choose_device(device)
+    checked = parse_grid(grid, parity=parity) if isinstance(grid, dict) else read_grid(grid, parity)
+    groups = list(Counter(spec.name for spec in checked.specs).items())
+    source = store or checked.store
+    free = free_bytes(device)
+    try:
+        opened = open_store(source) if source else None
+    except BadInput as error:
+        return Plan(checked, groups, [], 0, str(device), free, error.message)
+    if opened is None:
+        return Plan(checked, groups, [], 0, str(device), free, "no store given")
+    splits = store_splits(checked, opened)
+    specs = store_specs(checked, opened, splits["train"])
+    rows = sum(len(opened[name]) for name in splits["train"])
+    rates, stacks = {}, []
+    for blocks, feature, pool in work(specs, opened):
+        held = opened.manifest.features[feature]
+        dim, positions = input_shape(opened, feature, pool)
+        # A map is averaged in float32 as it is read.
+        pooled = pool and len(held["shape"]) > 1
+        size = rows * dim * positions * (4 if pooled else read_as(held["dtype"]).itemsize)
+        shapes = {}
+        for block in blocks:
+            first = block[0]
+            key = (first.head, first.optimizer.type, first.epochs, first.batch_size, first.views)
+            shapes.setdefault(key, []).append(block)
+        for members in shapes.values():
+            shape = (dim, positions, rows, len(opened.classes))
+            stacks.append(_stack(members, feature, shape, size, free, device, rates))
+    return Plan(checked, groups, stacks, rows, str(device), free, None)
+
+
+def probe_flops(head, dim, positions, classes):
+    """Operations of one probe on one image, forward and backward: 4 D C for a linear one (docs/performance.md).
+
+    A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the weights' gradient, at every
+    position; a layer behind it 2 n m more for the gradient of its input. The last layer of an MLP
+    sees the mean over positions. Attention costs 4 D h S + 4 D D forward (attentive.py), and three times that in all.
+    """
+    if head.type == "attentive":
+        return 3 * (4 * dim * (head.heads * positions + dim) + 2 * dim * classes)
+    widths = [dim, *[head.hidden] * (head.layers - 1), classes]
+    total = 0
+    for i in range(head.layers):
+        last = i == head.layers - 1
+        at = 1 if last and i and head.type == "mlp" else positions
+        total += (4 if i == 0 else 6) * widths[i] * widths[i + 1] * head.max_out * at
+    return total
+
+
+def _stack(blocks, feature, shape, feature_bytes, free, device, rates):
+    """Plan one stack. shape: width, positions, rows and classes. rates: {product's shape: measured}, filled here."""
+    dim, positions, rows, classes = shape
+    specs = [spec for block in blocks for spec in block]
+    first, largest = specs[0], max(len(block) for block in blocks)
+    # L-BFGS goes over all rows at once, at least once an iteration.
+    passes = first.optimizer.iterations if first.optimizer.type == "lbfgs" else first.epochs
+    flops = len(specs) * passes * rows * probe_flops(first.head, dim, positions, classes)
+    numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
+    weights, outputs = footprint(first.head, dim, classes, positions)
+    batch = rows if first.optimizer.type == "lbfgs" else min(first.batch_size, rows)
+    product = (largest * max(weights // dim, 1), dim, batch * positions)
+    if product not in rates:
+        rates[product] = gemm_rate(*product, device)
+    return PlannedStack(
+        feature, first.head, dict(Counter(s.loss.type for s in specs)), first.optimizer.type, first.epochs,
+        first.batch_size, len(specs), len(blocks), flops, flops / rates[product],
+        COPIES[first.optimizer.type] * 4 * largest * numbers,
+        ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, feature_bytes, feature_bytes > free,
+    )  # fmt: skip
+
+
+def gemm_rate(outputs, inputs, columns, device):
+    """Measure float32 operations a second of a product [outputs, inputs] x [inputs, columns] on a device.
+
+    Sizes beyond a few thousand make no difference and are cut, so that this takes a few hundredths of a second.
+    """
+    left = torch.ones(min(outputs, 4096), min(inputs, 2048), device=device)
+    right = torch.ones(min(inputs, 2048), min(columns, 1024), device=device)
+    _wait(left @ right)
+    started, times = time.perf_counter(), 0
+    while time.perf_counter() - started < GEMM_SECONDS:
+        _wait(left @ right)
+        times += 1
+    return 2 * times * left.numel() * right.shape[1] / (time.perf_counter() - started)
+
+
+def _wait(result):
+    """Until a device has computed a result."""
+    result[0, 0].item()

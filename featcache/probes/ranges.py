@@ -1,0 +1,103 @@
+"""Ranges: what a field of a grid may say instead of one value, and the draws of random search.
+
+log, linspace and choice stand for all their values; in a group with `random`, choice is drawn from
+as uniform and loguniform are, which only make sense there.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from featcache.errors import shown
+
+DRAWN = ("uniform", "loguniform", "choice")
+RANGES = ("log", "linspace", *DRAWN)
+MOST_POINTS = 10_000
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw `number` of a random search. The same numbers on every machine, whatever else the group draws."""
+
+    seed: int
+    number: int
+
+    def fraction(self, field):
+        """A number in [0, 1) that depends on the seed, the draw and the field's name alone."""
+        digest = hashlib.sha256(f"{self.seed}/{self.number}/{field}".encode()).digest()
+        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def is_range(value):
+    """Whether a field's value is a range."""
+    return isinstance(value, dict) and len(value) == 1 and next(iter(value)) in RANGES
+
+
+def draws_from(value):
+    """Whether a field's value, or anything in it, is a range that random search draws from."""
+    if is_range(value) and next(iter(value)) in DRAWN:
+        return True
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(draws_from, parts))
+
+
+def spread(value, integer):
+    """Return the values of {log: [lo, hi, n]} or {linspace: [lo, hi, n]}: both ends included, to 6 digits.
+
+    integer: round to whole numbers. Raises ValueError that says what is expected.
+    """
+    name, given = next(iter(value.items()))
+    low, high, count = _numbers(given, 3, f"{name}: expected [lowest, highest, how many]")
+    if count != int(count) or not 2 <= count <= MOST_POINTS:
+        raise ValueError(f"{name}: how many must be a whole number from 2 to {MOST_POINTS}, not {shown(given[2])}")
+    if name == "log" and (low <= 0 or high <= 0):
+        raise ValueError("log: expected [lowest, highest, how many], with lowest and highest above 0")
+    shares = [i / (count - 1) for i in range(int(count))]
+    points = [low * (high / low) ** s if name == "log" else low + (high - low) * s for s in shares]
+    return [_rounded(point, integer) for point in points]
+
+
+def ends(value):
+    """Return (lowest, highest) of {uniform: [lo, hi]} or {loguniform: [lo, hi]}. Raises ValueError."""
+    name, given = next(iter(value.items()))
+    low, high = _numbers(given, 2, f"{name}: expected [lowest, highest]")
+    if low > high or (name == "loguniform" and low <= 0):
+        raise ValueError(f"{name}: {shown(given)} is not [lowest, highest]{', above 0' * (name == 'loguniform')}")
+    return low, high
+
+
+def drawn(value, field, integer, draw):
+    """Return the value that a draw takes of {uniform: ...} or {loguniform: ...}, to 6 digits. Raises ValueError."""
+    low, high = ends(value)
+    share = draw.fraction(field)
+    if "loguniform" in value:
+        number = low * (high / low) ** share
+    else:
+        # Whole numbers: each as likely as the others, the ends too.
+        number = math.floor(low + share * (high - low + 1)) if integer else low + share * (high - low)
+    return min(max(_rounded(number, integer), low), high)
+
+
+def choices(value, field, draw):
+    """Return [(number, item)] of {choice: [...]}: all of them, or the one that a draw takes. Raises ValueError."""
+    name, items = next(iter(value.items()))
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{name}: expected a list of values")
+    numbered = list(enumerate(items))
+    return [numbered[int(draw.fraction(field) * len(items))]] if draw else numbered
+
+
+def _numbers(given, count, expected):
+    try:
+        if not isinstance(given, list) or len(given) != count or any(isinstance(v, bool) for v in given):
+            raise ValueError
+        numbers = [float(v) for v in given]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{expected}, not {shown(given)}") from None
+    return numbers
+
+
+def _rounded(number, integer):
+    return round(number) if integer else float(f"{number:.6g}")

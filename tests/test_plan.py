@@ -1,0 +1,95 @@
+"""The dry run: what it says is what training then does, and it writes nothing."""
+
+import pytest
+import torch
+import yaml
+from conftest import tree_hash
+from test_train_probes import GRID
+from torch.utils.flop_counter import FlopCounterMode
+
+import featcache
+from featcache.errors import BadInput
+from featcache.probes.heads import Head as HeadModule
+from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
+from featcache.probes.spec import Head
+from featcache.probes.weights import initial_weights
+
+
+def test_stacks_of_a_grid(store):
+    probes = [*GRID["probes"], {**GRID["probes"][0], "epochs": 7, "seed": 0}]
+    plan = plan_probes({"probes": probes}, store=store, device="cpu")
+    assert plan.probes == 8 + 1 + 4 and plan.groups == [("lin", 12), ("mlp", 1)] and plan.rows == 40
+    assert [(s.features, s.head.type, s.loss, s.optimizer, s.epochs, s.batch_size, s.probes, s.blocks) for s in plan.stacks] == [
+        ("layer4:pooled", "linear", {"bce": 4, "ce": 4}, "sgd", 4, 16, 8, 1),
+        ("layer4:pooled", "linear", {"bce": 2, "ce": 2}, "sgd", 7, 16, 4, 1),
+        ("layer4:spatial", "mlp", {"bce": 1}, "adam", 2, 16, 1, 1),
+    ]  # fmt: skip
+    linear, _, mlp = plan.stacks
+    classes = len(featcache.open_store(store).classes)
+    assert linear.flops == 8 * 4 * 40 * 4 * 512 * classes
+    assert linear.feature_bytes == 40 * 512 * 4 and mlp.feature_bytes == 40 * 512 * 4 * 4
+    weights = 8 * 512 + 8 + 2 * 2 * 8 + classes * 8 + classes - 8  # batch norm follows the first layer: no bias
+    assert mlp.weight_bytes == 4 * 4 * weights, "weights, gradients and two moments"
+    assert all(s.seconds > 0 and not s.streamed for s in plan.stacks)
+    assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stacks))
+    assert max(s.feature_bytes for s in plan.stacks) < plan.memory < plan.free
+
+
+def test_what_does_not_fit_is_streamed(store, monkeypatch):
+    monkeypatch.setattr("featcache.probes.plan.free_bytes", lambda device: 200_000)
+    plan = plan_probes(GRID, store=store, device="cpu")
+    assert [s.streamed for s in plan.stacks] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        Head("linear", bias=False),
+        Head("mlp", layers=2, hidden=32, norm="bnu"),
+        Head("mlp", layers=3, hidden=32, norm="none"),
+        Head("bcos", layers=1, bias=False, b=2.0, max_out=2),
+        Head("bcos", layers=3, hidden=32, norm="bnu", bias=False, b=2.0),
+    ],
+    ids=lambda h: f"{h.type}-{h.layers}",
+)
+def test_operations_are_those_of_the_layers(head):
+    """Against torch's own count over the trained head as a module, pooled before the last layer of an MLP."""
+    dim, side, classes = 24, 3, 5
+    positions = 1 if head.type == "linear" else side * side
+    spec = type("Spec", (), {"head": head, "seed": 0})
+    module = HeadModule(spec, initial_weights(spec, dim, classes)).requires_grad_(True)
+    if head.type == "mlp":
+        last = module.layers[f"fc{head.layers - 1}"]
+        last.register_forward_pre_hook(lambda _, maps: maps[0].mean((2, 3), keepdim=True))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        module(torch.randn(1, dim, *([1, 1] if positions == 1 else [side, side]))).sum().backward()
+    assert probe_flops(head, dim, positions, classes) == counter.get_total_flops()
+
+
+def test_the_rate_is_about_that_of_the_device():
+    big = gemm_rate(1024, 1024, 1024, torch.device("cpu"))
+    small = gemm_rate(8, 8, 8, torch.device("cpu"))
+    assert 0 < small < big < 1e15
+
+
+def test_dry_run(store, tmp_path, command, monkeypatch):
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(GRID))
+    monkeypatch.chdir(tmp_path)
+    before = tree_hash(tmp_path)
+    code, out, _ = command("train-probes", "--grid", "g.yaml", "--store", store, "--dry-run")
+    assert code == 0 and "9 probes in 2 stacks on 40 images" in out and "nothing was written" in out
+    assert "4 bce, 4 ce" in out and "mlp-2 (8)" in out and "about" in out
+    for words in ([], ["--store", "nowhere.zarr"]):
+        code, out, _ = command("train-probes", "--grid", "g.yaml", *words, "--dry-run")
+        assert code == 0 and "9 probes; no stacks, memory or time without a store" in out
+        assert ("store not found: nowhere.zarr" in out) == bool(words)
+    assert tree_hash(tmp_path) == before and not (tmp_path / "runs").exists()
+
+
+def test_what_would_not_train_is_refused(store, command, tmp_path):
+    with pytest.raises(BadInput, match="the store holds no feature 'layer2:pooled'"):
+        plan_probes({"probes": [GRID["probes"][0] | {"features": "layer2:pooled"}]}, store=store)
+    (tmp_path / "g.yaml").write_text("probes: 3")
+    code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--dry-run")
+    assert code == 2 and "probes: expected a list of at least one group" in err
