@@ -40,9 +40,9 @@ class Head:
     norm: str = "none"
     bias: bool = True
     pool: str = "after"
-    b: float = 1.0
-    max_out: int = 1
-    offset: float | str = 0.0
+    b: float = later(1.0)
+    max_out: int = later(1)
+    offset: float | str = later(0.0)
     activation: str = later("relu")
     temperature: float = later(1.0)
     heads: int = later(0)
@@ -138,7 +138,7 @@ class ProbeSpec:
     batch_size: int | None
     seed: int | None
     views: int | None = later(0)
-    source: str | None = None
+    source: str | None = later(None)
     keep: str = later("last")
     patience: int = later(0)
     precision: str = later("float32")
