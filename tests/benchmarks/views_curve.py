@@ -24,7 +24,7 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
-from featcache.probes.metrics import mean_average_precision
+from featcache.probes.average_precision import average_precision
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import predict
 from featcache.probes.training import train_block
@@ -32,6 +32,7 @@ from featcache.probes.training import train_block
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)
 DECAYS = (0.0, 1e-3, 1e-2)
+RESAMPLES = 1000
 
 
 def grid(views, epochs, seed):
@@ -44,6 +45,16 @@ def grid(views, epochs, seed):
         for rate in RATES
         for decay in DECAYS
     ]  # fmt: skip
+
+
+def mean_average_precision(logits, labels, weights=None):
+    """Score logits [P, N, C] against labels [N, C]: float64 [P, 1 + R], see average_precision."""
+    values = []
+    for c in range(labels.shape[1]):
+        known = labels[:, c] >= 0
+        part = None if weights is None else weights[known]
+        values.append(average_precision(logits[:, known, c], labels[known, c] == 1, part))
+    return 100 * torch.stack(values).nanmean(0)
 
 
 def measure(specs, features, store, seed):
@@ -109,14 +120,15 @@ def main():
         print(f"seed {seed} is done", flush=True)
     print(f"{time.monotonic() - started:.0f} s after the extraction\n")
     labels = torch.from_numpy(store["test"].labels)
-    resamples = torch.from_numpy(np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), 1000))
-    scores = {name: 100 * mean_average_precision(torch.stack(rows), labels) for name, rows in logits.items()}
-    resampled = {name: 100 * mean_average_precision(torch.stack(rows), labels, resamples) for name, rows in logits.items()}
+    weights = np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), RESAMPLES).T
+    weights = torch.from_numpy(weights).float()
+    table = {name: mean_average_precision(torch.stack(rows), labels, weights) for name, rows in logits.items()}
+    scores = {name: values[:, 0] for name, values in table.items()}
     print("| K | test mAP %, mean | std over seeds | above K = 0 | std over seeds | 95% interval over test images |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, values in scores.items():
         gains = values - scores[0]
-        low, high = np.percentile((resampled[name] - resampled[0]).mean(0), [2.5, 97.5])
+        low, high = np.percentile((table[name] - table[0])[:, 1:].mean(0), [2.5, 97.5])
         numbers = (values.mean(), values.std(), gains.mean(), gains.std())
         print(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + f" | {low:.2f} to {high:.2f} |")
     if arguments.plot:
