@@ -222,15 +222,29 @@ def test_grid_fields():
 def test_a_run_of_many_kinds(store, tmp_path):
     """Through a grid, files and scores: the new heads, losses, optimisers and schedules."""
     base = {"loss": "bce", "epochs": 2, "batch_size": 8}
+    gelu = {"type": "mlp", "hidden": 8, "activation": "gelu"}
+    weighed = {"type": "ce", "label_smoothing": 0.1, "class_weights": "balanced"}
     groups = [
-        {"features": "spatial", "head": [{"type": "attentive", "heads": 4}, {"type": "mlp", "hidden": 8, "activation": "gelu"}],
-         "loss": ["focal", "asymmetric"], "optimizer": {"type": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 1}},
-        {"features": "pooled", "head": {"type": "linear", "temperature": [1, 2]},
-         "loss": [{"type": "bce", "off_label": "1/C"}, {"type": "ce", "label_smoothing": 0.1, "class_weights": "balanced"}],
-         "optimizer": [{"type": "lars", "lr": 0.1, "lr_base": 16}, {"type": "sgd", "lr": 0.1, "nesterov": True}],
-         "schedule": {"type": "step", "every": 1, "warmup_epochs": 1, "warmup_start": "1e-7"}},
-        {"features": "pooled", "head": "linear", "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 0.01]}, "views": 0},
-    ]  # fmt: skip
+        {
+            "features": "spatial",
+            "head": [{"type": "attentive", "heads": 4}, gelu],
+            "loss": ["focal", "asymmetric"],
+            "optimizer": {"type": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 1},
+        },
+        {
+            "features": "pooled",
+            "head": {"type": "linear", "temperature": [1, 2]},
+            "loss": [{"type": "bce", "off_label": "1/C"}, weighed],
+            "optimizer": [{"type": "lars", "lr": 0.1, "lr_base": 16}, {"type": "sgd", "lr": 0.1, "nesterov": True}],
+            "schedule": {"type": "step", "every": 1, "warmup_epochs": 1, "warmup_start": "1e-7"},
+        },
+        {
+            "features": "pooled",
+            "head": "linear",
+            "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 0.01]},
+            "views": 0,
+        },
+    ]
     run = featcache.train_probes({"probes": [base | g for g in groups]}, store=store, run=tmp_path / "run")
     assert run.summary["probes"] == 4 + 8 + 2 and run.summary["diverged"] == []
     for spec_id in {row["probe"] for row in run.scores}:

@@ -67,8 +67,8 @@ def test_means_of_parts_weighed_by_their_count_make_the_mean_of_all(loss, single
 
 EXTREMES = [
     Loss("bce"), Loss("bce", class_weights="balanced"), Loss("ce"), Loss("focal", gamma=2.0, alpha=0.25),
-    Loss("focal", gamma=0.5, alpha=0.5), Loss("asymmetric", gamma_neg=4.0, clip=0.05), Loss("asymmetric", gamma_neg=0.5),
-    Loss("asymmetric", gamma_neg=0.5, clip=0.05), Loss("asymmetric", gamma_pos=0.5),
+    Loss("focal", gamma=0.5, alpha=0.5), Loss("asymmetric", gamma_neg=4.0, clip=0.05),
+    Loss("asymmetric", gamma_neg=0.5), Loss("asymmetric", gamma_neg=0.5, clip=0.05), Loss("asymmetric", gamma_pos=0.5),
 ]  # fmt: skip
 
 

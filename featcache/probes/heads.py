@@ -92,7 +92,7 @@ class LayerStack:
     def forward(self, features, training=False):
         """Map features to logits [B, P, C]; with training, by the batch's statistics, and ready for backward()."""
         self.memory = Memory.shared()
-        self.memory.user = self
+        self._turn = self.memory.turn = object()
         for layer in self.layers:
             layer.memory = self.memory
         rows, self.mean.positions = self._rows(features)
@@ -110,8 +110,8 @@ class LayerStack:
         return rows.copy_(features.transpose(0, 1)).flatten(1), positions
 
     def backward(self, features, logits, gradient):
-        """Return the parameters' gradients, of the last forward(), after which no other stack may have had one."""
-        if self.memory.user is not self:
+        """Return the parameters' gradients, of the last forward(), since when no other stack may have had one."""
+        if self.memory.turn is not self._turn:
             raise RuntimeError("another stack has used the memory since this one's forward()")
         gradient = _unscaled(gradient, self.head).permute(1, 2, 0).contiguous()  # [P, C, B]
         for layer in reversed(self.layers):

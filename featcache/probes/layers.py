@@ -29,7 +29,7 @@ class Memory:
 
     def __init__(self):
         self._held = {}
-        self.user = None
+        self.turn = None
 
     @classmethod
     def shared(cls):
