@@ -471,7 +471,9 @@ def test_clip_archives_give_the_image_tower(tmp_path):
 def test_bcos_checkpoints_of_the_package_of_lightning_and_of_mmengine(tmp_path):
     models = pytest.importorskip("bcos.models.resnet")
     torch.manual_seed(0)
-    norm = pytest.importorskip("bcos.modules.norms").NoBias(pytest.importorskip("bcos.modules.norms").BatchNormUncentered2d)
+    norm = pytest.importorskip("bcos.modules.norms").NoBias(
+        pytest.importorskip("bcos.modules.norms").BatchNormUncentered2d
+    )
     network = models.resnet18(pretrained=False, norm_layer=norm).eval().requires_grad_(False)
     tensors = network.state_dict()
     images = torch.rand(2, 6, 64, 64)

@@ -326,7 +326,9 @@ def test_probes_on_tokens_and_grids(scenes, vit_checkpoint, tmp_path):
     assert train("cls", mlp, "mlp").scores
     with pytest.raises(BadInput, match="a head of type mlp on norm:patch_mean is another model"):
         train("patch_mean", mlp, "refused")
-    with pytest.raises(BadInput, match="only an attentive head reads norm:tokens; take norm:cls, :patch_mean or :spatial"):
+    with pytest.raises(
+        BadInput, match="only an attentive head reads norm:tokens; take norm:cls, :patch_mean or :spatial"
+    ):
         train("tokens", name="refused")
     with pytest.raises(BadInput, match=r"saw norm:cls, which is no mean of a map"):
         featcache.attribute(run.path, probes=[by_feature["norm:cls"]["probe"]])

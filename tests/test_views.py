@@ -360,8 +360,7 @@ def large(tmp_path, scenes):
     picture.convert("L").save(tmp_path / "grey.jpg", quality=90)
     Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
     return {
-        name: replace(record, image=tmp_path / name, height=1001, width=1499)
-        for name in ("a.jpg", "grey.jpg", "a.png")
+        name: replace(record, image=tmp_path / name, height=1001, width=1499) for name in ("a.jpg", "grey.jpg", "a.png")
     }
 
 

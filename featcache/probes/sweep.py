@@ -147,8 +147,8 @@ class Sweep:
             save_probe(self.folder, probe, self.store.id)
             if probe.diverged is not None:
                 click.echo(
-                    f"warning: probe {probe.spec.id} (lr {probe.spec.optimizer.lr:g}) diverged in epoch "
-                    f"{_epoch_of(probe)}, at step {probe.diverged + 1}; its scores are empty",
+                    f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch {_epoch_of(probe)}, at "
+                    f"step {probe.diverged + 1}; its scores are empty",
                     err=True,
                 )
 
@@ -357,6 +357,10 @@ def _begun(folder, missing):
             # Killed while the finished probes of this block were being saved: the rest follows from the state.
             found.append((path, specs))
     return found
+
+
+def _rate_of(spec):
+    return spec.optimizer.type if spec.optimizer.lr is None else f"lr {spec.optimizer.lr:g}"
 
 
 def _epoch_of(probe):

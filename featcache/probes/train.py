@@ -12,6 +12,7 @@ import yaml
 from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput
+from featcache.probes.features import input_shape
 from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.run import FILE, open_run, read_summary
@@ -109,6 +110,11 @@ def store_specs(grid, store, training):
             raise BadInput(
                 f"probe group {spec.name!r}: a head of type {spec.head.type} on {feature} is another model than on "
                 f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
+            )
+        if spec.head.heads and input_shape(store, str(feature), False)[0] % spec.head.heads:
+            raise BadInput(
+                f"probe group {spec.name!r}: {spec.head.heads} attention heads do not divide {feature}, which is "
+                f"{input_shape(store, str(feature), False)[0]} wide"
             )
         head = replace(spec.head, offset=logit_offset(spec.head.offset, len(store.classes)))
         specs.append(replace(spec, features=str(feature), head=head, views=_resolve_views(spec, store, views)))

@@ -118,7 +118,9 @@ def main():
     parser.add_argument("--rules", nargs="*", default=list(RULES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Pillow {PIL.__version__}, ", end="")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Pillow {PIL.__version__}, ", end=""
+    )
     print(f"{arguments.workers} workers, medians of {arguments.repeats} turns; images per second of one core\n")
     head = "decode | decode, resize | torchvision | featcache | draft | exact / torchvision | draft / torchvision"
     print(f"| image | kB | resize | {head} |")

@@ -36,7 +36,9 @@ FEATURE = Feature("layer4", "pooled")
 
 def write_store(path, rows, format):
     """Write rows as a store; return the seconds of its shards."""
-    records = tuple(Record(id=f"{n:07d}", image=None, labels=0, height=1, width=1, image_bytes=0) for n in range(len(rows)))
+    records = tuple(
+        Record(id=f"{n:07d}", image=None, labels=0, height=1, width=1, image_bytes=0) for n in range(len(rows))
+    )
     data = Dataset("bench", ("a",), "single-label", {"train": records})
     manifest = plan(
         identity={"bench": 1},
