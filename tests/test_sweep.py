@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from conftest import SIZE
 
 import featcache
+from featcache.errors import BadInput
 from featcache.probes.features import MiniBatches, Streamed, epoch_order
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
@@ -274,6 +276,53 @@ def test_halving_drops_the_poor_and_trains_the_best_to_the_end(store, tmp_path):
     assert at_rung[winner.spec.optimizer.lr] >= sorted(at_rung.values())[-3]
     plain = featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "plain")
     assert_equal({"x": winner.weights}, {"x": load_probe(plain.path, winner.spec.id).weights})
+
+
+@pytest.mark.parametrize("head", [Head("linear"), Head("mlp", 2, 32), Head("bcos", 2, 32, "none", False, b=2.0)])
+def test_bf16_rounds_the_factors_of_products_and_nothing_else(head):
+    """Small steps are not lost, as they would be in weights of bfloat16; and alone equals in company."""
+    features, labels = trainable()
+    features = features if head.type == "linear" else features[:, :, None].expand(-1, -1, 3) + 0.1
+    rounded = [spec(seed=n, head=head, precision="bf16", optimizer=Optimizer("sgd", 1e-3, 0.9)) for n in range(3)]
+    together = train_block(rounded, features, labels, 3, 0)
+    exact = train_block([replace(s, precision="float32") for s in rounded], features, labels, 3, 0)
+    start = initial_weights(rounded[0], 12, 3)["fc0.weight"]
+    moved, expected = (t[0].weights["fc0.weight"] - start for t in (together, exact))
+    assert not torch.equal(moved, expected)
+    assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.995
+    assert (moved != 0).float().mean() > 0.99
+    (alone,) = train_block(rounded[1:2], features, labels, 3, 0)
+    assert_equal({"x": alone.weights}, {"x": together[1].weights}, exactly=False)
+
+
+def test_precisions_that_cannot_be_are_refused(store, tmp_path):
+    for field, message in (("tf32", "tf32 is of NVIDIA GPUs"), ("bf61", "'bf61' is not one of .*did you mean 'bf16'")):
+        with pytest.raises(BadInput, match=message):
+            featcache.train_probes({"probes": [LINEAR | {"precision": field}]}, store=store, run=tmp_path / "r")
+    with pytest.raises(BadInput, match="precision bf16 is not for lbfgs"):
+        group = LINEAR | {"precision": "bf16", "optimizer": {"type": "lbfgs"}}
+        featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_lbfgs_probes_train_beside_others_and_are_not_streamed(store, tmp_path):
+    grid = {"probes": [LINEAR, LINEAR | {"name": "l", "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 1.0]}}]}
+    run = featcache.train_probes(grid, store=store, run=tmp_path / "r")
+    assert len(list((run.path / "probes").iterdir())) == 8
+    with pytest.raises(BadInput, match="lbfgs needs all of layer4:pooled in memory"):
+        featcache.train_probes(grid, store=store, run=tmp_path / "s", memory=1000)
+    with pytest.raises(BadInput, match="the optimizer lbfgs has none"):
+        search = {"type": "halving", "factor": 3, "first": 0.3}
+        featcache.train_probes(grid | {"search": search}, store=store, run=tmp_path / "s")
+
+
+def test_attentive_probes_read_tokens_and_maps(store, tmp_path):
+    group = LINEAR | {"features": "spatial", "head": {"type": "attentive", "heads": 4}, "loss": "bce"}
+    run = featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "r")
+    assert all(row["value"] > 0 for row in run.scores if row["metric"] == "map")
+    with pytest.raises(BadInput, match="3 attention heads do not divide layer4:spatial, which is 512 wide"):
+        group = group | {"head": {"type": "attentive", "heads": 3}}
+        featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "s")
 
 
 def test_rungs():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featcache.probes.gemm import multiply
 from featcache.probes.layers import Layer, uncentred_scale, weight_gradient
 
 PATCH_EPS = 1e-6
@@ -63,7 +64,7 @@ class Bcos(Layer):
             every = gradient.new_zeros(*gradient.shape[:2], self.max_out, gradient.shape[2])
             gradient = every.scatter_(2, self.chosen.unsqueeze(2), gradient.unsqueeze(2)).flatten(1, 2)
         first, second = weight_gradient(gradient, self.rows)
-        weight = (first @ second).view(self.weight.shape)
+        weight = multiply(first, second, self.precision).view(self.weight.shape)
         # Along w itself the response does not change.
         along = self.dot(weight, self.unit, 2).unsqueeze(2)
         self.gradients = [weight.addcmul_(self.unit, along, value=-1).div_(self.length)]

@@ -3,6 +3,7 @@
 import math
 
 from featcache.errors import nearest, shown
+from featcache.probes.gemm import PRECISIONS
 from featcache.probes.spec import (
     PER,
     UNIFORM_OFFSET,
@@ -208,7 +209,7 @@ FIELDS = {
     "views": Views(),
     "keep": Choice("last", "best", default="last"),
     "patience": Number(0, integer=True, default=0),
-    "precision": Choice("float32", "tf32", "bf16", default="float32"),
+    "precision": Choice(*PRECISIONS, default="float32"),
 }
 DEFAULTS = {"schedule": "constant"}
 # Of the grid as a whole.

@@ -4,6 +4,7 @@ from torch import nn
 
 from featcache.probes.attentive import AttentivePooling, AttentiveStack
 from featcache.probes.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
+from featcache.probes.gemm import multiply
 from featcache.probes.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
 from featcache.probes.weights import NORMS, stacked_weights
 
@@ -40,14 +41,15 @@ class LinearStack:
     """
 
     def __init__(self, specs, dim, classes, device):
-        self.head = specs[0].head
+        self.head, self.precision = specs[0].head, specs[0].precision
         self.weights = stacked_weights(specs, dim, classes, device)
         self.parameters = list(self.weights.values())
 
     def forward(self, features, training=False):
         """Map features [B, D] to logits [B, P, C], in memory as [P, C, B]: weights first is the faster GEMM."""
         weight = self.weights["fc0.weight"]  # [P, C, D]
-        logits = (weight.flatten(0, 1) @ features.t()).unflatten(0, weight.shape[:2])
+        precision = self.precision if training else "float32"
+        logits = multiply(weight.flatten(0, 1), features.t(), precision).unflatten(0, weight.shape[:2])
         if self.head.bias:
             logits += self.weights["fc0.bias"].unsqueeze(2)
         return _scaled(logits, self.head).permute(2, 0, 1)
@@ -66,7 +68,8 @@ class LayerStack:
     """
 
     def __init__(self, specs, dim, classes, device):
-        self.head = head = specs[0].head
+        self.head, self.precision = specs[0].head, specs[0].precision
+        head = self.head
         self.weights = stacked_weights(specs, dim, classes, device)
         self.parameters = [w for name, w in self.weights.items() if "running" not in name]
         self.mean, self.layers = Mean(), []
@@ -97,6 +100,7 @@ class LayerStack:
             layer.memory = self.memory
         rows, self.mean.positions = self._rows(features)
         for layer in self.layers:
+            layer.precision = self.precision if training else "float32"
             rows = layer.forward(rows, training)
         # A copy, for the layers write to the same memory in every step.
         return _scaled(rows.clone(), self.head).permute(2, 0, 1)

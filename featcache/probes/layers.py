@@ -13,6 +13,8 @@ import weakref
 
 import torch
 
+from featcache.probes.gemm import multiply
+
 NORM_EPS = 1e-5
 NORM_MOMENTUM = 0.1
 aten = torch.ops.aten
@@ -47,10 +49,11 @@ class Memory:
 
 
 class Layer:
-    """What all layers have: gradients of the last backward(), their place in the stack, and the stack's memory."""
+    """What all layers have: gradients of the last backward(), place and memory in the stack, precision of products."""
 
     gradients = ()
     place = memory = None
+    precision = "float32"
 
     def tensor(self, name, shape, like):
         """An uninitialised tensor of this layer's own."""
@@ -64,15 +67,15 @@ class Layer:
         """Apply weights [P, U, D] to rows [D, R] that all probes share, or [P, D, R]: [P, U, R]."""
         out = self.tensor("products", (*weight.shape[:2], rows.shape[-1]), rows)
         if rows.ndim == 2:
-            torch.mm(weight.flatten(0, 1), rows, out=out.flatten(0, 1))
+            multiply(weight.flatten(0, 1), rows, self.precision, out.flatten(0, 1))
         else:
-            torch.bmm(weight, rows, out=out)
+            multiply(weight, rows, self.precision, out)
         return out
 
     def input_gradient(self, weight, gradient):
         """Take the gradient [P, U, R] back through products(): [P, D, R]."""
         out = self.tensor("input", (len(weight), weight.shape[2], gradient.shape[2]), gradient)
-        return torch.bmm(weight.transpose(1, 2), gradient, out=out)
+        return multiply(weight.transpose(1, 2), gradient, self.precision, out)
 
 
 def weight_gradient(gradient, rows):

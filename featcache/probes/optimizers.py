@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from featcache.probes.gemm import accumulate, multiply
+
 
 def common(optimizer):
     """What of a spec's optimizer the probes of one stack share; the rest may differ."""
@@ -21,6 +23,7 @@ class _Rule:
         self.parameters = [p.detach() for p in parameters]
         self.decay = self._numbers(specs, "weight_decay", device)
         self.clip = self._numbers(specs, "clip", device)
+        self.precision = specs[0].precision
         self.steps = 0
 
     @staticmethod
@@ -42,15 +45,21 @@ class _Rule:
 
     def _clipped(self, gradients):
         """Scale each probe's gradient to a norm of at most `clip`, as torch's clip_grad_norm_ would it alone."""
-        gradients = [_dense(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
+        gradients = [self._dense(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
         norm = torch.stack([_norms(g) for g in gradients]).norm(dim=0)  # [P]
         limit = torch.where(self.clip > 0, self.clip, torch.inf)
         factor = (limit / (norm + 1e-6)).clamp(max=1)
         return [g * _per_probe(factor, g) for g in gradients]
 
+    def _dense(self, gradient, like):
+        """A gradient as one tensor of a parameter's shape."""
+        if isinstance(gradient, tuple):
+            gradient = multiply(*gradient, self.precision)
+        return gradient.view(like.shape)
+
     def _decayed(self, gradient, parameter):
         """The dense gradient with weight decay added."""
-        gradient = _dense(gradient, parameter)
+        gradient = self._dense(gradient, parameter)
         return gradient if self.decay is None else gradient.addcmul(parameter, _per_probe(self.decay, parameter))
 
 
@@ -85,9 +94,9 @@ class SGD(_Rule):
         if not isinstance(gradient, tuple):
             velocity.mul_(momentum).add_(gradient.view(velocity.shape))
         elif gradient[0].ndim == 2:
-            velocity.flatten(0, -2).addmm_(*gradient, beta=momentum)
+            accumulate(velocity.flatten(0, -2), *gradient, momentum, self.precision)
         else:
-            velocity.baddbmm_(*gradient, beta=momentum)
+            accumulate(velocity, *gradient, momentum, self.precision)
 
 
 class LARS(SGD):
@@ -102,7 +111,7 @@ class LARS(SGD):
         self.trust = torch.tensor([s.optimizer.trust for s in specs], device=device)
 
     def _update(self, number, parameter, gradient, rates):
-        gradient = _dense(gradient, parameter)
+        gradient = self._dense(gradient, parameter)
         scale = rates
         if parameter.ndim == 3:
             weight, slope = _norms(parameter), _norms(gradient)
@@ -141,7 +150,7 @@ class AdamW(Adam):
     def _update(self, number, parameter, gradient, rates):
         if self.decay is not None:
             parameter.mul_(_per_probe(1 - rates * self.decay, parameter))
-        self._move(number, parameter, _dense(gradient, parameter), rates)
+        self._move(number, parameter, self._dense(gradient, parameter), rates)
 
 
 def _per_probe(values, parameter):
@@ -152,12 +161,6 @@ def _per_probe(values, parameter):
 def _norms(tensor):
     """Norm of each probe's part of [P, ...]."""
     return tensor.flatten(1).norm(dim=1)
-
-
-def _dense(gradient, like):
-    if isinstance(gradient, tuple):
-        gradient = gradient[0] @ gradient[1]
-    return gradient.view(like.shape)
 
 
 OPTIMIZERS = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "lars": LARS}

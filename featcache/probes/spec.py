@@ -164,6 +164,8 @@ class ProbeSpec:
             return f"optimizer lbfgs trains linear heads, not {self.head.type}"
         if optimizer.type == "lbfgs" and self.views:
             return "optimizer lbfgs trains on the images as they are: say views: 0"
+        if self.precision == "bf16" and (optimizer.type == "lbfgs" or self.head.type == "attentive"):
+            return f"precision bf16 is not for {'lbfgs' if optimizer.type == 'lbfgs' else 'attentive heads'}"
         if optimizer.nesterov and not optimizer.momentum:
             return "optimizer.nesterov needs a momentum above 0"
         if schedule.type == "step" and bool(schedule.milestones) == bool(schedule.every):

@@ -13,6 +13,7 @@ from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import input_shape
+from featcache.probes.gemm import check_precision
 from featcache.probes.grid import parse_grid, read_grid
 from featcache.probes.metrics import TASK_METRICS
 from featcache.probes.run import FILE, open_run, read_summary
@@ -65,6 +66,8 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         return open_run(folder) if ranks.rank == 0 else None
     check_apart(opened, splits)
     check_search(checked.search, specs, ranks)
+    for precision in {spec.precision for spec in specs}:
+        check_precision(precision, device)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
         # How features were read decides the order of the rows, so a begun run stays with it.

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from featcache.probes.features import epoch_order
+from featcache.probes.gemm import multiplying
 from featcache.probes.heads import STACKS
 from featcache.probes.lbfgs import fit_lbfgs
 from featcache.probes.losses import LossFunction
@@ -85,10 +86,11 @@ class Training:
 
     def feed(self, features, targets):
         """Take one step. features: float32 [B, D] or [B, D, S]. targets: labels of the rows, [B] or [B, C]."""
-        logits = self._stack.forward(features, training=True)  # [B, P, C]
-        loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices)
         step = len(self._sizes)
-        self._optimizer.step(self._stack.backward(features, logits, gradient), self._rates[step])
+        with multiplying(self.specs[0].precision):
+            logits = self._stack.forward(features, training=True)  # [B, P, C]
+            loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices)
+            self._optimizer.step(self._stack.backward(features, logits, gradient), self._rates[step])
         self._table[step] = loss
         self._sizes.append(len(features))
 
