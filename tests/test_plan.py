@@ -35,9 +35,8 @@ def test_stacks_of_a_grid(store):
     assert max(s.feature_bytes for s in plan.stacks) < plan.memory < plan.free
 
 
-def test_what_does_not_fit_is_streamed(store, monkeypatch):
-    monkeypatch.setattr("featcache.probes.plan.free_bytes", lambda device: 200_000)
-    plan = plan_probes(GRID, store=store, device="cpu")
+def test_what_does_not_fit_is_streamed(store):
+    plan = plan_probes(GRID, store=store, device="cpu", memory=200_000)
     assert [s.streamed for s in plan.stacks] == [False, True]
 
 

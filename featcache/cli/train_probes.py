@@ -25,15 +25,16 @@ def train_probes(dry_run, run, seed, memory, **options):
     The same command again goes on where it was interrupted, and trains only what is missing. Under
     torchrun the processes share the work.
     """
+    memory = int(memory * 1e9) if memory else None
     if dry_run:
         from featcache.probes.plan import plan_probes
 
-        _print_plan(plan_probes(**options))
+        _print_plan(plan_probes(memory=memory, **options))
         return
     from featcache.probes.train import train_probes as train
     from featcache.reporting.table import METRIC_NAMES, format_table, score_rows, scored
 
-    finished = train(run=run, seed=seed, memory=int(memory * 1e9) if memory else None, **options)
+    finished = train(run=run, seed=seed, memory=memory, **options)
     if finished is None:
         return
     click.echo(format_table(*score_rows(finished, most=10)))
@@ -81,7 +82,7 @@ def _print_plan(plan):
         f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {_duration(plan.seconds)} "
         f"of training on {plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, "
         f"{_bytes(plan.free)} are free"
-        + (f"; {streamed} stacks do not fit and are streamed" if streamed else "")
+        + (f"; {streamed} stacks do not fit into the memory for features and are streamed" if streamed else "")
         + "; nothing was written"
     )
 

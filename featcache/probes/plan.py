@@ -8,13 +8,13 @@ import torch
 
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.features import free_bytes, input_shape
+from featcache.probes.features import feature_bytes, free_bytes, input_shape
 from featcache.probes.grid import Grid, parse_grid, read_grid
 from featcache.probes.heads import footprint
 from featcache.probes.scoring import work
+from featcache.probes.sweep import input_name, plan_buffers
 from featcache.probes.train import store_specs, store_splits
 from featcache.probes.weights import initial_weights
-from featcache.store.dtype import read_as
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
@@ -32,7 +32,7 @@ class PlannedStack:
     loss: how many probes have which. flops: of the whole training, of all probes. seconds: about, at the
     rate of the stack's own matrix product. weight_bytes: weights, gradients and the optimiser's
     memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as
-    they are kept; streamed: they do not fit into the free memory.
+    they are kept; streamed: they do not fit into the memory for features.
     """
 
     features: str
@@ -84,7 +84,7 @@ class Plan:
         )
 
 
-def plan_probes(grid, store=None, device=None, parity=None):
+def plan_probes(grid, store=None, device=None, parity=None, memory=None):
     """Say what train_probes would do with the same arguments; nothing is written or trained.
 
     Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
@@ -104,13 +104,12 @@ def plan_probes(grid, store=None, device=None, parity=None):
     splits = store_splits(checked, opened)
     specs = store_specs(checked, opened, splits["train"])
     rows = sum(len(opened[name]) for name in splits["train"])
+    buffers = plan_buffers(specs, opened, splits, memory, device)
     rates, stacks = {}, []
     for blocks, feature, pool in work(specs, opened):
-        held = opened.manifest.features[feature]
         dim, positions = input_shape(opened, feature, pool)
-        # A map is averaged in float32 as it is read.
-        pooled = pool and len(held["shape"]) > 1
-        size = rows * dim * positions * (4 if pooled else read_as(held["dtype"]).itemsize)
+        size = feature_bytes(opened, splits["train"], feature, pool)
+        streamed = buffers[input_name(feature, pool)] is not None
         shapes = {}
         for block in blocks:
             first = block[0]
@@ -118,7 +117,7 @@ def plan_probes(grid, store=None, device=None, parity=None):
             shapes.setdefault(key, []).append(block)
         for members in shapes.values():
             shape = (dim, positions, rows, len(opened.classes))
-            stacks.append(_stack(members, feature, shape, size, free, device, rates))
+            stacks.append(_stack(members, feature, shape, size, streamed, device, rates))
     return Plan(checked, groups, stacks, rows, str(device), free, None)
 
 
@@ -140,7 +139,7 @@ def probe_flops(head, dim, positions, classes):
     return total
 
 
-def _stack(blocks, feature, shape, feature_bytes, free, device, rates):
+def _stack(blocks, feature, shape, size, streamed, device, rates):
     """Plan one stack. shape: width, positions, rows and classes. rates: {product's shape: measured}, filled here."""
     dim, positions, rows, classes = shape
     specs = [spec for block in blocks for spec in block]
@@ -158,7 +157,7 @@ def _stack(blocks, feature, shape, feature_bytes, free, device, rates):
         feature, first.head, dict(Counter(s.loss.type for s in specs)), first.optimizer.type, first.epochs,
         first.batch_size, len(specs), len(blocks), flops, flops / rates[product],
         COPIES[first.optimizer.type] * 4 * largest * numbers,
-        ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, feature_bytes, feature_bytes > free,
+        ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, size, streamed,
     )  # fmt: skip
 
 

@@ -274,11 +274,11 @@ def _plan(folder, specs, store, buffers):
     begun = _begun(folder, {s.id for s in missing})
     resumed = {spec.id for _, found in begun for spec in found}
     inputs = [input_of(found[0]) for _, found in begun]
-    todo = [([path.name], *read, buffers[_input(*read)]) for (path, _), read in zip(begun, inputs, strict=True)]
+    todo = [([path.name], *read, buffers[input_name(*read)]) for (path, _), read in zip(begun, inputs, strict=True)]
     for group, feature, pool in work([s for s in missing if s.id not in resumed], store):
         for wave in _waves(group, store, feature, pool, buffers):
             blocks = [[spec.id for spec in block] for block in wave]
-            todo.append((blocks, feature, pool, buffers[_input(feature, pool)]))
+            todo.append((blocks, feature, pool, buffers[input_name(feature, pool)]))
     return todo
 
 
@@ -308,11 +308,12 @@ def plan_buffers(specs, store, splits, memory, device):
                 f"{memory / 1e9:.2f} GB are for it; take another optimizer, or give more --memory"
             )
         # One buffer is trained on while the next is read, in a third of the memory each.
-        buffers[_input(feature, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)
+        buffers[input_name(feature, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)
     return buffers
 
 
-def _input(feature, pool):
+def input_name(feature, pool):
+    """An input of probes, for people and for run.json."""
     return f"{feature}, pooled first" if pool else feature
 
 
@@ -323,7 +324,7 @@ def _waves(group, store, feature, pool, buffers):
     dear, and as many blocks share it as have room for their states.
     """
     dim, positions = input_shape(store, feature, pool)
-    if buffers[_input(feature, pool)] is None and positions == 1:
+    if buffers[input_name(feature, pool)] is None and positions == 1:
         return [[block] for block in group]
     room, waves, used = free_bytes(torch.device("cpu")) // 4, [[]], 0
     for block in group:
