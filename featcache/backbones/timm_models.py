@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, last_blocks, with_forward
-from featcache.backbones.layers import find_last, outputs, tokens_of
+from featcache.backbones.outputs import find_last, outputs, tokens_of
 from featcache.backbones.reductions import MAP, SEQUENCE
 from featcache.errors import BadInput, nearest
 

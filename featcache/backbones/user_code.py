@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.architecture import Architecture
-from featcache.backbones.layers import find_last, outputs, tokens_of
+from featcache.backbones.outputs import find_last, outputs, tokens_of
 from featcache.errors import BadInput, nearest
 
 # Modules at the top that are taken for a classifier where checkpoint and network do not agree on them.
