@@ -212,7 +212,7 @@ def _check_room(folder, manifest, todo, say):
     needed, free = sum(sizes.values()), folder.free_bytes()
     views = sum(size for (group, _), size in sizes.items() if split_of(group) != group)
     if views:
-        say(f"disk: {needed / 1e9:.2f} GB to write, {views / 1e9:.2f} of them views", err=True)
+        say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views", err=True)
     if free is not None and manifest.storage["compression"] is None and needed > free:
         raise BadInput(
             f"{folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"

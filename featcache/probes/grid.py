@@ -135,6 +135,7 @@ def _select(value, splits, path, errors):
         return None, "val"
     check_known(value, ("metric", "split"), f"{path}.", errors)
     metric, split = value.get("metric"), value.get("split", "val")
+    metric = metric.lower() if isinstance(metric, str) else metric
     if metric is not None and metric not in METRICS:
         errors.append(f"{path}.metric: {shown(metric)} is not one of {', '.join(METRICS)}{nearest(metric, METRICS)}")
     if split == "test":

@@ -59,8 +59,12 @@ class Sweep:
         """Count steps of probes, and now and then tell the others and the progress bar."""
         self._untold += steps
         if time.monotonic() - self._told_at > TELL_SECONDS:
-            done, self._untold, self._told_at = self.ranks.count(self._untold), 0, time.monotonic()
-            self.progress.update(done - self.progress.n)
+            self.tell()
+
+    def tell(self):
+        """Tell what is not yet told."""
+        done, self._untold, self._told_at = self.ranks.count(self._untold), 0, time.monotonic()
+        self.progress.update(done - self.progress.n)
 
     def source(self, feature, pool, buffer_rows):
         """The training features: in memory, or streamed through a buffer of that many rows."""
@@ -218,6 +222,7 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
             _search(sweep, todo, search)
         else:
             _train(sweep, ranks.draw(todo))
+        sweep.tell()
         while ranks.rank == 0 and (
             left := ranks.left_behind(lambda: [wave for wave in todo if _unsaved(folder, wave)])
         ):

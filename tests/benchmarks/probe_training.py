@@ -3,9 +3,9 @@
     python tests/benchmarks/probe_training.py
 
 All in one run on random features of 2048 numbers (float16 for featcache, float32 for the loops), BCE
-with SGD and momentum. The peak is a
-float32 GEMM of 4096 x 4096, measured in the same run; the floor of a probe-epoch is two GEMMs
-(logits, and the weights' gradient), 4 N D C operations.
+with SGD and momentum. The peak is a float32 GEMM of 4096 x 4096, measured in the same run; the floor of a
+probe-epoch is two GEMMs (logits, and the weights' gradient), 4 N D C operations. `alone` trains the
+same probes one after another, each in a stack of its own.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def sliced(features, labels, batch_size):
         yield features[rows], labels[rows]
 
 
-def stacked(probes, features, labels, classes, batch_size, epochs):
-    """Train probes of different rates for some epochs, as train-probes does."""
+def stacked(probes, features, labels, classes, batch_size, epochs, precision="float32", alone=False):
+    """Train probes of different rates for some epochs, as train-probes does, or one after another."""
     specs = [
         ProbeSpec(
             "x",
@@ -72,10 +72,11 @@ def stacked(probes, features, labels, classes, batch_size, epochs):
             epochs,
             batch_size,
             p,
+            precision=precision,
         )
         for p in range(probes)
     ]
-    for block in blocks(specs, DIM, 1, classes):
+    for block in [[spec] for spec in specs] if alone else blocks(specs, DIM, 1, classes):
         train_block(block, features, labels, classes, 0)
 
 
@@ -83,28 +84,31 @@ def main():
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--probes", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{arguments.rows} rows of {DIM}; medians of {arguments.repeats} turns\n")
-    print("| C | batch | P | s per probe-epoch | peak GFLOP/s | share of peak | against DataLoader | against slicing |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = "C", "batch", "P", "s per probe-epoch", "peak GFLOP/s", "share of peak"
+    columns += "against DataLoader", "against slicing", "against alone", "bf16 against DataLoader"
+    print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     multiply, operations = gemm()
-    for classes, batch_size in ((20, 64), (1000, 256)):
+    for classes, batch_size, stacks in ((20, 64, (1, 8, 64)), (1000, 256, (1, 16))):
         features = torch.randn(arguments.rows, DIM).half()
         labels = (torch.rand(arguments.rows, classes) < 0.1).to(torch.int8)
         # The loops get float32 features and targets, as such scripts have them: nothing to convert.
         plain = features.float(), labels.float()
         loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True)
-        for probes in arguments.probes:
+        for probes in stacks:
             epochs = 4 if probes * classes < 4000 else 1
+            stack = partial(stacked, probes, features, labels, classes, batch_size, epochs)
             seconds = in_turn(
                 {
                     "peak": multiply,
                     "loader": partial(loop, loader, classes),
                     "slices": lambda t=plain, b=batch_size, c=classes: loop(sliced(*t, b), c),
-                    "stack": partial(stacked, probes, features, labels, classes, batch_size, epochs),
+                    "stack": stack,
+                    "alone": partial(stack, alone=True),
+                    "bf16": partial(stack, precision="bf16"),
                 },
                 arguments.repeats,
             )
@@ -113,7 +117,9 @@ def main():
             share = 4 * arguments.rows * DIM * classes / peak / each
             print(
                 f"| {classes} | {batch_size} | {probes} | {each:.4f} | {peak / 1e9:.0f} | {share:.2f} | "
-                f"{seconds['loader'] / each:.1f}x | {seconds['slices'] / each:.1f}x |",
+                f"{seconds['loader'] / each:.1f}x | {seconds['slices'] / each:.1f}x | "
+                f"{seconds['alone'] / seconds['stack']:.2f}x | "
+                f"{seconds['loader'] * probes * epochs / seconds['bf16']:.1f}x |",
                 flush=True,
             )
 
