@@ -8,11 +8,12 @@ from featcache.probes.features import CHUNK_ROWS
 from featcache.probes.heads import STACKS, footprint
 from featcache.probes.optimizers import common
 
-# Weights and momentum of the probes trained at a time should stay in the last-level cache, the
-# activations of a spatial head in reach of it, and what a loss computes element by element in the
-# second-level cache.
+# Weights and momentum of the probes trained at a time should stay in the last-level cache, unless a batch has so many
+# rows that a product does not wait for them; a layer's activations should leave room for other things; and what a
+# loss computes element by element should stay in the second-level cache.
 BLOCK_WEIGHT_BYTES = 24 << 20
-BLOCK_ACTIVATION_BYTES = 64 << 20
+MANY_ROWS = 1024
+BLOCK_ACTIVATION_BYTES = 256 << 20
 LOSS_BYTES = 2 << 20
 MIN_ROWS = 32
 
@@ -52,10 +53,12 @@ def blocks(specs, dim, positions, classes):
         # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
         members.sort(key=lambda s: (s.optimizer.momentum or 0.0, repr(s.loss)))
         weights, activations = footprint(head, dim, classes, positions)
-        fit = BLOCK_WEIGHT_BYTES // (4 * weights)
+        # A probe that was trained elsewhere has no batch size: it is only scored.
+        rows = batch_size or CHUNK_ROWS
+        fit = len(members)
+        if rows * positions < MANY_ROWS:
+            fit = BLOCK_WEIGHT_BYTES // (4 * weights)
         if head.type != "linear":
-            # A probe that was trained elsewhere has no batch size: it is only scored.
-            rows = batch_size or CHUNK_ROWS
             fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * activations * rows))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
