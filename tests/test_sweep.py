@@ -165,6 +165,8 @@ def test_two_processes_share_the_blocks(store, tmp_path):
     done = subprocess.run([*launch, "featcache", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("probes by") == 1, "one process prints the table"
+    again = subprocess.run([*launch, "featcache", *map(str, words)], capture_output=True, text=True)
+    assert again.returncode == 0 and "is finished already" in again.stderr and "train:" not in again.stderr
     one = featcache.train_probes(grid, store=store, run=tmp_path / "one")
     # torchrun gives each process one thread, which may sum in another order.
     assert_equal(weights_of(one), weights_of(featcache.open_run(tmp_path / "two")), exactly=False)

@@ -60,24 +60,24 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
-    if _finished(folder, basis, key):
-        if ranks.rank == 0:
-            click.echo(f"run: {folder} is finished already", err=True)
-        return open_run(folder) if ranks.rank == 0 else None
     check_apart(opened, splits)
     check_search(checked.search, specs, ranks)
     for precision in {spec.precision for spec in specs}:
         check_precision(precision, device)
+    planned = plan_buffers(specs, opened, splits, memory, device)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
-        # How features were read decides the order of the rows, so a begun run stays with it.
-        planned = plan_buffers(specs, opened, splits, memory, device)
-        begun = read_summary(folder).get("buffers", {}) if (folder / FILE).exists() else {}
-        basis["buffers"] = planned | {name: rows for name, rows in begun.items() if name in planned}
+        if leads and _finished(folder, basis, key):
+            ranks.share([])
+            click.echo(f"run: {folder} is finished already", err=True)
+            return open_run(folder)
         if leads:
+            # How features were read decides the order of the rows, so a begun run stays with it.
+            begun = read_summary(folder).get("buffers", {}) if (folder / FILE).exists() else {}
+            basis["buffers"] = planned | {name: rows for name, rows in begun.items() if name in planned}
             _begin(folder, basis, resolved)
         judge = (metric, checked.split)
-        train_missing(folder, specs, opened, splits, device, seed, judge, basis["buffers"], checked.search, ranks)
+        train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
         if not leads:
             return None
         basis |= {"key": key, "store": str(source)}
@@ -146,7 +146,8 @@ def _resolve_views(spec, store, views):
 
 def _finished(folder, basis, key):
     """Whether `folder` is a finished run of this grid. Raises BadInput if it is a run on other data."""
-    if not folder.exists():
+    # An empty folder is what the lock on it has just made.
+    if not any(folder.iterdir()):
         return False
     there = read_summary(folder)
     if "imported" in there:
