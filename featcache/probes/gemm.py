@@ -41,7 +41,8 @@ def multiply(a, b, precision, out=None):
 def accumulate(into, a, b, beta, precision):
     """into = beta into + a b, in place; without a pass over memory of its own in float32."""
     if precision == "bf16":
-        into.mul_(beta).add_(multiply(a, b, precision))
+        # One pass over the float32 memory.
+        torch.add(torch.matmul(a.bfloat16(), b.bfloat16()), into, alpha=beta, out=into)
     elif a.ndim == 2:
         into.addmm_(a, b, beta=beta)
     else:

@@ -20,11 +20,17 @@ class LossFunction:
 
     def __init__(self, loss, labels, classes):
         self.loss, self.classes = loss, classes
+        self._held = None, None, None
         self.weights = class_weights(loss, labels, classes) if loss.class_weights == "balanced" else None
 
     def __call__(self, logits, labels):
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
-        return LOSSES[self.loss.type](logits, self._read(labels), self.loss, self.weights)
+        if self.loss.type != "bce":
+            return LOSSES[self.loss.type](logits, self._read(labels), self.loss, self.weights)
+        # The slices of a stack come with the same labels one after another.
+        if self._held[0] is not labels or self._held[1] != logits.dtype:
+            self._held = labels, logits.dtype, bce_targets(self._read(labels), logits, self.loss)
+        return bce(logits, *self._held[2], self.weights)
 
     def count(self, labels):
         """What the mean over these labels divides by, so that means of parts can be put together."""
@@ -56,11 +62,11 @@ def class_weights(loss, labels, classes):
     return torch.where(torch.isfinite(weights) & (weights > 0), weights, 1.0)
 
 
-def bce(logits, labels, loss, weights=None):
-    """Binary cross-entropy with logits, the mean over the classes and images that are not ignored.
+def bce_targets(labels, logits, loss):
+    """The targets of bce and what each adds to the mean, [B, 1, C] in the logits' dtype.
 
     The target is t = (1 - s) max(label, off) + s / C with off_label and label_smoothing s, both as in
-    How-to-Probe; class weights multiply its positive part, t log(p), as torch's pos_weight.
+    How-to-Probe.
     """
     labels = _by_class(labels, logits)  # [B, 1, C]
     known = _shares(labels, logits)
@@ -70,6 +76,14 @@ def bce(logits, labels, loss, weights=None):
         targets = targets.clamp_(min=1 / classes if loss.off_label == UNIFORM_TARGET else loss.off_label)
     if loss.label_smoothing:
         targets = targets.mul_(1 - loss.label_smoothing).add_(loss.label_smoothing / logits.shape[2])
+    return targets, known
+
+
+def bce(logits, targets, known, weights=None):
+    """Binary cross-entropy with logits, the mean over the classes and images that are not ignored.
+
+    targets, known: see bce_targets. Class weights multiply the positive part, t log(p), as torch's pos_weight.
+    """
     # max(z, 0) - t z + log(1 + exp(-|z|)); log1p would be exact where the sum does not show it, and
     # is many times slower.
     losses = logits.abs().neg_().exp_().add_(1).log_()
@@ -176,4 +190,4 @@ def _shifted(logits, gamma, clip):
     return power * log, torch.where(kept < 1, p * rest * (power / kept + steep), 0.0)
 
 
-LOSSES = {"bce": bce, "ce": ce, "focal": focal, "asymmetric": asymmetric}
+LOSSES = {"ce": ce, "focal": focal, "asymmetric": asymmetric}

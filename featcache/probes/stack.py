@@ -56,7 +56,7 @@ def blocks(specs, dim, positions, classes):
         # A probe that was trained elsewhere has no batch size: it is only scored.
         rows = batch_size or CHUNK_ROWS
         fit = len(members)
-        if rows * positions < MANY_ROWS:
+        if head.type == "linear" or rows * positions < MANY_ROWS:
             fit = BLOCK_WEIGHT_BYTES // (4 * weights)
         if head.type != "linear":
             fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * activations * rows))

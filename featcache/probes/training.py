@@ -89,7 +89,8 @@ class Training:
         step = len(self._sizes)
         with multiplying(self.specs[0].precision):
             logits = self._stack.forward(features, training=True)  # [B, P, C]
-            loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices)
+            exact = logits.device.type == "cpu" and self.specs[0].precision == "float32"
+            loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices, exact)
             self._optimizer.step(self._stack.backward(features, logits, gradient), self._rates[step])
         self._table[step] = loss
         self._sizes.append(len(features))
@@ -308,12 +309,12 @@ def _loss_slices(specs, labels, classes):
     return slices
 
 
-def _loss_and_gradient(logits, targets, slices):
-    """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits."""
+def _loss_and_gradient(logits, targets, slices, exact):
+    """Return losses [P] and their gradient [B, P, C]: no probe sees another's logits. exact: compute in float64."""
     loss = logits.new_empty(logits.shape[1])
     # On a CPU, exp and log round otherwise in a vector than in the few elements left over, and which
     # those are depends on the neighbours. In float64 that difference is gone after the cast back.
-    dtype = torch.float64 if logits.device.type == "cpu" else logits.dtype
+    dtype = torch.float64 if exact else logits.dtype
     # Same strides as the logits whatever the mix of losses, so that sums over it take the same order.
     gradient = torch.empty_like(logits)
     for function, start, end in slices:
