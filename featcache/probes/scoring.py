@@ -56,10 +56,11 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
         probe = load_probe(folder, spec.id)
         history += _history(spec.id, _series(probe, select["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
+        fields = spec.flat()
         for role, metric in itertools.product(splits, metrics):
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
-            scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | spec.flat())
+            scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
     write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
     write_whole(folder / "seeds.csv", _to_csv(over_seeds(scores), SEED_COLUMNS))
     write_whole(folder / "history.csv", _to_csv(history, ("probe", "epoch", "loss")))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cached_property
 
 from featcache.errors import BadInput
 
@@ -143,7 +144,7 @@ class ProbeSpec:
     patience: int = later(0)
     precision: str = later("float32")
 
-    @property
+    @cached_property
     def id(self):
         """10 hex digits of the sha256 over every field but the name, and later ones at their defaults."""
         hashed = _hashed(self)
