@@ -138,12 +138,15 @@ class Preprocessing:
         moved = moved.clip(0, self.size)
         return moved, (moved[:, 0] < moved[:, 2]) & (moved[:, 1] < moved[:, 3])
 
-    def normalise(self, images):
+    def normalise(self, images, memory=None):
         """Turn uint8 [B, 3, H, W] into the input on the same device: float32 [B, 3 or 6, H, W], channels_last.
 
-        Three channels are (x - mean) / std of x in 0..1, six are [x, 1 - x].
+        Three channels are (x - mean) / std of x in 0..1, six are [x, 1 - x]. memory: float32 [at least B, H, W, 3]
+        to write to, which saves the system from mapping it anew for every batch; the result may lie in it.
         """
-        values = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)  # [B, H, W, 3]
+        pixels = images.permute(0, 2, 3, 1)
+        values = torch.empty(pixels.shape, device=images.device) if memory is None else memory[: len(images)]
+        values.copy_(pixels)
         values /= 255
         # By whole rows: where the three channels lie innermost, broadcasting over them is three times slower.
         rows = values.flatten(2)

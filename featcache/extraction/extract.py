@@ -270,6 +270,8 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
     dtype = getattr(torch, next(iter(manifest.features.values()))["dtype"])
     total = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
     progress = tqdm(total=total, unit="img", desc="extract", disable=ranks.rank != 0)
+    side = model.preprocessing.size
+    memory = torch.empty(manifest.compute["batch_size"], side, side, 3, device=device)
     pending, row = None, 0
     with ThreadPoolExecutor(1) as writer, progress:
         for batch in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
@@ -282,7 +284,8 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                     for f in features
                 }
             with running(manifest.identity["precision"], device):
-                results = model(model.preprocessing.normalise(batch.to(device, non_blocking=True)), features)
+                pixels = model.preprocessing.normalise(batch.to(device, non_blocking=True), memory)
+                results = model(pixels, features)
                 for name, values in results.items():
                     buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
             row += len(batch)

@@ -56,7 +56,6 @@ def write_images(folder, width, height, count):
 
 def records(folder, width, height):
     """Records of the images in a folder."""
-    empty = np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, bool)
     paths = sorted(folder.glob("class/*"))
     return tuple(Record(p.stem, p, 0, height=height, width=width, image_bytes=p.stat().st_size) for p in paths)
 
@@ -74,8 +73,9 @@ def our_loader(items, preprocessing, decoder, workers, batch):
     images = Images(Dataset("x", ("class",), "single-label", {"train": items}), preprocessing, decoder)
     keys = [("train", row) for row in range(len(items))]
     batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
+    memory = torch.empty(batch, preprocessing.size, preprocessing.size, 3)
     for pixels in image_batches(images, batches, workers):
-        preprocessing.normalise(pixels)
+        preprocessing.normalise(pixels, memory)
 
 
 def floor(items, preprocessing):
