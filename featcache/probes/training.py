@@ -68,12 +68,6 @@ class Training:
         """Whether a validation score is asked for after every epoch."""
         return self.specs[0].keep == "best" or self.specs[0].patience > 0
 
-    @property
-    def nbytes(self):
-        """Bytes of weights, optimiser state and one set of gradients."""
-        held = [*self._stack.weights.values(), *_tensors_of(self._optimizer).values()]
-        return sum(t.nbytes for t in held) + sum(p.nbytes for p in self._stack.parameters)
-
     def begin_epoch(self):
         """Prepare the rates of an epoch's steps."""
         _, classes, labels = self._shape
