@@ -59,8 +59,8 @@ def find_encoder(content, signatures, known, path, weights_key=None):
     """Find the one encoder in the content of a checkpoint.
 
     content: as read_checkpoint gives it. signatures: names of keys; with more than one, known tells
-    whether the tensors around it, under bare names, are a network's. weights_key: words of the way to take, such as "teacher" or
-    "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
+    whether the tensors around it, under bare names, are a network's. weights_key: words of the way to
+    take, such as "teacher" or "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
     """
     flat = {name: tensor for name, tensor in _tensors(content, ())}
     if not flat:

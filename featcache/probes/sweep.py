@@ -51,6 +51,7 @@ class Sweep:
         self.specs = {spec.id: spec for spec in specs}
         self.judge, self.ranks, self.progress = judge, ranks, progress
         self.labels = load_labels(store, splits["train"]).to(device)
+        self.judged = load_labels(store, splits[judge[1]]).to(device)
         self._saved_at = self._told_at = time.monotonic()
         self._untold = 0
         self._validation = {}
@@ -129,8 +130,8 @@ class Sweep:
         """The selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         metric, role = self.judge
         names, device = self.splits[role], self.device
-        labels = load_labels(self.store, names).to(device)
-        tally = TALLIES[self.store.task](labels, len(self.store.classes), [s.loss.type for s in training.specs])
+        losses = [s.loss.type for s in training.specs]
+        tally = TALLIES[self.store.task](self.judged, len(self.store.classes), losses)
         if (feature, pool) not in self._validation:
             fits = feature_bytes(self.store, names, feature, pool) < free_bytes(device) // 4
             held = list(read_chunks(self.store, names, feature, pool, device)) if fits else None
@@ -184,7 +185,7 @@ class Sweep:
             rung = rung_epoch(epochs, fraction)
             if len(values) >= rung:
                 reached[name] = values[rung - 1] if math.isfinite(values[rung - 1]) else -math.inf
-        best = sorted(reached, key=lambda name: (-reached[name], name))[: math.ceil(len(reached) / factor)]
+        best = set(sorted(reached, key=lambda name: (-reached[name], name))[: math.ceil(len(reached) / factor)])
         for training in trainings:
             if training.specs and training.epoch == rung_epoch(training.epochs, fraction):
                 gone = torch.tensor([spec.id not in best for spec in training.specs], dtype=torch.bool)
@@ -206,7 +207,7 @@ def rungs(search):
     return fractions
 
 
-def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search=None, ranks=None):
+def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search, ranks):
     """Train the probes that a run folder lacks and save them there.
 
     judge: (metric, role) that validation looks at. buffers: how features are read, see plan_buffers.
