@@ -25,12 +25,11 @@ class LossFunction:
 
     def __call__(self, logits, labels):
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
-        if self.loss.type != "bce":
-            return LOSSES[self.loss.type](logits, self._read(labels), self.loss, self.weights)
+        prepare, function = LOSSES[self.loss.type]
         # The slices of a stack come with the same labels one after another.
         if self._held[0] is not labels or self._held[1] != logits.dtype:
-            self._held = labels, logits.dtype, bce_targets(self._read(labels), logits, self.loss)
-        return bce(logits, *self._held[2], self.weights)
+            self._held = labels, logits.dtype, prepare(self._read(labels), logits, self.loss, self.weights)
+        return function(logits, *self._held[2])
 
     def count(self, labels):
         """What the mean over these labels divides by, so that means of parts can be put together."""
@@ -62,13 +61,13 @@ def class_weights(loss, labels, classes):
     return torch.where(torch.isfinite(weights) & (weights > 0), weights, 1.0)
 
 
-def bce_targets(labels, logits, loss):
-    """The targets of bce and what each adds to the mean, [B, 1, C] in the logits' dtype.
+def bce_targets(labels, logits, loss, weights=None):
+    """The targets of bce, what each adds to the mean, both [B, 1, C] in the logits' dtype, and the weights.
 
     The target is t = (1 - s) max(label, off) + s / C with off_label and label_smoothing s, both as in
     How-to-Probe.
     """
-    labels = _by_class(labels, logits)  # [B, 1, C]
+    labels = _by_class(labels, logits)
     known = _shares(labels, logits)
     targets = (labels > 0).to(logits.dtype)
     if loss.off_label:
@@ -76,31 +75,30 @@ def bce_targets(labels, logits, loss):
         targets = targets.clamp_(min=1 / classes if loss.off_label == UNIFORM_TARGET else loss.off_label)
     if loss.label_smoothing:
         targets = targets.mul_(1 - loss.label_smoothing).add_(loss.label_smoothing / logits.shape[2])
-    return targets, known
+    return targets, known, None if weights is None else weights.to(logits)
 
 
-def bce(logits, targets, known, weights=None):
+def bce(logits, targets, known, weights):
     """Binary cross-entropy with logits, the mean over the classes and images that are not ignored.
 
-    targets, known: see bce_targets. Class weights multiply the positive part, t log(p), as torch's pos_weight.
+    Class weights multiply the positive part, t log(p), as torch's pos_weight.
     """
-    # max(z, 0) - t z + log(1 + exp(-|z|)); log1p would be exact where the sum does not show it, and
-    # is many times slower.
-    losses = logits.abs().neg_().exp_().add_(1).log_()
+    p = logits.sigmoid()
+    # max(z, 0) - t z - log(max(p, 1 - p)): where p nears 1 its logarithm has lost what the sum does not show.
+    losses = p.sub(0.5).abs_().add_(0.5).log_().neg_()
     if weights is None:
         losses.add_(logits.clamp(min=0)).addcmul_(targets, logits, value=-1)
-        return losses.mul_(known).sum((0, 2)), logits.sigmoid().sub_(targets).mul_(known)
+        return losses.mul_(known).sum((0, 2)), p.sub_(targets).mul_(known)
     # (1 - t) z + (1 + (w - 1) t) log(1 + exp(-z))
-    factor = 1 + (weights.to(logits) - 1) * targets
+    factor = 1 + (weights - 1) * targets
     losses.add_((-logits).clamp_(min=0)).mul_(factor).addcmul_(1 - targets, logits)
-    return losses.mul_(known).sum((0, 2)), (1 - targets - factor * (-logits).sigmoid_()).mul_(known)
+    return losses.mul_(known).sum((0, 2)), (1 - targets - factor * (1 - p)).mul_(known)
 
 
-def ce(logits, labels, loss, weights=None):
-    """Softmax cross-entropy, torch's with label_smoothing and class weights w: -sum w_c t_c log(p_c) over classes.
+def ce_targets(labels, logits, loss, weights=None):
+    """The targets of ce over the count of images [B, 1, C], their sums [B, 1, 1], and what is ignored [B, 1, C] or None.
 
-    The mean is over images, for single-label data with each image counted by the weight of its class. A
-    multi-label image spreads its target evenly over the classes present (Mahajan et al., ECCV 2018);
+    A multi-label image spreads its target evenly over the classes present (Mahajan et al., ECCV 2018);
     ignored classes leave the softmax and get no smoothing; an image without a class adds nothing but counts.
     """
     single = labels.ndim == 1
@@ -113,42 +111,58 @@ def ce(logits, labels, loss, weights=None):
         known = (labels >= 0).to(logits.dtype)
         even = some * known / known.sum(1, keepdim=True).clamp(min=1)
         targets = (1 - loss.label_smoothing) * targets + loss.label_smoothing * even
-    count, mass = len(logits), some
+    count, mass = len(labels), some
     if weights is not None:
         weights = weights.to(logits)
         targets = targets * weights
         count, mass = (present @ weights).sum() if single else count, targets.sum(1, keepdim=True)
-    if (labels < 0).any():
-        logits = logits.masked_fill((labels < 0).unsqueeze(1), IGNORED)
-    targets = (targets / count).unsqueeze(1)  # [B, 1, C]
-    logs = logits.log_softmax(dim=2)
-    gradient = logs.exp() * (mass / count).unsqueeze(2) - targets
-    return -(targets * logs).sum((0, 2)), gradient
+    ignored = labels < 0
+    targets, ignored = (_classes_first(t) for t in (targets / count, ignored))
+    return targets, (mass / count).unsqueeze(2), ignored if ignored.any() else None
 
 
-def focal(logits, labels, loss, weights=None):
+def ce(logits, targets, mass, ignored):
+    """Softmax cross-entropy, torch's with label_smoothing and class weights w: -sum w_c t_c log(p_c) over classes.
+
+    The mean is over images, for single-label data with each image counted by the weight of its class.
+    """
+    if ignored is not None:
+        logits = logits.masked_fill(ignored, IGNORED)
+    # As the logits lie in memory, for else the softmax copies them to and fro.
+    logs = logits.permute(1, 2, 0).log_softmax(dim=1).permute(2, 0, 1)
+    loss = -(targets * logs).sum((0, 2))
+    return loss, logs.exp_().mul_(mass).sub_(targets)
+
+
+def focal_targets(labels, logits, loss, weights=None):
+    """The signs of focal, what each label adds to the mean, both [B, 1, C], and gamma."""
+    labels = _by_class(labels, logits)
+    sign = (labels > 0).to(logits.dtype) * 2 - 1
+    return sign, _shares(labels, logits) * (0.5 + (loss.alpha - 0.5) * sign), loss.gamma
+
+
+def focal(logits, sign, share, gamma):
     """Sigmoid focal loss (Lin et al., ICCV 2017), the mean over the classes and images that are not ignored.
 
     -a (1 - q)^gamma log(q) with q the probability of what is true, and a = alpha for positives, 1 - alpha
     for negatives, as torchvision.ops.sigmoid_focal_loss.
     """
-    labels = _by_class(labels, logits)
-    share = _shares(labels, logits)
-    sign = (labels > 0).to(logits.dtype) * 2 - 1
-    share = share * (0.5 + (loss.alpha - 0.5) * sign)
-    losses, gradient = _focused(logits * sign, loss.gamma)
+    losses, gradient = _focused(logits * sign, gamma)
     return losses.mul_(share).sum((0, 2)), gradient.mul_(share * sign)
 
 
-def asymmetric(logits, labels, loss, weights=None):
+def asymmetric_targets(labels, logits, loss, weights=None):
+    """What is positive, what each label adds to the mean, both [B, 1, C], and the loss's numbers."""
+    labels = _by_class(labels, logits)
+    return labels > 0, _shares(labels, logits), loss
+
+
+def asymmetric(logits, positive, share, loss):
     """Asymmetric loss (Ridnik et al., ICCV 2021), the mean over the classes and images that are not ignored.
 
     Positives: -(1 - p)^gamma_pos log(p). Negatives: -m^gamma_neg log(1 - m) with m = max(p - clip, 0). The
     gradient is the whole one of the paper's section 2.4; the authors' code takes the powers as constants by default.
     """
-    labels = _by_class(labels, logits)
-    share = _shares(labels, logits)
-    positive = labels > 0
     losses, gradient = _focused(logits, loss.gamma_pos)
     absent, slope = _shifted(logits, loss.gamma_neg, loss.clip)
     losses, gradient = torch.where(positive, losses, absent), torch.where(positive, gradient, slope)
@@ -156,10 +170,13 @@ def asymmetric(logits, labels, loss, weights=None):
 
 
 def _by_class(labels, logits):
-    """Labels as [B, 1, C], with classes before images in memory, as the logits of a linear stack lie."""
-    if labels.ndim == 1:
-        labels = F.one_hot(labels, logits.shape[2])
-    return labels.t().contiguous().t().unsqueeze(1)
+    """Labels as [B, 1, C]."""
+    return _classes_first(F.one_hot(labels, logits.shape[2]) if labels.ndim == 1 else labels)
+
+
+def _classes_first(values):
+    """View [B, C] as [B, 1, C], with classes before images in memory, as logits lie."""
+    return values.t().contiguous().t().unsqueeze(1)
 
 
 def _shares(labels, logits):
@@ -190,4 +207,9 @@ def _shifted(logits, gamma, clip):
     return power * log, torch.where(kept < 1, p * rest * (power / kept + steep), 0.0)
 
 
-LOSSES = {"ce": ce, "focal": focal, "asymmetric": asymmetric}
+LOSSES = {
+    "bce": (bce_targets, bce),
+    "ce": (ce_targets, ce),
+    "focal": (focal_targets, focal),
+    "asymmetric": (asymmetric_targets, asymmetric),
+}

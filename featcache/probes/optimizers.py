@@ -4,6 +4,7 @@ A gradient is a tensor of the parameter's size, or a pair of matrices (A, B), or
 stands for A B: that lets SGD add it into the momentum within the GEMM, without a pass over memory of its own.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -137,11 +138,15 @@ class Adam(_Rule):
 
     def _move(self, number, parameter, gradient, rates):
         first, second = self.first[number], self.second[number]
-        correction1, correction2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = (second.sqrt() / correction2**0.5).add_(1e-8)
-        parameter.sub_(_per_probe(rates, parameter) * (first / scale) / correction1)
+        # w - rate (m / c1) / (sqrt(s) / c2 + eps), with the numbers of each probe put into what divides: each pass
+        # over memory costs as much as the next. The gradient's memory is free by now; a rate may be 0.
+        steep = correction1 / rates.clamp(min=1e-30)
+        root = torch.sqrt(second, out=gradient)
+        root = torch.addcmul(_per_probe(1e-8 * steep, root), root, _per_probe(steep / correction2, root), out=root)
+        parameter.addcdiv_(first, root, value=-1)
 
 
 class AdamW(Adam):
