@@ -16,7 +16,7 @@ from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import blocks, predict
 from featcache.probes.training import train_block
-from featcache.probes.weights import initial_weights
+from featcache.probes.weights import initial_weights, stacked_weights
 
 P, B, D, C, S = 3, 24, 16, 5, 6
 HEADS = [
@@ -86,7 +86,7 @@ def in_float64(head, dim):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return STACKS[head.type](specs(head), dim, C, "cpu")
+        return STACKS[head.type](specs(head), stacked_weights(specs(head), dim, C, "cpu"))
     finally:
         torch.set_default_dtype(default)
 
@@ -124,7 +124,7 @@ def test_a_training_step_equals_plain_modules(maps, head, positions):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_values_and_gradients_in_float32(maps, head):
     """As they are trained: to 1e-6 of the largest."""
-    stack = STACKS[head.type](specs(head), D, C, "cpu")
+    stack = STACKS[head.type](specs(head), stacked_weights(specs(head), D, C, "cpu"))
     perturbed(stack)
     start = [of_probe(stack.weights, p) for p in range(P)]
     gradient = torch.randn(B, P, C, generator=torch.Generator().manual_seed(2)) / B
@@ -142,7 +142,7 @@ def test_values_and_gradients_in_float32(maps, head):
 def test_prediction_and_the_single_module(maps, head):
     """predict(), which hands batches to one stack in turn, the module, and plain modules in evaluation mode."""
     several = specs(head)
-    stack = STACKS[head.type](several, D, C, "cpu")
+    stack = STACKS[head.type](several, stacked_weights(several, D, C, "cpu"))
     perturbed(stack)
     weights = [of_probe(stack.weights, p) for p in range(P)]
     many = maps.repeat(60, 1, 1) * torch.linspace(0.5, 2, 60 * B)[:, None, None]
@@ -168,7 +168,8 @@ def test_a_probe_among_many_equals_the_same_probe_alone(maps, head):
 
 
 def test_stacks_do_not_write_to_memory_that_another_one_still_needs(maps):
-    one, other = (STACKS["mlp"](specs(Head("mlp", 2, 12, "bn")), D, C, "cpu") for _ in range(2))
+    members = specs(Head("mlp", 2, 12, "bn"))
+    one, other = (STACKS["mlp"](members, stacked_weights(members, D, C, "cpu")) for _ in range(2))
     logits = one.forward(maps, training=True)
     kept = logits.clone()
     other.forward(maps, training=True)

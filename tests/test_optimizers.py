@@ -111,8 +111,8 @@ def test_clipping_is_of_each_probe_alone():
     gradients = [(torch.randn(12, 6), torch.randn(6, 5)), torch.randn(3, 4)]
     rules = [Optimizer("sgd", 1.0, clip=clip) for clip in (0.5, 0.0, 1e6)]
     wanted = [ProbeSpec("x", "l", Head("linear"), Loss("bce"), rule, Schedule(), 1, 1, 0) for rule in rules]
+    dense = [(gradients[0][0] @ gradients[0][1]).view(3, 4, 5), gradients[1].clone()]
     OPTIMIZERS["sgd"](parameters, wanted, "cpu").step(gradients, torch.ones(3))
-    dense = [(gradients[0][0] @ gradients[0][1]).view(3, 4, 5), gradients[1]]
     for p, rule in enumerate(rules):
         own = [nn.Parameter(torch.zeros_like(g[p])) for g in dense]
         for parameter, gradient in zip(own, dense, strict=True):

@@ -9,8 +9,6 @@ import math
 import torch
 from torch import nn
 
-from featcache.probes.weights import stacked_weights
-
 
 class AttentiveStack:
     """P attentive heads of one shape that see the same features [B, D] or maps [B, D, S].
@@ -19,9 +17,9 @@ class AttentiveStack:
     values' weights act on the mean of the positions, so that no position has keys or values of its own.
     """
 
-    def __init__(self, specs, dim, classes, device):
+    def __init__(self, specs, weights):
         self.head = specs[0].head
-        self.weights = stacked_weights(specs, dim, classes, device)
+        self.weights = weights
         self.parameters = list(self.weights.values())
 
     def forward(self, features, training=False):

@@ -28,8 +28,13 @@ def interval(scores):
 
     low, high: the 2.5 and 97.5 percentiles of the others (Efron & Tibshirani 1993, section 13.3), NaN left out.
     """
-    low, high = torch.nanquantile(scores[1:], torch.tensor([0.025, 0.975], dtype=scores.dtype))
-    return scores[0].item(), low.item(), high.item()
+    return intervals(scores.unsqueeze(0))[0]
+
+
+def intervals(scores):
+    """As interval(), for each row of scores [P, 1 + R]: a list."""
+    ends = torch.nanquantile(scores[:, 1:], torch.tensor([0.025, 0.975], dtype=scores.dtype), dim=1)
+    return [tuple(row) for row in torch.cat([scores[:, :1], ends.t()], dim=1).tolist()]
 
 
 def paired_test(first, second):

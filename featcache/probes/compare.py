@@ -12,7 +12,7 @@ from featcache.probes.bootstrap import RESAMPLES, paired_test, resamples
 from featcache.probes.features import load_labels
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select, store_of
-from featcache.probes.scoring import tally
+from featcache.probes.scoring import load_predictors, tally
 
 COMPARED = 10 * RESAMPLES
 
@@ -107,7 +107,8 @@ def _check_same_images(first, a, second, b):
 
 def _tally(run, store, probe, device):
     spec, names = load_probe(run.path, probe).spec, run.summary["splits"][run.judge]
-    return tally(run.path, [[spec]], store, names, load_labels(store, names), device)[0]
+    predictors = load_predictors(run.path, [[spec]], store, device)
+    return tally(predictors, [[spec]], store, names, load_labels(store, names), device)[0]
 
 
 def _scores(tally, weights):

@@ -6,7 +6,7 @@ from featcache.probes.attentive import AttentivePooling, AttentiveStack
 from featcache.probes.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
 from featcache.probes.gemm import multiply
 from featcache.probes.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
-from featcache.probes.weights import NORMS, stacked_weights
+from featcache.probes.weights import NORMS
 
 NORM_LAYERS = {"bn": BatchNorm, "bnu": UncentredBatchNorm}
 ACTIVATIONS = {"relu": (ReLU, nn.ReLU), "gelu": (GELU, nn.GELU)}
@@ -37,12 +37,12 @@ def _unscaled(gradient, head):
 class LinearStack:
     """P linear probes that see the same features: one GEMM forward, one backward.
 
-    `weights`: {name: [P, ...]}; `parameters`: those of them that are trained, in order.
+    weights: {name: [P, ...]}, which training changes; `parameters`: those of them that are trained, in order.
     """
 
-    def __init__(self, specs, dim, classes, device):
+    def __init__(self, specs, weights):
         self.head, self.precision = specs[0].head, specs[0].precision
-        self.weights = stacked_weights(specs, dim, classes, device)
+        self.weights = weights
         self.parameters = list(self.weights.values())
 
     def forward(self, features, training=False):
@@ -67,10 +67,10 @@ class LayerStack:
     The mean over positions is taken before the last layer of an MLP, with which it commutes.
     """
 
-    def __init__(self, specs, dim, classes, device):
+    def __init__(self, specs, weights):
         self.head, self.precision = specs[0].head, specs[0].precision
         head = self.head
-        self.weights = stacked_weights(specs, dim, classes, device)
+        self.weights = weights
         self.parameters = [w for name, w in self.weights.items() if "running" not in name]
         self.mean, self.layers = Mean(), []
         for i in range(head.layers):

@@ -1,7 +1,8 @@
 """Optimisers over stacked parameters [P, ...]: published update rules, with their numbers per probe.
 
-A gradient is a tensor of the parameter's size, or a pair of matrices (A, B), or of P matrices each, that
-stands for A B: that lets SGD add it into the momentum within the GEMM, without a pass over memory of its own.
+A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair of matrices (A, B), or of P
+matrices each, that stands for A B: that lets SGD add it into the momentum within the GEMM, without a pass over memory
+of its own.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from featcache.probes.gemm import accumulate, multiply
+from featcache.probes.layers import Memory
 
 
 def common(optimizer):
@@ -25,6 +27,7 @@ class _Rule:
         self.decay = self._numbers(specs, "weight_decay", device)
         self.clip = self._numbers(specs, "clip", device)
         self.precision = specs[0].precision
+        self.memory = Memory.shared()
         self.steps = 0
 
     @staticmethod
@@ -46,22 +49,25 @@ class _Rule:
 
     def _clipped(self, gradients):
         """Scale each probe's gradient to a norm of at most `clip`, as torch's clip_grad_norm_ would it alone."""
-        gradients = [self._dense(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
+        gradients = [self._dense(n, g) for n, g in enumerate(gradients)]
         norm = torch.stack([_norms(g) for g in gradients]).norm(dim=0)  # [P]
         limit = torch.where(self.clip > 0, self.clip, torch.inf)
         factor = (limit / (norm + 1e-6)).clamp(max=1)
-        return [g * _per_probe(factor, g) for g in gradients]
+        return [g.mul_(_per_probe(factor, g)) for g in gradients]
 
-    def _dense(self, gradient, like):
-        """A gradient as one tensor of a parameter's shape."""
+    def _dense(self, number, gradient):
+        """A gradient as one tensor of its parameter's shape."""
+        parameter = self.parameters[number]
         if isinstance(gradient, tuple):
-            gradient = multiply(*gradient, self.precision)
-        return gradient.view(like.shape)
+            shape = parameter.shape if gradient[0].ndim == 3 else (parameter.shape[:-1].numel(), parameter.shape[-1])
+            out = self.memory.tensor(("gradient", number), shape, parameter)
+            gradient = multiply(*gradient, self.precision, out)
+        return gradient.view(parameter.shape)
 
-    def _decayed(self, gradient, parameter):
+    def _decayed(self, number, gradient):
         """The dense gradient with weight decay added."""
-        gradient = self._dense(gradient, parameter)
-        return gradient if self.decay is None else gradient.addcmul(parameter, _per_probe(self.decay, parameter))
+        gradient, parameter = self._dense(number, gradient), self.parameters[number]
+        return gradient if self.decay is None else gradient.addcmul_(parameter, _per_probe(self.decay, parameter))
 
 
 class SGD(_Rule):
@@ -79,7 +85,7 @@ class SGD(_Rule):
     def _update(self, number, parameter, gradient, rates):
         velocity = self.velocities[number]
         if self.nesterov:
-            gradient = self._decayed(gradient, parameter)
+            gradient = self._decayed(number, gradient)
         self._accumulate(velocity, gradient)
         if self.nesterov:
             velocity = torch.addcmul(gradient, velocity, _per_probe(self.momenta, velocity))
@@ -112,12 +118,12 @@ class LARS(SGD):
         self.trust = torch.tensor([s.optimizer.trust for s in specs], device=device)
 
     def _update(self, number, parameter, gradient, rates):
-        gradient = self._dense(gradient, parameter)
+        gradient = self._dense(number, gradient)
         scale = rates
         if parameter.ndim == 3:
             weight, slope = _norms(parameter), _norms(gradient)
             if self.decay is not None:
-                gradient = self._decayed(gradient, parameter)
+                gradient = self._decayed(number, gradient)
                 slope = slope + self.decay * weight
             adapted = self.trust * weight / slope
             scale = rates * torch.where((weight > 0) & (slope > 0), adapted, 1.0)
@@ -134,7 +140,7 @@ class Adam(_Rule):
         self.first, self.second = self._zeros(), self._zeros()
 
     def _update(self, number, parameter, gradient, rates):
-        self._move(number, parameter, self._decayed(gradient, parameter), rates)
+        self._move(number, parameter, self._decayed(number, gradient), rates)
 
     def _move(self, number, parameter, gradient, rates):
         first, second = self.first[number], self.second[number]
@@ -155,7 +161,7 @@ class AdamW(Adam):
     def _update(self, number, parameter, gradient, rates):
         if self.decay is not None:
             parameter.mul_(_per_probe(1 - rates * self.decay, parameter))
-        self._move(number, parameter, self._dense(gradient, parameter), rates)
+        self._move(number, parameter, self._dense(number, gradient), rates)
 
 
 def _per_probe(values, parameter):

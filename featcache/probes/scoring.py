@@ -15,7 +15,7 @@ from tqdm import tqdm
 import featcache
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
-from featcache.probes.bootstrap import interval, resamples
+from featcache.probes.bootstrap import intervals, resamples
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.metrics import TASK_METRICS, chance, gain
 from featcache.probes.probe_file import load_probe, probe_path
@@ -114,18 +114,22 @@ def check_apart(store, splits):
             )
 
 
-def tally(folder, group, store, splits, labels, device):
+def load_predictors(folder, group, store, device):
+    """The Predictor of each block of a run folder's probes. group: lists of specs."""
+    return [
+        Predictor(block, [load_probe(folder, s.id).weights for s in block], len(store.classes), device)
+        for block in group
+    ]
+
+
+def tally(predictors, group, store, splits, labels, device):
     """Gather what the probes of some blocks say of a union of splits: a Tally for each block.
 
-    folder: of the probes. group: lists of specs that read one input. labels: of the images. The features
+    group: lists of specs that read one input; predictors: of them. labels: of the images. The features
     are read once, whatever the number of blocks, and never held.
     """
     classes, labels = len(store.classes), labels.to(device)
     feature, pool = input_of(group[0][0])
-    dim, _ = input_shape(store, feature, pool)
-    predictors = [
-        Predictor(block, [load_probe(folder, s.id).weights for s in block], dim, classes, device) for block in group
-    ]
     tallies = [TALLIES[store.task](labels, classes, [s.loss.type for s in block]) for block in group]
     for part in read_chunks(store, splits, feature, pool, device):
         for predictor, each in zip(predictors, tallies, strict=True):
@@ -137,12 +141,14 @@ def _score(folder, specs, store, splits, labels, device):
     """Return {(probe id, role): Scored}."""
     scored = {}
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
-        for role, parts in splits.items():
-            weights = resamples(len(labels[role]))
-            kept = 4 * len(store.classes) if store.task == "multi-label" else 24
-            for group, _, _ in work(specs, store):
-                for some in _passes(folder, group, kept * len(labels[role])):
-                    for block, each in zip(some, tally(folder, some, store, parts, labels[role], device), strict=True):
+        kept = (4 * len(store.classes) if store.task == "multi-label" else 24) * max(map(len, labels.values()))
+        for group, _, _ in work(specs, store):
+            for some in _passes(folder, group, kept):
+                predictors = load_predictors(folder, some, store, device)
+                for role, parts in splits.items():
+                    weights = resamples(len(labels[role]))
+                    tallies = tally(predictors, some, store, parts, labels[role], device)
+                    for block, each in zip(some, tallies, strict=True):
                         for spec, result in zip(block, _scored(each, weights), strict=True):
                             scored[spec.id, role] = result
                         progress.update(len(block))
@@ -171,8 +177,9 @@ def _scored(tally, weights):
     if isinstance(tally, MultiLabelTally):
         broken = ~tally.finite.cpu().unsqueeze(1)
         classes = tally.average_precisions()[:, :, 0].cpu().masked_fill(broken, torch.nan)
+    values = {metric: intervals(table) for metric, table in scores.items()}
     for p in range(len(bins)):
-        yield Scored({metric: interval(table[p]) for metric, table in scores.items()}, classes[p], bins[p])
+        yield Scored({metric: rows[p] for metric, rows in values.items()}, classes[p], bins[p])
 
 
 def _series(probe, metric):
@@ -205,10 +212,11 @@ def _calibration(scored):
 def _to_csv(rows, first):
     """CSV text with the columns `first`, then all others in order of appearance. NaN is an empty field."""
     rows = list(rows)
-    columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
+    columns = list(dict.fromkeys([*first, *itertools.chain(*dict.fromkeys(map(tuple, rows)))]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and v != v else v for k, v in row.items()})
+        # What is not equal to itself is NaN.
+        writer.writerow([value if value == value else "" for value in map(row.get, columns)])
     return text.getvalue()

@@ -3,7 +3,7 @@
 import statistics
 
 # What of a row of scores.csv is no part of how the probe was trained, or is the seed's doing.
-_OWN = ("probe", "name", "value", "low", "high", "epoch", "seed")
+_OWN = ("probe", "name", "split", "metric", "value", "low", "high", "epoch", "seed")
 
 
 def over_seeds(scores):
@@ -12,19 +12,23 @@ def over_seeds(scores):
     mean and std (with n - 1, None for a single seed) of the n probes that have a score; diverged: how many
     have none; seeds, probes: of all, as text. Then the fields that the rows share.
     """
-    groups = {}
+    groups, kinds = {}, {}
     for row in scores:
-        key = tuple((column, str(value)) for column, value in row.items() if column not in _OWN)
-        groups.setdefault(key, []).append(row)
+        if row["probe"] not in kinds:
+            kinds[row["probe"]] = str(_shared(row))
+        groups.setdefault((kinds[row["probe"]], row["split"], row["metric"]), []).append(row)
     result = []
     for members in groups.values():
         values = [m["value"] for m in members if m["value"] is not None and m["value"] == m["value"]]
-        shared = {column: value for column, value in members[0].items() if column not in _OWN}
         result.append({
-            "name": members[0]["name"], "split": shared.pop("split"), "metric": shared.pop("metric"),
+            "name": members[0]["name"], "split": members[0]["split"], "metric": members[0]["metric"],
             "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values), "diverged": len(members) - len(values),
             "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
-        } | shared)  # fmt: skip
+        } | _shared(members[0]))  # fmt: skip
     return result
+
+
+def _shared(row):
+    return {column: value for column, value in row.items() if column not in _OWN}

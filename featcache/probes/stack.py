@@ -79,17 +79,15 @@ def padded(specs, classes):
 class Predictor:
     """Trained probes of one block, ready to be asked for their logits.
 
-    weights: one {name: tensor} a spec. dim: width of the features.
+    weights: one {name: tensor} a spec.
     """
 
-    def __init__(self, specs, weights, dim, classes, device):
+    def __init__(self, specs, weights, classes, device):
         full = padded(specs, classes)
         self._probes = len(specs)
-        self._stack = STACKS[specs[0].head.type](full, dim, classes, device)
         weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
-        with torch.no_grad():
-            for name, stacked in self._stack.weights.items():
-                stacked.copy_(torch.stack([w[name] for w in weights]))
+        stacked = {name: torch.stack([w[name] for w in weights]).to(device) for name in weights[0]}
+        self._stack = STACKS[specs[0].head.type](full, stacked)
 
     @torch.no_grad()
     def __call__(self, features):
@@ -102,5 +100,5 @@ def predict(specs, weights, features, classes):
 
     weights: one {name: tensor} a spec. features: [N, D] or [N, D, S].
     """
-    predictor = Predictor(specs, weights, features.shape[1], classes, features.device)
+    predictor = Predictor(specs, weights, classes, features.device)
     return torch.cat([predictor(part).cpu() for part in features.split(CHUNK_ROWS)], dim=1)

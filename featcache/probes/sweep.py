@@ -7,6 +7,7 @@ and ends with the same bits.
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +42,8 @@ PARTIAL = "partial"
 # States are written after an epoch, but not more often than this: a kill costs about as much.
 SAVE_SECONDS = 30
 TELL_SECONDS = 0.5
+# Each file is to be on the disk before it counts, which takes the longer the slower the disk is.
+WRITERS = 8
 
 
 class Sweep:
@@ -148,8 +151,9 @@ class Sweep:
             self.state_path(training).unlink(missing_ok=True)
 
     def _keep(self, probes):
+        with ThreadPoolExecutor(WRITERS) as writers:
+            list(writers.map(lambda probe: save_probe(self.folder, probe, self.store.id), probes))
         for probe in probes:
-            save_probe(self.folder, probe, self.store.id)
             if probe.diverged is not None:
                 click.echo(
                     f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch {_epoch_of(probe)}, at "

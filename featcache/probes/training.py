@@ -18,6 +18,7 @@ from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import LOSS_BYTES, TrainedProbe, padded
+from featcache.probes.weights import stacked_weights
 
 
 class Training:
@@ -43,7 +44,7 @@ class Training:
     def _build(self):
         dim, classes, labels = self._shape
         full = padded(self.specs, classes)
-        self._stack = STACKS[full[0].head.type](full, dim, classes, labels.device)
+        self._stack = STACKS[full[0].head.type](full, stacked_weights(full, dim, classes, labels.device))
         self._optimizer = OPTIMIZERS[full[0].optimizer.type](self._stack.parameters, full, labels.device)
         self._slices = _loss_slices(full, labels, classes)
         self.steps = -(-len(labels) // self.batch_size)
@@ -73,7 +74,8 @@ class Training:
         _, classes, labels = self._shape
         full = padded(self.specs, classes)
         rates = torch.tensor([s.rate for s in full], dtype=torch.float64)
-        factor = torch.stack([factors(s.schedule, s.epochs, self.steps, self.epoch) for s in full], dim=1)
+        drawn = {s: factors(s, self.epochs, self.steps, self.epoch) for s in {s.schedule for s in full}}
+        factor = torch.stack([drawn[s.schedule] for s in full], dim=1)
         self._rates = (factor * rates).float().to(labels.device)  # [steps, P]
         self._table = torch.zeros(self.steps, len(full), device=labels.device)
         self._sizes = []
