@@ -23,6 +23,8 @@ from featcache.probes.stack import blocks
 from featcache.probes.training import train_block
 
 DIM = 2048
+# So that what is done once a probe, such as drawing its weights, weighs about as little as in a whole training.
+EPOCHS = 4
 
 
 def in_turn(runs, repeats):
@@ -59,7 +61,7 @@ def sliced(features, labels, batch_size):
         yield features[rows], labels[rows]
 
 
-def stacked(probes, features, labels, classes, batch_size, epochs, precision="float32", alone=False):
+def stacked(probes, features, labels, classes, batch_size, precision="float32", alone=False):
     """Train probes of different rates for some epochs, as train-probes does, or one after another."""
     specs = [
         ProbeSpec(
@@ -69,7 +71,7 @@ def stacked(probes, features, labels, classes, batch_size, epochs, precision="fl
             Loss("bce"),
             Optimizer("sgd", 0.01 * (p + 1), 0.9),
             Schedule(),
-            epochs,
+            EPOCHS,
             batch_size,
             p,
             precision=precision,
@@ -99,8 +101,7 @@ def main():
         plain = features.float(), labels.float()
         loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True)
         for probes in stacks:
-            epochs = 4 if probes * classes < 4000 else 1
-            stack = partial(stacked, probes, features, labels, classes, batch_size, epochs)
+            stack = partial(stacked, probes, features, labels, classes, batch_size)
             seconds = in_turn(
                 {
                     "peak": multiply,
@@ -112,14 +113,14 @@ def main():
                 },
                 arguments.repeats,
             )
-            each = seconds["stack"] / (probes * epochs)
+            each = seconds["stack"] / (probes * EPOCHS)
             peak = operations / seconds["peak"]
             share = 4 * arguments.rows * DIM * classes / peak / each
             print(
                 f"| {classes} | {batch_size} | {probes} | {each:.4f} | {peak / 1e9:.0f} | {share:.2f} | "
                 f"{seconds['loader'] / each:.1f}x | {seconds['slices'] / each:.1f}x | "
                 f"{seconds['alone'] / seconds['stack']:.2f}x | "
-                f"{seconds['loader'] * probes * epochs / seconds['bf16']:.1f}x |",
+                f"{seconds['loader'] * probes * EPOCHS / seconds['bf16']:.1f}x |",
                 flush=True,
             )
 
