@@ -15,7 +15,7 @@ from featcache.errors import BadInput
 from featcache.probes.grid import parse_grid
 from featcache.probes.heads import Head as HeadModule
 from featcache.probes.spec import Head, logit_offset
-from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, blocks, predict
+from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, Predictor, blocks
 from featcache.probes.training import train_block
 from featcache.probes.weights import initial_weights
 from featcache.reporting.table import describe_head
@@ -49,7 +49,7 @@ def test_values_and_gradients_equal_the_package(data, head):  # noqa: F811
     several = specs(3, head)
     weights = [perturbed(spec, random) for spec in several]
     features = maps.mean(2) if head.type == "linear" else maps
-    logits = predict(several, weights, features, C)
+    logits = Predictor(several, weights, C, "cpu")(features)
     for spec, own, got in zip(several, weights, logits, strict=True):
         published, module = Plain(head, own).eval().double(), HeadModule(spec, own).double()
         inputs = maps.double().unflatten(2, (2, 2)).requires_grad_()

@@ -14,7 +14,7 @@ from featcache.probes.heads import STACKS, footprint
 from featcache.probes.heads import Head as HeadModule
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks, predict
+from featcache.probes.stack import Predictor, blocks
 from featcache.probes.training import train_block
 from featcache.probes.weights import initial_weights, stacked_weights
 
@@ -140,14 +140,15 @@ def test_values_and_gradients_in_float32(maps, head):
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_prediction_and_the_single_module(maps, head):
-    """predict(), which hands batches to one stack in turn, the module, and plain modules in evaluation mode."""
+    """A Predictor, which hands batches to one stack in turn, the module, and plain modules in evaluation mode."""
     several = specs(head)
     stack = STACKS[head.type](several, stacked_weights(several, D, C, "cpu"))
     perturbed(stack)
     weights = [of_probe(stack.weights, p) for p in range(P)]
     many = maps.repeat(60, 1, 1) * torch.linspace(0.5, 2, 60 * B)[:, None, None]
     assert len(many) > 1024
-    logits = predict(several, weights, many.mean(2) if head.type == "linear" else many, C)
+    predictor, inputs = Predictor(several, weights, C, "cpu"), many.mean(2) if head.type == "linear" else many
+    logits = torch.cat([predictor(part) for part in inputs.split(1024)], dim=1)
     for spec, own, got in zip(several, weights, logits, strict=True):
         expected = Plain(head, own).eval()(many.unsqueeze(3)).detach()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

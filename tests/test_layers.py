@@ -317,9 +317,9 @@ def test_probes_on_tokens_and_grids(scenes, vit_checkpoint, tmp_path):
     test = featcache.open_store(store)["test"]
     probe = load_probe(run.path, by_feature["norm:grid(2,2,0)"]["probe"])
     flat = torch.from_numpy(test["grid(2,2,0)"][:]).flatten(1)
-    from featcache.probes.stack import predict
+    from featcache.probes.stack import Predictor
 
-    logits = predict([probe.spec], [probe.weights], flat, len(test.store.classes))
+    logits = Predictor([probe.spec], [probe.weights], len(test.store.classes), "cpu")(flat)
     by_hand = flat @ probe.weights["fc0.weight"].T + probe.weights["fc0.bias"]
     assert torch.allclose(logits.reshape(by_hand.shape), by_hand, atol=1e-5)
     mlp = {"type": "mlp", "hidden": 4}

@@ -11,7 +11,7 @@ from plain import assert_near, train_plain
 from featcache.probes.heads import Head as HeadModule
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks, predict
+from featcache.probes.stack import Predictor, blocks
 from featcache.probes.training import train_block
 
 N, D, C, S = 150, 48, 7, 4
@@ -85,7 +85,7 @@ def test_a_stack_equals_plain_torch(data, head, loss, optimizer):
     # Rates at which training is stable: the two sum in another order, and chaos would enlarge that.
     (block,) = blocks(specs(3, head, optimizer, epochs=3, loss=loss, rate=0.03), D, S, C)
     trained = train_block(block, features, multi, C, 0)
-    logits = predict(block, [t.weights for t in trained], features, C)
+    logits = Predictor(block, [t.weights for t in trained], C, "cpu")(features)
     for number, probe in enumerate(trained):
         steps = math.ceil(N / probe.spec.batch_size)
         rates = [factors(probe.spec.schedule, probe.spec.epochs, steps, epoch) for epoch in range(probe.spec.epochs)]

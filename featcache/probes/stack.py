@@ -93,12 +93,3 @@ class Predictor:
     def __call__(self, features):
         """Map features [n, D] or [n, D, S], any float dtype, to logits float32 [P, n, C] where the features are."""
         return self._stack.forward(features.float()).transpose(0, 1)[: self._probes]
-
-
-def predict(specs, weights, features, classes):
-    """Return the logits of trained probes of one block, float32 [P, N, C] on the CPU.
-
-    weights: one {name: tensor} a spec. features: [N, D] or [N, D, S].
-    """
-    predictor = Predictor(specs, weights, classes, features.device)
-    return torch.cat([predictor(part).cpu() for part in features.split(CHUNK_ROWS)], dim=1)

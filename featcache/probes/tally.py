@@ -19,7 +19,7 @@ class Tally:
     """The logits of P probes on N images: `add` them in the order of the images, then ask for `scores`.
 
     labels: of all images, int8 [N, C] or int64 [N], on the device of the logits. classes: C. losses: of
-    each probe, the type.
+    each probe, the type. `class_mean`: the metric that is no function of sums over images, but a mean over classes.
     """
 
     def __init__(self, labels, classes, losses):
@@ -38,27 +38,31 @@ class Tally:
         self._rows = end
 
     @torch.no_grad()
-    def scores(self, weights=None):
+    def scores(self, weights=None, only=None):
         """Return {metric: float64 [P, 1 + R]} on the CPU: of the images as they are, then of R resamples.
 
-        weights: uint8 [N, R] as bootstrap.resamples gives them; [P, 1] without. A probe with a logit that
-        is not finite scores NaN.
+        weights: uint8 [N, R] as bootstrap.resamples gives them; [P, 1] without. only: the one metric that is
+        asked for, so that others need not be computed. A probe with a logit that is not finite scores NaN.
         """
         if weights is not None:
             weights = weights.to(self.labels.device)
+        table = {}
+        if only != self.class_mean:
+            table |= self._of_sums(weights)
+        if only in (None, self.class_mean):
+            table[self.class_mean] = self._class_mean(weights)
+        broken = ~self.finite.cpu().unsqueeze(1)
+        return {metric: values.cpu().masked_fill(broken, torch.nan) for metric, values in table.items()}
+
+    def _of_sums(self, weights):
         sums = [0] * len(self.softmax)
         for rows in self._pieces():
             piece = _with_ones(weights, rows, self.labels).double()
             # Probe by probe, so that none depends on its neighbours by a rounding.
             for p in range(len(sums)):
                 sums[p] += self._statistics(p, rows) @ piece
-        table = {}
-        for total in sums:
-            for metric, values in self._metrics(total).items():
-                table.setdefault(metric, []).append(values)
-        table = {metric: torch.stack(values) for metric, values in table.items()} | self._class_means(weights)
-        broken = ~self.finite.cpu().unsqueeze(1)
-        return {metric: values.cpu().masked_fill(broken, torch.nan) for metric, values in table.items()}
+        found = [self._metrics(total) for total in sums]
+        return {metric: torch.stack([each[metric] for each in found]) for metric in found[0]}
 
     def _pieces(self):
         return [slice(start, start + PIECE_ROWS) for start in range(0, len(self.labels), PIECE_ROWS)]
@@ -93,6 +97,8 @@ def _gaps(confidence, outcome, counted):
 
 class SingleLabelTally(Tally):
     """Of one class an image. It keeps the rank of that class, the loss and the top confidence: 24 bytes an image."""
+
+    class_mean = "balanced_accuracy"
 
     def _keep(self, logits, rows):
         if not self._rows:
@@ -134,8 +140,8 @@ class SingleLabelTally(Tally):
             "ece": sums[4:].abs().sum(0) / images,
         }
 
-    def _class_means(self, weights):
-        """Balanced accuracy: the mean of the recalls of the classes that a resample holds."""
+    def _class_mean(self, weights):
+        """The mean of the recalls of the classes that a resample holds."""
         hits, there = [0] * len(self.softmax), 0
         for rows in self._pieces():
             labels, piece = self.labels[rows], _with_ones(weights, rows, self.labels).float()
@@ -145,11 +151,13 @@ class SingleLabelTally(Tally):
             for p, rank in enumerate(self._rank[:, rows]):
                 hit = (rank[order] == 0).float()
                 hits[p] += F.embedding_bag(order, piece, starts, mode="sum", per_sample_weights=hit)
-        return {"balanced_accuracy": torch.stack([(h.double() / there).nanmean(0) for h in hits])}
+        return torch.stack([(h.double() / there).nanmean(0) for h in hits])
 
 
 class MultiLabelTally(Tally):
     """Of any number of classes an image; -1 is an unknown label, left out of every sum. It keeps all logits."""
+
+    class_mean = "map"
 
     def _keep(self, logits, rows):
         if not self._rows:
@@ -210,9 +218,9 @@ class MultiLabelTally(Tally):
             classes.append(average_precision(self._logits[:, known, c], labels[known] == 1, part))
         return torch.stack(classes, dim=1)
 
-    def _class_means(self, weights):
-        """mAP: the mean over the classes that have a positive image."""
-        return {"map": self.average_precisions(weights).nanmean(1)}
+    def _class_mean(self, weights):
+        """The mean over the classes that have a positive image."""
+        return self.average_precisions(weights).nanmean(1)
 
 
 TALLIES = {"multi-label": MultiLabelTally, "single-label": SingleLabelTally}

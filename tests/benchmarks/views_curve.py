@@ -26,7 +26,7 @@ from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
 from featcache.probes.average_precision import average_precision
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import predict
+from featcache.probes.stack import Predictor
 from featcache.probes.training import train_block
 
 COUNTS = (0, 1, 2, 4, 8)
@@ -61,9 +61,10 @@ def measure(specs, features, store, seed):
     """Train the probes; return the test logits [N, C] of the one that is best on val."""
     trained = train_block(specs, features, torch.from_numpy(store["train"].labels), len(store.classes), seed)
     weights = [probe.weights for probe in trained]
-    logits = predict(specs, weights, store["val"]["pooled"].to_torch(), len(store.classes))
+    logits = Predictor(specs, weights, len(store.classes), "cpu")(store["val"]["pooled"].to_torch())
     best = int(mean_average_precision(logits, torch.from_numpy(store["val"].labels)).argmax())
-    return predict([specs[best]], [weights[best]], store["test"]["pooled"].to_torch(), len(store.classes))[0]
+    best = Predictor([specs[best]], [weights[best]], len(store.classes), "cpu")
+    return best(store["test"]["pooled"].to_torch())[0]
 
 
 def fresh_views(backbone, data, epochs, seed):
