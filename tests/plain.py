@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from featcache.probes.features import epoch_order
-from featcache.probes.weights import initial_weights
+from featcache.probes.heads.weights import initial_weights
 
 
 class Attention(nn.Module):

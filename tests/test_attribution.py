@@ -19,7 +19,7 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 from featcache.feature import Feature
-from featcache.probes.heads import Head
+from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import select
 

@@ -12,12 +12,12 @@ from torch import nn
 import featcache
 from featcache.attribution.gradcam import gradcam
 from featcache.errors import BadInput
-from featcache.probes.grid import parse_grid
-from featcache.probes.heads import Head as HeadModule
+from featcache.probes.grids.grid import parse_grid
+from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.spec import Head, logit_offset
 from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, Predictor, blocks
 from featcache.probes.training import train_block
-from featcache.probes.weights import initial_weights
 from featcache.reporting.table import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import BadInput
-from featcache.probes.grid import parse_grid, read_grid
+from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.spec import spec_from_dict
 
 BASE = {"features": "pooled", "head": "linear", "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}, "epochs": 2}
@@ -514,7 +514,7 @@ def test_the_valid_grid_of_the_mutations():
 
 
 def test_groups_together_have_a_limit(monkeypatch):
-    monkeypatch.setattr("featcache.probes.expand.MOST_PROBES", 15)
+    monkeypatch.setattr("featcache.probes.grids.expand.MOST_PROBES", 15)
     both = [BASE | {"seed": list(range(10))}, BASE | {"seed": list(range(10)), "epochs": 3}]
     with pytest.raises(BadInput, match=r"probes\[1\]: more than 15 probes; make several grids of them"):
         parse_grid({"probes": both})

@@ -9,14 +9,14 @@ from torch import nn
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.grid import parse_grid
-from featcache.probes.heads import STACKS, footprint
-from featcache.probes.heads import Head as HeadModule
+from featcache.probes.grids.grid import parse_grid
+from featcache.probes.heads.head import STACKS, footprint
+from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.weights import initial_weights, stacked_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import Predictor, blocks
 from featcache.probes.training import train_block
-from featcache.probes.weights import initial_weights, stacked_weights
 
 P, B, D, C, S = 3, 24, 16, 5, 6
 HEADS = [

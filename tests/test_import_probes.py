@@ -23,11 +23,11 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.architecture import Architecture
 from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published, published_offset, to_published
-from featcache.probes.heads import Head as HeadModule
+from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import select
 from featcache.probes.spec import Head, imported_spec
-from featcache.probes.weights import initial_weights
 
 C, H = 10, 12
 

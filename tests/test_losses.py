@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from plain import plain_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from featcache.probes.grid import parse_grid
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.losses import LossFunction, class_weights
 from featcache.probes.spec import Loss
 

@@ -15,14 +15,14 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from featcache.probes import average_precision as ap_module
-from featcache.probes import tally as tally_module
-from featcache.probes.average_precision import average_precision
-from featcache.probes.bootstrap import interval, paired_test, resamples
 from featcache.probes.losses import LossFunction
-from featcache.probes.metrics import TASK_METRICS, chance, gain
+from featcache.probes.scores import average_precision as ap_module
+from featcache.probes.scores import tally as tally_module
+from featcache.probes.scores.average_precision import average_precision
+from featcache.probes.scores.bootstrap import interval, paired_test, resamples
+from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
+from featcache.probes.scores.tally import BINS, MultiLabelTally, SingleLabelTally
 from featcache.probes.spec import Loss
-from featcache.probes.tally import BINS, MultiLabelTally, SingleLabelTally
 
 
 def tallied(kind, logits, labels, losses, chunk=7):

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from featcache.errors import BadInput
-from featcache.probes.grid import parse_grid
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.lbfgs import fit_lbfgs
 from featcache.probes.losses import class_weights
 from featcache.probes.optimizers import OPTIMIZERS

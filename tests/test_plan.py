@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads import Head as HeadModule
+from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
 from featcache.probes.spec import Head
-from featcache.probes.weights import initial_weights
 
 
 def test_stacks_of_a_grid(store):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import featcache
-from featcache.probes.grid import parse_grid, read_grid
+from featcache.probes.grids.grid import parse_grid, read_grid
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 PARITY = "how-to-probe"

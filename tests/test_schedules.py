@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from featcache.errors import BadInput
-from featcache.probes.grid import parse_grid
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Schedule
 

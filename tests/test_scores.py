@@ -14,10 +14,10 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes import scoring
-from featcache.probes.heads import Head
+from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
+from featcache.probes.scores import scoring
 from featcache.reporting.table import score_rows
 
 GRID = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plain import assert_near, train_plain
 
-from featcache.probes.heads import Head as HeadModule
+from featcache.probes.heads.head import Head as HeadModule
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import Predictor, blocks

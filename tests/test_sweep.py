@@ -17,11 +17,11 @@ from conftest import SIZE
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.features import MiniBatches, Streamed, epoch_order
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.sweep import rung_epoch, rungs
 from featcache.probes.training import Training, train_block
-from featcache.probes.weights import initial_weights
 from featcache.store import manifest
 
 LINEAR = {

@@ -16,10 +16,10 @@ from test_store import write_store
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads import Head
-from featcache.probes.metrics import TASK_METRICS
+from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
+from featcache.probes.scores.metrics import TASK_METRICS
 from featcache.store.manifest import identity_hash
 from featcache.store.sealed import seal, unseal
 
@@ -60,7 +60,7 @@ def test_the_run_folder(run):
         history = list(csv.DictReader(file))
     assert len(history) == 8 * 4 + 2
     assert len(list((run.path / "probes").iterdir())) == 9
-    assert featcache.probes.grid.read_grid(run.path / "grid.yaml").specs, "the resolved grid is a grid"
+    assert featcache.probes.grids.grid.read_grid(run.path / "grid.yaml").specs, "the resolved grid is a grid"
 
 
 def test_scores_are_those_of_the_saved_probes(run, store):

@@ -32,6 +32,7 @@ from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes import features as probe_features
 from featcache.probes.features import epoch_order
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import (
     Head,
@@ -42,7 +43,6 @@ from featcache.probes.spec import (
     spec_from_dict,
 )
 from featcache.probes.train import _resolve_views
-from featcache.probes.weights import initial_weights
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3

@@ -20,7 +20,7 @@ from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
-from featcache.probes.heads import Head
+from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select, store_of
 from featcache.store.manifest import difference

@@ -2,7 +2,6 @@
 
 import click
 
-
 arch_option = click.option(
     "--arch",
     metavar="NAME",

@@ -18,14 +18,14 @@ from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
 from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import parse_feature
-from featcache.probes.fields import OFFSET
-from featcache.probes.metrics import TASK_METRICS
+from featcache.probes.grids.fields import OFFSET
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe, save_probe
 from featcache.probes.run import FILE, read_summary
+from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.scoring import finish_run
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
-from featcache.probes.weights import initial_weights
-from featcache.probes.scoring import finish_run
 from featcache.store.reader import open_store
 
 ROLES = ("train", "val", "test")

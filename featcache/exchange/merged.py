@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from featcache.feature import parse_feature
-from featcache.probes.heads import Head
+from featcache.probes.heads.head import Head
 
 # torch 2.6 wants a bound; this one nobody meets.
 LARGEST_BATCH = 1 << 30

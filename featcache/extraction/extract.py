@@ -16,9 +16,9 @@ from featcache.datasets import read_dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, Images, image_batches
-from featcache.ranks import join_ranks
 from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
+from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
 from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of

@@ -11,7 +11,6 @@ import torch
 from featcache.errors import BadInput
 from featcache.store.manifest import feature_of
 
-
 # Rows that are scored at a time.
 CHUNK_ROWS = 1024
 

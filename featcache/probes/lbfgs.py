@@ -6,8 +6,8 @@ single-label data that is scikit-learn's LogisticRegression with C = 1 / (N weig
 
 import torch
 
+from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.losses import LossFunction
-from featcache.probes.weights import stacked_weights
 
 HISTORY = 10
 # Converged: no partial derivative of the objective is larger.

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from featcache.probes.gemm import accumulate, multiply
-from featcache.probes.layers import Memory
+from featcache.probes.heads.layers import Memory
 
 
 def common(optimizer):

@@ -9,12 +9,12 @@ import torch
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import feature_bytes, free_bytes, input_shape
-from featcache.probes.grid import Grid, parse_grid, read_grid
-from featcache.probes.heads import footprint
-from featcache.probes.scoring import work
+from featcache.probes.grids.grid import Grid, parse_grid, read_grid
+from featcache.probes.heads.head import footprint
+from featcache.probes.heads.weights import initial_weights
+from featcache.probes.scores.scoring import work
 from featcache.probes.sweep import input_name, plan_buffers
 from featcache.probes.train import store_specs, store_splits
-from featcache.probes.weights import initial_weights
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers

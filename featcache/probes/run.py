@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from featcache.errors import BadInput, nearest
-from featcache.probes.metrics import gain
+from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
 FILE = "run.json"

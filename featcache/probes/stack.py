@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from featcache.probes.features import CHUNK_ROWS
-from featcache.probes.heads import STACKS, footprint
+from featcache.probes.heads.head import STACKS, footprint
 from featcache.probes.optimizers import common
 
 # Weights and momentum of the probes trained at a time should stay in the last-level cache, unless a batch has so many

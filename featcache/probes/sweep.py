@@ -30,12 +30,12 @@ from featcache.probes.features import (
     read_chunks,
     view_of_epoch,
 )
-from featcache.probes.metrics import gain
-from featcache.probes.heads import footprint
+from featcache.probes.heads.head import footprint
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
-from featcache.probes.scoring import work
+from featcache.probes.scores.metrics import gain
+from featcache.probes.scores.scoring import work
+from featcache.probes.scores.tally import TALLIES
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.tally import TALLIES
 from featcache.probes.training import Training, fit_block
 
 PARTIAL = "partial"

@@ -14,10 +14,10 @@ from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import input_shape
 from featcache.probes.gemm import check_precision
-from featcache.probes.grid import parse_grid, read_grid
-from featcache.probes.metrics import TASK_METRICS
+from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scoring import check_apart, finish_run
+from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.scoring import check_apart, finish_run
 from featcache.probes.spec import logit_offset
 from featcache.probes.sweep import check_search, plan_buffers, train_missing
 from featcache.ranks import join_ranks

@@ -11,14 +11,14 @@ import torch
 
 from featcache.probes.features import epoch_order
 from featcache.probes.gemm import multiplying
-from featcache.probes.heads import STACKS
+from featcache.probes.heads.head import STACKS
+from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.lbfgs import fit_lbfgs
 from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import LOSS_BYTES, TrainedProbe, padded
-from featcache.probes.weights import stacked_weights
 
 
 class Training:

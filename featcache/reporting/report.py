@@ -8,8 +8,8 @@ import numpy as np
 
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
-from featcache.probes.metrics import LOWER_IS_BETTER
 from featcache.probes.run import open_run, select
+from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
 from featcache.reporting.localisation import localisation_rows
 from featcache.reporting.table import (

@@ -2,8 +2,8 @@
 
 import math
 
-from featcache.probes.metrics import gain
-from featcache.probes.seeds import over_seeds
+from featcache.probes.scores.metrics import gain
+from featcache.probes.scores.seeds import over_seeds
 
 METRIC_NAMES = {
     "map": "mAP", "precision_macro": "macro precision", "recall_macro": "macro recall", "f1_macro": "macro F1",

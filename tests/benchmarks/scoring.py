@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from featcache.probes.bootstrap import resamples
-from featcache.probes.metrics import TASK_METRICS
-from featcache.probes.tally import MultiLabelTally, SingleLabelTally
+from featcache.probes.scores.bootstrap import resamples
+from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.tally import MultiLabelTally, SingleLabelTally
 
 CHUNK = 1024
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import featcache
-from featcache.probes.grid import parse_grid
+from featcache.probes.grids.grid import parse_grid
 
 EPOCHS, BATCH = 30, 64
 GRID = {

@@ -24,7 +24,7 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
-from featcache.probes.average_precision import average_precision
+from featcache.probes.scores.average_precision import average_precision
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import Predictor
 from featcache.probes.training import train_block

@@ -15,14 +15,14 @@ from tqdm import tqdm
 import featcache
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
-from featcache.probes.bootstrap import intervals, resamples
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
-from featcache.probes.metrics import TASK_METRICS, chance, gain
 from featcache.probes.probe_file import load_probe, probe_path
 from featcache.probes.run import FILE, open_run
-from featcache.probes.seeds import over_seeds
+from featcache.probes.scores.bootstrap import intervals, resamples
+from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
+from featcache.probes.scores.seeds import over_seeds
+from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks
-from featcache.probes.tally import TALLIES, MultiLabelTally
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from featcache.probes.gemm import multiply
-from featcache.probes.layers import Layer, uncentred_scale, weight_gradient
+from featcache.probes.heads.layers import Layer, uncentred_scale, weight_gradient
 
 PATCH_EPS = 1e-6
 

@@ -5,8 +5,8 @@ import math
 from dataclasses import replace
 
 from featcache.errors import nearest, shown
-from featcache.probes.fields import DEFAULTS, FIELDS, SECTIONS, Choice, Milestones, Number
-from featcache.probes.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
+from featcache.probes.grids.fields import DEFAULTS, FIELDS, SECTIONS, Choice, Milestones, Number
+from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
 from featcache.probes.spec import ProbeSpec
 
 MOST_PROBES = 100_000

@@ -8,11 +8,11 @@ import torch
 
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.bootstrap import RESAMPLES, paired_test, resamples
 from featcache.probes.features import load_labels
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select, store_of
-from featcache.probes.scoring import load_predictors, tally
+from featcache.probes.scores.bootstrap import RESAMPLES, paired_test, resamples
+from featcache.probes.scores.scoring import load_predictors, tally
 
 COMPARED = 10 * RESAMPLES
 

@@ -4,11 +4,11 @@ import itertools
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
-from featcache.probes.expand import all_specs, check_known, sections
-from featcache.probes.fields import SEARCH, SECTIONS
-from featcache.probes.grid_file import assemble, check_size, read_content
-from featcache.probes.metrics import METRICS
-from featcache.probes.rules import changed, without
+from featcache.probes.grids.expand import all_specs, check_known, sections
+from featcache.probes.grids.fields import SEARCH, SECTIONS
+from featcache.probes.grids.grid_file import assemble, check_size, read_content
+from featcache.probes.grids.rules import changed, without
+from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
 TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "profiles")

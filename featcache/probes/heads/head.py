@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from featcache.probes.attentive import AttentivePooling, AttentiveStack
-from featcache.probes.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
 from featcache.probes.gemm import multiply
-from featcache.probes.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
-from featcache.probes.weights import NORMS
+from featcache.probes.heads.attentive import AttentivePooling, AttentiveStack
+from featcache.probes.heads.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
+from featcache.probes.heads.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
+from featcache.probes.heads.weights import NORMS
 
 NORM_LAYERS = {"bn": BatchNorm, "bnu": UncentredBatchNorm}
 ACTIVATIONS = {"relu": (ReLU, nn.ReLU), "gelu": (GELU, nn.GELU)}

@@ -4,8 +4,8 @@ import itertools
 from dataclasses import replace
 
 from featcache.errors import nearest
-from featcache.probes.expand import alternatives, check_known, sections
-from featcache.probes.fields import FIELDS, SECTIONS
+from featcache.probes.grids.expand import alternatives, check_known, sections
+from featcache.probes.grids.fields import FIELDS, SECTIONS
 
 # All fields of a probe, as rules name them: {field: names of its parts}.
 PARTS = {key: () for key in ("name", *FIELDS)} | {

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest, shown
-from featcache.probes.ranges import is_range
+from featcache.probes.grids.ranges import is_range
 
 # Anchors may make a few lines stand for any number of nodes.
 MOST_NODES = 1_000_000

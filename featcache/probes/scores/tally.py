@@ -8,8 +8,8 @@ trained to give: the softmax for ce, the sigmoid for every other loss.
 import torch
 from torch.nn import functional as F
 
-from featcache.probes.average_precision import average_precision
 from featcache.probes.losses import IGNORED
+from featcache.probes.scores.average_precision import average_precision
 
 BINS = 15
 PIECE_ROWS = 16384

@@ -1,0 +1,1 @@
+"""Heads: their layers and weights, many side by side and one alone."""

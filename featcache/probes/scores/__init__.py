@@ -1,0 +1,1 @@
+"""Scores of trained probes: metrics, intervals, comparisons."""
