@@ -16,7 +16,7 @@ from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.head import Head as HeadModule
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.spec import Head, logit_offset
-from featcache.probes.stack import BLOCK_ACTIVATION_BYTES, BLOCK_WEIGHT_BYTES, Predictor, blocks
+from featcache.probes.stack import CPU_ROOM, Predictor, blocks
 from featcache.probes.training import train_block
 from featcache.reporting.table import describe_head
 
@@ -111,8 +111,8 @@ def test_blocks_of_b_cos_heads_fit_the_cache():
         made = blocks(specs(40, head, batch_size=8), 256, 49, classes)
         for block in made:
             outputs = head.max_out * classes
-            assert len(block) * outputs * 256 * 4 <= BLOCK_WEIGHT_BYTES
-            assert len(block) * outputs * 8 * 49 * 4 <= BLOCK_ACTIVATION_BYTES
+            assert len(block) * outputs * 256 * 4 <= CPU_ROOM.weights
+            assert len(block) * outputs * 8 * 49 * 4 <= CPU_ROOM.activations
         assert sum(len(b) for b in made) == 40
 
 

@@ -11,7 +11,7 @@ from plain import assert_near, train_plain
 from featcache.probes.heads.head import Head as HeadModule
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import Predictor, blocks
+from featcache.probes.stack import Predictor, blocks, room_of
 from featcache.probes.training import train_block
 
 N, D, C, S = 150, 48, 7, 4
@@ -133,3 +133,10 @@ def test_blocks_hold_what_fits_and_lose_nobody():
         assert len({(s.head, s.optimizer.type, s.batch_size, s.epochs) for s in block}) == 1
         kinds = [s.loss.type for s in block]
         assert kinds == sorted(kinds)
+
+
+def test_a_gpu_takes_all_probes_of_a_grid_in_one_step():
+    """64 of ImageNet's size; on a CPU a few at a time, whose weights stay in the cache."""
+    wanted = specs(64, LINEAR, batch_size=1024)
+    assert [len(block) for block in blocks(wanted, 2048, 1, 1000, room_of(torch.device("cuda")))] == [64]
+    assert max(len(block) for block in blocks(wanted, 2048, 1, 1000, room_of(torch.device("cpu")))) == 3

@@ -116,9 +116,8 @@ def ce_targets(labels, logits, loss, weights=None):
         weights = weights.to(logits)
         targets = targets * weights
         count, mass = (present @ weights).sum() if single else count, targets.sum(1, keepdim=True)
-    ignored = labels < 0
-    targets, ignored = (_classes_first(t) for t in (targets / count, ignored))
-    return targets, (mass / count).unsqueeze(2), ignored if ignored.any() else None
+    ignored = None if single or not (labels < 0).any() else _classes_first(labels < 0)
+    return _classes_first(targets / count), (mass / count).unsqueeze(2), ignored
 
 
 def ce(logits, targets, mass, ignored):

@@ -106,7 +106,7 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)
     rates, stacks = {}, []
-    for blocks, feature, pool in work(specs, opened):
+    for blocks, feature, pool in work(specs, opened, device):
         dim, positions = input_shape(opened, feature, pool)
         size = feature_bytes(opened, splits["train"], feature, pool)
         streamed = buffers[input_name(feature, pool)] is not None

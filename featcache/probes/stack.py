@@ -8,14 +8,30 @@ from featcache.probes.features import CHUNK_ROWS
 from featcache.probes.heads.head import STACKS, footprint
 from featcache.probes.optimizers import common
 
-# Weights and momentum of the probes trained at a time should stay in the last-level cache, unless a batch has so many
-# rows that a product does not wait for them; a layer's activations should leave room for other things; and what a
-# loss computes element by element should stay in the second-level cache.
-BLOCK_WEIGHT_BYTES = 24 << 20
+# With so many rows in a batch a product does not wait for weights to come from memory.
 MANY_ROWS = 1024
-BLOCK_ACTIVATION_BYTES = 256 << 20
-LOSS_BYTES = 2 << 20
 MIN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of the probes trained at a time: a layer's weights, its activations, and logits in a loss at a time."""
+
+    weights: int
+    activations: int
+    losses: int
+
+
+# Weights and momentum should stay in the last-level cache, activations leave room for other things, and what a loss
+# computes element by element stay in the second-level cache.
+CPU_ROOM = Room(24 << 20, 256 << 20, 2 << 20)
+# On a GPU a step costs its launches, so it should be one for all: as much as leaves room for features on a small one.
+GPU_ROOM = Room(512 << 20, 1 << 30, 256 << 20)
+
+
+def room_of(device):
+    """The Room on a torch.device."""
+    return CPU_ROOM if device.type == "cpu" else GPU_ROOM
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,8 @@ class TrainedProbe:
     stopped: str | None = None
 
 
-def blocks(specs, dim, positions, classes):
-    """Group specs into blocks that train together: same features, views, head, batches and rule; cache-sized.
+def blocks(specs, dim, positions, classes, room=CPU_ROOM):
+    """Group specs into blocks that train together: same features, views, head, batches and rule; as the room is.
 
     specs: of one feature, of which dim is the width and positions the size of the map (1 if
     pooled). Returns lists of specs, in order of first appearance.
@@ -57,9 +73,9 @@ def blocks(specs, dim, positions, classes):
         rows = batch_size or CHUNK_ROWS
         fit = len(members)
         if head.type == "linear" or rows * positions < MANY_ROWS:
-            fit = BLOCK_WEIGHT_BYTES // (4 * weights)
+            fit = room.weights // (4 * weights)
         if head.type != "linear":
-            fit = min(fit, BLOCK_ACTIVATION_BYTES // (4 * activations * rows))
+            fit = min(fit, room.activations // (4 * activations * rows))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]

@@ -218,7 +218,7 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
     search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     all is there. Raises BadInput.
     """
-    todo = ranks.share(_plan(folder, specs, store, buffers)) if ranks.rank == 0 else ranks.shared()
+    todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
         sweep = Sweep(folder, specs, store, splits, device, seed, judge, ranks, progress)
         missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
@@ -273,7 +273,7 @@ def _search(sweep, waves, search):
             sweep.cut(everyone, fraction, search.factor)
 
 
-def _plan(folder, specs, store, buffers):
+def _plan(folder, specs, store, buffers, device):
     """What is to train: [(blocks, feature, pool, buffer rows)].
 
     A block is the ids of its probes, or the name of the file that holds its state.
@@ -285,7 +285,7 @@ def _plan(folder, specs, store, buffers):
     resumed = {spec.id for _, found in begun for spec in found}
     inputs = [input_of(found[0]) for _, found in begun]
     todo = [([path.name], *read, buffers[input_name(*read)]) for (path, _), read in zip(begun, inputs, strict=True)]
-    for group, feature, pool in work([s for s in missing if s.id not in resumed], store):
+    for group, feature, pool in work([s for s in missing if s.id not in resumed], store, device):
         for wave in _waves(group, store, feature, pool, buffers):
             blocks = [[spec.id for spec in block] for block in wave]
             todo.append((blocks, feature, pool, buffers[input_name(feature, pool)]))

@@ -18,7 +18,7 @@ from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import LOSS_BYTES, TrainedProbe, padded
+from featcache.probes.stack import TrainedProbe, padded, room_of
 
 
 class Training:
@@ -292,8 +292,8 @@ def _repeat_last(stacked, held):
 
 
 def _loss_slices(specs, labels, classes):
-    """Return [(loss function, start, end)] over probes that are sorted by loss, each small enough for the cache."""
-    most = max(LOSS_BYTES // (8 * specs[0].batch_size * classes), 1)
+    """Return [(loss function, start, end)] over probes that are sorted by loss, each as the room is."""
+    most = max(room_of(labels.device).losses // (8 * specs[0].batch_size * classes), 1)
     functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):

@@ -22,7 +22,7 @@ from featcache.probes.scores.bootstrap import intervals, resamples
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
-from featcache.probes.stack import Predictor, blocks
+from featcache.probes.stack import Predictor, blocks, room_of
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes")
@@ -88,14 +88,14 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
     return open_run(folder)
 
 
-def work(specs, store):
+def work(specs, store, device):
     """Yield (blocks, feature, pool) for each set of input that the specs ask for."""
     inputs = {}
     for spec in specs:
         inputs.setdefault(input_of(spec), []).append(spec)
     for (feature, pool), members in inputs.items():
         dim, positions = input_shape(store, feature, pool)
-        yield blocks(members, dim, positions, len(store.classes)), feature, pool
+        yield blocks(members, dim, positions, len(store.classes), room_of(device)), feature, pool
 
 
 def check_apart(store, splits):
@@ -142,7 +142,7 @@ def _score(folder, specs, store, splits, labels, device):
     scored = {}
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         kept = (4 * len(store.classes) if store.task == "multi-label" else 24) * max(map(len, labels.values()))
-        for group, _, _ in work(specs, store):
+        for group, _, _ in work(specs, store, device):
             for some in _passes(folder, group, kept):
                 predictors = load_predictors(folder, some, store, device)
                 for role, parts in splits.items():
