@@ -155,6 +155,11 @@ ERRORS = [
     (grid() | {"exclude": {"loss": "ce"}}, "exclude: expected a list of at least one rule"),
     (grid() | {"exclude": [{}]}, "exclude[0]: expected some fields of the probes that are meant"),
     (grid() | {"exclude": [{"loss": "ce"}]}, "exclude[0]: drops no probe"),
+    (grid() | {"exclude": [{"loss.gamma": 0}]}, "exclude[0]: drops no probe"),
+    (grid() | {"exclude": [{"head.norm": "none"}]}, "exclude[0]: drops no probe"),
+    (grid() | {"splits": {"test": ["a", "a"]}}, "splits.test: names a split twice"),
+    (grid(features="poold"), "probes[0].features: feature 'poold': 'poold' is not one of"),
+    (grid(optimizer="lbfgs", views=0, patience=2), "optimizer lbfgs has no epochs to choose from"),
     (grid() | {"exclude": [{"loss": "bce"}]}, "exclude[0]: leaves no probe of the grid"),
     (grid() | {"exclude": [{"optimizer.lrr": 1}]}, "exclude[0].optimizer.lrr: unknown field; did you mean 'optimizer.lr'?"),
     (grid() | {"exclude": [{"loss": {"tpye": "ce"}}]}, "exclude[0].loss.tpye: unknown field; did you mean 'type'?"),
@@ -361,6 +366,15 @@ def test_included_files(tmp_path):
     (tmp_path / "deep/base.yaml").write_text("[")
     with pytest.raises(BadInput, match=r"more.yaml: include\[0\]: grid .*base.yaml, line 1"):
         read_grid(tmp_path / "top.yaml")
+
+
+def test_rules_read_values_as_they_are_written():
+    cosine = {"type": "cosine", "per": ["step", "epoch"]}
+    for rule, left in (({"schedule.per": "step"}, "epoch"), ({"schedule.per": "epoch"}, None)):
+        (spec,) = parse_grid(grid(schedule=cosine) | {"exclude": [rule]}).specs
+        assert spec.schedule.per == left
+    (spec,) = parse_grid(grid(views=["all", 0]) | {"exclude": [{"views": "all"}]}).specs
+    assert spec.views == 0
 
 
 def test_exclude():

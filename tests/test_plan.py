@@ -92,3 +92,19 @@ def test_what_would_not_train_is_refused(store, command, tmp_path):
     (tmp_path / "g.yaml").write_text("probes: 3")
     code, _, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--dry-run")
     assert code == 2 and "probes: expected a list of at least one group" in err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"select": {"metric": "top1"}}, "select.metric: 'top1' does not fit multi-label labels"),
+        ({"precision": "tf32"}, "tf32 is of NVIDIA GPUs"),
+        ({"search": "halving", "optimizer": "lbfgs"}, "the optimizer lbfgs has none"),
+    ],
+)
+def test_what_training_refuses_is_refused_before(store, change, message):
+    top = {key: change[key] for key in ("select", "search") if key in change}
+    group = {"features": "pooled", "head": "linear", "loss": "bce", "epochs": 1, "optimizer": {"type": "sgd", "lr": 1}}
+    group |= {key: change[key] for key in ("precision", "optimizer") if key in change}
+    with pytest.raises(BadInput, match=message):
+        plan_probes(top | {"probes": [group]}, store=store, device="cpu")

@@ -74,7 +74,9 @@ def test_scores_are_those_of_the_saved_probes(run, store):
 def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monkeypatch):
     shutil.copytree(run.path, tmp_path / "r")
     summary = json.loads((tmp_path / "r/run.json").read_text())
-    (tmp_path / "r/run.json").write_text(json.dumps({k: summary[k] for k in ("store_id", "seed", "splits")}))
+    (tmp_path / "r/run.json").write_text(
+        json.dumps({k: summary[k] for k in ("store_id", "seed", "splits", "select", "search")})
+    )
     monkeypatch.setattr(scoring, "HELD_BYTES", 60_000)
     featcache.train_probes(GRID, store=store, run=tmp_path / "r")
     for name in ("scores.csv", "scores_per_class.csv", "calibration.csv", "seeds.csv", "history.csv"):

@@ -332,6 +332,8 @@ def test_rungs():
 
     assert rungs(SimpleNamespace(first=0.1, factor=3)) == pytest.approx([0.1, 0.3, 0.9])
     assert rungs(None) == []
+    assert [rung_epoch(600, f) for f in rungs(SimpleNamespace(first=0.1, factor=3))] == [60, 180, 540]
+    assert [rung_epoch(20, f) for f in rungs(SimpleNamespace(first=0.1, factor=3))] == [2, 6, 18]
     assert [rung_epoch(10, f) for f in (0.01, 0.1, 0.3)] == [1, 1, 3]
 
 
@@ -340,7 +342,7 @@ def test_a_begun_run_stays_with_how_it_read(store, tmp_path, monkeypatch):
     first = featcache.train_probes(grid, store=store, run=tmp_path / "r", memory=SMALL)
     expected = weights_of(first)
     (tmp_path / "r/run.json").write_text(
-        json.dumps({k: first.summary[k] for k in ("store_id", "seed", "splits", "buffers")})
+        json.dumps({k: first.summary[k] for k in ("store_id", "seed", "splits", "select", "search", "buffers")})
     )
     for path in list((tmp_path / "r/probes").iterdir())[:2]:
         path.unlink()

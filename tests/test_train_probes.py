@@ -91,7 +91,9 @@ def test_finished_runs_return_at_once(run, store, command, tmp_path):
 def test_an_interrupted_run_trains_only_what_is_missing(run, store, command, tmp_path):
     shutil.copytree(run.path, tmp_path / "r")
     summary = json.loads((tmp_path / "r/run.json").read_text())
-    (tmp_path / "r/run.json").write_text(json.dumps({k: summary[k] for k in ("store_id", "seed", "splits")}))
+    (tmp_path / "r/run.json").write_text(
+        json.dumps({k: summary[k] for k in ("store_id", "seed", "splits", "select", "search")})
+    )
     (tmp_path / "r/scores.csv").unlink()
     lost = list(dict.fromkeys(r["probe"] for r in run.scores))[::3]
     for probe in lost:
@@ -218,6 +220,51 @@ def test_no_store_and_foreign_folders(run, store, tmp_path, command):
         "train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", run.path, "--seed", 1
     )
     assert code == 2 and "was made with seed 0, not 1" in err
+
+
+@pytest.mark.parametrize("change", [{"select": {"metric": "nll"}}, {"search": "halving"}])
+def test_a_run_is_of_one_choice(run, store, change):
+    """What is kept or dropped by one metric does not mix with what another would have."""
+    with pytest.raises(BadInput, match=f"was made with {next(iter(change))} .*; choose another --run"):
+        featcache.train_probes(GRID | change, store=store, run=run.path)
+
+
+@pytest.mark.parametrize("name", ["probe", "scores.csv", "calibration.csv"])
+def test_what_is_deleted_from_a_finished_run_is_made_again(run, store, tmp_path, name):
+    shutil.copytree(run.path, tmp_path / "r")
+    lost = next((tmp_path / "r/probes").iterdir()) if name == "probe" else tmp_path / "r" / name
+    expected = lost.read_bytes()
+    lost.unlink()
+    featcache.train_probes(GRID, store=store, run=tmp_path / "r")
+    if name != "probe":
+        assert lost.read_bytes() == expected
+    else:
+        assert load_probe(tmp_path / "r", lost.stem).losses == pytest.approx(load_probe(run.path, lost.stem).losses)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"seed": -1}, "seed: expected a whole number from 0 to 4294967295, not -1"),
+        ({"seed": 2**60}, "seed: expected a whole number"),
+        ({"seed": None}, "seed: expected a whole number"),
+        ({"memory": float("nan")}, "memory: expected a number of bytes"),
+        ({"memory": float("inf")}, "memory: expected a number of bytes"),
+        ({"memory": -1}, "memory: expected a number of bytes"),
+        ({"grid": []}, "grid: expected the path of a YAML file, or its content as a dict"),
+    ],
+)
+def test_arguments_that_make_no_sense(store, tmp_path, given, message):
+    with pytest.raises(BadInput, match=message):
+        featcache.train_probes(**{"grid": GRID, "store": store, "run": tmp_path / "r"} | given)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("text, message", [("[]", "is not a run folder"), ('{"key": "a"}', "run.json lacks store")])
+def test_a_run_json_that_is_something_else(tmp_path, text, message):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        open_run(tmp_path)
 
 
 def test_mlp_on_pooled_when_asked_for(store, tmp_path):

@@ -25,7 +25,7 @@ def train_probes(dry_run, run, seed, memory, **options):
     The same command again goes on where it was interrupted, and trains only what is missing. Under
     torchrun the processes share the work.
     """
-    memory = int(memory * 1e9) if memory else None
+    memory = None if memory is None else memory * 1e9
     if dry_run:
         from featcache.probes.plan import plan_probes
 

@@ -22,9 +22,9 @@ CHUNK_ROWS = 4096
 def fit_lbfgs(specs, features, labels, classes):
     """Train linear probes that share features; their losses, decays and iterations may differ.
 
-    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses):
-    for each spec {name: float32 CPU tensor}, and the mean losses at the start and after every iteration. A probe
-    whose objective is not finite has weights that are NaN. The order of images does not matter, nor do neighbours
+    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses, short):
+    for each spec {name: float32 CPU tensor}, the mean losses at the start and after every iteration, and whether its
+    iterations ended before it converged. A probe whose objective is not finite has weights that are NaN. The order of images does not matter, nor do neighbours
     but for the rounding of float64.
     """
     problem = _Problem(specs, features, labels, classes)
@@ -34,7 +34,7 @@ def fit_lbfgs(specs, features, labels, classes):
     limits = torch.tensor([s.optimizer.iterations for s in specs], device=point.device)
     value, slope, loss = problem.evaluate(point, torch.arange(len(specs), device=point.device))
     losses, moved = [[number] for number in loss.tolist()], torch.ones_like(limits, dtype=torch.bool)
-    pairs = []
+    pairs, stalled = [], torch.zeros_like(moved)
     for iteration in range(int(limits.max())):
         active = moved & torch.isfinite(value) & (slope.abs().amax(1) > TOLERANCE) & (iteration < limits)
         if not active.any():
@@ -42,13 +42,16 @@ def fit_lbfgs(specs, features, labels, classes):
         before = point.clone(), slope.clone()
         direction = _direction(slope, pairs)
         moved = _line_search(problem, (point, value, slope, loss), direction, active, first=not iteration)
+        # What no step makes lower is as low as float64 can say.
+        stalled |= active & ~moved
         pairs = [*pairs[1 - HISTORY :], _pair(point - before[0], slope - before[1])]
         for p in moved.nonzero().flatten().tolist():
             losses[p].append(loss[p].item())
+    short = ~stalled & torch.isfinite(value) & (slope.abs().amax(1) > TOLERANCE)
     point[~torch.isfinite(value)] = torch.nan
     parts = point.split([w[0].numel() for w in start.values()], dim=1)
     fitted = {n: part.reshape(w.shape).float().cpu() for (n, w), part in zip(start.items(), parts, strict=True)}
-    return [{n: w[p].clone() for n, w in fitted.items()} for p in range(len(specs))], losses
+    return [{n: w[p].clone() for n, w in fitted.items()} for p in range(len(specs))], losses, short.tolist()
 
 
 class _Problem:

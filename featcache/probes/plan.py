@@ -9,12 +9,12 @@ import torch
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import feature_bytes, free_bytes, input_shape
-from featcache.probes.grids.grid import Grid, parse_grid, read_grid
+from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.scores.scoring import work
 from featcache.probes.sweep import input_name, plan_buffers
-from featcache.probes.train import store_specs, store_splits
+from featcache.probes.train import check_fit, store_specs, store_splits
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
@@ -91,7 +91,7 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
     is wrong, or does not fit the store; a store that is not there only leaves the plan without stacks.
     """
     device = choose_device(device)
-    checked = parse_grid(grid, parity=parity) if isinstance(grid, dict) else read_grid(grid, parity)
+    checked = load_grid(grid, parity)
     groups = list(Counter(spec.name for spec in checked.specs).items())
     source = store or checked.store
     free = free_bytes(device)
@@ -103,6 +103,7 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
         return Plan(checked, groups, [], 0, str(device), free, "no store given")
     splits = store_splits(checked, opened)
     specs = store_specs(checked, opened, splits["train"])
+    check_fit(checked, specs, opened, splits, device)
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)
     rates, stacks = {}, []

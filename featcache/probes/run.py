@@ -64,7 +64,10 @@ class Run:
 def read_summary(folder):
     """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
     try:
-        return json.loads((Path(folder) / FILE).read_text())
+        summary = json.loads((Path(folder) / FILE).read_text())
+        if not isinstance(summary, dict):
+            raise ValueError
+        return summary
     except (OSError, ValueError):
         there = "is not a run folder (it has no readable run.json)" if Path(folder).exists() else "not found"
         raise BadInput(f"run {folder} {there}") from None
@@ -75,6 +78,9 @@ def open_run(folder):
     summary = read_summary(folder)
     if "key" not in summary:
         raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
+    lacking = [field for field in ("store", "store_id", "splits", "select", "rows", "chance") if field not in summary]
+    if lacking:
+        raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
     try:
         with open(Path(folder) / "scores.csv", newline="") as file:
             scores = list(csv.DictReader(file))
@@ -137,5 +143,9 @@ def _column(name, row, rule):
         if column in row:
             return column
     inside = [column for column in row if column.endswith(f".{name}")]
-    hint = f"; did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(name, row)
+    hint = (
+        f"; did you mean {' or '.join(map(repr, inside))}?"
+        if inside
+        else nearest(name, [*row, *(column.partition(".")[0] for column in row)])
+    )
     raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")

@@ -165,6 +165,8 @@ class ProbeSpec:
             return f"optimizer lbfgs trains linear heads, not {self.head.type}"
         if optimizer.type == "lbfgs" and self.views:
             return "optimizer lbfgs trains on the images as they are: say views: 0"
+        if optimizer.type == "lbfgs" and (self.keep != "last" or self.patience):
+            return "optimizer lbfgs has no epochs to choose from: leave out keep and patience"
         if self.precision == "bf16" and (optimizer.type == "lbfgs" or self.head.type == "attentive"):
             return f"precision bf16 is not for {'lbfgs' if optimizer.type == 'lbfgs' else 'attentive heads'}"
         if optimizer.nesterov and not optimizer.momentum:

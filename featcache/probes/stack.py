@@ -41,7 +41,8 @@ class TrainedProbe:
     weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the step
     (from 0, over all epochs) at which its loss stopped being finite, or None; its weights are then NaN.
     epoch: after which the weights were taken. scores: validation metric after every epoch, NaN where it
-    was not asked for. stopped: what ended training early ("patience", "halving"), or None.
+    was not asked for. stopped: what ended training early ("patience", "halving", of lbfgs
+    "iterations"), or None.
     """
 
     spec: object

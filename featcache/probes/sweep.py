@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.atomic import write_whole
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 from featcache.probes.features import (
     MiniBatches,
     Resident,
@@ -160,6 +160,12 @@ class Sweep:
                     f"step {probe.diverged + 1}; its scores are empty",
                     err=True,
                 )
+            elif probe.stopped == "iterations":
+                click.echo(
+                    f"warning: probe {probe.spec.id} had not converged after {probe.spec.optimizer.iterations} "
+                    "iterations of lbfgs; give it more optimizer.iterations",
+                    err=True,
+                )
 
     def state_path(self, training):
         """Where the state of a block lies: a name from the probes that it began with."""
@@ -176,12 +182,14 @@ class Sweep:
     def cut(self, trainings, fraction, factor):
         """Keep the best 1/factor of all probes that reached a rung of the search; the others are done.
 
-        All that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
+        All of the grid that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
         """
         scores = {}
-        for path in (self.folder / "probes").glob("*.safetensors"):
-            probe = load_probe(self.folder, path.stem)
-            scores[probe.spec.id] = (probe.spec.epochs, probe.scores)
+        for name in self.specs:
+            if not probe_path(self.folder, name).is_file():
+                continue
+            probe = load_probe(self.folder, name)
+            scores[name] = (probe.spec.epochs, probe.scores)
         for training in trainings:
             scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
         reached = {}
@@ -199,13 +207,14 @@ class Sweep:
 
 def rung_epoch(epochs, fraction):
     """The epoch at which probes of that many epochs are compared."""
-    return max(math.ceil(epochs * fraction), 1)
+    # A tenth times three is a little more than three tenths.
+    return max(math.ceil(epochs * fraction - 1e-9), 1)
 
 
 def rungs(search):
     """The fractions of training at which a search compares: first, first * factor, ... below 1."""
     fractions, fraction = [], search.first if search else 1.0
-    while fraction < 1:
+    while fraction < 1 - 1e-9:
         fractions.append(fraction)
         fraction *= search.factor
     return fractions
@@ -236,14 +245,6 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
     if ranks.rank == 0:
         with suppress(OSError):
             (Path(folder) / PARTIAL).rmdir()
-
-
-def check_search(search, specs, ranks):
-    """Raise BadInput for a search that cannot be made."""
-    if search and ranks.size > 1:
-        raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
-    if search and any(s.optimizer.type == "lbfgs" for s in specs):
-        raise BadInput("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
 
 
 def _train(sweep, waves):
@@ -307,6 +308,8 @@ def plan_buffers(specs, store, splits, memory, device):
     memory: bytes for features, by default half of what is free on the device.
     """
     names, buffers = splits["train"], {}
+    if memory is not None and not (isinstance(memory, int | float) and 1 <= memory < math.inf):
+        raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
     memory = memory or free_bytes(device) // 2
     rows = sum(len(store[name]) for name in names)
     for spec in specs:
@@ -314,8 +317,8 @@ def plan_buffers(specs, store, splits, memory, device):
         size = feature_bytes(store, names, feature, pool)
         if size > memory and spec.optimizer.type == "lbfgs":
             raise BadInput(
-                f"probe group {spec.name!r}: lbfgs needs all of {feature} in memory, {size / 1e9:.2f} GB, and "
-                f"{memory / 1e9:.2f} GB are for it; take another optimizer, or give more --memory"
+                f"probe group {spec.name!r}: lbfgs needs all of {feature} in memory, {size / 1e9:.3g} GB, and "
+                f"{memory / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"
             )
         # One buffer is trained on while the next is read, in a third of the memory each.
         buffers[input_name(feature, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -11,15 +11,15 @@ import yaml
 
 from featcache.atomic import write_whole
 from featcache.device import choose_device
-from featcache.errors import BadInput
+from featcache.errors import BadInput, nearest, shown
 from featcache.probes.features import input_shape
 from featcache.probes.gemm import check_precision
-from featcache.probes.grids.grid import parse_grid, read_grid
+from featcache.probes.grids.grid import load_grid
 from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.scores.metrics import TASK_METRICS
-from featcache.probes.scores.scoring import check_apart, finish_run
+from featcache.probes.scores.scoring import check_apart, files, finish_run
 from featcache.probes.spec import logit_offset
-from featcache.probes.sweep import check_search, plan_buffers, train_missing
+from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
@@ -36,38 +36,37 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     the folder holds already are not trained again; a finished run of the same grid is returned at once.
     Raises BadInput.
     """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
     ranks = join_ranks()
     device = choose_device(device, ranks.local_rank)
-    checked = parse_grid(grid, parity=parity) if isinstance(grid, dict) else read_grid(grid, parity)
+    checked = load_grid(grid, parity)
     source = store or checked.store
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
     splits = store_splits(checked, opened)
     specs = store_specs(checked, opened, splits["train"])
-    metrics = TASK_METRICS[opened.task]
-    metric = checked.metric or metrics[0]
-    if metric not in metrics:
-        raise BadInput(f"select.metric: {metric!r} does not fit {opened.task} labels; use {' or '.join(metrics)}")
+    metric = check_fit(checked, specs, opened, splits, device)
+    if checked.search and ranks.size > 1:
+        raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
     resolved = checked.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in splits.items()},
         "select": {"metric": metric, "split": checked.split},
     }
-    basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]}
+    # Both decide which weights are kept, so that a run is of one choice.
+    chosen_by = {"select": resolved["select"], "search": checked.search and asdict(checked.search)}
+    basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]} | chosen_by
     asked = [basis, resolved["probes"], *([checked.rules] if checked.rules else [])]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
-    check_apart(opened, splits)
-    check_search(checked.search, specs, ranks)
-    for precision in {spec.precision for spec in specs}:
-        check_precision(precision, device)
     planned = plan_buffers(specs, opened, splits, memory, device)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
-        if leads and _finished(folder, basis, key):
+        if leads and _finished(folder, basis, key, specs):
             ranks.share([])
             click.echo(f"run: {folder} is finished already", err=True)
             return open_run(folder)
@@ -84,6 +83,20 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
 
 
+def check_fit(grid, specs, store, splits, device):
+    """Return the metric to select by. Raises BadInput for what cannot be trained on a store and device."""
+    metrics = TASK_METRICS[store.task]
+    metric = grid.metric or metrics[0]
+    if metric not in metrics:
+        raise BadInput(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
+    check_apart(store, splits)
+    if grid.search and any(s.optimizer.type == "lbfgs" for s in specs):
+        raise BadInput("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
+    for precision in {spec.precision for spec in specs}:
+        check_precision(precision, device)
+    return metric
+
+
 def store_splits(grid, store):
     """Return {role: splits}: the grid's, without a test split that it does not name and the store does not have."""
     roles = dict(grid.splits)
@@ -94,7 +107,8 @@ def store_splits(grid, store):
         for name in names:
             if name not in store.splits:
                 raise BadInput(
-                    f"splits.{role}: store {store.path} has no split {name!r} (it has {', '.join(store.splits)})"
+                    f"splits.{role}: store {store.path} has no split {name!r}{nearest(name, store.splits)} "
+                    f"(it has {', '.join(store.splits)})"
                 )
     return roles
 
@@ -104,15 +118,19 @@ def store_specs(grid, store, training):
     specs = []
     views = {name: store[name].views for name in training}
     for spec in grid.specs:
-        feature = store.manifest.feature(spec.features)
+        try:
+            feature = store.manifest.feature(spec.features)
+        except BadInput as error:
+            raise BadInput(f"probe group {spec.name!r}: {error.message}") from None
         if feature.kind == "tokens" and spec.head.type != "attentive":
             raise BadInput(
                 f"probe group {spec.name!r}: only an attentive head reads {feature}; take {feature.layer}:cls, :patch_mean or :spatial"
             )
         if feature.kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+            otherwise = "" if spec.head.type == "attentive" else ", or say pool: before if that is what you want"
             raise BadInput(
                 f"probe group {spec.name!r}: a head of type {spec.head.type} on {feature} is another model than on "
-                f"the map; take {feature.layer}:spatial, or say pool: before if that is what you want"
+                f"the map; take {feature.layer}:spatial{otherwise}"
             )
         if spec.head.heads and input_shape(store, str(feature), False)[0] % spec.head.heads:
             raise BadInput(
@@ -144,8 +162,8 @@ def _resolve_views(spec, store, views):
     )
 
 
-def _finished(folder, basis, key):
-    """Whether `folder` is a finished run of this grid. Raises BadInput if it is a run on other data."""
+def _finished(folder, basis, key, specs):
+    """Whether `folder` is a finished run of this grid, and whole. Raises BadInput if it is a run on other data."""
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
         return False
@@ -157,7 +175,7 @@ def _finished(folder, basis, key):
             raise BadInput(
                 f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
             )
-    return there.get("key") == key
+    return there.get("key") == key and all(path.is_file() for path in files(folder, specs))
 
 
 def _begin(folder, basis, resolved):

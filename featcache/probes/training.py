@@ -260,10 +260,17 @@ def train_block(specs, features, labels, classes, order_seed):
 
 def fit_block(specs, features, labels, classes):
     """As train_block, for probes whose optimiser sees all images at once: lbfgs."""
-    weights, losses = fit_lbfgs(specs, features, labels, classes)
+    fitted = zip(specs, *fit_lbfgs(specs, features, labels, classes), strict=True)
     return [
-        TrainedProbe(spec, found, seen, None if _finite(found) else len(seen) - 1, spec.epochs)
-        for spec, found, seen in zip(specs, weights, losses, strict=True)
+        TrainedProbe(
+            spec,
+            found,
+            seen,
+            None if _finite(found) else len(seen) - 1,
+            spec.epochs,
+            stopped="iterations" if short else None,
+        )
+        for spec, found, seen, short in fitted
     ]
 
 

@@ -2,7 +2,8 @@
 
 import math
 
-from featcache.errors import nearest, shown
+from featcache.errors import BadInput, nearest, shown
+from featcache.feature import parse_feature
 from featcache.probes.gemm import PRECISIONS
 from featcache.probes.spec import (
     PER,
@@ -61,6 +62,18 @@ class Text:
         """Return the string, or raise ValueError."""
         if not isinstance(value, str) or not value:
             raise ValueError(f"{shown(value)} is not a word")
+        return value
+
+
+class FeatureName(Text):
+    """LAYER:REDUCE; the layer is looked for in the store."""
+
+    def read(self, value):
+        """Return the string, or raise ValueError."""
+        try:
+            parse_feature(super().read(value), {})
+        except BadInput as error:
+            raise ValueError(error.message) from None
         return value
 
 
@@ -202,7 +215,7 @@ SECTIONS = {
     }),
 }  # fmt: skip
 FIELDS = {
-    "features": Text(),
+    "features": FeatureName(),
     "epochs": Number(1, integer=True),
     "batch_size": Number(1, integer=True, default=64),
     "seed": Number(0, 2**63 - 1, integer=True, default=0),

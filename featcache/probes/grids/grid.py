@@ -1,6 +1,7 @@
 """A grid: any field of a group may be a list or a range, and they multiply; rules drop or change some probes."""
 
 import itertools
+import os
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
@@ -47,6 +48,15 @@ class Grid:
     def rules(self):
         """What of the content, beside the groups, decides which probes are trained and how: {} if nothing does."""
         return {key: self.content[key] for key in ("exclude", "search", "parity", "profiles") if key in self.content}
+
+
+def load_grid(grid, parity=None):
+    """Check a grid that is given as the path of a YAML file, or as its content. Raises BadInput."""
+    if isinstance(grid, dict):
+        return parse_grid(grid, parity=parity)
+    if not isinstance(grid, str | os.PathLike):
+        raise BadInput(f"grid: expected the path of a YAML file, or its content as a dict, not {shown(grid)}")
+    return read_grid(grid, parity)
 
 
 def read_grid(path, parity=None):
@@ -120,6 +130,8 @@ def _splits(value, path, shared, errors, default=None):
         names = value[role] if isinstance(value[role], list) else [value[role]]
         if not names or not all(isinstance(n, str) and n for n in names):
             errors.append(f"{path}.{role}: expected the name of a split, or a list of them")
+        elif len(set(names)) < len(names):
+            errors.append(f"{path}.{role}: names a split twice, whose images would count twice")
         else:
             roles[role] = tuple(names)
     for a, b in itertools.combinations(roles, 2):

@@ -44,7 +44,7 @@ def draws_from(value):
 def spread(value, integer):
     """Return the values of {log: [lo, hi, n]} or {linspace: [lo, hi, n]}: both ends included, to 6 digits.
 
-    integer: round to whole numbers. Raises ValueError that says what is expected.
+    integer: round to whole numbers, each once. Raises ValueError that says what is expected.
     """
     name, given = next(iter(value.items()))
     low, high, count = _numbers(given, 3, f"{name}: expected [lowest, highest, how many]")
@@ -54,7 +54,7 @@ def spread(value, integer):
         raise ValueError("log: expected [lowest, highest, how many], with lowest and highest above 0")
     shares = [i / (count - 1) for i in range(int(count))]
     points = [low * (high / low) ** s if name == "log" else low + (high - low) * s for s in shares]
-    return [_rounded(point, integer) for point in points]
+    return list(dict.fromkeys(_rounded(point, integer) for point in points))
 
 
 def ends(value):

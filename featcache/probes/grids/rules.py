@@ -6,6 +6,7 @@ from dataclasses import replace
 from featcache.errors import nearest
 from featcache.probes.grids.expand import alternatives, check_known, sections
 from featcache.probes.grids.fields import FIELDS, SECTIONS
+from featcache.probes.spec import PER
 
 # All fields of a probe, as rules name them: {field: names of its parts}.
 PARTS = {key: () for key in ("name", *FIELDS)} | {
@@ -121,9 +122,21 @@ def _read(rule, path, errors):
 def _matches(spec, rule):
     for (field, part), wanted in rule:
         value = getattr(spec, field)
-        if not _is(value if part is None else getattr(value, part, None), wanted):
+        if part is not None:
+            # A type's own parts: what stands in for the others is no value that anybody gave.
+            if part != "type" and part not in SECTIONS[field][1].get(value.type, ()):
+                return False
+            value = getattr(value, part)
+        if not _is(_written(value, field, part, spec), wanted):
             return False
     return True
+
+
+def _written(value, field, part, spec):
+    """A value as a grid writes it, where None stands for a word."""
+    if value is not None:
+        return value
+    return {("views", None): "all", ("schedule", "per"): PER.get(spec.schedule.type)}.get((field, part))
 
 
 def _is(value, wanted):

@@ -72,6 +72,8 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
 
 def _two_probes(runs, probes, rule):
     """Return the ids of the two probes, in the order of the runs."""
+    if probes and rule:
+        raise BadInput("name the probes with --probe or by a rule with --select, not both")
     if probes:
         chosen, way = list(probes), "--probe"
     elif rule:

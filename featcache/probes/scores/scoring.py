@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,6 +87,12 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
     }
     write_whole(folder / FILE, json.dumps(summary, indent=1) + "\n")
     return open_run(folder)
+
+
+def files(folder, specs):
+    """The files that make a run whole, but for run.json, and the table of classes of multi-label data."""
+    tables = ("scores.csv", "seeds.csv", "history.csv", "calibration.csv")
+    return [*(probe_path(folder, spec.id) for spec in specs), *(Path(folder) / name for name in tables)]
 
 
 def work(specs, store, device):
