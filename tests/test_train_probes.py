@@ -229,7 +229,7 @@ def test_a_run_is_of_one_choice(run, store, change):
         featcache.train_probes(GRID | change, store=store, run=run.path)
 
 
-@pytest.mark.parametrize("name", ["probe", "scores.csv", "calibration.csv"])
+@pytest.mark.parametrize("name", ["probe", "scores.csv", "calibration.csv", "scores_per_class.csv"])
 def test_what_is_deleted_from_a_finished_run_is_made_again(run, store, tmp_path, name):
     shutil.copytree(run.path, tmp_path / "r")
     lost = next((tmp_path / "r/probes").iterdir()) if name == "probe" else tmp_path / "r" / name

@@ -72,8 +72,8 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     basis["imported"] = earlier + [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]
     basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     specs = [load_probe(folder, entry["probe"]).spec for entry in basis["imported"]]
-    select = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
-    return finish_run(folder, specs, opened, splits, basis, select, device, started)
+    basis["select"] = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
+    return finish_run(folder, specs, opened, splits, basis, device, started)
 
 
 def _roles(store):

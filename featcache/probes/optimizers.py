@@ -59,7 +59,7 @@ class _Rule:
         """A gradient as one tensor of its parameter's shape."""
         parameter = self.parameters[number]
         if isinstance(gradient, tuple):
-            shape = parameter.shape if gradient[0].ndim == 3 else (parameter.shape[:-1].numel(), parameter.shape[-1])
+            shape = (*gradient[0].shape[:-1], gradient[1].shape[-1])
             out = self.memory.tensor(("gradient", number), shape, parameter)
             gradient = multiply(*gradient, self.precision, out)
         return gradient.view(parameter.shape)

@@ -6,6 +6,7 @@ import torch
 
 from featcache.probes.features import CHUNK_ROWS
 from featcache.probes.heads.head import STACKS, footprint
+from featcache.probes.heads.weights import side_by_side
 from featcache.probes.optimizers import common
 
 # With so many rows in a batch a product does not wait for weights to come from memory.
@@ -103,8 +104,7 @@ class Predictor:
         full = padded(specs, classes)
         self._probes = len(specs)
         weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
-        stacked = {name: torch.stack([w[name] for w in weights]).to(device) for name in weights[0]}
-        self._stack = STACKS[specs[0].head.type](full, stacked)
+        self._stack = STACKS[specs[0].head.type](full, side_by_side(weights, device))
 
     @torch.no_grad()
     def __call__(self, features):

@@ -66,7 +66,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     planned = plan_buffers(specs, opened, splits, memory, device)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
-        if leads and _finished(folder, basis, key, specs):
+        if leads and _finished(folder, basis, key, files(folder, specs, opened.task)):
             ranks.share([])
             click.echo(f"run: {folder} is finished already", err=True)
             return open_run(folder)
@@ -80,7 +80,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         if not leads:
             return None
         basis |= {"key": key, "store": str(source)}
-        return finish_run(folder, specs, opened, splits, basis, resolved["select"], device, started)
+        return finish_run(folder, specs, opened, splits, basis, device, started)
 
 
 def check_fit(grid, specs, store, splits, device):
@@ -162,7 +162,7 @@ def _resolve_views(spec, store, views):
     )
 
 
-def _finished(folder, basis, key, specs):
+def _finished(folder, basis, key, wanted):
     """Whether `folder` is a finished run of this grid, and whole. Raises BadInput if it is a run on other data."""
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
@@ -175,7 +175,7 @@ def _finished(folder, basis, key, specs):
             raise BadInput(
                 f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
             )
-    return there.get("key") == key and all(path.is_file() for path in files(folder, specs))
+    return there.get("key") == key and all(path.is_file() for path in wanted)
 
 
 def _begin(folder, basis, resolved):

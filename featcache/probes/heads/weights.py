@@ -60,5 +60,9 @@ def _attention(head, dim, generator):
 
 def stacked_weights(specs, dim, classes, device):
     """Return {name: [P, ...]} of the initial weights of probes of one shape."""
-    drawn = [initial_weights(spec, dim, classes) for spec in specs]
-    return {name: torch.stack([w[name] for w in drawn]).to(device) for name in drawn[0]}
+    return side_by_side([initial_weights(spec, dim, classes) for spec in specs], device)
+
+
+def side_by_side(weights, device):
+    """Put the weights of probes of one shape, one {name: tensor} each, together: {name: [P, ...]} on a device."""
+    return {name: torch.stack([w[name] for w in weights]).to(device) for name in weights[0]}

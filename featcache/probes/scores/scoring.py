@@ -26,7 +26,14 @@ from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks, room_of
 
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
-SEED_COLUMNS = ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes")
+# The tables of a run, and the columns that come first in each.
+TABLES = {
+    "scores.csv": SCORE_COLUMNS,
+    "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
+    "history.csv": ("probe", "epoch", "loss"),
+    "calibration.csv": ("probe", "split", "bin"),
+    "scores_per_class.csv": ("probe", "split", "class", "ap", "positives"),
+}
 # Of logits and weights while the features pass by once.
 HELD_BYTES = 1 << 30
 
@@ -42,11 +49,11 @@ class Scored:
     bins: torch.Tensor
 
 
-def finish_run(folder, specs, store, splits, basis, select, device, started):
+def finish_run(folder, specs, store, splits, basis, device, started):
     """Score a run's probes, write the tables of scores, then run.json, which makes it a finished run.
 
     specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
-    run.json: the store's id and path, the `key` that marks it finished. select: {metric, split} for run.json. started:
+    run.json: the store's id and path, `select`, {metric, split}, the `key` that marks it finished. started:
     time.monotonic() of the beginning. Returns the Run.
     """
     metrics = TASK_METRICS[store.task]
@@ -55,27 +62,24 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
     history, diverged, scores = [], [], []
     for spec in specs:
         probe = load_probe(folder, spec.id)
-        history += _history(spec.id, _series(probe, select["metric"]))
+        history += _history(spec.id, _series(probe, basis["select"]["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
         fields = spec.flat()
         for role, metric in itertools.product(splits, metrics):
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
-    write_whole(folder / "scores.csv", _to_csv(scores, SCORE_COLUMNS))
-    write_whole(folder / "seeds.csv", _to_csv(over_seeds(scores), SEED_COLUMNS))
-    write_whole(folder / "history.csv", _to_csv(history, ("probe", "epoch", "loss")))
-    write_whole(folder / "calibration.csv", _to_csv(_calibration(scored), ("probe", "split", "bin")))
+    rows = [scores, over_seeds(scores), history, _calibration(scored)]
     if store.task == "multi-label":
-        rows = _per_class(scored, store.classes, labels)
-        write_whole(folder / "scores_per_class.csv", _to_csv(rows, ("probe", "split", "class", "ap", "positives")))
+        rows.append(_per_class(scored, store.classes, labels))
+    for name, table in zip(_tables(store.task), rows, strict=True):
+        write_whole(folder / name, _to_csv(table, TABLES[name]))
     identity = store.manifest.identity
     summary = basis | {
         "arch": identity["arch"],
         "weights_sha256": identity["weights_sha256"],
         "preprocessing": identity["preprocessing"],
         "dataset": identity["dataset"]["name"],
-        "select": select,
         "classes": list(store.classes),
         "probes": len(specs),
         "diverged": diverged,
@@ -89,10 +93,14 @@ def finish_run(folder, specs, store, splits, basis, select, device, started):
     return open_run(folder)
 
 
-def files(folder, specs):
-    """The files that make a run whole, but for run.json, and the table of classes of multi-label data."""
-    tables = ("scores.csv", "seeds.csv", "history.csv", "calibration.csv")
-    return [*(probe_path(folder, spec.id) for spec in specs), *(Path(folder) / name for name in tables)]
+def files(folder, specs, task):
+    """The files that make a run of a task whole, but for run.json."""
+    return [*(probe_path(folder, spec.id) for spec in specs), *(Path(folder) / name for name in _tables(task))]
+
+
+def _tables(task):
+    """Names of a run's tables; that of the classes only multi-label data has."""
+    return [name for name in TABLES if name != "scores_per_class.csv" or task == "multi-label"]
 
 
 def work(specs, store, device):
