@@ -99,6 +99,29 @@ def test_a_polite_stop_is_resumed(scenes, checkpoint, tmp_path, undisturbed, num
     assert tree_hash(path) == whole
 
 
+# The real program, sent a signal at the worst moment: while it asks a worker for the memory a batch lies in.
+STOPPED_MID_BATCH = """
+import os, signal, sys
+from multiprocessing import connection
+from featcache.cli import main
+answer, reader, number = connection.answer_challenge, os.getpid(), int(sys.argv.pop())
+def stop(*words):
+    if os.getpid() == reader:
+        os.kill(reader, number)
+    answer(*words)
+connection.answer_challenge = stop
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_while_a_batch_arrives_says_one_line(scenes, checkpoint, tmp_path, number, code):
+    words = ["extract", *options(scenes, checkpoint, tmp_path / "s.zarr", workers=1), str(int(number))]
+    result = subprocess.run([sys.executable, "-c", STOPPED_MID_BATCH, *words], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_stop_before_the_first_shard_leaves_nothing(scenes, checkpoint, tmp_path):
     process = begin(options(scenes, checkpoint, tmp_path / "s.zarr"))
     while not (tmp_path / "s.zarr/manifest.json").exists() and process.poll() is None:

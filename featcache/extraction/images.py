@@ -1,6 +1,7 @@
 """Decoding images in worker processes, in batches that never straddle a shard."""
 
 import math
+import sys
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -73,6 +74,16 @@ def _collate(items):
     return default_collate([item.permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
 
 
+def _hang_up_quietly(_worker):
+    # A main process that is stopped while it fetches a batch hangs up, and the thread of the worker that hands
+    # batches over would print that as a traceback of its own, below the one line that says it was stopped.
+    def hook(kind, error, traceback):
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
 def image_batches(images, batches, workers, pin_memory=False):
     """Yield uint8 [B, 3, S, S], channels_last, for each batch, a list of keys of Images, in order.
 
@@ -83,6 +94,7 @@ def image_batches(images, batches, workers, pin_memory=False):
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_hang_up_quietly,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
