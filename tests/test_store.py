@@ -222,7 +222,10 @@ def test_unknown_names_suggest(tmp_path):
     store = open_store(tmp_path / "x.zarr")
     with pytest.raises(BadInput, match="no split 'trian'; did you mean 'train'"):
         store["trian"]
-    with pytest.raises(BadInput, match="no feature 'layer3:pooled'; it holds layer4:pooled, layer4:spatial"):
+    with pytest.raises(
+        BadInput,
+        match=r"no feature 'layer3:pooled'; did you mean 'layer4:pooled'\? \(it holds layer4:pooled, layer4:spatial\)",
+    ):
         store["train"]["layer3:pooled"]
 
 

@@ -211,6 +211,35 @@ def test_refusals_are_one_clear_line(store, tmp_path, command, content, words, m
     assert not (tmp_path / "r").exists(), "nothing half-written is left behind"
 
 
+def test_all_that_does_not_fit_the_store_is_said_at_once(store, tmp_path):
+    base = {"head": "linear", "features": "pooled", "precision": "float32"}
+    wrong = [
+        {"features": "layer2:pooled"},
+        {"head": "bcos"},
+        {"precision": "tf32"},
+        {"features": ["pooled", "layer4:pooled"]},
+    ]
+    grid = {"probes": [GRID["probes"][0] | base | change | {"seed": n} for n, change in enumerate(wrong)]}
+    with pytest.raises(BadInput) as caught:
+        featcache.train_probes(grid, store=store, run=tmp_path / "r")
+    head, *lines = caught.value.message.split("\n  ")
+    assert head == "grid grid has 4 errors:"
+    for line, start in zip(lines, (
+        "probes[0].features: the store holds no feature 'layer2:pooled'; did you mean 'layer4:pooled'?",
+        "probes[1].features: a head of type bcos on layer4:pooled",
+        "probes[2].precision: precision tf32 is of NVIDIA GPUs",
+        "probes[3]: repeats a probe of probes[3]; features and views",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(start)
+    with pytest.raises(BadInput, match=r"has 2 errors:\n  splits.val: store .*\n  splits.test: store "):
+        featcache.train_probes(GRID | {"splits": {"val": "a", "test": "b"}}, store=store, run=tmp_path / "r")
+
+
+def test_a_run_is_a_path():
+    with pytest.raises(BadInput, match="run: expected the path of a folder, not 5"):
+        featcache.open_run(5)
+
+
 def test_no_store_and_foreign_folders(run, store, tmp_path, command):
     code, _, err = command("train-probes", "--grid", write_grid(tmp_path / "g.yaml"))
     assert code == 2 and "give --store" in err

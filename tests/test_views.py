@@ -32,8 +32,10 @@ from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes import features as probe_features
 from featcache.probes.features import epoch_order
+from featcache.probes.grids.grid_file import Group
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
+from featcache.probes.resolve import _views
 from featcache.probes.spec import (
     Head,
     Loss,
@@ -42,7 +44,6 @@ from featcache.probes.spec import (
     Schedule,
     spec_from_dict,
 )
-from featcache.probes.train import _resolve_views
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3
@@ -303,10 +304,10 @@ def refuse(**change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (refuse(views=4), "trains on 4 views; store .* has 3 of train: write views: 0"),
+        (refuse(views=4), r"probes\[0\].views: 4 views asked for, and store .* has 3 of train; write views: 0"),
         (refuse(views=-1), r"probes\[0\].views: -1 is not a whole number of at least 0, nor all"),
         (refuse(views="some"), "'some' is not a whole number of at least 0, nor all"),
-        (refuse(views=[3, "all"]), "names a probe twice"),
+        (refuse(views=[3, "all"]), r"probes\[0\]: repeats a probe of probes\[0\]; features and views"),
         (refuse(optimizer="lbfgs"), "optimizer lbfgs trains on the images as they are: say views: 0"),
         (refuse() | {"splits": {"train": "train@1"}}, "no split 'train@1'"),
     ],
@@ -318,11 +319,13 @@ def test_grids_that_ask_for_other_views(viewed, tmp_path, content, message):
 
 
 def test_a_union_of_splits_has_the_views_of_all_or_none(viewed):
-    opened, mixed = featcache.open_store(viewed), {"train": 3, "val": 0}
-    assert _resolve_views(SPEC, opened, mixed) == 0
+    opened, mixed, errors = featcache.open_store(viewed), {"train": 3, "val": 0}, []
+    group = Group({}, "probes[7]")
+    assert _views(SPEC, group, opened, mixed, errors) == 0 and not errors
     for views, words in ((None, "all views"), (2, "2 views")):
-        with pytest.raises(BadInput, match=f"trains on {words}; store .* has 3 of train, 0 of val: write views: 0"):
-            _resolve_views(replace(SPEC, views=views), opened, mixed)
+        assert _views(replace(SPEC, views=views), group, opened, mixed, errors) is None
+        said = f"{words} asked for, and store .* has 3 of train, 0 of val; write views: 0"
+        assert re.match(rf"probes\[7\].views: {said}", errors[-1])
 
 
 @pytest.mark.parametrize(

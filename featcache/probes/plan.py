@@ -12,9 +12,9 @@ from featcache.probes.features import feature_bytes, free_bytes, input_shape
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
+from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
 from featcache.probes.sweep import input_name, plan_buffers
-from featcache.probes.train import check_fit, store_specs, store_splits
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
@@ -101,9 +101,8 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
         return Plan(checked, groups, [], 0, str(device), free, error.message)
     if opened is None:
         return Plan(checked, groups, [], 0, str(device), free, "no store given")
-    splits = store_splits(checked, opened)
-    specs = store_specs(checked, opened, splits["train"])
-    check_fit(checked, specs, opened, splits, device)
+    found = resolve(checked, opened, device)
+    specs, splits = found.specs, found.splits
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)
     rates, stacks = {}, []

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, shown
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
@@ -63,6 +64,8 @@ class Run:
 
 def read_summary(folder):
     """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
+    if not isinstance(folder, str | os.PathLike):
+        raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
     try:
         summary = json.loads((Path(folder) / FILE).read_text())
         if not isinstance(summary, dict):
@@ -113,7 +116,7 @@ def select(run, rule):
     is the lowest of nll and ece, else the highest. Only the split that the grid selects on is looked at;
     that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read.
     """
-    match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", rule)
+    match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", str(rule))
     if not match:
         raise BadInput(
             f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'"

@@ -317,7 +317,7 @@ def plan_buffers(specs, store, splits, memory, device):
         size = feature_bytes(store, names, feature, pool)
         if size > memory and spec.optimizer.type == "lbfgs":
             raise BadInput(
-                f"probe group {spec.name!r}: lbfgs needs all of {feature} in memory, {size / 1e9:.3g} GB, and "
+                f"lbfgs needs all of {feature} in memory, {size / 1e9:.3g} GB, and "
                 f"{memory / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"
             )
         # One buffer is trained on while the next is read, in a third of the memory each.

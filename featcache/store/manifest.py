@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, nearest
 from featcache.feature import Feature, parse_feature
 from featcache.store.dtype import STORED
 from featcache.store.folder import open_folder
@@ -68,7 +68,8 @@ class Manifest:
         """Resolve a feature's name or alias. Raises BadInput if the store does not hold it."""
         feature = parse_feature(name, self.aliases)
         if str(feature) not in self.features:
-            raise BadInput(f"the store holds no feature {str(feature)!r}; it holds {', '.join(self.features)}")
+            hint = nearest(feature, self.features)
+            raise BadInput(f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)})")
         return feature
 
     def to_bytes(self):

@@ -27,8 +27,8 @@ def check_known(fields, known, path, errors):
 
 
 def all_specs(groups, errors):
-    """Return the ProbeSpecs of all groups, each once."""
-    specs, seen = [], {}
+    """Return {ProbeSpec: its Group} of all groups, each probe once."""
+    specs, seen = {}, {}
     for group in groups:
         for spec in _group_specs(group, errors):
             same = replace(spec, name="")
@@ -36,7 +36,7 @@ def all_specs(groups, errors):
                 errors.append(f"{group.path}: repeats a probe of {seen[same]}")
                 break
             seen[same] = group.path
-            specs.append(spec)
+            specs[spec] = group
         if len(specs) > MOST_PROBES:
             errors.append(f"{group.path}: more than {MOST_PROBES:,} probes; make several grids of them")
             break
@@ -197,7 +197,8 @@ def alternatives(value, field, path, name, draw, errors):
 def _numbers(value, field, path, name, draw, errors):
     """Return the numbers that a range of a field stands for."""
     if not is_range(value):
-        errors.append(f"{path}: expected a number, a list, or one of the ranges {', '.join(f'{r}:' for r in RANGES)}")
+        meant = nearest(next(iter(value), ""), RANGES)
+        errors.append(f"{path}: expected a number, a list, or one of the ranges {', '.join(RANGES)}{meant}")
         return []
     try:
         if "log" in value or "linspace" in value:

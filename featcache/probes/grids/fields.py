@@ -91,7 +91,7 @@ class NumberOr(Number):
         try:
             return super().read(value)
         except ValueError as error:
-            raise ValueError(f"{error}, or {self.formula}") from None
+            raise ValueError(f"{error}, or {self.formula}{nearest(value, [self.formula])}") from None
 
 
 class Milestones:
@@ -121,7 +121,7 @@ class Views:
         try:
             return Number(0, integer=True).read(value)
         except ValueError as error:
-            raise ValueError(f"{error}, nor all") from None
+            raise ValueError(f"{error}, nor all{nearest(value, ['all'])}") from None
 
 
 def _head(type, **fields):

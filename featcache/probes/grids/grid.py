@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.expand import all_specs, check_known, sections
 from featcache.probes.grids.fields import SEARCH, SECTIONS
-from featcache.probes.grids.grid_file import assemble, check_size, read_content
+from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
@@ -31,11 +31,14 @@ class Search:
 class Grid:
     """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by.
 
-    parity: name of the profile that was applied. content: the grid with included files, groups
-    that start from others and the profile's splits filled in, which reads as the same grid.
+    path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
+    applied. content: the grid with included files, groups that start from others and the profile's splits
+    filled in, which reads as the same grid.
     """
 
+    path: object
     specs: tuple[ProbeSpec, ...]
+    groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
     metric: str | None
     split: str
@@ -85,22 +88,29 @@ def parse_grid(content, path="grid", parity=None):
         errors.append(f"{at['store']}: {shown(store)} is not a path")
     if not content["probes"] and not errors:
         errors.append("probes: expected a list of at least one group")
-    specs = without(all_specs(written.groups, errors), written.exclude, errors)
+    group_of = all_specs(written.groups, errors)
+    specs = without(list(group_of), written.exclude, errors)
+    groups = tuple(group_of[spec] for spec in specs)
     for name, profile in _profiles(content.get("profiles", {}), parity, at["profiles"], errors).items():
         where = f"{at['profiles']}.{name}"
         roles = _splits(profile.get("splits", {}), f"{where}.splits", True, errors, splits)
         others = changed(specs, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
             chosen = others, roles
-    if errors:
-        errors = list(dict.fromkeys(errors))
-        head = f"grid {path}: " if len(errors) == 1 else f"grid {path} has {len(errors)} errors:\n  "
-        raise BadInput(head + "\n  ".join(errors))
+    refuse(path, errors)
     if parity is not None:
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = chosen
-    return Grid(tuple(specs), splits, metric, split, store, content, search, parity)
+    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity)
+
+
+def refuse(path, errors):
+    """Raise BadInput that lists the errors of a grid, each once, if there are any."""
+    errors = list(dict.fromkeys(errors))
+    if errors:
+        head = f"grid {path}: " if len(errors) == 1 else f"grid {path} has {len(errors)} errors:\n  "
+        raise BadInput(head + "\n  ".join(errors))
 
 
 def _profiles(value, parity, path, errors):

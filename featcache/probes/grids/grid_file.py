@@ -1,5 +1,6 @@
 """A grid as it is written: YAML, files that include others, groups that start from others."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,20 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"{shown(node.value)} is not what YAML calls {kind}", node.start_mark
             ) from None
+
+
+def _construct_number(loader, node):
+    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody who writes a grid means.
+    if re.fullmatch(r"[-+]?0[\d_]+|.*:.*", node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"YAML takes {node.value} for a number of base 8 or 60; write a plain one", node.start_mark
+        )
+    kind = node.tag.rpartition(":")[2]
+    return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
 
 
 def read_content(path):

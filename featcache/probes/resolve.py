@@ -1,0 +1,128 @@
+"""What a grid says of a store: features, splits and views as the store has them, and what does not fit it."""
+
+from dataclasses import dataclass, replace
+
+from featcache.errors import BadInput, nearest
+from featcache.probes.features import input_shape
+from featcache.probes.gemm import check_precision
+from featcache.probes.grids.grid import refuse
+from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.scoring import check_apart
+from featcache.probes.spec import ProbeSpec, logit_offset
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A grid on a store. specs: with features, views and offsets as numbers and names of the store.
+
+    splits: role (train, val, test) to the store's splits, without a test split that neither names. metric: to select by.
+    """
+
+    specs: list[ProbeSpec]
+    splits: dict[str, tuple[str, ...]]
+    metric: str
+
+
+def resolve(grid, store, device):
+    """Bring a Grid to a store, to train on a device. Raises BadInput that names every field that does not fit."""
+    errors = []
+    splits = _splits(grid, store, errors)
+    metric = _metric(grid, store, errors)
+    refuse(grid.path, errors)
+    check_apart(store, splits)
+    views = {name: store[name].views for name in splits["train"]}
+    specs, seen = [], {}
+    for spec, group in zip(grid.specs, grid.groups, strict=True):
+        try:
+            check_precision(spec.precision, device)
+        except BadInput as error:
+            errors.append(f"{group.where('precision')}: {error.message}")
+        found = _spec(spec, group, store, views, errors)
+        if found is None:
+            continue
+        if found.id in seen:
+            errors.append(
+                f"{group.path}: repeats a probe of {seen[found.id]}; features and views that they write differently "
+                f"are one in store {store.path}"
+            )
+        seen[found.id] = group.path
+        specs.append(found)
+    if grid.search and any(spec.optimizer.type == "lbfgs" for spec in grid.specs):
+        errors.append("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
+    refuse(grid.path, errors)
+    return Resolved(specs, splits, metric)
+
+
+def _splits(grid, store, errors):
+    roles = dict(grid.splits)
+    if "test" not in grid.content.get("splits", {}) and "test" not in store.splits:
+        # VOC2012's test labels, for one, were never published.
+        del roles["test"]
+    for role, names in roles.items():
+        errors.extend(
+            f"splits.{role}: store {store.path} has no split {name!r}{nearest(name, store.splits)} "
+            f"(it has {', '.join(store.splits)})"
+            for name in names
+            if name not in store.splits
+        )
+    return roles
+
+
+def _metric(grid, store, errors):
+    metrics = TASK_METRICS[store.task]
+    metric = grid.metric or metrics[0]
+    if metric not in metrics:
+        errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
+    return metric
+
+
+def _spec(spec, group, store, views, errors):
+    """Return a spec as the store has it, or None and an error where it would be another model."""
+    where = group.where("features")
+    try:
+        feature = store.manifest.feature(spec.features)
+    except BadInput as error:
+        errors.append(f"{where}: {error.message}")
+        return None
+    before, kind, width = len(errors), feature.kind, input_shape(store, str(feature), False)[0]
+    if kind == "tokens" and spec.head.type != "attentive":
+        layer = feature.layer
+        errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
+    elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+        otherwise = "" if spec.head.type == "attentive" else ", or say pool: before if that is what you want"
+        errors.append(
+            f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
+            f"{feature.layer}:spatial{otherwise}"
+        )
+    elif spec.head.heads and width % spec.head.heads:
+        errors.append(
+            f"{group.where('head')}: {spec.head.heads} attention heads do not divide {feature}, which is {width} wide"
+        )
+    offset = spec.head.offset
+    try:
+        offset = logit_offset(offset, len(store.classes))
+    except BadInput as error:
+        errors.append(f"{group.where('head')}: {error.message}")
+    count = _views(spec, group, store, views, errors)
+    if len(errors) > before:
+        return None
+    found = replace(spec, features=str(feature), head=replace(spec.head, offset=offset), views=count)
+    if found.conflict:
+        errors.append(f"{group.path}: {found.conflict}")
+        return None
+    return found
+
+
+def _views(spec, group, store, views, errors):
+    """The number of views that a probe trains on. views: {training split: how many the store has}."""
+    if spec.views is None and len(set(views.values())) == 1:
+        return next(iter(views.values()))
+    if spec.views is not None and spec.views <= min(views.values()):
+        return spec.views
+    there = ", ".join(f"{count} of {name}" for name, count in views.items())
+    asked = "all views" if spec.views is None else f"{spec.views} views"
+    errors.append(
+        f"{group.where('views')}: {asked} asked for, and store {store.path} has {there}; write views: 0 for the images "
+        "as they are, or extract with --views"
+    )
+    return None
