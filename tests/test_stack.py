@@ -9,10 +9,11 @@ import torch
 from plain import assert_near, train_plain
 
 from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.layers import Memory
 from featcache.probes.schedules import factors
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import Predictor, blocks, room_of
-from featcache.probes.training import train_block
+from featcache.probes.training import Training, train_block
 
 N, D, C, S = 150, 48, 7, 4
 LINEAR, MLP3 = Head("linear"), Head("mlp", 3, 16, "bn")
@@ -133,6 +134,33 @@ def test_blocks_hold_what_fits_and_lose_nobody():
         assert len({(s.head, s.optimizer.type, s.batch_size, s.epochs) for s in block}) == 1
         kinds = [s.loss.type for s in block]
         assert kinds == sorted(kinds)
+
+
+def test_blocks_of_heavy_probes_fit_into_memory():
+    """The two histories of lbfgs, and the weights of attention, whatever the map's size."""
+    room = room_of(torch.device("cpu"))
+    made = blocks(specs(200, LINEAR, "lbfgs"), 2048, 1, 20)
+    assert len(made) > 1 and max(map(len, made)) * 20 * 8 * 2048 * 20 < room.activations
+    made = blocks(specs(200, Head("attentive", heads=8)), 768, 196, 20)
+    assert len(made) > 1 and max(map(len, made)) * 4 * 4 * 768**2 <= room.activations
+
+
+@pytest.mark.parametrize("head", [MLP3, Head("bcos", 2, 64, "bnu", False, b=2.0, max_out=2)], ids=str)
+def test_scoring_takes_no_more_memory_than_training(data, head):
+    """However many images come at a time; and it says the same of few at a time."""
+    maps, labels = torch.rand(256, D, 49), data[2][:32]
+    training = Training(specs(3, head), D, C, labels)
+    training.begin_epoch()
+    training.feed(maps[:32], labels)
+
+    def held():
+        return sum(tensor.nbytes for tensor in Memory.shared()._held.values())
+
+    before = held()
+    together = training.logits(maps)
+    assert held() <= before
+    few = torch.cat([training.logits(part) for part in maps.split(16)], dim=1)
+    torch.testing.assert_close(together, few, rtol=0, atol=1e-5)
 
 
 def test_a_gpu_takes_all_probes_of_a_grid_in_one_step():

@@ -280,6 +280,13 @@ def test_halving_drops_the_poor_and_trains_the_best_to_the_end(store, tmp_path):
     assert_equal({"x": winner.weights}, {"x": load_probe(plain.path, winner.spec.id).weights})
 
 
+def test_halving_needs_room_for_all(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("featcache.probes.resolve.free_bytes", lambda device: 10_000)
+    grid = {"search": "halving", "probes": [LINEAR]}
+    with pytest.raises(BadInput, match="search: halving holds all 4 probes at once, .* and 1e-05 GB are free on cpu"):
+        featcache.train_probes(grid, store=store, run=tmp_path / "r")
+
+
 @pytest.mark.parametrize("head", [Head("linear"), Head("mlp", 2, 32), Head("bcos", 2, 32, "none", False, b=2.0)])
 def test_bf16_rounds_the_factors_of_products_and_nothing_else(head):
     """Small steps are not lost, as they would be in weights of bfloat16; and alone equals in company."""

@@ -16,7 +16,7 @@ from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones.load import load_backbone
 from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
-from featcache.device import choose_device
+from featcache.device import choose_device, multiplying
 from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
@@ -40,6 +40,7 @@ class Target:
     mask: torch.Tensor
 
 
+@multiplying("float32")
 def attribute(
     run,
     store=None,

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from featcache.device import multiplying, why_not
 from featcache.errors import BadInput, nearest
 
 # The dtype of matrix products and convolutions; tf32 is a mode of float32.
@@ -21,33 +22,23 @@ def check_precision(precision, device):
         raise BadInput(
             f"--precision {precision}: unknown{nearest(precision, PRECISIONS)} (known: {', '.join(PRECISIONS)})"
         )
-    if precision == "tf32" and device.type != "cuda":
-        raise BadInput(f"--precision tf32 is of NVIDIA GPUs, not of {device.type}: use float32 or bf16")
-    if precision in ("tf32", "bf16") and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise BadInput(f"--precision {precision}: {torch.cuda.get_device_name(device)} cannot; use fp16 or float32")
+    if reason := why_not(precision, device):
+        raise BadInput(f"--precision {precision} {reason}")
 
 
 @contextmanager
 def running(precision, device):
-    """Inference in a precision, for the duration; torch's own settings are put back.
+    """Inference in a precision, for the duration.
 
-    bf16 and fp16 are torch's autocast: weights stay as they are, and what is delicate stays in
-    float32. float32 is all of float32, where torch would let cuDNN's convolutions use tf32.
+    bf16 and fp16 are torch's autocast: weights stay as they are, and what is delicate stays in float32.
     """
     dtype = PRECISIONS[precision]
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        with torch.inference_mode():
-            if dtype is torch.float32:
+    with multiplying(precision), torch.inference_mode():
+        if dtype is torch.float32:
+            yield
+        else:
+            with torch.autocast(device.type, dtype):
                 yield
-            else:
-                with torch.autocast(device.type, dtype):
-                    yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def measure(model, images, features, precision):

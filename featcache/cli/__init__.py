@@ -55,3 +55,10 @@ def main():
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except RuntimeError as error:
+        # By name, for torch is only there where a command needed it.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        said = str(error).split(". ")
+        click.echo(f"Error: {'. '.join(said[:2])}; take smaller batches, less --memory, or --device cpu", err=True)
+        sys.exit(2)

@@ -1,30 +1,18 @@
 """From a store to the tensors that probes train on and are scored on."""
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from featcache.device import free_bytes
 from featcache.errors import BadInput
 from featcache.store.manifest import feature_of
 
 # Rows that are scored at a time.
 CHUNK_ROWS = 1024
-
-
-def free_bytes(device):
-    """Memory that can still be had on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            # Unlike the free pages, this counts the page cache, which a store that was just read fills.
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def as_input(rows, feature, pool):
@@ -45,33 +33,33 @@ def as_input(rows, feature, pool):
 
 
 def load_features(store, splits, feature, pool, device, view=0):
-    """Load a feature of a union of splits, as as_input() makes it, in the store's dtype, float32 if pooled.
+    """Load a feature of a union of splits onto a device, as as_input() makes it, in the store's dtype, float32 if pooled.
 
-    view: of every split. Raises BadInput if it does not fit into memory.
+    view: of every split. Raises BadInput if it does not fit there.
     """
     arrays = [store[name].view(view)[feature] for name in splits]
-    needed, free = feature_bytes(store, splits, feature, pool), free_bytes(torch.device("cpu"))
+    needed, free = feature_bytes(store, splits, feature, pool), free_bytes(device)
     if needed > free:
         raise BadInput(
-            f"feature {feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory, "
-            f"{free / 2**30:.1f} are free"
+            f"feature {feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory on "
+            f"{device}, {free / 2**30:.1f} are free"
         )
     result, at = None, 0
     for array in arrays:
         for _, piece in array.pieces():
-            part = as_input(torch.from_numpy(piece), feature, pool)
+            part = as_input(torch.from_numpy(piece).to(device), feature, pool)
             if result is None:
                 result = part.new_empty(sum(map(len, arrays)), *part.shape[1:])
             result[at : at + len(part)] = part
             at += len(part)
-    return result.to(device)
+    return result
 
 
 def read_chunks(store, splits, feature, pool, device):
     """Yield a feature of a union of splits in order, as float32 pieces of some hundred rows; holds no more."""
     for name in splits:
         for _, piece in store[name][feature].pieces():
-            yield from as_input(torch.from_numpy(piece), feature, pool).to(device).float().split(CHUNK_ROWS)
+            yield from as_input(torch.from_numpy(piece).to(device), feature, pool).float().split(CHUNK_ROWS)
 
 
 def input_of(spec):
@@ -127,8 +115,8 @@ class Resident:
         if view not in self._held:
             self._held.pop(self._passing, None)
             self._held[view] = load_features(*self._source, view)
-            # It goes again if there is no room for the next one beside it.
-            roomy = free_bytes(self._held[view].device) >= self._held[view].nbytes
+            # It goes again if there is no room for the next one beside it, and for what training takes.
+            roomy = free_bytes(self._held[view].device) >= 2 * self._held[view].nbytes
             self._passing = None if roomy else view
         return self._held[view]
 

@@ -4,30 +4,9 @@ bf16 rounds both factors to bfloat16 and sums in float32, tf32 is that of NVIDIA
 and all that is not a product of matrices stay float32, so that small updates are not lost.
 """
 
-from contextlib import contextmanager
-
 import torch
 
-from featcache.errors import BadInput
-
 PRECISIONS = ("float32", "tf32", "bf16")
-
-
-def check_precision(precision, device):
-    """Raise BadInput for a precision that the device does not have."""
-    if precision == "tf32" and device.type != "cuda":
-        raise BadInput(f"precision tf32 is of NVIDIA GPUs, not of {device.type}: use float32 or bf16")
-
-
-@contextmanager
-def multiplying(precision):
-    """Whether GPUs may use tf32 within the block; torch's own setting is put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def multiply(a, b, precision, out=None):

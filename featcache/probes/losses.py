@@ -116,7 +116,7 @@ def ce_targets(labels, logits, loss, weights=None):
         weights = weights.to(logits)
         targets = targets * weights
         count, mass = (present @ weights).sum() if single else count, targets.sum(1, keepdim=True)
-    ignored = None if single or not (labels < 0).any() else _classes_first(labels < 0)
+    ignored = None if single else _classes_first(labels < 0)
     return _classes_first(targets / count), (mass / count).unsqueeze(2), ignored
 
 

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.device import choose_device
+from featcache.device import choose_device, free_bytes
 from featcache.errors import BadInput
-from featcache.probes.features import feature_bytes, free_bytes, input_shape
+from featcache.probes.features import feature_bytes, input_shape
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
+from featcache.probes.stack import LBFGS_BYTES
 from featcache.probes.sweep import input_name, plan_buffers
 from featcache.store.reader import open_store
 
-# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers
-# (lbfgs: two histories of 10).
-COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": 24}
+# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers;
+# of lbfgs as many of float32's size.
+COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": LBFGS_BYTES // 4}
 # Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
 ACTIVATIONS = 4
 GEMM_SECONDS = 0.03

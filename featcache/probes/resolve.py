@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
-from featcache.probes.features import input_shape
-from featcache.probes.gemm import check_precision
+from featcache.probes.features import input_of, input_shape
 from featcache.probes.grids.grid import refuse
 from featcache.probes.scores.metrics import TASK_METRICS
 from featcache.probes.scores.scoring import check_apart
 from featcache.probes.spec import ProbeSpec, logit_offset
+from featcache.probes.stack import held_bytes
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ def resolve(grid, store, device):
     views = {name: store[name].views for name in splits["train"]}
     specs, seen = [], {}
     for spec, group in zip(grid.specs, grid.groups, strict=True):
-        try:
-            check_precision(spec.precision, device)
-        except BadInput as error:
-            errors.append(f"{group.where('precision')}: {error.message}")
+        if reason := why_not(spec.precision, device):
+            errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
         found = _spec(spec, group, store, views, errors)
         if found is None:
             continue
@@ -49,8 +48,21 @@ def resolve(grid, store, device):
         specs.append(found)
     if grid.search and any(spec.optimizer.type == "lbfgs" for spec in grid.specs):
         errors.append("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
+    if grid.search and not errors:
+        _check_room(specs, store, device, errors)
     refuse(grid.path, errors)
     return Resolved(specs, splits, metric)
+
+
+def _check_room(specs, store, device, errors):
+    """A search holds all probes from rung to rung, where other grids train block after block."""
+    classes = len(store.classes)
+    needed = sum(held_bytes([s], *input_shape(store, *input_of(s)), classes) for s in specs)
+    if needed > free_bytes(device):
+        errors.append(
+            f"search: halving holds all {len(specs)} probes at once, {needed / 1e9:.3g} GB, and "
+            f"{free_bytes(device) / 1e9:.3g} GB are free on {device}; make several grids of them"
+        )
 
 
 def _splits(grid, store, errors):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from featcache.device import multiplying
 from featcache.probes.features import CHUNK_ROWS
 from featcache.probes.heads.head import STACKS, footprint
 from featcache.probes.heads.weights import side_by_side
@@ -16,7 +17,10 @@ MIN_ROWS = 32
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of the probes trained at a time: a layer's weights, its activations, and logits in a loss at a time."""
+    """Bytes of the probes trained at a time: a layer's weights, the numbers that it makes, and logits in a loss at a time.
+
+    A stack keeps several copies of each layer's numbers, and the optimiser of its weights.
+    """
 
     weights: int
     activations: int
@@ -27,7 +31,9 @@ class Room:
 # computes element by element stay in the second-level cache.
 CPU_ROOM = Room(24 << 20, 256 << 20, 2 << 20)
 # On a GPU a step costs its launches, so it should be one for all: as much as leaves room for features on a small one.
-GPU_ROOM = Room(512 << 20, 1 << 30, 256 << 20)
+GPU_ROOM = Room(512 << 20, 512 << 20, 256 << 20)
+# What lbfgs keeps of each weight: ten steps and changes of the gradient, and some in passing, in float64.
+LBFGS_BYTES = 8 * 28
 
 
 def room_of(device):
@@ -67,21 +73,40 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
         key = (spec.features, spec.views, spec.head, common(spec.optimizer), loop)
         shapes.setdefault(key, []).append(spec)
     result = []
-    for (_, _, head, _, (_, batch_size, *_)), members in shapes.items():
+    for (_, _, head, optimizer, (_, batch_size, *_)), members in shapes.items():
         # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
         members.sort(key=lambda s: (s.optimizer.momentum or 0.0, repr(s.loss)))
         weights, activations = footprint(head, dim, classes, positions)
         # A probe that was trained elsewhere has no batch size: it is only scored.
-        rows = batch_size or CHUNK_ROWS
-        fit = len(members)
-        if head.type == "linear" or rows * positions < MANY_ROWS:
-            fit = room.weights // (4 * weights)
-        if head.type != "linear":
-            fit = min(fit, room.activations // (4 * activations * rows))
+        cached = head.type == "linear" or (batch_size or CHUNK_ROWS) * positions < MANY_ROWS
+        fit = (room.weights if cached else room.activations) // (4 * weights)
+        fit = min(fit, room.activations // (4 * activations * rows_at_once(batch_size, positions)))
+        if optimizer.type == "lbfgs":
+            fit = min(fit, room.activations // (LBFGS_BYTES * weights))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
     return result
+
+
+def held_bytes(specs, dim, positions, classes):
+    """Of probes while they train, about: weights, their gradients and two moments at most, float32. As for blocks()."""
+    heads = [spec.head for spec in specs]
+    return sum(16 * head.layers * footprint(head, dim, classes, positions)[0] for head in heads)
+
+
+def rows_at_once(batch_size, positions):
+    """How many images a stack sees at a time: a mini-batch, or in scoring enough to keep it busy."""
+    return max(batch_size or 1, MANY_ROWS // positions)
+
+
+def predict(stack, spec, features):
+    """Logits [P, n, C] of a stack of probes like spec, of float32 features [n, D] or [n, D, S], always in float32."""
+    rows = rows_at_once(spec.batch_size, features[0, 0].numel())
+    with multiplying("float32"):
+        # In memory as one part is, [P, C, n], so that a probe's numbers lie alike in any company.
+        parts = [stack.forward(part).permute(1, 2, 0) for part in features.split(rows)]
+    return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
 
 
 def padded(specs, classes):
@@ -102,11 +127,11 @@ class Predictor:
 
     def __init__(self, specs, weights, classes, device):
         full = padded(specs, classes)
-        self._probes = len(specs)
+        self._spec, self._probes = specs[0], len(specs)
         weights = [*weights, *[weights[-1]] * (len(full) - len(specs))]
         self._stack = STACKS[specs[0].head.type](full, side_by_side(weights, device))
 
     @torch.no_grad()
     def __call__(self, features):
         """Map features [n, D] or [n, D, S], any float dtype, to logits float32 [P, n, C] where the features are."""
-        return self._stack.forward(features.float()).transpose(0, 1)[: self._probes]
+        return predict(self._stack, self._spec, features.float())[: self._probes]

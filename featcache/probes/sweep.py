@@ -17,25 +17,25 @@ import torch
 from tqdm import tqdm
 
 from featcache.atomic import write_whole
+from featcache.device import free_bytes, sent
 from featcache.errors import BadInput, shown
 from featcache.probes.features import (
     MiniBatches,
     Resident,
     Streamed,
     feature_bytes,
-    free_bytes,
     input_of,
     input_shape,
     load_labels,
     read_chunks,
     view_of_epoch,
 )
-from featcache.probes.heads.head import footprint
 from featcache.probes.probe_file import load_probe, probe_path, save_probe
 from featcache.probes.scores.metrics import gain
 from featcache.probes.scores.scoring import work
 from featcache.probes.scores.tally import TALLIES
 from featcache.probes.spec import spec_from_dict
+from featcache.probes.stack import held_bytes
 from featcache.probes.training import Training, fit_block
 
 PARTIAL = "partial"
@@ -112,8 +112,8 @@ class Sweep:
         for piece in source.pieces(view, self.seed, epoch):
             for batches, members in by_size.values():
                 for values, rows in batches.cut(piece):
-                    features = values.to(self.device).float()
-                    targets = self.labels[rows.to(self.device)]
+                    features = sent(values, self.device).float()
+                    targets = self.labels[sent(rows, self.device)]
                     for training in members:
                         training.feed(features, targets)
                         self.tick(len(training.specs))
@@ -136,9 +136,10 @@ class Sweep:
         losses = [s.loss.type for s in training.specs]
         tally = TALLIES[self.store.task](self.judged, len(self.store.classes), losses)
         if (feature, pool) not in self._validation:
-            fits = feature_bytes(self.store, names, feature, pool) < free_bytes(device) // 4
+            numbers = math.prod(input_shape(self.store, feature, pool)) * len(self.judged)
+            fits = 4 * numbers < free_bytes(device) // 4
             held = list(read_chunks(self.store, names, feature, pool, device)) if fits else None
-            self._validation[feature, pool] = held
+            self._validation = {(feature, pool): held}
         for chunk in self._validation[feature, pool] or read_chunks(self.store, names, feature, pool, device):
             tally.add(training.logits(chunk))
         return gain(metric, tally.scores(only=metric)[metric][:, 0]).double().cpu()
@@ -287,7 +288,7 @@ def _plan(folder, specs, store, buffers, device):
     inputs = [input_of(found[0]) for _, found in begun]
     todo = [([path.name], *read, buffers[input_name(*read)]) for (path, _), read in zip(begun, inputs, strict=True)]
     for group, feature, pool in work([s for s in missing if s.id not in resumed], store, device):
-        for wave in _waves(group, store, feature, pool, buffers):
+        for wave in _waves(group, store, feature, pool, buffers, device):
             blocks = [[spec.id for spec in block] for block in wave]
             todo.append((blocks, feature, pool, buffers[input_name(feature, pool)]))
     return todo
@@ -302,15 +303,16 @@ def _unsaved(folder, wave):
     )
 
 
-def plan_buffers(specs, store, splits, memory, device):
+def plan_buffers(specs, store, splits, memory, device, processes=1):
     """How each input of the grid is read: {input: rows of its shuffle buffer, or None if it fits into memory}.
 
-    memory: bytes for features, by default half of what is free on the device.
+    memory: bytes for features, by default half of what is free on the device. processes: that share this machine.
     """
     names, buffers = splits["train"], {}
     if memory is not None and not (isinstance(memory, int | float) and 1 <= memory < math.inf):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
-    memory = memory or free_bytes(device) // 2
+    host = free_bytes(torch.device("cpu")) // 2 // processes
+    memory = memory or (host if device.type == "cpu" else free_bytes(device) // 2)
     rows = sum(len(store[name]) for name in names)
     for spec in specs:
         feature, pool = input_of(spec)
@@ -320,8 +322,9 @@ def plan_buffers(specs, store, splits, memory, device):
                 f"lbfgs needs all of {feature} in memory, {size / 1e9:.3g} GB, and "
                 f"{memory / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"
             )
-        # One buffer is trained on while the next is read, in a third of the memory each.
-        buffers[input_name(feature, pool)] = None if size <= memory else max(int(rows * memory / size / 3), 1)
+        # One buffer is trained on while the next is read, in a third of the memory each; they lie on the host.
+        third = min(memory, host) / 3
+        buffers[input_name(feature, pool)] = None if size <= memory else max(int(rows * third / size), 1)
     return buffers
 
 
@@ -330,7 +333,7 @@ def input_name(feature, pool):
     return f"{feature}, pooled first" if pool else feature
 
 
-def _waves(group, store, feature, pool, buffers):
+def _waves(group, store, feature, pool, buffers, device):
     """Divide the blocks of one input into those that train on the same pass over the data.
 
     Pooled features in memory: one block at a time, which then stays in the cache. Else a pass is
@@ -339,14 +342,12 @@ def _waves(group, store, feature, pool, buffers):
     dim, positions = input_shape(store, feature, pool)
     if buffers[input_name(feature, pool)] is None and positions == 1:
         return [[block] for block in group]
-    room, waves, used = free_bytes(torch.device("cpu")) // 4, [[]], 0
+    room, waves, used = free_bytes(device) // 4, [[]], 0
     for block in group:
         if block[0].optimizer.type == "lbfgs":
             waves.insert(0, [block])
             continue
-        weights, _ = footprint(block[0].head, dim, len(store.classes), positions)
-        # Weights, two moments at most, and gradients: float32.
-        size = 16 * weights * block[0].head.layers * len(block)
+        size = held_bytes(block, dim, positions, len(store.classes))
         if waves[-1] and used + size > room:
             waves, used = [*waves, []], 0
         waves[-1].append(block)

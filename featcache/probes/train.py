@@ -59,7 +59,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
-    planned = plan_buffers(specs, opened, splits, memory, device)
+    planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
         if leads and _finished(folder, basis, key, files(folder, specs, opened.task)):

@@ -9,8 +9,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from featcache.device import multiplying
 from featcache.probes.features import epoch_order
-from featcache.probes.gemm import multiplying
 from featcache.probes.heads.head import STACKS
 from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.lbfgs import fit_lbfgs
@@ -18,7 +18,7 @@ from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import TrainedProbe, padded, room_of
+from featcache.probes.stack import TrainedProbe, padded, predict, room_of
 
 
 class Training:
@@ -105,7 +105,7 @@ class Training:
     @torch.no_grad()
     def logits(self, features):
         """Logits [P, R, C] of features, float32 [R, D] or [R, D, S], by the weights as they are."""
-        return self._stack.forward(features).transpose(0, 1)[: len(self.specs)]
+        return predict(self._stack, self.specs[0], features)[: len(self.specs)]
 
     def validated(self, scores):
         """Take the validation scores after an epoch, float64 [P], higher is better; keep the best weights."""

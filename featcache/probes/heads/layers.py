@@ -44,6 +44,8 @@ class Memory:
         """An uninitialised tensor, which lies where that of the same name lay."""
         size, key = math.prod(shape), (name, like.dtype, like.device)
         if key not in self._held or self._held[key].numel() < size:
+            # Not both at a time.
+            self._held.pop(key, None)
             self._held[key] = like.new_empty(size)
         return self._held[key][:size].view(shape)
 
