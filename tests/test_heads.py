@@ -121,6 +121,25 @@ def test_a_training_step_equals_plain_modules(maps, head, positions):
                 torch.testing.assert_close(stack.weights[name][p], state[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("head", [head for head in HEADS if head.norm != "none"], ids=str)
+def test_a_row_alone_goes_by_the_running_statistics(maps, head):
+    """It has no variance; as modules in eval mode do, and the statistics stay."""
+    stack = in_float64(head, D)
+    perturbed(stack)
+    start = [of_probe(stack.weights, p) for p in range(P)]
+    row, gradient = maps[:1, :, :1].double(), torch.randn(1, P, C, dtype=torch.float64)
+    logits, got = step(stack, row.squeeze(2), gradient)
+    for p in range(P):
+        plain = Plain(head, start[p]).double().eval()
+        expected = plain(row.unsqueeze(3))
+        torch.testing.assert_close(logits[:, p], expected.detach(), rtol=1e-9, atol=1e-11)
+        expected.backward(gradient[:, p])
+        for name, value in plain.named({n: w.grad for n, w in plain.named_parameters()}).items():
+            torch.testing.assert_close(got[name][p], value, rtol=1e-8, atol=1e-10)
+        for name in (n for n in start[p] if "running" in n):
+            assert torch.equal(stack.weights[name][p], start[p][name])
+
+
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_values_and_gradients_in_float32(maps, head):
     """As they are trained: to 1e-6 of the largest."""

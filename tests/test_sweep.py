@@ -17,6 +17,7 @@ from conftest import SIZE
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.features import MiniBatches, Streamed, epoch_order
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
@@ -278,6 +279,35 @@ def test_halving_drops_the_poor_and_trains_the_best_to_the_end(store, tmp_path):
     assert at_rung[winner.spec.optimizer.lr] >= sorted(at_rung.values())[-3]
     plain = featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "plain")
     assert_equal({"x": winner.weights}, {"x": load_probe(plain.path, winner.spec.id).weights})
+
+
+def test_a_run_with_a_search_takes_no_other_probes(store, tmp_path):
+    grid = {"search": "halving", "probes": [LINEAR]}
+    first = featcache.train_probes(grid, store=store, run=tmp_path / "r")
+    for probes in ([LINEAR, LINEAR | {"name": "more", "seed": 7}], [LINEAR | {"loss": "bce"}]):
+        with pytest.raises(
+            BadInput, match=r"was made with search .*4 probes .*, not .* probes .*; choose another --run"
+        ):
+            featcache.train_probes(grid | {"probes": probes}, store=store, run=tmp_path / "r")
+    assert featcache.train_probes(grid, store=store, run=tmp_path / "r").scores == first.scores
+
+
+def test_probes_that_left_the_grid_are_not_trained_on(store, tmp_path):
+    """Killed while their block had a state, and gone from the grid when it goes on."""
+    grid = tmp_path / "grid.yaml"
+    group = LINEAR | {"epochs": 2000, "loss": "bce"}
+    grid.write_text(yaml.safe_dump({"probes": [group | {"seed": [0, 1, 2]}]}))
+    process = start(grid, store, tmp_path / "r")
+    while not list((tmp_path / "r").glob("partial/*.safetensors")) and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert list((tmp_path / "r").glob("partial/*.safetensors"))
+    left = {"probes": [group | {"seed": 1}]}
+    run = featcache.train_probes(left, store=store, run=tmp_path / "r")
+    assert len(weights_of(run)) == len(parse_grid(left).specs) < 6
+    assert_equal(weights_of(run), weights_of(featcache.train_probes(left, store=store, run=tmp_path / "whole")))
 
 
 def test_halving_needs_room_for_all(store, tmp_path, monkeypatch):

@@ -130,6 +130,8 @@ def test_select(run):
         ("top", "expected 'best METRIC'"),
         ("best mpa", "did you mean 'map'"),
         ("best map per hed", "unknown field 'hed'"),
+        ("best map per value", "unknown field 'value'"),
+        ("best map per split", "unknown field 'split'"),
     ):
         with pytest.raises(BadInput, match=message):
             select(run, rule)
@@ -192,6 +194,11 @@ def refuse(change):
         (refuse({"optimizer": {"type": "sgd", "lr": -1}}), [], "probes[0].optimizer.lr: -1"),
         (refuse({"features": "layer2:pooled"}), [], "the store holds no feature 'layer2:pooled'"),
         (refuse({"head": "mlp"}), [], "pool: before"),
+        (
+            refuse({"head": {"type": "mlp", "pool": "before"}, "batch_size": 1}),
+            [],
+            "probes[0].batch_size: one image has no variance",
+        ),
         (GRID | {"splits": {"val": "vall"}}, [], "splits.val: store"),
         (GRID, ["--store", "nowhere.zarr"], "store not found: nowhere.zarr"),
     ],

@@ -110,6 +110,11 @@ def _spec(spec, group, store, views, errors):
         errors.append(
             f"{group.where('head')}: {spec.head.heads} attention heads do not divide {feature}, which is {width} wide"
         )
+    positions = input_shape(store, *input_of(replace(spec, features=str(feature))))[1]
+    if spec.head.norm != "none" and spec.batch_size * positions == 1:
+        errors.append(
+            f"{group.where('batch_size')}: one image has no variance for head.norm to divide by; take 2 or more"
+        )
     offset = spec.head.offset
     try:
         offset = logit_offset(offset, len(store.classes))

@@ -13,6 +13,8 @@ from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
 FILE = "run.json"
+# Of scores.csv, before the fields of the probe.
+SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Run:
     def metrics(self):
         """Names of the metrics that the probes are scored with."""
         return tuple(self.summary["chance"][self.judge])
+
+    @property
+    def fields(self):
+        """Columns of the scores that say what a probe is."""
+        return [column for column in self.scores[0] if column == "name" or column not in SCORE_COLUMNS]
 
     def value(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split."""
@@ -128,7 +135,7 @@ def select(run, rule):
         raise BadInput(
             f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})"
         )
-    columns = [_column(name.strip(), run.scores[0], rule) for name in (match.group(2) or "").split(",") if name.strip()]
+    columns = [_column(name.strip(), run.fields, rule) for name in (match.group(2) or "").split(",") if name.strip()]
     winners = {}
     for row in rows:
         group = tuple(row[c] for c in columns)
@@ -141,14 +148,14 @@ def select(run, rule):
     return [row["probe"] for row in winners.values()]
 
 
-def _column(name, row, rule):
+def _column(name, fields, rule):
     for column in (name, f"{name}.type"):
-        if column in row:
+        if column in fields:
             return column
-    inside = [column for column in row if column.endswith(f".{name}")]
+    inside = [column for column in fields if column.endswith(f".{name}")]
     hint = (
         f"; did you mean {' or '.join(map(repr, inside))}?"
         if inside
-        else nearest(name, [*row, *(column.partition(".")[0] for column in row)])
+        else nearest(name, [*fields, *(column.partition(".")[0] for column in fields)])
     )
     raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")

@@ -79,13 +79,15 @@ class Sweep:
 
     def open(self, blocks, feature, pool):
         """The Trainings of a wave's blocks, new or from their states."""
-        shape = (input_shape(self.store, feature, pool)[0], len(self.store.classes), self.labels)
-        return [
-            Training.restored(self.folder / PARTIAL / block, *shape)
-            if isinstance(block, str)
-            else Training([self.specs[name] for name in block], *shape)
-            for block in blocks
-        ]
+        shape, found = (input_shape(self.store, feature, pool)[0], len(self.store.classes), self.labels), []
+        for block in blocks:
+            if isinstance(block, str):
+                found.append(Training.restored(self.folder / PARTIAL / block, *shape))
+                # What the grid no longer has is not trained on.
+                found[-1].take_out(torch.tensor([spec.id not in self.specs for spec in found[-1].specs]))
+            else:
+                found.append(Training([self.specs[name] for name in block], *shape))
+        return found
 
     def fit(self, specs, source):
         """Train a block whose optimiser sees all images at once."""

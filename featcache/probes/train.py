@@ -53,6 +53,10 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     }
     # Both decide which weights are kept, so that a run is of one choice.
     chosen_by = {"select": resolved["select"], "search": checked.search and asdict(checked.search)}
+    if checked.search:
+        # It compares all probes with each other.
+        among = hashlib.sha256(" ".join(sorted(spec.id for spec in specs)).encode()).hexdigest()
+        chosen_by["search"]["among"] = f"{len(specs)} probes ({among[:8]})"
     basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]} | chosen_by
     asked = [basis, resolved["probes"], *([checked.rules] if checked.rules else [])]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()

@@ -110,7 +110,8 @@ class Linear(Layer):
 class BatchNorm(Layer):
     """torch.nn.BatchNorm with P U channels: y = weight (x - mean) / sqrt(variance + 1e-5) + bias, all [P, U].
 
-    Written out, for torch's own takes several times as long on a CPU.
+    Written out, for torch's own takes several times as long on a CPU. One row alone has no variance: it is
+    normalised by the running statistics and leaves them alone, where torch gives up.
     """
 
     def __init__(self, weight, bias, running_mean, running_var):
@@ -118,15 +119,15 @@ class BatchNorm(Layer):
 
     def forward(self, rows, training):
         """Map [P, U, R] to the same shape; if training by these rows' statistics, which move the running ones."""
-        mean, variance = self.running_mean, self.running_var
-        if training:
+        mean, variance, count = self.running_mean, self.running_var, rows.shape[2]
+        self.moves = training and count > 1
+        if self.moves:
             mean = rows.mean(2)
         self.centred = rows.sub_(mean.unsqueeze(2))
-        if training:
-            count = rows.shape[2]
+        if self.moves:
             variance = _mean_square(self.centred)
             self.running_mean.lerp_(mean, NORM_MOMENTUM)
-            self.running_var.lerp_(variance * (count / max(count - 1, 1)), NORM_MOMENTUM)
+            self.running_var.lerp_(variance * (count / (count - 1)), NORM_MOMENTUM)
         self.spread = variance + NORM_EPS
         self.scale = self.weight / self.spread.sqrt()
         out = self.tensor("out", rows.shape, rows)
@@ -136,6 +137,8 @@ class BatchNorm(Layer):
         """Return the gradient of the input, [P, U, R]: scale (g - mean(g) - x mean(g x) / spread), x centred."""
         total, agreement = gradient.sum(2), self.dot(gradient, self.centred, 2)
         self.gradients = [agreement / self.spread.sqrt(), total]
+        if not self.moves:
+            return gradient.mul_(self.scale.unsqueeze(2))
         shift = -self.scale * total / gradient.shape[2]
         pull = -self.scale * agreement / (self.spread * gradient.shape[2])
         torch.addcmul(shift.unsqueeze(2), gradient, self.scale.unsqueeze(2), out=gradient)
@@ -143,7 +146,10 @@ class BatchNorm(Layer):
 
 
 class UncentredBatchNorm(Layer):
-    """y = weight x / sqrt(variance + 1e-5): batch norm that leaves the mean, the bcos package's without bias."""
+    """y = weight x / sqrt(variance + 1e-5): batch norm that leaves the mean, the bcos package's without bias.
+
+    One row alone is normalised by the running variance, as in BatchNorm.
+    """
 
     def __init__(self, weight, running_var):
         self.weight, self.running_var = weight, running_var
@@ -151,17 +157,20 @@ class UncentredBatchNorm(Layer):
     def forward(self, rows, training):
         """Map [P, U, R] to the same shape; by the variance of these rows, which moves the running one, if training."""
         out, variance = self.tensor("out", rows.shape, rows), self.running_var
-        if training:
-            self.rows, self.mean = rows, rows.mean(2)
+        self.rows, self.moves = rows, training and rows.shape[2] > 1
+        if self.moves:
+            self.mean = rows.mean(2)
             variance = _mean_square(torch.sub(rows, self.mean.unsqueeze(2), out=out))
             self.running_var.lerp_(variance, NORM_MOMENTUM)
-            self.spread = variance + NORM_EPS
+        self.spread = variance + NORM_EPS
         return torch.mul(rows, uncentred_scale(self.weight, variance).unsqueeze(2), out=out)
 
     def backward(self, gradient):
         """Return the gradient of the input, [P, U, R]: scale g - scale (x - mean) mean(g x) / spread."""
         agreement, scale = self.dot(gradient, self.rows, 2), self.weight / self.spread.sqrt()
         self.gradients = [agreement / self.spread.sqrt()]
+        if not self.moves:
+            return gradient.mul_(scale.unsqueeze(2))
         pull = -scale * agreement / (self.spread * gradient.shape[2])
         torch.addcmul((-pull * self.mean).unsqueeze(2), gradient, scale.unsqueeze(2), out=gradient)
         return gradient.addcmul_(self.rows, pull.unsqueeze(2))

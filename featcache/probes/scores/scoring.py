@@ -18,14 +18,13 @@ from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.probe_file import load_probe, probe_path
-from featcache.probes.run import FILE, open_run
+from featcache.probes.run import FILE, SCORE_COLUMNS, open_run
 from featcache.probes.scores.bootstrap import intervals, resamples
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks, room_of
 
-SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 # The tables of a run, and the columns that come first in each.
 TABLES = {
     "scores.csv": SCORE_COLUMNS,
