@@ -24,8 +24,8 @@ def fit_lbfgs(specs, features, labels, classes):
 
     features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses, short):
     for each spec {name: float32 CPU tensor}, the mean losses at the start and after every iteration, and whether its
-    iterations ended before it converged. A probe whose objective is not finite has weights that are NaN. The order of images does not matter, nor do neighbours
-    but for the rounding of float64.
+    iterations ended before it converged. A probe whose objective is not finite has weights that are NaN. The order of
+    images does not matter, nor do neighbours but for the rounding of float64.
     """
     problem = _Problem(specs, features, labels, classes)
     start = stacked_weights(specs, features.shape[1], classes, features.device)

@@ -116,7 +116,10 @@ def ce_targets(labels, logits, loss, weights=None):
         weights = weights.to(logits)
         targets = targets * weights
         count, mass = (present @ weights).sum() if single else count, targets.sum(1, keepdim=True)
-    ignored = None if single else _classes_first(labels < 0)
+    ignored = None
+    # Not asked on a GPU, which would have to be waited for.
+    if not single and (labels.device.type != "cpu" or (labels < 0).any()):
+        ignored = _classes_first(labels < 0)
     return _classes_first(targets / count), (mass / count).unsqueeze(2), ignored
 
 

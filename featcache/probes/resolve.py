@@ -56,12 +56,12 @@ def resolve(grid, store, device):
 
 def _check_room(specs, store, device, errors):
     """A search holds all probes from rung to rung, where other grids train block after block."""
-    classes = len(store.classes)
-    needed = sum(held_bytes([s], *input_shape(store, *input_of(s)), classes) for s in specs)
-    if needed > free_bytes(device):
+    needed = sum(held_bytes(s.head, *input_shape(store, *input_of(s)), len(store.classes)) for s in specs)
+    free = free_bytes(device)
+    if needed > free:
         errors.append(
             f"search: halving holds all {len(specs)} probes at once, {needed / 1e9:.3g} GB, and "
-            f"{free_bytes(device) / 1e9:.3g} GB are free on {device}; make several grids of them"
+            f"{free / 1e9:.3g} GB are free on {device}; make several grids of them"
         )
 
 
@@ -96,7 +96,8 @@ def _spec(spec, group, store, views, errors):
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
-    before, kind, width = len(errors), feature.kind, input_shape(store, str(feature), False)[0]
+    before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
+    width, positions = input_shape(store, *input_of(spec))
     if kind == "tokens" and spec.head.type != "attentive":
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
@@ -110,7 +111,6 @@ def _spec(spec, group, store, views, errors):
         errors.append(
             f"{group.where('head')}: {spec.head.heads} attention heads do not divide {feature}, which is {width} wide"
         )
-    positions = input_shape(store, *input_of(replace(spec, features=str(feature))))[1]
     if spec.head.norm != "none" and spec.batch_size * positions == 1:
         errors.append(
             f"{group.where('batch_size')}: one image has no variance for head.norm to divide by; take 2 or more"
@@ -123,7 +123,7 @@ def _spec(spec, group, store, views, errors):
     count = _views(spec, group, store, views, errors)
     if len(errors) > before:
         return None
-    found = replace(spec, features=str(feature), head=replace(spec.head, offset=offset), views=count)
+    found = replace(spec, head=replace(spec.head, offset=offset), views=count)
     if found.conflict:
         errors.append(f"{group.path}: {found.conflict}")
         return None

@@ -89,10 +89,9 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
     return result
 
 
-def held_bytes(specs, dim, positions, classes):
-    """Of probes while they train, about: weights, their gradients and two moments at most, float32. As for blocks()."""
-    heads = [spec.head for spec in specs]
-    return sum(16 * head.layers * footprint(head, dim, classes, positions)[0] for head in heads)
+def held_bytes(head, dim, positions, classes):
+    """Of a probe while it trains, about: weights, their gradients and two moments at most, float32. As for blocks()."""
+    return 16 * head.layers * footprint(head, dim, classes, positions)[0]
 
 
 def rows_at_once(batch_size, positions):

@@ -349,7 +349,7 @@ def _waves(group, store, feature, pool, buffers, device):
         if block[0].optimizer.type == "lbfgs":
             waves.insert(0, [block])
             continue
-        size = held_bytes(block, dim, positions, len(store.classes))
+        size = len(block) * held_bytes(block[0].head, dim, positions, len(store.classes))
         if waves[-1] and used + size > room:
             waves, used = [*waves, []], 0
         waves[-1].append(block)

@@ -58,28 +58,22 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node, deep=False):
+        kind = node.tag.rpartition(":")[2]
         try:
+            # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody who writes a grid means.
+            if kind in ("int", "float") and re.fullmatch(r"[-+]?0[\d_]+|.*:.*", node.value):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"YAML takes {node.value} for a number of base 8 or 60; write a plain one",
+                    node.start_mark,
+                )
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError):
             # Such as the date 2001-02-30, or !!int x.
-            kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
                 None, None, f"{shown(node.value)} is not what YAML calls {kind}", node.start_mark
             ) from None
-
-
-def _construct_number(loader, node):
-    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody who writes a grid means.
-    if re.fullmatch(r"[-+]?0[\d_]+|.*:.*", node.value):
-        raise yaml.constructor.ConstructorError(
-            None, None, f"YAML takes {node.value} for a number of base 8 or 60; write a plain one", node.start_mark
-        )
-    kind = node.tag.rpartition(":")[2]
-    return getattr(loader, f"construct_yaml_{kind}")(node)
-
-
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
 
 
 def read_content(path):
