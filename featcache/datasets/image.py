@@ -1,5 +1,7 @@
 """From an image source of a record to its pixels."""
 
+import hashlib
+import io
 import os
 from contextlib import contextmanager
 
@@ -9,17 +11,32 @@ from PIL import Image, UnidentifiedImageError
 from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
+# Enough that two images of any dataset share a digest only if they are the same.
+DIGEST_BYTES = 16
 
-def open_image(source, reduce=1):
+
+def read_image(source):
+    """The bytes of an image's file, not decoded. Raises BadInput, naming the source, if they cannot be read."""
+    with _naming(source), open_source(source) as file:
+        return file.read()
+
+
+def image_digest(data):
+    """The first 16 bytes of the sha256 of an image's bytes: two images of one digest are the same image."""
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+
+def open_image(source, reduce=1, data=None):
     """Decode one image: a PIL image in mode RGB, as torchvision's ImageFolder decodes it.
 
-    source: of a Record. reduce: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up, in the
-    frequency domain, which is quicker and not exact; other formats are decoded whole. Of 16-bit pixels
-    the high byte is kept, where PIL would clip them to white; transparency is dropped; an EXIF rotation
-    is not applied, since boxes are in the file's own pixels.
+    source: of a Record. data: its bytes, if they are read already. reduce: 2, 4 or 8 decodes a JPEG at
+    that part of its sides, rounded up, in the frequency domain, which is quicker and not exact; other
+    formats are decoded whole. Of 16-bit pixels the high byte is kept, where PIL would clip them to white;
+    transparency is dropped; an EXIF rotation is not applied, since boxes are in the file's own pixels.
     Raises BadInput, naming the source, when it is no readable image.
     """
-    with _naming(source), open_source(source) as file, Image.open(file) as image:
+    data = read_image(source) if data is None else data
+    with _naming(source), Image.open(io.BytesIO(data)) as image:
         if reduce > 1:
             image.draft("RGB", (image.width // reduce, image.height // reduce))
         image.load()

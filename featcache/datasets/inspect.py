@@ -1,6 +1,5 @@
 """`featcache inspect --dataset`: what a dataset holds, and every image decoded once."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 
@@ -8,9 +7,8 @@ import numpy as np
 
 from featcache.datasets import list_records
 from featcache.datasets.complete import clip_boxes, over_threads, repeated_ids
-from featcache.datasets.image import open_image
+from featcache.datasets.image import image_digest, open_image, read_image
 from featcache.datasets.record import Dataset
-from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
 
@@ -82,7 +80,7 @@ def inspect_dataset(name, root=None, splits=None):
 
 @dataclass(slots=True)
 class _Look:
-    """What one image showed. digest: sha256 of its bytes. reason: why it is of no use, or None."""
+    """What one image showed. digest: see image_digest. reason: why it is of no use, or None."""
 
     size: tuple[int, int] | None = None
     digest: bytes | None = None
@@ -93,10 +91,9 @@ class _Look:
 def _look(record):
     look = _Look()
     try:
-        width, height = open_image(record.image).size
-        look.size = height, width
-        with open_source(record.image) as file:
-            look.digest = hashlib.file_digest(file, "sha256").digest()
+        data = read_image(record.image)
+        width, height = open_image(record.image, data=data).size
+        look.size, look.digest = (height, width), image_digest(data)
         if record.height not in (None, height) or record.width not in (None, width):
             raise BadInput(
                 f"image {record.image} is {width}x{height} pixels, its annotation says {record.width}x{record.height}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -239,7 +240,7 @@ def _measured(manifest, model, images, features, device):
     """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
     split = next(iter(images.splits))
     rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
-    (batch,) = image_batches(images, [[(split, row) for row in rows]], workers=0)
+    ((batch, _),) = image_batches(images, [[(split, row) for row in rows]], workers=0)
     batch = model.to(device).preprocessing.normalise(batch.to(device))
     found = measure(model, batch, features, manifest.identity["precision"])
     return replace(manifest, compute=manifest.compute | found)
@@ -274,11 +275,12 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
     memory = torch.empty(manifest.compute["batch_size"], side, side, 3, device=device)
     pending, row = None, 0
     with ThreadPoolExecutor(1) as writer, progress:
-        for batch in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
+        for batch, digests in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
             if row == 0:
                 split, shard = drawn.popleft()
                 first, end = manifest.rows_of(split, shard)
                 ids = [record.id for record in images.records(split, first, end)]
+                seen = []
                 buffers = {
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features
@@ -288,13 +290,15 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                 results = model(pixels, features)
                 for name, values in results.items():
                     buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
+            seen.append(digests)
             row += len(batch)
             progress.update(ranks.count(len(batch)) - progress.n)
             if row == end - first:
                 if pending:
                     pending.result()
                 stored = {name: _as_stored(rows) for name, rows in buffers.items()}
-                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored), 0
+                shown = np.concatenate(seen)
+                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored, shown), 0
         if pending:
             pending.result()
 

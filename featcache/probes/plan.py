@@ -85,7 +85,7 @@ class Plan:
         )
 
 
-def plan_probes(grid, store=None, device=None, parity=None, memory=None):
+def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_overlap=False):
     """Say what train_probes would do with the same arguments; nothing is written or trained.
 
     Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
@@ -102,7 +102,7 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
         return Plan(checked, groups, [], 0, str(device), free, error.message)
     if opened is None:
         return Plan(checked, groups, [], 0, str(device), free, "no store given")
-    found = resolve(checked, opened, device)
+    found = resolve(checked, opened, device, allow_overlap)
     specs, splits = found.specs, found.splits
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from featcache.errors import BadInput, nearest, shown
+from featcache.probes.overlap import Overlap
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
@@ -61,12 +62,14 @@ class Run:
 
     @property
     def caution(self):
-        """A line to print beside scores that the choice of probes makes too good, else None."""
+        """A line to print beside scores that are too good, by the choice of probes or by shared images, else None."""
         chosen, splits = self.summary["select"]["split"], self.summary["splits"]
-        if not set(splits[chosen]) & set(splits[self.judge]):
-            return None
-        parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
-        return f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good"
+        said = []
+        if set(splits[chosen]) & set(splits[self.judge]):
+            parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
+            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}")
+        said += [str(Overlap(**found)) for found in self.summary.get("overlap", [])]
+        return f"{'; '.join(said)}: the scores are too good" if said else None
 
 
 def read_summary(folder):

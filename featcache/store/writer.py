@@ -77,11 +77,12 @@ def missing_shards(folder, manifest):
     return [(split, shard) for split, shard in manifest.all_shards() if shard not in there[split]]
 
 
-def put_shard(folder, manifest, split, shard, ids, features):
+def put_shard(folder, manifest, split, shard, ids, features, digests=None):
     """Write a whole shard, all its features, and commit it.
 
-    ids: of its rows. features: {name: array [rows, ...] as it is stored}. A shard that is committed
-    already with the same rows is left alone. Raises BadInput if it is there with others.
+    ids: of its rows. features: {name: array [rows, ...] as it is stored}. digests: uint8 [rows, 16]
+    of the images, None if they are not known. A shard that is committed already with the same rows is
+    left alone. Raises BadInput if it is there with others.
     """
     first, end = manifest.rows_of(split, shard)
     layout = FORMATS[manifest.storage["format"]]
@@ -106,7 +107,7 @@ def put_shard(folder, manifest, split, shard, ids, features):
                 offset = layout.write_shard(file, rows, manifest.features[name], geometry, compression)
                 length, crc = _measure(file)
             files[name] = {"bytes": length, "crc32": crc, "offset": offset, "rows_crc32c": crcs[name]}
-        write_marker(folder, manifest, split, shard, ids, files)
+        write_marker(folder, manifest, split, shard, ids, files, digests)
 
 
 def _rows_crc32c(rows, chunk_rows):

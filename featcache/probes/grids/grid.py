@@ -12,7 +12,7 @@ from featcache.probes.grids.rules import changed, without
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
-TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "profiles")
+TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "allow_overlap", "profiles")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Grid:
     content: dict
     search: Search | None = None
     parity: str | None = None
+
+    @property
+    def allow_overlap(self):
+        """Whether the grid lets two roles share images."""
+        return self.content.get("allow_overlap", False)
 
     @property
     def rules(self):
@@ -86,6 +91,8 @@ def parse_grid(content, path="grid", parity=None):
     store = content.get("store")
     if store is not None and not isinstance(store, str):
         errors.append(f"{at['store']}: {shown(store)} is not a path")
+    if not isinstance(content.get("allow_overlap", False), bool):
+        errors.append(f"{at['allow_overlap']}: expected true or false, not {shown(content['allow_overlap'])}")
     if not content["probes"] and not errors:
         errors.append("probes: expected a list of at least one group")
     group_of = all_specs(written.groups, errors)
