@@ -37,7 +37,8 @@ def read_webdataset(root, splits=None):
     if not shards:
         raise wrong_layout(root, f"no tar shards in {root}", TREE)
     samples = [(split, *sample) for split, paths in shards.items() for path in paths for sample in _index(path)]
-    classes, task, labels = index_labels([label for *_, label in samples], lambda n: str(samples[n][2]))
+    values = [label for *_, label in samples]
+    classes, task, labels = index_labels(values, lambda n: str(samples[n][2]), f"labels of {root}: text")
     records = [
         (split, Record(key, image, label)) for (split, key, image, _), label in zip(samples, labels, strict=True)
     ]
@@ -90,7 +91,7 @@ def _label(name, found):
         if suffix not in found:
             continue
         try:
-            text = found[suffix].decode().strip()
+            text = found[suffix].decode("utf-8-sig").strip()
             value = json.loads(text) if suffix == "json" else text
         except ValueError as error:
             raise BadInput(f"{name}.{suffix}: {error}") from None

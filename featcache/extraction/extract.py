@@ -14,6 +14,7 @@ from tqdm import tqdm
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
 from featcache.datasets import read_dataset
+from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, Images, image_batches
@@ -88,6 +89,8 @@ def extract(
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
     check_precision(precision, device)
     data = read_dataset(dataset, root, splits)
+    for line in describe_classes(data):
+        say(line, err=True)
     model = load_backbone(
         backbone,
         arch=arch,
