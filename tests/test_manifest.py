@@ -183,11 +183,19 @@ def test_lists_are_split_and_it_is_said(tmp_path, capsys, column, write, said):
 @pytest.mark.parametrize(
     ("column", "cells", "said"),
     [
-        ("label", SHARKS, "'label' of .* is not split at each comma, which would give 6 classes: single-label, 4 classes"),
+        (
+            "label",
+            SHARKS,
+            "'label' of .* is not split at each comma, which would give 6 classes: single-label, 4 classes",
+        ),
         ("label:one", SHARKS, None),
         ("label:one", ["boat,dog", "dog", "boat", "[dog]", "boat;dog"], None),
         # Lists of words look like this, but so do names of two words: it is said and left.
-        ("label", ["red dog", "red cat", "old dog", "old cat", "red", "old"], "'label' .* not split at each space, .* 4"),
+        (
+            "label",
+            ["red dog", "red cat", "old dog", "old cat", "red", "old"],
+            "'label' .* not split at each space, .* 4",
+        ),
         ("label", ["hot dog", "great white shark"], None),
     ],
 )

@@ -2,6 +2,7 @@
 
 import shutil
 import xml.etree.ElementTree as ElementTree
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from featcache.errors import BadInput
 
 
 def write_voc(root, images, year=2007, split="train"):
-    """Write {id: [(name, difficult, (xmin, ymin, xmax, ymax))]} in VOC's layout, all images 60 x 50."""
+    """Write {id: [(name, difficult, (xmin, ymin, xmax, ymax))]} in VOC's layout, all images 60 x 50, no two alike."""
     home = root / "VOCdevkit" / f"VOC{year}"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,8 @@ def write_voc(root, images, year=2007, split="train"):
             for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
                 ElementTree.SubElement(bounds, key).text = str(value)
         ElementTree.ElementTree(tree).write(home / "Annotations" / f"{image_id}.xml")
-        Image.new("RGB", (60, 50), (90, 60, 30)).save(home / "JPEGImages" / f"{image_id}.jpg")
+        colour = tuple(zlib.crc32(image_id.encode()).to_bytes(4, "big")[:3])
+        Image.new("RGB", (60, 50), colour).save(home / "JPEGImages" / f"{image_id}.jpg")
     (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in images))
     return home
 

@@ -1,7 +1,6 @@
 """From an image source of a record to its pixels."""
 
 import hashlib
-import io
 import os
 from contextlib import contextmanager
 
@@ -15,33 +14,30 @@ from featcache.errors import BadInput
 DIGEST_BYTES = 16
 
 
-def read_image(source):
-    """The bytes of an image's file, not decoded. Raises BadInput, naming the source, if they cannot be read."""
-    with _naming(source), open_source(source) as file:
-        return file.read()
+def open_image(source, reduce=1):
+    """Decode one image: a PIL image in mode RGB. See read_image."""
+    return read_image(source, reduce)[0]
 
 
-def image_digest(data):
-    """The first 16 bytes of the sha256 of an image's bytes: two images of one digest are the same image."""
-    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+def read_image(source, reduce=1):
+    """Decode one image: (a PIL image in mode RGB, as torchvision's ImageFolder decodes it, and its digest).
 
-
-def open_image(source, reduce=1, data=None):
-    """Decode one image: a PIL image in mode RGB, as torchvision's ImageFolder decodes it.
-
-    source: of a Record. data: its bytes, if they are read already. reduce: 2, 4 or 8 decodes a JPEG at
-    that part of its sides, rounded up, in the frequency domain, which is quicker and not exact; other
-    formats are decoded whole. Of 16-bit pixels the high byte is kept, where PIL would clip them to white;
-    transparency is dropped; an EXIF rotation is not applied, since boxes are in the file's own pixels.
+    source: of a Record. reduce: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up, in the
+    frequency domain, which is quicker and not exact; other formats are decoded whole. Of 16-bit pixels
+    the high byte is kept, where PIL would clip them to white; transparency is dropped; an EXIF rotation
+    is not applied, since boxes are in the file's own pixels. The digest, by which two images are told to
+    be the same, is the first 16 bytes of the sha256 of the encoded file.
     Raises BadInput, naming the source, when it is no readable image.
     """
-    data = read_image(source) if data is None else data
-    with _naming(source), Image.open(io.BytesIO(data)) as image:
+    with _naming(source), open_source(source) as file, Image.open(file) as image:
         if reduce > 1:
             image.draft("RGB", (image.width // reduce, image.height // reduce))
         image.load()
+        # The file is in memory now, so that reading it again costs little.
+        file.seek(0)
+        digest = hashlib.sha256(file.read()).digest()[:DIGEST_BYTES]
         # What is RGB already would be copied by a conversion: a third of the time for large images.
-        return image if image.mode == "RGB" else _to_rgb(image)
+        return image if image.mode == "RGB" else _to_rgb(image), digest
 
 
 def measure_image(source):

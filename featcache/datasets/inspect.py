@@ -7,7 +7,7 @@ import numpy as np
 
 from featcache.datasets import list_records
 from featcache.datasets.complete import clip_boxes, over_threads, repeated_ids
-from featcache.datasets.image import image_digest, open_image, read_image
+from featcache.datasets.image import read_image
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput
 
@@ -80,7 +80,7 @@ def inspect_dataset(name, root=None, splits=None):
 
 @dataclass(slots=True)
 class _Look:
-    """What one image showed. digest: see image_digest. reason: why it is of no use, or None."""
+    """What one image showed. digest: see read_image. reason: why it is of no use, or None."""
 
     size: tuple[int, int] | None = None
     digest: bytes | None = None
@@ -91,9 +91,9 @@ class _Look:
 def _look(record):
     look = _Look()
     try:
-        data = read_image(record.image)
-        width, height = open_image(record.image, data=data).size
-        look.size, look.digest = (height, width), image_digest(data)
+        image, look.digest = read_image(record.image)
+        width, height = image.size
+        look.size = height, width
         if record.height not in (None, height) or record.width not in (None, width):
             raise BadInput(
                 f"image {record.image} is {width}x{height} pixels, its annotation says {record.width}x{record.height}"

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from featcache.datasets.image import image_digest, open_image, read_image
+from featcache.datasets.image import read_image
 from featcache.errors import BadInput
 from featcache.store.manifest import split_of
 
@@ -16,18 +16,23 @@ DECODERS = {"exact": "pillow", "draft": "pillow-draft"}
 DRAFT_PIXELS = 2
 
 
-def load_input(record, preprocessing, decoder="pillow", crop=None, data=None):
-    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S].
+def load_input(record, preprocessing, decoder="pillow", crop=None):
+    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S]. See read_input."""
+    return read_input(record, preprocessing, decoder, crop)[0]
+
+
+def read_input(record, preprocessing, decoder, crop):
+    """Return the input of the backbone, uint8 [3, S, S], of a record's image, and the image's digest.
 
     decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
-    original image. data: the bytes of its file, if they are read already. Raises BadInput for an image that cannot be read or is not the annotated one.
+    original image, or None. Raises BadInput for an image that cannot be read or is not the annotated one.
     """
     top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
     reduce = 1
     if decoder == DECODERS["draft"]:
         fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.short)
         reduce = next(fits, 1)
-    image = open_image(record.image, reduce, data)
+    image, digest = read_image(record.image, reduce)
     if image.size == (record.width, record.height):
         reduce = 1
     elif image.size != (math.ceil(record.width / reduce), math.ceil(record.height / reduce)):
@@ -37,12 +42,14 @@ def load_input(record, preprocessing, decoder="pillow", crop=None, data=None):
         )
     # Not the image's own size: that is rounded up where it was reduced.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
-    return preprocessing.apply(image, box) if crop is None else preprocessing.apply_view(image, box, bool(flip))
+    if crop is None:
+        return preprocessing.apply(image, box), digest
+    return preprocessing.apply_view(image, box, bool(flip)), digest
 
 
 class Images(Dataset):
     """The decoded images of all splits and views. Index: (split or view, row). Item: (uint8 [3, S, S], its
-    digest, see image_digest), or an error.
+    digest, see read_image), or an error.
 
     crops: {view's name: int [N, 5]}, see load_input. An error travels as text because DataLoader wraps
     exceptions of its workers in a traceback.
@@ -62,9 +69,7 @@ class Images(Dataset):
         group, row = key
         crop = self.crops[group][row].tolist() if group in self.crops else None
         try:
-            record = self.splits[split_of(group)][row]
-            data = read_image(record.image)
-            return load_input(record, self.preprocessing, self.decoder, crop, data), image_digest(data)
+            return read_input(self.splits[split_of(group)][row], self.preprocessing, self.decoder, crop)
         except BadInput as error:
             return error.message
 

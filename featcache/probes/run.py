@@ -67,9 +67,9 @@ class Run:
         said = []
         if set(splits[chosen]) & set(splits[self.judge]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
-            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}")
-        said += [str(Overlap(**found)) for found in self.summary.get("overlap", [])]
-        return f"{'; '.join(said)}: the scores are too good" if said else None
+            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good")
+        said += [f"{Overlap(**found)}: scores on them are too good" for found in self.summary.get("overlap", [])]
+        return "; ".join(said) or None
 
 
 def read_summary(folder):
