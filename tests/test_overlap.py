@@ -198,6 +198,18 @@ def forget_digests(store):
         path.write_bytes(seal(content))
 
 
+def test_a_store_without_digests_and_with_ids_of_its_own_trains_too(store, tmp_path, capsys):
+    shutil.copytree(store, tmp_path / "s.zarr")
+    forget_digests(tmp_path / "s.zarr")
+    grid = {"probes": [PROBE]}
+    old, new = (
+        featcache.train_probes(grid, store=s, run=tmp_path / n) for s, n in ((tmp_path / "s.zarr", "o"), (store, "n"))
+    )
+    assert capsys.readouterr().err.count("was not checked\n") == 1
+    assert [r["probe"] for r in old.scores] == [r["probe"] for r in new.scores]
+    assert (old.path / "scores.csv").read_bytes() == (new.path / "scores.csv").read_bytes()
+
+
 def test_a_store_without_digests_trains_with_a_notice(leaky, tmp_path, command):
     shutil.copytree(leaky, tmp_path / "s.zarr")
     forget_digests(tmp_path / "s.zarr")
@@ -215,3 +227,26 @@ def test_version_one_has_no_digests(tmp_path):
     for place in tmp_path.iterdir():
         store = featcache.open_store(place)
         assert store[store.splits[0]].digests is None
+
+
+def test_runs_are_compared_on_the_same_images_only(tmp_path):
+    """The splits val and val2 have the same ids and labels, and other images; a manifest has val2's by other ids."""
+    folder(tmp_path / "data")
+    rows = [{"path": f"data/val2/{c}/{n}.png", "label": c, "split": "holdout", "id": f"x{n}"} for c, n in ROWS]
+    rows += [row | {"path": row["path"].replace("val2", "train"), "split": "train"} for row in rows]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"arch": "resnet18", "size": 32, "workers": 0, "features": "pooled"}
+    stores = [
+        featcache.extract("random", "folder", root=tmp_path / "data", store=tmp_path / "f.zarr", **given),
+        featcache.extract("random", "manifest", root=tmp_path / "list.jsonl", store=tmp_path / "m.zarr", **given),
+    ]
+
+    def run(name, store, val, test):
+        roles = {"train": "train", "val": val, "test": test}
+        grid = GRID | {"splits": roles, "profiles": {"p": {}}, "parity": "p"}
+        return featcache.train_probes(grid, store=stores[store], run=tmp_path / name).path
+
+    one, other, same = run("1", 0, "val", "val2"), run("2", 0, "val2", "val"), run("3", 1, "holdout", "holdout")
+    with pytest.raises(BadInput, match="their test splits hold other images"):
+        featcache.compare([one, other], rule="best top1")
+    assert all(c.difference == 0 for c in featcache.compare([one, same], rule="best top1") if c.metric == "top1")

@@ -41,5 +41,6 @@ def describe_classes(data):
 
 
 def _names(classes, chosen):
-    named = ", ".join(classes[n] for n in chosen[:NAMED])
+    # Names may hold commas.
+    named = "; ".join(classes[n] for n in chosen[:NAMED])
     return named + (f" and {len(chosen) - NAMED:,} more" if len(chosen) > NAMED else "")

@@ -18,7 +18,7 @@ LABELS = {"label": "label", "labels": "labels", "label:one": "one"} | {f"labels:
 # Columns with a meaning of their own; without one of LABELS, all others are classes.
 COLUMNS = ("path", "split", "id", "boxes")
 HELP = "columns: path, then label, or labels (names with ; between), or a 0/1 column for each class; split, id, boxes"
-ADVICE = "if that is wrong, call the column label:one or " + ", ".join(f"labels:{word}" for word in SEPARATORS)
+ADVICE = f"if that is wrong, call the column {', '.join(list(LABELS)[2:-1])} or {list(LABELS)[-1]}"
 
 
 def read_manifest_file(path, splits=None):

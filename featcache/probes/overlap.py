@@ -59,20 +59,27 @@ def _name(store, names, row):
 
 def _not_checked(store, splits, pairs):
     """What is said of a store without digests: its ids may begin anew in each split, and so prove nothing."""
-    looks = {role: {look: None for name in names for look in _looks(store[name])} for role, names in splits.items()}
-    said = f"store {store.path} is of an earlier version, which kept no digests of images: whether the splits of two roles share images was not checked"
+    said = (
+        f"store {store.path} was made by an earlier version, which kept no digests of images: whether two roles share "
+        "images was not checked"
+    )
     for a, b in pairs:
-        alike = [look for look in looks[b] if look in looks[a]]
+        alike = [i for one, other in itertools.product(splits[a], splits[b]) for i in _alike(store[one], store[other])]
         if alike:
             said += (
                 f"; {len(alike)} images of {b} have the id, labels, size and file length of one of {a}, "
-                f"such as {alike[0][0]!r}"
+                f"such as {alike[0]!r}"
             )
     return said
 
 
-def _looks(split):
-    """What such a store knows of each image, in the order of the rows."""
-    arrays = split.arrays()
-    rows = [arrays[name].reshape(len(split), -1) for name in ("labels", "sizes", "image_bytes")]
-    return zip(split.ids, *([row.tobytes() for row in array] for array in rows), strict=True)
+def _alike(first, second):
+    """Ids of the images of the second split of which a store without digests knows the same as of one of the first."""
+    place = {image: row for row, image in enumerate(first.ids)}
+    rows = np.array([(place[i], row) for row, i in enumerate(second.ids) if i in place])
+    if not len(rows):
+        return []
+    a, b = first.arrays(), second.arrays()
+    same = [a[name][rows[:, 0]] == b[name][rows[:, 1]] for name in ("labels", "sizes", "image_bytes")]
+    same = np.all([each.reshape(len(rows), -1).all(1) for each in same], axis=0)
+    return [second.ids[row] for row in rows[same, 1]]
