@@ -75,7 +75,9 @@ def _separator(texts, several):
     for word in filter(lambda word: _is_cut(texts, word), SEPARATORS):
         if all(piece.removeprefix("-").isdecimal() for piece in _pieces(texts, word)):
             return word
-        if (several or _shrinks(texts, word)) if word != "space" else (several and _shrinks(texts, word)):
+        # Names of one class hold blanks, too, so that these need both reasons.
+        enough = all if word == "space" else any
+        if enough((several, _shrinks(texts, word))):
             return word
     return None
 
