@@ -54,7 +54,7 @@ def _read_list(text, where, n):
         return [text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         # numpy writes ['a' 'b'], which Python would read as ['ab'].
@@ -69,7 +69,7 @@ def _separator(texts, several):
     """The word of the separator at which texts are lists, or None.
 
     Numbers with a separator between them are lists of indices. Of names, lists have fewer different
-    pieces than there are different texts, for their pieces come again in other lists; names of one
+    pieces than there are different texts, since their pieces come again in other lists; names of one
     class, such as "great white shark, white shark", have more.
     """
     for word in filter(lambda word: _is_cut(texts, word), SEPARATORS):

@@ -10,6 +10,7 @@ from featcache.errors import BadInput
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip", ".gz", ".7z")
 
+# Words of annotations for true and false.
 FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(
     ("", "0", "0.0", "false", "no", "unspecified"), False
 )

@@ -116,7 +116,7 @@ class Split:
     def digests(self):
         """uint8 [N, 16] that tell the images by the bytes of their files; None if a shard was written without."""
         folder, manifest = self.store.folder, self.store.manifest
-        # In threads, for at a URL each marker is a request.
+        # In threads, since at a URL each marker is a request.
         with ThreadPoolExecutor(MARKERS_AT_ONCE) as pool:
             shards = range(manifest.shards(self.name))
             markers = list(pool.map(lambda shard: read_marker(folder, manifest, self.name, shard), shards))
