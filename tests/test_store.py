@@ -31,7 +31,14 @@ ROWS = 23
 
 
 def write_store(
-    path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, shard_bytes=256, row=(3, 2, 2), compression=None,
+    path,
+    dtype="float16",
+    rows=ROWS,
+    single=False,
+    chunk_rows=4,
+    shard_bytes=256,
+    row=(3, 2, 2),
+    compression=None,
     known=True,
 ):
     """Write a small store of random features with several shards and chunks; return the features as stored."""
