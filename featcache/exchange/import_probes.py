@@ -20,7 +20,7 @@ from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import parse_feature
 from featcache.probes.grids.fields import OFFSET
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe, save_probe
+from featcache.probes.probe_file import load_probe, save_probes
 from featcache.probes.run import FILE, read_summary
 from featcache.probes.scores.metrics import TASK_METRICS
 from featcache.probes.scores.scoring import finish_run
@@ -66,7 +66,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
     for probe, path in probes.values():
-        save_probe(folder, probe, opened.id)
+        save_probes(folder, [probe], opened.id)
         click.echo(f"imported: {probe.spec.id} from {path}", err=True)
     known = {entry["probe"] for entry in earlier}
     basis["imported"] = earlier + [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]

@@ -1,61 +1,110 @@
-"""A trained probe as a file: probes/ID.safetensors."""
+"""Trained probes as files: probes/*.safetensors, one for the probes of a block that were done together."""
 
 import json
 import math
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
-from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import TrainedProbe
+from featcache.probes.spec import spec_from_dict, spec_to_dict
+from featcache.probes.stack import TrainedProbe, block_name
 
 
-def probe_path(folder, probe_id):
-    """Path of a probe of a run folder."""
-    return Path(folder) / "probes" / f"{probe_id}.safetensors"
+@dataclass(frozen=True)
+class Place:
+    """Where a probe lies: in which file, and how many bytes of that are its own, about."""
+
+    path: Path
+    bytes: int
 
 
-def save_probe(folder, probe, store_id):
-    """Write a trained probe as probes/ID.safetensors: weights, and as metadata spec, losses, store."""
-    losses = [loss if math.isfinite(loss) else None for loss in probe.losses]
-    scores = [score if math.isfinite(score) else None for score in probe.scores]
-    content = {
-        "spec": asdict(probe.spec),
-        "losses": losses,
-        "scores": scores,
-        "diverged": probe.diverged,
-        "epoch": probe.epoch,
-        "stopped": probe.stopped,
-        "store_id": store_id,
-    }
+def save_probes(folder, probes, store_id):
+    """Write trained probes of one shape as one file: weights side by side, and as metadata specs, losses and store."""
+    entries = [
+        {
+            "id": probe.spec.id,
+            "spec": spec_to_dict(probe.spec),
+            "losses": [loss if math.isfinite(loss) else None for loss in probe.losses],
+            "scores": [score if math.isfinite(score) else None for score in probe.scores],
+            "diverged": probe.diverged,
+            "epoch": probe.epoch,
+            "stopped": probe.stopped,
+        }
+        for probe in probes
+    ]
+    weights = {name: torch.stack([probe.weights[name] for probe in probes]) for name in probes[0].weights}
     # One metadata key: safetensors does not keep the order of several, and the bytes should not vary.
-    data = safetensors.torch.save(probe.weights, metadata={"featcache": json.dumps(content)})
-    write_whole(probe_path(folder, probe.spec.id), data)
+    content = json.dumps({"store_id": store_id, "probes": entries}, separators=(",", ":"))
+    data = safetensors.torch.save(weights, metadata={"featcache": content})
+    write_whole(Path(folder) / "probes" / f"{block_name([p.spec for p in probes])}.safetensors", data)
+
+
+def find_probes(folder):
+    """Return {id: Place} of the probes that a run folder holds. Raises BadInput for a damaged file."""
+    found = {}
+    for path in sorted((Path(folder) / "probes").glob("*.safetensors")):
+        status = path.stat()
+        ids = _ids(path, status.st_mtime_ns, status.st_size)
+        found |= dict.fromkeys(ids, Place(path, status.st_size // len(ids)))
+    return found
 
 
 def load_probe(folder, probe_id):
-    """Read a TrainedProbe of a run. Raises BadInput if there is none of that id or it is damaged."""
-    path = probe_path(folder, probe_id)
-    if not path.is_file():
-        raise BadInput(f"run {folder} has no probe {probe_id}")
+    """Read a TrainedProbe of a run. Raises BadInput if there is none of that id or its file is damaged."""
+    return next(load_probes(folder, [probe_id]))
+
+
+def load_probes(folder, ids):
+    """Yield the TrainedProbes of these ids, file by file, in no order of theirs. Raises BadInput as load_probe."""
+    there, wanted = find_probes(folder), {}
+    for name in ids:
+        if name not in there:
+            raise BadInput(f"run {folder} has no probe {name}")
+        wanted.setdefault(there[name].path, {})[name] = None
+    for path, names in wanted.items():
+        with _opened(path) as (file, entries):
+            for name in names:
+                yield _probe(file, *entries[name])
+
+
+# What a file holds stays as it is, and is asked for often.
+@lru_cache(maxsize=1 << 14)
+def _ids(path, modified, size):
+    with _opened(path) as (_, entries):
+        return tuple(entries)
+
+
+@contextmanager
+def _opened(path):
+    """Open a file of probes: yield it, and {id: (row in its tensors, what it says of the probe)}."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             content = json.loads(file.metadata()["featcache"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            if "probes" in content:
+                entries = {entry["id"]: (row, entry) for row, entry in enumerate(content["probes"])}
+            else:
+                # Of an older run: one probe, after which the file is called.
+                entries = {path.stem: (..., content)}
+            yield file, entries
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"damaged probe {path}: {error}; delete it and run the same train-probes again") from None
-    losses = [math.nan if loss is None else loss for loss in content["losses"]]
-    scores = [math.nan if score is None else score for score in content["scores"]]
+
+
+def _probe(file, row, entry):
     return TrainedProbe(
-        spec_from_dict(content["spec"]),
-        weights,
-        losses,
-        content["diverged"],
-        content["epoch"],
-        scores,
-        content["stopped"],
+        spec=spec_from_dict(entry["spec"]),
+        # Copies, for the slices hold on to the whole file.
+        weights={name: file.get_slice(name)[row].clone() for name in file.keys()},
+        losses=[math.nan if loss is None else loss for loss in entry["losses"]],
+        diverged=entry["diverged"],
+        epoch=entry["epoch"],
+        scores=[math.nan if score is None else score for score in entry["scores"]],
+        stopped=entry["stopped"],
     )

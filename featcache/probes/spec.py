@@ -147,7 +147,7 @@ class ProbeSpec:
     @cached_property
     def id(self):
         """10 hex digits of the sha256 over every field but the name, and later ones at their defaults."""
-        hashed = _hashed(self)
+        hashed = spec_to_dict(self)
         del hashed["name"]
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -184,18 +184,18 @@ class ProbeSpec:
         return row
 
 
-def _hashed(part):
-    """The fields of a dataclass as a dict, without later ones at their defaults."""
+def spec_to_dict(part):
+    """The fields of a ProbeSpec, or of a part of it, as nested dicts, without later ones at their defaults."""
     values = {f: getattr(part, f.name) for f in fields(part)}
     return {
-        f.name: _hashed(value) if is_dataclass(value) else value
+        f.name: spec_to_dict(value) if is_dataclass(value) else value
         for f, value in values.items()
         if not (f.metadata.get("later") and value == f.default)
     }
 
 
 def spec_from_dict(content):
-    """Rebuild a ProbeSpec from asdict() that went through JSON."""
+    """Rebuild a ProbeSpec from spec_to_dict(), or dataclasses.asdict(), that went through JSON."""
     parts = {"head": Head, "loss": Loss, "optimizer": Optimizer}
     schedule = content["schedule"] | {"milestones": tuple(content["schedule"]["milestones"])}
     built = {key: make(**content[key]) for key, make in parts.items()}

@@ -1,5 +1,6 @@
 """Which probes go into one stack, and what a stack of trained ones says."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,11 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
     return result
+
+
+def block_name(specs):
+    """A name for the file of some probes, from their ids."""
+    return hashlib.sha256(" ".join(spec.id for spec in specs).encode()).hexdigest()[:16]
 
 
 def held_bytes(head, dim, positions, classes):

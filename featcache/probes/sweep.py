@@ -7,7 +7,6 @@ and ends with the same bits.
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from featcache.probes.features import (
     read_chunks,
     view_of_epoch,
 )
-from featcache.probes.probe_file import load_probe, probe_path, save_probe
+from featcache.probes.probe_file import find_probes, load_probes, save_probes
 from featcache.probes.scores.metrics import gain
 from featcache.probes.scores.scoring import work
 from featcache.probes.scores.tally import TALLIES
@@ -42,8 +41,6 @@ PARTIAL = "partial"
 # States are written after an epoch, but not more often than this: a kill costs about as much.
 SAVE_SECONDS = 30
 TELL_SECONDS = 0.5
-# Each file is to be on the disk before it counts, which takes the longer the slower the disk is.
-WRITERS = 8
 
 
 class Sweep:
@@ -154,8 +151,8 @@ class Sweep:
             self.state_path(training).unlink(missing_ok=True)
 
     def _keep(self, probes):
-        with ThreadPoolExecutor(WRITERS) as writers:
-            list(writers.map(lambda probe: save_probe(self.folder, probe, self.store.id), probes))
+        if probes:
+            save_probes(self.folder, probes, self.store.id)
         for probe in probes:
             if probe.diverged is not None:
                 click.echo(
@@ -187,12 +184,8 @@ class Sweep:
 
         All of the grid that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
         """
-        scores = {}
-        for name in self.specs:
-            if not probe_path(self.folder, name).is_file():
-                continue
-            probe = load_probe(self.folder, name)
-            scores[name] = (probe.spec.epochs, probe.scores)
+        done = self.specs.keys() & find_probes(self.folder).keys()
+        scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in load_probes(self.folder, done)}
         for training in trainings:
             scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
         reached = {}
@@ -233,16 +226,14 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
     todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
         sweep = Sweep(folder, specs, store, splits, device, seed, judge, ranks, progress)
-        missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
+        missing = _missing(folder, specs)
         progress.total = sum(s.epochs * -(-len(sweep.labels) // s.batch_size) for s in missing)
         if search:
             _search(sweep, todo, search)
         else:
             _train(sweep, ranks.draw(todo))
         sweep.tell()
-        while ranks.rank == 0 and (
-            left := ranks.left_behind(lambda: [wave for wave in todo if _unsaved(folder, wave)])
-        ):
+        while ranks.rank == 0 and (left := ranks.left_behind(lambda: _unsaved(folder, todo))):
             click.echo(f"notice: no news of {len(left)} blocks that other processes took; doing them here", err=True)
             _train(sweep, left)
     if ranks.rank == 0:
@@ -282,7 +273,7 @@ def _plan(folder, specs, store, buffers, device):
 
     A block is the ids of its probes, or the name of the file that holds its state.
     """
-    missing = [s for s in specs if not probe_path(folder, s.id).is_file()]
+    missing = _missing(folder, specs)
     if len(missing) < len(specs):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
     begun = _begun(folder, {s.id for s in missing})
@@ -296,13 +287,22 @@ def _plan(folder, specs, store, buffers, device):
     return todo
 
 
-def _unsaved(folder, wave):
-    """Whether a wave's probes are not all saved; of a block that was resumed, its state is there until they are."""
-    names = [name for block in wave[0] if not isinstance(block, str) for name in block]
-    states = [block for block in wave[0] if isinstance(block, str)]
-    return any(not probe_path(folder, name).is_file() for name in names) or any(
-        (Path(folder) / PARTIAL / state).is_file() for state in states
-    )
+def _missing(folder, specs):
+    """The specs of which a run folder holds no probe."""
+    there = find_probes(folder)
+    return [spec for spec in specs if spec.id not in there]
+
+
+def _unsaved(folder, waves):
+    """The waves whose probes are not all saved; of a block that was resumed, its state is there until they are."""
+    there = find_probes(folder)
+
+    def unsaved(block):
+        if isinstance(block, str):
+            return (Path(folder) / PARTIAL / block).is_file()
+        return not there.keys() >= set(block)
+
+    return [wave for wave in waves if any(map(unsaved, wave[0]))]
 
 
 def plan_buffers(specs, store, splits, memory, device, processes=1):

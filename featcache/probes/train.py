@@ -15,7 +15,7 @@ from featcache.errors import BadInput, shown
 from featcache.probes.grids.grid import load_grid
 from featcache.probes.resolve import resolve
 from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scores.scoring import files, finish_run
+from featcache.probes.scores.scoring import finish_run, is_whole
 from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
@@ -70,7 +70,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
-        if leads and _finished(folder, basis, key, files(folder, specs, opened.task)):
+        if leads and _finished(folder, basis, key) and is_whole(folder, specs, opened.task):
             ranks.share([])
             click.echo(f"run: {folder} is finished already", err=True)
             return open_run(folder)
@@ -87,8 +87,8 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         return finish_run(folder, specs, opened, splits, basis, device, started)
 
 
-def _finished(folder, basis, key, wanted):
-    """Whether `folder` is a finished run of this grid, and whole. Raises BadInput if it is a run on other data."""
+def _finished(folder, basis, key):
+    """Whether `folder` is a finished run of this grid. Raises BadInput if it is a run on other data."""
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
         return False
@@ -100,7 +100,7 @@ def _finished(folder, basis, key, wanted):
             raise BadInput(
                 f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
             )
-    return there.get("key") == key and all(path.is_file() for path in wanted)
+    return there.get("key") == key
 
 
 def _begin(folder, basis, resolved):

@@ -1,6 +1,5 @@
 """The probes of one block while they train: weights, optimiser, and what is known of each."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import TrainedProbe, padded, predict, room_of
+from featcache.probes.stack import TrainedProbe, block_name, padded, predict, room_of
 
 
 class Training:
@@ -32,7 +31,7 @@ class Training:
     def __init__(self, specs, dim, classes, labels):
         """specs: of one block. dim: width of the features. labels: of the training data, on the device to train on."""
         self.specs = list(specs)
-        self.name = hashlib.sha256(" ".join(s.id for s in specs).encode()).hexdigest()[:16]
+        self.name = block_name(specs)
         self.epoch = 0
         self._shape = (dim, classes, labels)
         self._losses = torch.zeros(0, len(specs), dtype=torch.float64)  # [epochs done, P]

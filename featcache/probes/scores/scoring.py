@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import featcache
 from featcache.atomic import write_whole
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
-from featcache.probes.probe_file import load_probe, probe_path
+from featcache.probes.probe_file import find_probes, load_probes
 from featcache.probes.run import FILE, SCORE_COLUMNS, open_run
 from featcache.probes.scores.bootstrap import intervals, resamples
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
@@ -58,8 +58,10 @@ def finish_run(folder, specs, store, splits, basis, device, started):
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     scored = _score(folder, specs, store, splits, labels, device)
     history, diverged, scores = [], [], []
+    # Without their weights, which would not all fit into memory.
+    trained = {probe.spec.id: replace(probe, weights={}) for probe in load_probes(folder, [s.id for s in specs])}
     for spec in specs:
-        probe = load_probe(folder, spec.id)
+        probe = trained[spec.id]
         history += _history(spec.id, _series(probe, basis["select"]["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
         fields = spec.flat()
@@ -91,9 +93,10 @@ def finish_run(folder, specs, store, splits, basis, device, started):
     return open_run(folder)
 
 
-def files(folder, specs, task):
-    """The files that make a run of a task whole, but for run.json."""
-    return [*(probe_path(folder, spec.id) for spec in specs), *(Path(folder) / name for name in _tables(task))]
+def is_whole(folder, specs, task):
+    """Whether a run folder holds all of these probes, and the tables of a task."""
+    tables = all((Path(folder) / name).is_file() for name in _tables(task))
+    return tables and find_probes(folder).keys() >= {spec.id for spec in specs}
 
 
 def _tables(task):
@@ -113,10 +116,11 @@ def work(specs, store, device):
 
 def load_predictors(folder, group, store, device):
     """The Predictor of each block of a run folder's probes. group: lists of specs."""
-    return [
-        Predictor(block, [load_probe(folder, s.id).weights for s in block], len(store.classes), device)
-        for block in group
-    ]
+    predictors = []
+    for block in group:
+        weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block])}
+        predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
+    return predictors
 
 
 def tally(predictors, group, store, splits, labels, device):
@@ -154,9 +158,9 @@ def _score(folder, specs, store, splits, labels, device):
 
 def _passes(folder, group, kept):
     """Divide blocks into lists of blocks whose weights, and `kept` bytes a probe, fit into memory together."""
-    result, room = [], 0
+    result, room, there = [], 0, find_probes(folder)
     for block in group:
-        each = probe_path(folder, block[0].id).stat().st_size + kept
+        each = there[block[0].id].bytes + kept
         fit = max(HELD_BYTES // each, 1)
         for part in (block[start : start + fit] for start in range(0, len(block), fit)):
             if not result or len(part) * each > room:
