@@ -225,6 +225,47 @@ def test_lbfgs_says_whose_iterations_ended_too_early(problem):
     assert fit_lbfgs(wanted, features, multi, 4)[2] == [False, True, False]
 
 
+def optimum(spec, weights, features, labels):
+    """The optimum near weights that are close already, by Newton's method in float64: {name: tensor}."""
+    sizes = [w.numel() for w in weights.values()]
+
+    def value(flat):
+        named = {n: part.view(w.shape) for (n, w), part in zip(weights.items(), flat.split(sizes), strict=True)}
+        return objective(spec, named, features, labels)
+
+    flat = torch.cat([w.double().flatten() for w in weights.values()])
+    for _ in range(5):
+        slope = torch.autograd.functional.jacobian(value, flat)
+        curvature = torch.autograd.functional.hessian(value, flat)
+        # A softmax leaves a direction open, in which the curvature is zero.
+        flat = flat - torch.linalg.pinv(curvature, hermitian=True, rtol=1e-13) @ slope
+    return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), flat.split(sizes), strict=True)}
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("loss", [Loss("ce"), Loss("bce")], ids=lambda loss: loss.type)
+def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
+    """Whatever the decay: it is the flattest directions that a tolerance of one size leaves open."""
+    features, multi, single = problem
+    features, labels = scale * features, single if loss.type == "ce" else multi
+    wanted = [lbfgs(loss, 10.0**-n) for n in range(1, 9)]
+    together, _, short = fit_lbfgs(wanted, features, labels, 4)
+    assert short == [False] * 8
+    for n, spec in enumerate(wanted):
+        (alone,), *_ = fit_lbfgs([spec], features, labels, 4)
+        best = optimum(spec, alone, features, labels)["fc0.weight"]
+        for found in (alone, together[n]):
+            assert (found["fc0.weight"] - best).norm() < 1.1e-5 * best.norm()
+
+
+def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
+    """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
+    features, multi, _ = problem
+    monkeypatch.setattr("featcache.probes.lbfgs.RESOLUTION", 0.0)
+    wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
+    assert fit_lbfgs(wanted, features, multi, 4)[2] == [True, False]
+
+
 def test_lbfgs_marks_what_is_not_finite(problem):
     features, multi, _ = problem
     features = features.clone()

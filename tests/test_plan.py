@@ -9,9 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.grids.grid import load_grid
 from featcache.probes.heads.head import Head as HeadModule
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
+from featcache.probes.resolve import resolve
+from featcache.probes.scores.scoring import work
 from featcache.probes.spec import Head
 
 
@@ -33,6 +36,36 @@ def test_stacks_of_a_grid(store):
     assert all(s.seconds > 0 and not s.streamed for s in plan.stacks)
     assert plan.seconds == pytest.approx(sum(s.seconds for s in plan.stacks))
     assert max(s.feature_bytes for s in plan.stacks) < plan.memory < plan.free
+
+
+def test_stacks_are_those_that_train(store):
+    """Whatever keeps probes apart in training keeps them apart here: the sweep's blocks are counted by their keys."""
+    base = {"features": "pooled", "head": "linear", "loss": "bce", "epochs": 2, "batch_size": 16}
+    sgd = base | {"optimizer": {"type": "sgd", "lr": [0.1, 1.0]}}
+    groups = [
+        sgd | {"name": "f", "precision": ["float32", "bf16"]},
+        sgd | {"name": "k", "keep": "best"},
+        sgd | {"name": "p", "patience": 1},
+        sgd | {"name": "n", "optimizer": {"type": "sgd", "lr": [0.1, 1.0], "nesterov": True}},
+        base | {"name": "l", "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 1.0], "iterations": [10, 1000]}},
+    ]
+    plan = plan_probes({"probes": groups}, store=store, device="cpu")
+    assert [(s.optimizer, s.precision, s.iterations, s.probes, s.blocks) for s in plan.stacks] == [
+        ("sgd", "float32", 0, 2, 1),
+        ("sgd", "bf16", 0, 2, 1),
+        ("sgd", "float32", 0, 2, 1),
+        ("sgd", "float32", 0, 2, 1),
+        ("sgd", "float32", 0, 2, 1),
+        ("lbfgs", "float32", 10, 2, 1),
+        ("lbfgs", "float32", 1000, 2, 1),
+    ]
+    opened = featcache.open_store(store)
+    found = resolve(load_grid({"probes": groups}), opened, torch.device("cpu"))
+    ((trained, *_),) = work(found.specs, opened, torch.device("cpu"))
+    assert [[len(block) for block in trained]] == [[s.probes for s in plan.stacks]]
+    few, many = plan.stacks[-2:]
+    assert many.flops == 100 * few.flops
+    assert many.activation_bytes < 40 * 4096 * 8
 
 
 def test_what_does_not_fit_is_streamed(store):
@@ -67,8 +100,8 @@ def test_operations_are_those_of_the_layers(head):
 
 
 def test_the_rate_is_about_that_of_the_device():
-    big = gemm_rate(1024, 1024, 1024, torch.device("cpu"))
-    small = gemm_rate(8, 8, 8, torch.device("cpu"))
+    big = gemm_rate(1024, 1024, 1024, "float32", torch.device("cpu"))
+    small = gemm_rate(8, 8, 8, "float32", torch.device("cpu"))
     assert 0 < small < big < 1e15
 
 

@@ -66,14 +66,15 @@ def _print_plan(plan):
             "head": _head(s.head),
             "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
             "optimiser": s.optimizer,
-            "epochs": str(s.epochs),
+            "epochs": f"{s.iterations} iterations at most" if s.iterations else str(s.epochs),
+            "precision": s.precision,
             "batch": str(s.batch_size),
             "probes": str(s.probes),
             "blocks": str(s.blocks),
             "data": _bytes(s.feature_bytes) + " streamed" * s.streamed,
             "memory": _bytes(s.weight_bytes + s.activation_bytes),
             "GFLOP": f"{s.flops / 1e9:.3g}",
-            "about": _duration(s.seconds),
+            "about": "at most " * bool(s.iterations) + _duration(s.seconds),
         }
         for s in plan.stacks
     ]

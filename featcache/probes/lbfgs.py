@@ -2,6 +2,10 @@
 
 Minimises the mean loss over all images plus weight_decay / 2 |W|^2, the bias left out, in float64. With `ce` on
 single-label data that is scikit-learn's LogisticRegression with C = 1 / (N weight_decay).
+
+A probe has converged once the norm of its gradient is at most 1e-5 weight_decay |W|. At a distance |W - W*| from the
+optimum that norm is at least weight_decay |W - W*|, so steep does the decay make the objective: the distance is then at
+most 1e-5 |W|, whatever the decay and the scale of the features.
 """
 
 import torch
@@ -10,8 +14,12 @@ from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.losses import LossFunction
 
 HISTORY = 10
-# Converged: no partial derivative of the objective is larger.
-TOLERANCE = 1e-7
+# Converged: the largest gradient over weight_decay |W|.
+TOLERANCE = 1e-5
+# Without decay there may be no optimum, but weights that grow for ever: over the gradient at the start.
+UNDECAYED_TOLERANCE = 1e-7
+# Less of the gradient at the start is the rounding of float64.
+RESOLUTION = 1e-14
 # A step is taken if the objective falls by this share of what its slope promises (Armijo), but for rounding.
 SUFFICIENT = 1e-4
 ROUNDING = 1e-15
@@ -23,9 +31,9 @@ def fit_lbfgs(specs, features, labels, classes):
     """Train linear probes that share features; their losses, decays and iterations may differ.
 
     features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses, short):
-    for each spec {name: float32 CPU tensor}, the mean losses at the start and after every iteration, and whether its
-    iterations ended before it converged. A probe whose objective is not finite has weights that are NaN. The order of
-    images does not matter, nor do neighbours but for the rounding of float64.
+    for each spec {name: float32 CPU tensor}, the mean losses at the start and after every iteration, and whether it
+    ended before it converged. A probe whose objective is not finite has weights that are NaN. The order of images and
+    the neighbours only change how rounding falls, and so where within its tolerance a probe ends.
     """
     problem = _Problem(specs, features, labels, classes)
     start = stacked_weights(specs, features.shape[1], classes, features.device)
@@ -33,25 +41,24 @@ def fit_lbfgs(specs, features, labels, classes):
     point = torch.cat([torch.zeros_like(w).double().flatten(1) for w in start.values()], dim=1)  # [P, C D + C]
     limits = torch.tensor([s.optimizer.iterations for s in specs], device=point.device)
     value, slope, loss = problem.evaluate(point, torch.arange(len(specs), device=point.device))
+    least = slope.norm(dim=1) * torch.where(problem.decay > 0, RESOLUTION, UNDECAYED_TOLERANCE)
     losses, moved = [[number] for number in loss.tolist()], torch.ones_like(limits, dtype=torch.bool)
-    pairs, stalled = [], torch.zeros_like(moved)
+    pairs = []
     for iteration in range(int(limits.max())):
-        active = moved & torch.isfinite(value) & (slope.abs().amax(1) > TOLERANCE) & (iteration < limits)
+        active = moved & (iteration < limits) & problem.unfinished(point, value, slope, least)
         if not active.any():
             break
         before = point.clone(), slope.clone()
-        direction = _direction(slope, pairs)
-        moved = _line_search(problem, (point, value, slope, loss), direction, active, first=not iteration)
-        # What no step makes lower is as low as float64 can say.
-        stalled |= active & ~moved
+        direction = _direction(slope, pairs, problem.flatness)
+        moved = _line_search(problem, (point, value, slope, loss), direction, active)
         pairs = [*pairs[1 - HISTORY :], _pair(point - before[0], slope - before[1])]
         for p in moved.nonzero().flatten().tolist():
             losses[p].append(loss[p].item())
-    short = ~stalled & torch.isfinite(value) & (slope.abs().amax(1) > TOLERANCE)
+    short = problem.unfinished(point, value, slope, least).tolist()
     point[~torch.isfinite(value)] = torch.nan
     parts = point.split([w[0].numel() for w in start.values()], dim=1)
     fitted = {n: part.reshape(w.shape).float().cpu() for (n, w), part in zip(start.items(), parts, strict=True)}
-    return [{n: w[p].clone() for n, w in fitted.items()} for p in range(len(specs))], losses, short.tolist()
+    return [{n: w[p].clone() for n, w in fitted.items()} for p in range(len(specs))], losses, short
 
 
 class _Problem:
@@ -64,6 +71,25 @@ class _Problem:
         self.functions = {loss: LossFunction(loss, labels, classes) for loss in set(self.losses)}
         self.totals = {loss: max(f.count(labels), 1) for loss, f in self.functions.items()}
         self.decay = torch.tensor([s.optimizer.weight_decay for s in specs], device=features.device).double()
+        self.flatness = self._flatness()
+
+    def _flatness(self):
+        """One over the curvature along each weight, [P, n], about: that of the mean over classes of bce at zero.
+
+        With it the features may lie on other scales than one another and than the bias.
+        """
+        classes, dim = self.shape
+        squares = sum(rows.double().square().sum(0) for rows in self.features.split(CHUNK_ROWS)) / len(self.features)
+        each = 1 / (4 * classes * self.head.temperature**2)
+        along = (each * squares + self.decay.unsqueeze(1)).clamp(min=1e-12 * each)  # [P, D]
+        weight = (1 / along).unsqueeze(1).expand(-1, classes, dim).flatten(1)
+        return torch.cat([weight, weight.new_full((len(weight), classes * self.head.bias), 1 / each)], dim=1)
+
+    def unfinished(self, points, values, slopes, least):
+        """Which of all probes have an objective, and a gradient beyond their tolerance: bool [P]. least: of those."""
+        weights = points[:, : self.shape[0] * self.shape[1]]
+        tolerance = torch.maximum(TOLERANCE * self.decay * weights.norm(dim=1), least)
+        return torch.isfinite(values) & (slopes.norm(dim=1) > tolerance)
 
     def evaluate(self, points, probes):
         """At points [k, n] of the probes [k]: objectives [k], gradients [k, n] and mean losses [k]."""
@@ -100,30 +126,30 @@ def _pair(step, change):
     return step, change, torch.where(useful, 1 / product, 0.0)
 
 
-def _direction(slope, pairs):
-    """Minus the inverse Hessian, as the pairs have it, times the gradient [P, n]."""
+def _direction(slope, pairs, flatness):
+    """Minus the inverse Hessian times the gradient [P, n]: what is known of it beforehand, as the pairs correct it."""
     result, scale, kept = -slope, torch.ones_like(slope[:, :1]), []
     for step, change, inverse in reversed(pairs):
         kept.append(inverse * (step * result).sum(1, keepdim=True))
         result = result - kept[-1] * change
     for _, change, inverse in pairs:
         # In the end that of the latest useful pair.
-        scale = torch.where(inverse > 0, 1 / (inverse * change.square().sum(1, keepdim=True)), scale)
-    result = result * scale
+        known = (change.square() * flatness).sum(1, keepdim=True)
+        scale = torch.where(inverse > 0, 1 / (inverse * known), scale)
+    result = result * flatness * scale
     for (step, change, inverse), share in zip(pairs, reversed(kept), strict=True):
         result = result + step * (share - inverse * (change * result).sum(1, keepdim=True))
     return result
 
 
-def _line_search(problem, state, direction, active, first):
+def _line_search(problem, state, direction, active):
     """Step along the directions, halving or better until the objective has fallen enough.
 
     state: point, value, slope and loss, changed in place where a step was taken. Returns where, bool [P].
     """
     point, value, slope, loss = state
     promise = (direction * slope).sum(1)
-    # A first step of unit length in the sum of its parts at most, as torch's LBFGS; then whole ones.
-    length = (1 / slope.abs().sum(1)).clamp(max=1) if first else torch.ones_like(value)
+    length = torch.ones_like(value)
     pending, moved = active.nonzero().flatten(), torch.zeros_like(active)
     for _ in range(TRIALS):
         if not len(pending):

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.device import choose_device, free_bytes
+from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
 from featcache.probes.features import feature_bytes, input_shape
+from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
+from featcache.probes.lbfgs import CHUNK_ROWS
 from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
-from featcache.probes.stack import LBFGS_BYTES
+from featcache.probes.stack import LBFGS_BYTES, stack_key
 from featcache.probes.sweep import input_name, plan_buffers
 from featcache.store.reader import open_store
 
@@ -28,10 +30,11 @@ GEMM_SECONDS = 0.03
 
 @dataclass(frozen=True)
 class PlannedStack:
-    """Probes of one shape, which train on the same mini-batches, in blocks that fit the cache.
+    """Probes that train on the same mini-batches, in blocks that fit the cache: those of one stack.stack_key.
 
-    loss: how many probes have which. flops: of the whole training, of all probes. seconds: about, at the
-    rate of the stack's own matrix product. weight_bytes: weights, gradients and the optimiser's
+    loss: how many probes have which. iterations: of lbfgs, the most that it makes, else 0. precision: of the products.
+    flops: of the whole training, of all probes. seconds: about, at the rate of the stack's own matrix product; of lbfgs
+    both are those of all its iterations, the most that it takes. weight_bytes: weights, gradients and the optimiser's
     memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as
     they are kept; streamed: they do not fit into the memory for features.
     """
@@ -40,6 +43,8 @@ class PlannedStack:
     head: object
     loss: dict
     optimizer: str
+    iterations: int
+    precision: str
     epochs: int
     batch_size: int
     probes: int
@@ -111,12 +116,10 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_o
         dim, positions = input_shape(opened, feature, pool)
         size = feature_bytes(opened, splits["train"], feature, pool)
         streamed = buffers[input_name(feature, pool)] is not None
-        shapes = {}
+        together = {}
         for block in blocks:
-            first = block[0]
-            key = (first.head, first.optimizer.type, first.epochs, first.batch_size, first.views)
-            shapes.setdefault(key, []).append(block)
-        for members in shapes.values():
+            together.setdefault(stack_key(block[0]), []).append(block)
+        for members in together.values():
             shape = (dim, positions, rows, len(opened.classes))
             stacks.append(_stack(members, feature, shape, size, streamed, device, rates))
     return Plan(checked, groups, stacks, rows, str(device), free, None)
@@ -145,35 +148,50 @@ def _stack(blocks, feature, shape, size, streamed, device, rates):
     dim, positions, rows, classes = shape
     specs = [spec for block in blocks for spec in block]
     first, largest = specs[0], max(len(block) for block in blocks)
-    # L-BFGS goes over all rows at once, at least once an iteration.
-    passes = first.optimizer.iterations if first.optimizer.type == "lbfgs" else first.epochs
+    lbfgs = first.optimizer.type == "lbfgs"
+    # L-BFGS goes over all rows once an iteration, and sometimes a second time, in float64.
+    passes = first.optimizer.iterations if lbfgs else first.epochs
     flops = len(specs) * passes * rows * probe_flops(first.head, dim, positions, classes)
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
     weights, outputs = footprint(first.head, dim, classes, positions)
-    batch = rows if first.optimizer.type == "lbfgs" else min(first.batch_size, rows)
-    product = (largest * max(weights // dim, 1), dim, batch * positions)
+    batch = min(CHUNK_ROWS if lbfgs else first.batch_size, rows)
+    product = (largest * max(weights // dim, 1), dim, batch * positions, "float64" if lbfgs else first.precision)
     if product not in rates:
         rates[product] = gemm_rate(*product, device)
     return PlannedStack(
-        feature, first.head, dict(Counter(s.loss.type for s in specs)), first.optimizer.type, first.epochs,
-        first.batch_size, len(specs), len(blocks), flops, flops / rates[product],
-        COPIES[first.optimizer.type] * 4 * largest * numbers,
-        ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers, size, streamed,
-    )  # fmt: skip
+        features=feature,
+        head=first.head,
+        loss=dict(Counter(s.loss.type for s in specs)),
+        optimizer=first.optimizer.type,
+        iterations=first.optimizer.iterations,
+        precision=first.precision,
+        epochs=first.epochs,
+        batch_size=first.batch_size,
+        probes=len(specs),
+        blocks=len(blocks),
+        flops=flops,
+        seconds=flops / rates[product],
+        weight_bytes=COPIES[first.optimizer.type] * 4 * largest * numbers,
+        activation_bytes=ACTIVATIONS * (8 if lbfgs else 4) * largest * outputs * batch * first.head.layers,
+        feature_bytes=size,
+        streamed=streamed,
+    )
 
 
-def gemm_rate(outputs, inputs, columns, device):
-    """Measure float32 operations a second of a product [outputs, inputs] x [inputs, columns] on a device.
+def gemm_rate(outputs, inputs, columns, precision, device):
+    """Measure operations a second of a product [outputs, inputs] x [inputs, columns] in a precision on a device.
 
     Sizes beyond a few thousand make no difference and are cut, so that this takes a few hundredths of a second.
     """
-    left = torch.ones(min(outputs, 4096), min(inputs, 2048), device=device)
-    right = torch.ones(min(inputs, 2048), min(columns, 1024), device=device)
-    _wait(left @ right)
-    started, times = time.perf_counter(), 0
-    while time.perf_counter() - started < GEMM_SECONDS:
-        _wait(left @ right)
-        times += 1
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    left = torch.ones(min(outputs, 4096), min(inputs, 2048), device=device, dtype=dtype)
+    right = torch.ones(min(inputs, 2048), min(columns, 1024), device=device, dtype=dtype)
+    with multiplying("tf32" if precision == "tf32" else "float32"):
+        _wait(multiply(left, right, precision))
+        started, times = time.perf_counter(), 0
+        while time.perf_counter() - started < GEMM_SECONDS:
+            _wait(multiply(left, right, precision))
+            times += 1
     return 2 * times * left.numel() * right.shape[1] / (time.perf_counter() - started)
 
 

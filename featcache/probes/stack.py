@@ -70,11 +70,10 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
     """
     shapes = {}
     for spec in specs:
-        loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
-        key = (spec.features, spec.views, spec.head, common(spec.optimizer), loop)
-        shapes.setdefault(key, []).append(spec)
+        shapes.setdefault(stack_key(spec), []).append(spec)
     result = []
-    for (_, _, head, optimizer, (_, batch_size, *_)), members in shapes.items():
+    for members in shapes.values():
+        head, optimizer, batch_size = members[0].head, members[0].optimizer, members[0].batch_size
         # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
         members.sort(key=lambda s: (s.optimizer.momentum or 0.0, repr(s.loss)))
         weights, activations = footprint(head, dim, classes, positions)
@@ -88,6 +87,12 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]
     return result
+
+
+def stack_key(spec):
+    """What the probes of one feature that train together have in common."""
+    loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
+    return spec.features, spec.views, spec.head, common(spec.optimizer), loop
 
 
 def block_name(specs):

@@ -162,8 +162,8 @@ class Sweep:
                 )
             elif probe.stopped == "iterations":
                 click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {probe.spec.optimizer.iterations} "
-                    "iterations of lbfgs; give it more optimizer.iterations",
+                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} iterations of lbfgs; "
+                    "give it more optimizer.iterations, or more weight_decay",
                     err=True,
                 )
 
