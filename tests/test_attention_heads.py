@@ -19,51 +19,6 @@ from open_clip.transformer import QuickGELU  # noqa: E402
 from open_clip.transformer import VisionTransformer as CLIPTransformer  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-# Modules of timm whose networks have the keys of a ViT.
-MODULES = ("vision_transformer", "deit", "eva", "vision_transformer_hybrid")
-# Of every width, and of every kind at that width, one.
-QUICK = {
-    "test_vit", "test_vit3", "vit_tiny_patch16_224", "vit_small_patch16_224", "deit3_medium_patch16_224",
-    "vit_betwixt_patch16_reg4_gap_256", "vit_base_patch16_siglip_224", "vit_base_patch16_plus_clip_240",
-    "vit_large_patch14_clip_224", "vit_so400m_patch14_siglip_224", "vit_huge_patch14_224",
-    "vit_giant_patch14_clip_224", "vit_giant_patch14_reg4_dinov2", "vit_giantopt_patch16_siglip_256",
-    "vit_gigantic_patch14_clip_224", "vit_xsmall_patch16_clip_224", "vit_so150m2_patch16_reg1_gap_256",
-}  # fmt: skip
-PUBLISHED = sorted(
-    name
-    for module in MODULES
-    for name in timm.list_models(module=module)
-    if any(tagged.partition(".")[0] == name for tagged in timm.list_pretrained(name + "*"))
-)
-
-
-def agrees(architecture, tensors):
-    """Whether every tensor that features need is there in its shape, and none of the network's parts has another."""
-    with torch.device("meta"):
-        wanted = {k: v.shape for k, v in architecture.build().state_dict().items()}
-    given = architecture.named(tensors)
-    parts = {key.split(".")[0] for key in wanted}
-    return all(key in given and given[key].shape == shape for key, shape in wanted.items()) and not any(
-        key.split(".")[0] in parts and key not in wanted and not key.startswith(architecture.classifier) for key in given
-    )
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PUBLISHED])
-def test_every_published_vit_of_timm_has_its_heads(name):
-    with torch.device("meta"):
-        network = timm.create_model(name)
-    tensors = network.state_dict()
-    try:
-        told = recognise(tensors, "x.pth")
-    except BadInput:
-        told = None
-    if told is None or not agrees(told, tensors):
-        assert name not in QUICK
-        pytest.skip("featcache does not read this network without its name")
-    assert told.heads == network.blocks[0].attn.num_heads
-    assert told.note.startswith(f"heads: {told.heads}, a guess from the width")
-    assert find_architecture(told.name, tensors).heads == told.heads
-
 
 def test_every_tower_of_open_clip_has_its_heads():
     seen = set()
@@ -263,7 +218,7 @@ def test_large_networks_by_name():
         for asked in (name, f"{name}_heads{heads}", "vit"):
             assert find_architecture(asked, tensors, {"twelve_heads": "its names"}).name == name
         assert find_architecture(f"{name}_heads8", tensors).name == f"{name}_heads8"
-        with pytest.raises(BadInput, match=rf"_heads5: 5 does not divide the width .*{width}"):
+        with pytest.raises(BadInput, match=rf"_heads5: 5 does not divide {width}"):
             find_architecture(f"{name}_heads5", tensors)
 
 

@@ -27,7 +27,7 @@ def choose_heads(width, hints, published=PUBLISHED):
     """
     asked = hints.get("heads")
     if asked and width % asked:
-        raise BadInput(f"--arch ..._heads{asked}: {asked} does not divide the width of the checkpoint's tokens, {width}")
+        raise BadInput(f"--arch ..._heads{asked}: {asked} does not divide {width}, the width of the tokens")
     if "heads" in hints and width % (asked or usual_heads(width)) == 0:
         return asked or usual_heads(width), "as --arch says"
     divisors = (n for n in range(1, width + 1) if width % n == 0)
