@@ -25,7 +25,7 @@ class Backbone(nn.Module):
         self.aliases = architecture.aliases
         self.preprocessing = preprocessing
         fitted = architecture.fit(network, preprocessing.size) if architecture.fit else ""
-        self.grounds = "\n  ".join(line for line in (grounds, architecture.note, fitted) if line)
+        self.grounds = "\n  ".join(line for line in (grounds, *architecture.note.split("\n"), fitted) if line)
         # channels_last: 1.3 to 1.5 times faster on CPUs, and what tensor cores want.
         self.trunk = architecture.trunk(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.weights_sha256 = _hash_tensors(self.trunk.state_dict())

@@ -55,12 +55,13 @@ class Encoder:
     others: tuple[str, ...]
 
 
-def find_encoder(content, signatures, known, path, weights_key=None):
+def find_encoder(content, signatures, known, path, weights_key=None, arch=None):
     """Find the one encoder in the content of a checkpoint.
 
     content: as read_checkpoint gives it. signatures: names of keys; with more than one, known tells
     whether the tensors around it, under bare names, are a network's. weights_key: words of the way to
-    take, such as "teacher" or "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
+    take, such as "teacher" or "state_dict_ema". arch: the architecture's name, if --arch gave it. Raises BadInput if
+    there is none, or more than one and no rule to choose.
     """
     flat = {name: tensor for name, tensor in _tensors(content, ())}
     if not flat:
@@ -71,9 +72,9 @@ def find_encoder(content, signatures, known, path, weights_key=None):
         ways = [way for way in ways if known(_under(flat, way))]
     if not ways:
         keys = list(flat)
-        if len(signatures) == 1:
+        if arch is not None:
             raise BadInput(
-                f"checkpoint {path} does not fit: no key ends in {signatures[0]!r}, as the architecture's do "
+                f"checkpoint {path} does not fit {arch}: no key ends in {signatures[0]!r}, as the architecture's do "
                 f"(keys: {_few(keys, 4)})"
             )
         raise BadInput(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks
+from featcache.backbones.heads import choose_heads, usual_heads
 from featcache.backbones.positions import fit_positions
 
 INPUT = {
@@ -239,7 +240,7 @@ def _fit_resnet(name, network, size):
     return said and f"{said} (CLIP's own code does not: `attnpool` is ours at this size)"
 
 
-def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
+def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note=""):
     known = {(w, d, p): name for name, (w, d, p, _) in VITS.items()}
     kind = known.get((width, depth, patch), f"d{width}_l{depth}_patch{patch}")
     heads = heads or usual_heads(width)
@@ -255,8 +256,10 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
         tokens=Tokens(prefix=1, cls=True, patch=patch),
+        heads=heads,
         infer=partial(_infer_vit, end),
         fit=lambda network, size: fit_positions(network, "positional_embedding", size, patch, "antialias", name),
+        note=note,
         **INPUT,
     )
 
@@ -270,7 +273,7 @@ def _infer_vit(end, tensors, hints):
     side = math.isqrt(len(tensors["positional_embedding"]))
     hidden = len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
-    heads = hints.get("heads", usual_heads(width))
-    if side * side + 1 != len(tensors["positional_embedding"]) or width % heads:
+    if side * side + 1 != len(tensors["positional_embedding"]):
         return None
-    return _vit(width, depth, patch, side, hidden, embedding, end, heads)
+    heads, grounds = choose_heads(width, hints)
+    return _vit(width, depth, patch, side, hidden, embedding, end, heads, f"heads: {heads}, {grounds}")

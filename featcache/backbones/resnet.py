@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from featcache.backbones.architecture import Architecture, without
+from featcache.backbones.lookalikes import like_fixed
 from featcache.backbones.torchvision_weights import input_of
 
 NAMES = (
@@ -70,7 +71,8 @@ def architectures():
     common = {
         name: family(
             name=name, build=build, signature="layer4.0.conv1.weight", aliases={"feat1": "relu"} | STAGES,
-            layouts={"7.0.conv1.weight": name_children}, **input_of(name.removesuffix("_caffe")),
+            layouts={"7.0.conv1.weight": name_children}, alike=like_fixed(name),
+            **input_of(name.removesuffix("_caffe")),
         )
         for name, build in plain.items()
     }  # fmt: skip

@@ -82,4 +82,4 @@ def _fit(name, native, network, size):
         network.set_input_size((size, size))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise BadInput(f"--size {size}: {name} does not take it ({error})") from None
-    return "made to fit {size} pixels by timm, bicubic and anti-aliased"
+    return f"made to fit {size} pixels by timm, bicubic and anti-aliased"
