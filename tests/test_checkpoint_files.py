@@ -122,7 +122,10 @@ def test_a_module_whose_class_a_script_defines_is_converted_next_to_it(tmp_path)
     subprocess.run([sys.executable, "your_script.py"], cwd=tmp_path, check=True)
     said, converted = convert_as_advised(tmp_path / "whole.pth", tmp_path)
     assert "torch.nn.modules.container.Sequential" in said and "the script that defines Net" in said
-    assert {name: tuple(t.shape) for name, t in read_checkpoint(converted).items()} == {"0.weight": (3, 2), "0.bias": (3,)}
+    assert {name: tuple(t.shape) for name, t in read_checkpoint(converted).items()} == {
+        "0.weight": (3, 2),
+        "0.bias": (3,),
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False])

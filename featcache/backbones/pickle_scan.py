@@ -145,4 +145,6 @@ def _unwrapped(module):
 
 
 def _is_module(item):
-    return isinstance(item, StandIn) and isinstance(item.state, dict) and {"_parameters", "_modules"} <= item.state.keys()
+    return (
+        isinstance(item, StandIn) and isinstance(item.state, dict) and {"_parameters", "_modules"} <= item.state.keys()
+    )
