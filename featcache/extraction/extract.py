@@ -21,7 +21,7 @@ from featcache.feature import parse_features
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of
+from featcache.store.manifest import FILE, feature_of, identity_hash, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -105,8 +105,19 @@ def extract(
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
+    identity = _identity(model, data, wanted, dtype, precision, decoder) | views.describe()
+    id, storage = identity_hash(identity), {"format": format, "compression": compression}
+    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{id[:8]}{FORMATS[format].SUFFIX}"
+    folder = open_folder(store or default)
+    FORMATS[format].check_place(folder, compression)
+    arrays = {split: record_arrays(data, split) for split in data.splits}
+    if FILE in folder.names():
+        begun = _begun(folder, identity, storage, arrays)
+        if not missing_shards(folder, begun) and not missing_files(folder, begun):
+            say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
+            return str(folder)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype, precision, decoder) | views.describe(),
+        identity=identity,
         rows={split: len(records) for split, records in data.splits.items()}
         | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
@@ -119,21 +130,8 @@ def extract(
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "batch_size": batch_size,
         },
-        storage={"format": format, "compression": compression},
+        storage=storage,
     )
-    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
-    folder = open_folder(store or default)
-    FORMATS[format].check_place(folder, compression)
-    arrays = {split: record_arrays(data, split) for split in data.splits}
-    if FILE in folder.names():
-        _check(folder, manifest, arrays)
-        begun = read_manifest(folder)
-        if not missing_shards(folder, begun) and not missing_files(folder, begun):
-            say(
-                f"store: {folder} is finished already (id {manifest.id[:8]}: same backbone, data and settings)",
-                err=True,
-            )
-            return str(folder)
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
@@ -158,19 +156,19 @@ def extract(
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)
             raise
-    say(f"store: {folder} (id {manifest.id[:8]})", err=True)
+    say(f"store: {folder} (id {id[:8]})", err=True)
     return str(folder)
 
 
-def _check(folder, manifest, arrays):
-    """Raise BadInput if another store is there, naming what differs; of the dataset, which images."""
+def _begun(folder, identity, storage, arrays):
+    """The manifest of the store that is there. Raises BadInput if it is another one; of a dataset, says which images."""
     try:
-        check_same(folder, manifest)
+        return check_same(folder, identity, storage)
     except BadInput as error:
         there = Store(folder)
         said = []
         for split in there.splits:
-            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, manifest.identity)]
+            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, identity)]
             if split in arrays and pair[0] != pair[1]:
                 said.append(f"{split}: {changes(there[split].arrays(), arrays[split])}")
         raise BadInput("; ".join([error.message, *said])) from None
