@@ -192,7 +192,7 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
         say(
-            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first batch every feature's "
+            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first image every feature's "
             f"cosine to float32 is at least {begun['cosine']:.6f}",
             err=True,
         )
@@ -234,12 +234,13 @@ def _identity(model, data, features, dtype, precision, decoder):
 
 
 def _measured(manifest, model, images, features, device):
-    """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
-    split = next(iter(images.splits))
-    rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
-    (batch,) = image_batches(images, [[(split, row) for row in rows]], workers=0)
-    batch = model.to(device).preprocessing.normalise(batch.to(device))
-    found = measure(model, batch, features, manifest.identity["precision"])
+    """The manifest with what its precision does to the first image, see featcache.backbones.precision.measure.
+
+    One image: float32 twice and once the precision cost as much as six or seven images of the extraction.
+    """
+    (image,) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
+    image = model.to(device).preprocessing.normalise(image.to(device))
+    found = measure(model, image, features, manifest.identity["precision"])
     return replace(manifest, compute=manifest.compute | found)
 
 
@@ -285,7 +286,9 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                 pixels = model.preprocessing.normalise(batch.to(device, non_blocking=True), memory)
                 results = model(pixels, features)
                 for name, values in results.items():
-                    buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
+                    buffers[name][row : row + len(batch)] = _cast(
+                        values, dtype, name, first + row, ids[row:], manifest.identity["precision"]
+                    )
             row += len(batch)
             progress.update(ranks.count(len(batch)) - progress.n)
             if row == end - first:
@@ -302,8 +305,11 @@ def _as_stored(rows):
     return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
-def _cast(values, dtype, name, first_row, ids):
-    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold."""
+def _cast(values, dtype, name, first_row, ids, precision="float32"):
+    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold.
+
+    precision: what the network ran in, which an overflow may be due to.
+    """
     cast = values.to(dtype)
     fine = torch.isfinite(cast).flatten(1).all(1)
     kind = str(dtype).removeprefix("torch.")
@@ -313,7 +319,8 @@ def _cast(values, dtype, name, first_row, ids):
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
         if peak < float("inf"):
             raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
-        raise BadInput(f"{where}: the backbone yields a value that is not finite")
+        lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
+        raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
     # A map of values below float16's smallest normal number loses its digits without a word.
     peak = float(values.abs().max())
     if 0 < peak < torch.finfo(dtype).tiny:
