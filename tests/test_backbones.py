@@ -77,6 +77,26 @@ def test_weights_hash_is_of_tensors_not_of_the_file(checkpoint, tmp_path):
     assert load_backbone(tmp_path / "other.pth").weights_sha256 != load_backbone(checkpoint).weights_sha256
 
 
+def test_loading_draws_nothing_that_is_replaced_at_once(checkpoint, tmp_path, monkeypatch):
+    """Networks of ours are not drawn, but the user's own code may look at what it draws."""
+    before = torch.get_rng_state()
+    load_backbone(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+    (tmp_path / "own_net.py").write_text(
+        "import torch\nclass Net(torch.nn.Conv2d):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(3, 4, 3)\n"
+        "        torch.nn.init.ones_(self.weight)\n"
+        "        self.register_buffer('scale', 2 * self.weight.detach().clone(), persistent=False)\n"
+        "    def forward(self, x):\n        return super().forward(x) * self.scale.mean()\n"
+        "def net():\n    return torch.nn.Sequential(Net())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"0.weight": torch.zeros(4, 3, 3, 3), "0.bias": torch.ones(4)}, tmp_path / "own.pth")
+    backbone = load_backbone(tmp_path / "own.pth", arch="own_net:net")
+    assert torch.equal(features_of(backbone, torch.zeros(1, 3, 8, 8), "pooled")["0:pooled"], torch.full((1, 4), 2.0))
+
+
 def test_random_backbone_depends_on_its_seed_alone():
     torch.manual_seed(1)
     first = load_backbone("random", arch="resnet18", seed=3)

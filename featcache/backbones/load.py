@@ -1,5 +1,7 @@
 """From a checkpoint to a frozen Backbone."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.preprocessing import default_preprocessing
 from featcache.backbones.recognise import find_architecture, known, recognise, split_name
+from featcache.backbones.undrawn import Undrawn
 from featcache.errors import BadInput
 
 RANDOM = "random"
@@ -29,7 +32,7 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
 
 
 def load_network(path, arch=None, seed=0, weights_key=None):
-    """Load the whole network that a Backbone is made of, its classifier left as it was drawn.
+    """Load the whole network that a Backbone is made of. A checkpoint's leaves the classifier's values undefined.
 
     Arguments as load_backbone's. Returns (architecture, network, report). Raises BadInput.
     """
@@ -63,7 +66,9 @@ def _load(content, path, arch, weights_key):
     hints = _hints(encoder)
     asked = find_architecture(arch, encoder.tensors, hints) if arch else None
     architecture = asked or recognise(encoder.tensors, path, hints)
-    network = architecture.build()
+    # The user's own code may look at what it draws.
+    with nullcontext() if ":" in architecture.name else Undrawn():
+        network = architecture.build()
     loaded = load_strictly(
         network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
     )

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.timm_models import PREFIX, timm_architecture
+from featcache.backbones.undrawn import Undrawn
 from featcache.backbones.user_code import user_architecture
 from featcache.errors import BadInput, nearest
 
@@ -136,7 +137,7 @@ def _shapes(architecture):
 
 @contextmanager
 def _without_memory():
-    """Send every parameter of a network that is built here to the meta device.
+    """Send every parameter of a network that is built here to the meta device, and draw no values for it.
 
     torch.device("meta") alone would do the same to the small tensors in which RegNet plans its widths.
     """
@@ -146,6 +147,7 @@ def _without_memory():
 
     hook = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with Undrawn():
+            yield
     finally:
         hook.remove()

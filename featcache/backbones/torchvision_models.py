@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import partial
 
 from torch import nn
-from torchvision import models
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, without
 from featcache.backbones.lookalikes import like_fixed
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.torchvision_import import models
 from featcache.backbones.torchvision_weights import input_of
 from featcache.errors import BadInput
 

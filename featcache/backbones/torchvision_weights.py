@@ -1,6 +1,6 @@
 """The input that torchvision's own weights expect, read from its lists of weights (nothing is downloaded)."""
 
-from torchvision import models
+from featcache.backbones.torchvision_import import models
 
 
 def input_of(name, size=None):

@@ -23,7 +23,7 @@ from featcache.feature import parse_features
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of
+from featcache.store.manifest import FILE, feature_of, identity_hash, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -109,8 +109,19 @@ def extract(
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
+    identity = _identity(model, data, wanted, dtype, precision, decoder) | views.describe()
+    id, storage = identity_hash(identity), {"format": format, "compression": compression}
+    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{id[:8]}{FORMATS[format].SUFFIX}"
+    folder = open_folder(store or default)
+    FORMATS[format].check_place(folder, compression)
+    arrays = {split: record_arrays(data, split) for split in data.splits}
+    if FILE in folder.names():
+        begun = _begun(folder, identity, storage, arrays)
+        if not missing_shards(folder, begun) and not missing_files(folder, begun):
+            say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
+            return str(folder)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype, precision, decoder) | views.describe(),
+        identity=identity,
         rows={split: len(records) for split, records in data.splits.items()}
         | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
@@ -123,21 +134,8 @@ def extract(
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "batch_size": batch_size,
         },
-        storage={"format": format, "compression": compression},
+        storage=storage,
     )
-    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
-    folder = open_folder(store or default)
-    FORMATS[format].check_place(folder, compression)
-    arrays = {split: record_arrays(data, split) for split in data.splits}
-    if FILE in folder.names():
-        _check(folder, manifest, arrays)
-        begun = read_manifest(folder)
-        if not missing_shards(folder, begun) and not missing_files(folder, begun):
-            say(
-                f"store: {folder} is finished already (id {manifest.id[:8]}: same backbone, data and settings)",
-                err=True,
-            )
-            return str(folder)
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
@@ -162,19 +160,19 @@ def extract(
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)
             raise
-    say(f"store: {folder} (id {manifest.id[:8]})", err=True)
+    say(f"store: {folder} (id {id[:8]})", err=True)
     return str(folder)
 
 
-def _check(folder, manifest, arrays):
-    """Raise BadInput if another store is there, naming what differs; of the dataset, which images."""
+def _begun(folder, identity, storage, arrays):
+    """The manifest of the store that is there. Raises BadInput if it is another one; of a dataset, says which images."""
     try:
-        check_same(folder, manifest)
+        return check_same(folder, identity, storage)
     except BadInput as error:
         there = Store(folder)
         said = []
         for split in there.splits:
-            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, manifest.identity)]
+            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, identity)]
             if split in arrays and pair[0] != pair[1]:
                 said.append(f"{split}: {changes(there[split].arrays(), arrays[split])}")
         raise BadInput("; ".join([error.message, *said])) from None
@@ -198,7 +196,7 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
         say(
-            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first batch every feature's "
+            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first image every feature's "
             f"cosine to float32 is at least {begun['cosine']:.6f}",
             err=True,
         )
@@ -240,12 +238,13 @@ def _identity(model, data, features, dtype, precision, decoder):
 
 
 def _measured(manifest, model, images, features, device):
-    """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
-    split = next(iter(images.splits))
-    rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
-    ((batch, _),) = image_batches(images, [[(split, row) for row in rows]], workers=0)
-    batch = model.to(device).preprocessing.normalise(batch.to(device))
-    found = measure(model, batch, features, manifest.identity["precision"])
+    """The manifest with what its precision does to the first image, see featcache.backbones.precision.measure.
+
+    One image: float32 twice and once the precision cost as much as six or seven images of the extraction.
+    """
+    ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
+    image = model.to(device).preprocessing.normalise(image.to(device))
+    found = measure(model, image, features, manifest.identity["precision"])
     return replace(manifest, compute=manifest.compute | found)
 
 
@@ -292,7 +291,9 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                 pixels = model.preprocessing.normalise(batch.to(device, non_blocking=True), memory)
                 results = model(pixels, features)
                 for name, values in results.items():
-                    buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
+                    buffers[name][row : row + len(batch)] = _cast(
+                        values, dtype, name, first + row, ids[row:], manifest.identity["precision"]
+                    )
             seen.append(digests)
             row += len(batch)
             progress.update(ranks.count(len(batch)) - progress.n)
@@ -311,8 +312,11 @@ def _as_stored(rows):
     return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
-def _cast(values, dtype, name, first_row, ids):
-    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold."""
+def _cast(values, dtype, name, first_row, ids, precision="float32"):
+    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold.
+
+    precision: what the network ran in, which an overflow may be due to.
+    """
     cast = values.to(dtype)
     fine = torch.isfinite(cast).flatten(1).all(1)
     kind = str(dtype).removeprefix("torch.")
@@ -322,7 +326,8 @@ def _cast(values, dtype, name, first_row, ids):
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
         if peak < float("inf"):
             raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
-        raise BadInput(f"{where}: the backbone yields a value that is not finite")
+        lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
+        raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
     # A map of values below float16's smallest normal number loses its digits without a word.
     peak = float(values.abs().max())
     if 0 < peak < torch.finfo(dtype).tiny:

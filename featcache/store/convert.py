@@ -39,7 +39,7 @@ def convert(store, format=None, out=None, compression=None):
     FORMATS[format].check_place(target, compression)
     manifest = stored_as(source.manifest, format, compression)
     if FILE in target.names():
-        check_same(target, manifest)
+        check_same(target, manifest.identity, manifest.storage)
     with target.locked(f"waiting: another process is writing {target}"):
         arrays = {split: with_axes(source[split].arrays()) for split in source.manifest.splits}
         manifest = create_store(target, manifest, arrays)
