@@ -229,7 +229,7 @@ def test_names_with_heads_without_a_checkpoint():
     assert find_architecture("vit_tiny_patch16_heads12").build().blocks[0].attn.num_heads == 12
     assert find_architecture("clip_vit_b32_heads8_gelu").name == "clip_vit_b32_heads8_gelu"
     for name in ("resnet50_heads8", "vit_b_16_heads6", "clip_vit_b32_eps1e-06"):
-        with pytest.raises(BadInput, match=f"{name}"):
+        with pytest.raises(BadInput, match=f"unknown architecture '{name}'"):
             find_architecture(name)
 
 

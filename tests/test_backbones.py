@@ -1,5 +1,7 @@
 """Backbones: exact features and strict loading."""
 
+import re
+
 import pytest
 import torch
 from torchvision.models import resnet18, resnet50
@@ -130,8 +132,30 @@ def test_strict_loading_lists_what_does_not_fit(tmp_path):
         "layer1.0.bn1.bias (5,), expected (64,)",
     ):
         assert part in caught.value.message
-    with pytest.raises(BadInput, match="does not fit resnet18"):
+    with pytest.raises(BadInput, match="does not fit resnet18; .*; by names and shapes .* most like resnet50$"):
         load_backbone(tmp_path / "bent.pth", arch="resnet18")
+
+
+def test_an_architecture_that_does_not_fit_is_answered_by_what_the_tensors_are(tmp_path, command):
+    """`name it with --arch` would be no answer to somebody who did."""
+    timm = pytest.importorskip("timm")
+    torch.save({"state_dict": timm.create_model("vit_tiny_patch16_224").state_dict()}, tmp_path / "vit.pth")
+    torch.save(resnet18().state_dict(), tmp_path / "resnet.pth")
+    for file, arch, key, likely in (
+        ("vit.pth", "resnet18", "layer4.0.conv1.weight", "vit_tiny_patch16"),
+        ("vit.pth", "vit_b_32", "encoder.layers.encoder_layer_0.ln_1.weight", "vit_tiny_patch16"),
+        ("vit.pth", "timm:resnet18", r"[\w.]+", "vit_tiny_patch16"),
+        ("resnet.pth", "vit_small_patch16_heads12", "blocks.0.attn.qkv.weight", "resnet18"),
+        ("resnet.pth", "clip_vit_b16", "class_embedding", "resnet18"),
+    ):
+        code, _, err = command("layers", tmp_path / file, "--arch", arch)
+        assert code == 2 and "Traceback" not in err and "name it with --arch" not in err
+        assert re.search(rf"{file} does not fit {arch}: no key ends in '{key}'.*; by names and shapes .* {likely}\n$", err)
+    torch.save({"something": torch.zeros(3)}, tmp_path / "alien.pth")
+    code, _, err = command("layers", tmp_path / "alien.pth", "--arch", "resnet18")
+    assert code == 2 and err.endswith("as the architecture's do (keys: something)\n")
+    with pytest.raises(BadInput, match="heads5: 5 does not divide 192, the width of the tokens$"):
+        load_backbone(tmp_path / "vit.pth", arch="vit_tiny_patch16_heads5")
 
 
 def test_unknown_names_suggest(checkpoint, tmp_path):

@@ -8,6 +8,7 @@ from featcache.errors import BadInput
 
 # Widths at which the published networks have heads that are not 64 wide: SigLIP's so400m; ViT-H, -g, -G and -e.
 PUBLISHED = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+MOST = 1024
 # Methods whose small networks have twelve heads, 16 or 32 wide, where all others of the same shapes have heads that are
 # 64 wide. MoCo v3 (Chen et al., ICCV 2021) in its own code and mmpretrain's has the small one, solo-learn's both.
 TWELVE = {384: "MoCo v3's and SLIP's", 192: "solo-learn's MoCo v3's"}
@@ -30,7 +31,7 @@ def choose_heads(width, hints, published=PUBLISHED):
         raise BadInput(f"--arch ..._heads{asked}: {asked} does not divide {width}, the width of the tokens")
     if "heads" in hints and width % (asked or usual_heads(width)) == 0:
         return asked or usual_heads(width), "as --arch says"
-    divisors = (n for n in range(1, width + 1) if width % n == 0)
+    divisors = (n for n in range(1, min(width, MOST) + 1) if width % n == 0)
     heads = published.get(width) or min(divisors, key=lambda n: abs(math.log(width / n / 64)))
     return heads, "a guess from the width"
 

@@ -48,9 +48,9 @@ def load_network(path, arch=None, seed=0, weights_key=None):
             architecture, network, report = _load(content, path, arch, weights_key)
         except BadInput as error:
             likely = arch and _likely(content, path, weights_key)
-            if not likely or likely in error.message:
+            if not likely or likely in error.message or split_name(likely)[0] == split_name(arch)[0]:
                 raise
-            raise BadInput(f"{error.message}; by names and shapes its tensors are most like {likely}") from None
+            raise BadInput(f"{error.message}; by names and shapes the checkpoint is most like {likely}") from None
     return architecture, network, report
 
 

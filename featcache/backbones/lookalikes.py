@@ -28,12 +28,17 @@ VITS = (
     # Norms after attention and MLP, not before.
     ({"class_token": False, "fc_norm": True}, {"vit_base_patch16_rpn_224": (768, 12)}),
     # GELU by its tanh approximation.
-    ({"class_token": False, "fc_norm": False, "pre_norm": False, "init_values": None}, {
-        "vit_base_patch32_siglip_256": (768, 12), "vit_large_patch16_siglip_512": (1024, 24),
-        "vit_so400m_patch16_siglip_256": (1152, 27), "vit_so400m_patch16_siglip_384": (1152, 27),
-        "vit_so400m_patch16_siglip_512": (1152, 27), "vit_giantopt_patch16_siglip_256": (1536, 40),
-        "vit_giantopt_patch16_siglip_384": (1536, 40),
-    }),
+    *(
+        ({"class_token": False, "fc_norm": False, "pre_norm": False, "init_values": None, "attn_pool": pool}, {
+            f"vit_{size}_siglip_{'' if pool else 'gap_'}{side}": its
+            for size, its, sides in (
+                ("base_patch32", (768, 12), (256,)), ("large_patch16", (1024, 24), (512,)),
+                ("so400m_patch16", (1152, 27), (256, 384, 512)), ("giantopt_patch16", (1536, 40), (256, 384)),
+            )
+            for side in sides
+        })
+        for pool in (True, False)
+    ),
 )  # fmt: skip
 
 
@@ -43,7 +48,10 @@ def like_fixed(name):
 
 
 def like_vit(chosen):
-    """Names for --arch of the networks that load as the vision transformer of these arguments, see vit.infer."""
+    """Names for --arch of the networks that load as the vision transformer of these arguments.
+
+    chosen: as vit.infer makes them, and attn_pool, whether the checkpoint has one.
+    """
     sizes = (chosen["embed_dim"], chosen["depth"])
     end = f"_{chosen['img_size']}"
     return tuple(

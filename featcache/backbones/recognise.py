@@ -37,7 +37,8 @@ def find_architecture(name, tensors=None, hints=None):
         found = ARCHITECTURES.get(family)
     if found is not None and not said and (tensors is None or found.infer is None):
         return found
-    if tensors is None:
+    drawn = tensors is None
+    if drawn:
         with _without_memory():
             tensors = found.build().state_dict() if found else {}
     hints = (hints or {}) | said
@@ -49,7 +50,7 @@ def find_architecture(name, tensors=None, hints=None):
         names = {name, HEADS.sub("", name) if said.get("heads") == architecture.heads else name}
         if names & {architecture.name, GENERIC}:
             return architecture
-    if found is None or (said and found.infer is None):
+    if found is None or drawn or (said and read and read[0].heads is None):
         names = [*ARCHITECTURES, *(a.name for a in read)]
         raise BadInput(f"unknown architecture {name!r}{nearest(name, names)} (--arch takes {HOW_TO_NAME})")
     if read:

@@ -6,6 +6,7 @@ from them. Keys of DINOv2's code and of mmpretrain are renamed to timm's.
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -65,7 +66,8 @@ def infer(tensors, hints):
     """
     if any(key not in tensors for key in NEEDED):
         return None
-    if "norm_pre.weight" in tensors and any(key.startswith("attn_pool.") for key in tensors):
+    attn_pool = any(key.startswith("attn_pool.") for key in tensors)
+    if attn_pool and "norm_pre.weight" in tensors:
         raise BadInput(
             "these are the tensors of a Perception Encoder, whose attention has rotary positions; name it with --arch, "
             "as timm:vit_pe_core_base_patch16_224"
@@ -107,15 +109,17 @@ def infer(tensors, hints):
     said = f"heads: {heads}, {grounds}"
     if others:
         said += f" ({others[0]} of these shapes have {others[1]}: --arch {_name(chosen | {'num_heads': others[1]})})"
-    return _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch, said)
+    alike = like_vit(chosen | {"attn_pool": attn_pool})
+    size = 224 if dinov2 else side * patch
+    return replace(_described(chosen, hints.get("positions", rule), size), note=said, alike=alike)
 
 
 def _heads(tensors, depth, swiglu, side, hints):
     """(attention heads, on what grounds, (whose networks of the same shapes have others, how many) or None)."""
     positions, norm = tensors["pos_embed"][0], tensors.get("blocks.0.attn.q_norm.weight")
     width = positions.shape[1]
-    if norm is not None and "heads" not in hints:
-        return width // len(norm), "by the width of the queries' norm", None
+    if norm is not None and "heads" not in hints and norm.numel() and width % norm.numel() == 0:
+        return width // norm.numel(), "by the width of the queries' norm", None
     # timm's networks for tests; SigLIP 2's giant, where DINOv2's has a SwiGLU; the `small` of mmpretrain and early timm.
     published = PUBLISHED | {64: 2, 96: 3} | ({} if swiglu else {1536: 16}) | ({768: 8} if depth == 8 else {})
     heads, grounds = choose_heads(width, hints, published)
@@ -141,7 +145,7 @@ def _name(chosen):
     return name + (f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else "")
 
 
-def _described(chosen, rule="plain", size=None, note=""):
+def _described(chosen, rule="plain", size=None):
     """The Architecture of these arguments."""
     name, depth, patch = _name(chosen), chosen["depth"], chosen["patch_size"]
     registers = chosen.get("reg_tokens", 0)
@@ -160,8 +164,6 @@ def _described(chosen, rule="plain", size=None, note=""):
         layouts=LAYOUTS,
         infer=infer,
         fit=partial(_fit, rule, patch, name),
-        note=note,
-        alike=like_vit(chosen),
     )
 
 
