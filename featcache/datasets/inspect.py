@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from featcache.arguments import NAME, NAMES, PATH, takes
 from featcache.datasets import list_records
 from featcache.datasets.complete import clip_boxes, over_threads, repeated_ids
 from featcache.datasets.image import read_image
@@ -47,6 +48,7 @@ class DatasetInspection:
         return any(split.bad or split.repeated_ids for split in self.splits.values())
 
 
+@takes(name=NAME, root=PATH, splits=NAMES)
 def inspect_dataset(name, root=None, splits=None):
     """Count a dataset, decode all its images, and compare their bytes: a DatasetInspection.
 

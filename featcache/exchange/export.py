@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import safetensors.torch
 
+from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
 from featcache.backbones.preprocessing import Preprocessing
@@ -21,6 +22,7 @@ from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run
 
 
+@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
 def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=None, weights_key=None):
     """Write backbones, or one probe merged with its backbone, as files that plain torch loads.
 
@@ -30,7 +32,7 @@ def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=No
     program if `to` ends in .pt2. arch, weights_key: as load_backbone's. See docs/export.md. Files that
     hold the same already are left as they are. Returns the paths. Raises BadInput.
     """
-    checkpoints = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    checkpoints = listed(checkpoints)
     if to is None:
         raise BadInput("export needs --to, the file to write")
     if run is None:

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from featcache.arguments import CHECKPOINT, NAME, NAMES, NUMBERS, PATH, takes, whole
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device
-from featcache.errors import BadInput
+from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, Images, image_batches
 from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.ranks import join_ranks
+from featcache.store.dtype import STORED
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
 from featcache.store.manifest import FILE, feature_of, identity_hash, plan, read_manifest, split_of
@@ -39,6 +41,12 @@ from featcache.store.writer import (
 TRUSTED_COSINE = 0.99
 
 
+@takes(
+    backbone=CHECKPOINT, dataset=NAME, root=PATH, splits=NAMES, store=PATH, format=NAME, compression=NAME, arch=NAME,
+    weights_key=NAME, size=whole(), resize=NAME, short_side=whole(), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
+    precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0), seed=whole(), views=whole(), crop_scale=NUMBERS,
+    decoder=NAME,
+)  # fmt: skip
 def extract(
     backbone,
     dataset,
@@ -96,8 +104,8 @@ def extract(
         arch=arch,
         seed=seed,
         weights_key=weights_key,
-        size=size or data.size,
-        resize=resize or data.resize,
+        size=data.size if size is None else size,
+        resize=data.resize if resize is None else resize,
         short_side=short_side,
         interpolation=interpolation,
         mean=mean,
@@ -222,6 +230,8 @@ def _check_room(folder, manifest, todo, say):
 
 
 def _identity(model, data, features, dtype, precision, decoder):
+    if dtype not in STORED:
+        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, STORED)} (known: {', '.join(STORED)})")
     if decoder not in DECODERS:
         raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     return {

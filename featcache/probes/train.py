@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import yaml
 
+from featcache.arguments import PATH, takes, whole
 from featcache.atomic import write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput, shown
@@ -22,6 +23,7 @@ from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
 
 
+@takes(store=PATH, run=PATH, seed=whole())
 def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, memory=None, allow_overlap=False):
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.run import open_run, select
@@ -23,10 +24,11 @@ from featcache.reporting.table import (
 )
 
 
+@takes(runs=PATHS, out=PATH)
 def report(runs, out="report.html"):
     """Write an HTML page: best probes beside chance, learning rates, localisation and heatmaps.
 
-    runs: folders of finished runs, which must be scored with the same metric. Returns the page's
+    runs: folder of a finished run, or several, which must be scored with the same metric. Returns the page's
     path. Raises BadInput for an unfinished run or a missing package (extra: report).
     """
     try:
@@ -35,7 +37,7 @@ def report(runs, out="report.html"):
         raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
     from featcache.reporting import plots
 
-    opened = [open_run(run) for run in runs]
+    opened = [open_run(run) for run in listed(runs)]
     metrics = sorted({run.summary["select"]["metric"] for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
     if len(metrics) > 1 or len(kinds) > 1:

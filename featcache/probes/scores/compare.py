@@ -1,12 +1,12 @@
 """`featcache compare`: is one probe better than another, or only on these images?"""
 
-import os
 from dataclasses import dataclass
 
 import click
 import numpy as np
 import torch
 
+from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import load_labels
@@ -35,6 +35,7 @@ class Comparison:
     p: float
 
 
+@takes(runs=PATHS, probes=NAMES, rule=NAME)
 def compare(runs, probes=None, rule=None, stores=None, device=None):
     """Compare two probes on the images that their runs are judged on, by a paired bootstrap.
 
@@ -43,7 +44,7 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     run.select): two of one run, or one of each. stores: of the runs, by default where they found them.
     Returns a Comparison for every metric. Raises BadInput.
     """
-    opened = [open_run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    opened = [open_run(run) for run in listed(runs)]
     stores = stores or [None] * len(opened)
     if len(opened) > 2 or len(stores) != len(opened):
         raise BadInput("compare takes one or two runs, and as many stores if any")
