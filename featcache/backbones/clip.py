@@ -16,12 +16,9 @@ from torch.nn import functional as F
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import CLIP, clip_guess, said
 
-INPUT = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-    "interpolation": "bicubic",
-}
+INPUT = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.
 RESNETS = {
     "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512),
@@ -212,6 +209,7 @@ def _resnet(width, blocks, size, embedding):
         classifier=("fc.",),
         aliases=aliases,
         size=size,
+        short_side=size,
         infer=_infer_resnet,
         fit=partial(_fit_resnet, name),
         **INPUT,
@@ -254,6 +252,8 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
         classifier=("fc.",),
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
+        short_side=side * patch,
+        said=said(clip_guess(width, patch)),
         tokens=Tokens(prefix=1, cls=True, patch=patch),
         infer=partial(_infer_vit, end),
         fit=lambda network, size: fit_positions(network, "positional_embedding", size, patch, "antialias", name),

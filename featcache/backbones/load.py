@@ -7,7 +7,8 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.preprocessing import default_preprocessing
+from featcache.backbones.loaded_input import with_input, without_weights
+from featcache.backbones.preprocessing import preprocessing_of
 from featcache.backbones.recognise import find_architecture, known, recognise
 from featcache.errors import BadInput
 
@@ -20,8 +21,8 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
     path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`.
     arch: architecture name; by default inferred from the tensors' names and shapes.
     weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing:
-    fields of Preprocessing (size, resize, ...) in place of those of the public weights; None leaves
-    them. Raises BadInput.
+    fields of Preprocessing (size, resize, ...) in place of the weights' own, see preprocessing_of.
+    Raises BadInput.
     """
     return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
 
@@ -34,11 +35,12 @@ def load_network(path, arch=None, seed=0, weights_key=None):
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")
-        architecture = find_architecture(arch)
+        architecture = without_weights(find_architecture(arch))
         network = _random_network(architecture, seed)
         report = f"{arch} with random weights, seed {seed}"
     else:
-        encoder = find_encoder(read_checkpoint(path), _signatures(arch), known, path, weights_key)
+        content = read_checkpoint(path)
+        encoder = find_encoder(content, _signatures(arch), known, path, weights_key)
         hints = _hints(encoder)
         asked = find_architecture(arch, encoder.tensors, hints) if arch else None
         architecture = asked or recognise(encoder.tensors, path, hints)
@@ -47,12 +49,14 @@ def load_network(path, arch=None, seed=0, weights_key=None):
             network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
         )
         report = _report(path, encoder, architecture, loaded, asked)
+        architecture = with_input(architecture, network, encoder, path, content)
     return architecture, network, report
 
 
 def as_backbone(architecture, network, report, **preprocessing):
     """Cut and freeze what load_network returned; preprocessing as load_backbone's."""
-    return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
+    made, said = preprocessing_of(architecture, **preprocessing)
+    return Backbone(architecture, network, made, report, said)
 
 
 def _signatures(arch):

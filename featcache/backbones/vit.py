@@ -13,6 +13,7 @@ from torch import nn
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads, with_forward
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import vit_input
 from featcache.errors import BadInput
 
 # Width to name and usual depth.
@@ -21,6 +22,8 @@ SIZES = {
     1408: ("giant", 40), 1536: ("giant2", 40),
 }  # fmt: skip
 EPS = 1e-6
+# Of the networks with a norm before their blocks.
+CLIP_EPS = 1e-5
 # Networks that can be named: width and patches, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
 MOCO_V3_HEADS = 12
@@ -87,7 +90,7 @@ def infer(tensors, hints):
         "img_size": side * patch,
         "hidden": hidden,
         "swiglu": hidden == 2 * gated,
-        "eps": hints.get("eps", EPS),
+        "eps": hints.get("eps", CLIP_EPS if "norm_pre.weight" in tensors else EPS),
         "reg_tokens": registers,
         "no_embed_class": bare,
         "class_token": "cls_token" in tensors,
@@ -100,7 +103,8 @@ def infer(tensors, hints):
         "fc_norm": "fc_norm.weight" in tensors and "norm.weight" not in tensors,
     }
     rule = ("antialias" if registers else "dino") if dinov2 else "plain"
-    return _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+    made = _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+    return replace(made, **vit_input(tensors, side * patch))
 
 
 def _described(chosen, rule="plain", size=None):
