@@ -67,7 +67,7 @@ def test_which_of_torchvisions_weights(resnet50, tmp_path):
         assert found.short == 256 and said.startswith("short side: torchvision's IMAGENET1K_V1 assumed (--short-side 232")
     moco = {"state_dict": {f"module.encoder_{x}.{k}": v for x in "qk" for k, v in own.items()}}
     found, said = input_of(saved(tmp_path, moco))
-    assert found.short == 256 and "as self-supervised methods evaluate; a guess" in said
+    assert found.short == 256 and "a guess: 256 for a crop of 224" in said
     assert load_backbone("random", arch="resnet50", resize="crop").preprocessing.short == 256
     # What the user says, or the dataset's protocol does not need, is not a guess.
     assert input_of(tmp_path / "x.pth", short_side=250)[1] == input_of(tmp_path / "x.pth", resize="squash")[1] == ""
@@ -159,3 +159,181 @@ def test_the_published_vits_of_timm():
             right += same
             assert same or "a guess" in made.said.get("mean", ""), tag
     assert total > 250 and right > 0.9 * total, (right, total)
+
+
+def small_vit(**more):
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return timm.models.vision_transformer.VisionTransformer(**sizes | more).state_dict()
+
+
+def siglip():
+    return small_vit(class_token=False, global_pool="map")
+
+
+def test_openclips_towers_as_openclip_prepares_them(tmp_path):
+    """A SigLIP and a CLIP built by timm: with OpenCLIP's keys and as timm's files."""
+    towers = {
+        "ViT-B-16-SigLIP/webli": siglip(),
+        "MobileCLIP2-L-14/dfndr2b": small_vit(pre_norm=True),
+    }
+    for name, tensors in towers.items():
+        model, tag = name.split("/")
+        config = _PRETRAINED[model][tag]
+        found, _ = input_of(saved(tmp_path, {f"visual.trunk.{k}": v for k, v in tensors.items()}))
+        assert (found.mean, found.std) == (config["mean"], config["std"])
+        assert (found.interpolation, found.resize == "squash") == (
+            config["interpolation"], config["resize_mode"] == "squash",
+        )  # fmt: skip
+        transform = open_clip.image_transform(64, is_train=False, **{k: config[k] for k in ("resize_mode", "mean", "std")})
+        resize = next(t for t in transform.transforms if isinstance(t, Resize)).size
+        assert resize == ((64, 64) if found.resize == "squash" else 64) and found.short == 64
+        bare, said = input_of(saved(tmp_path, tensors))
+        assert (bare.mean, bare.std) == (found.mean, found.std) and "mean" not in said
+    backbone = load_backbone(saved(tmp_path, small_vit(pre_norm=True)))
+    assert backbone.trunk.blocks[0].norm1.eps == 1e-5 and backbone.arch.endswith("_eps1e-05")
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_rn50", "clip_rn50x4_no_attnpool", "clip_vit_b32", "clip_vit_l14", "clip_vit_b16_gelu"]
+)
+def test_clips_own_transform(name):
+    found, _ = preprocessing_of(ARCHITECTURES[name], resize=OWN)
+    transform = open_clip.image_transform(found.size, is_train=False)
+    assert geometry(transform) == (found.short, (found.size, found.size), InterpolationMode(found.interpolation))
+    assert (found.mean, found.std) == CLIP
+
+
+def test_a_guess_is_said_and_the_user_ends_it(tmp_path):
+    path = saved(tmp_path, small_vit())
+    found, said = input_of(path)
+    assert (found.mean, found.std) == IMAGENET and "mean, std: a guess: ImageNet's" in said and "AugReg" in said
+    found, said = input_of(path, mean=HALF[0], std=HALF[1], short_side=64)
+    assert (found.mean, found.std, found.short, said) == (*HALF, 64, "")
+    tensors = small_vit(embed_dim=384)
+    moco = {"state_dict": {f"module.{x}_encoder.{k}": v for x in ("base", "momentum") for k, v in tensors.items()}}
+    found, said = input_of(saved(tmp_path, moco))
+    assert (found.mean, found.interpolation, found.short) == (IMAGENET[0], "bilinear", 73) and "mean" not in said
+
+
+TIMM = {
+    "architecture": "vit_tiny", "num_classes": 0,
+    "pretrained_cfg": {
+        "input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": "center",
+        "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+    },
+}  # fmt: skip
+HUGGING_FACE = {
+    "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "resample": 3, "do_resize": True,
+    "size": {"shortest_edge": 70}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64},
+}  # fmt: skip
+OPEN_CLIP = {
+    "model_cfg": {"vision_cfg": {"image_size": 64}},
+    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("config.json", TIMM, (64, 71, "crop", "bilinear", *HALF)),
+        ("config.json", TIMM["pretrained_cfg"], (64, 71, "crop", "bilinear", *HALF)),
+        ("preprocessor_config.json", HUGGING_FACE, (64, 70, "crop", "bicubic", (0.5, 0.4, 0.3), (0.2,) * 3)),
+        (
+            "preprocessor_config.json",
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 64, "resample": 2},
+            (64, 64, "squash", "bilinear", *HALF),
+        ),
+        (
+            "preprocessor_config.json",
+            {"do_normalize": False, "size": {"height": 80, "width": 80}},
+            (80, 80, "squash", "bicubic", (0, 0, 0), (1, 1, 1)),
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}, "crop_pct": 0.875},
+            (64, 73, "crop", "bicubic", *HALF),
+        ),
+        ("open_clip_config.json", OPEN_CLIP, (64, 64, "squash", "bicubic", *HALF)),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_lies_beside_the_weights(tmp_path, name, config, expected, folder):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(small_vit(), path)
+    (tmp_path / name).write_text(json.dumps(config))
+    found, said = input_of(tmp_path if folder else path)
+    assert (found.size, found.short, found.resize, found.interpolation, found.mean, found.std) == expected
+    assert f"std: from {name}" in said and "mean, std: a guess" not in said
+
+
+def test_timms_own_file_is_read_back(tmp_path):
+    """As timm writes it for the hub."""
+    network = timm.create_model("test_vit", pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3), "crop_pct": 0.8})
+    timm.models.save_for_hf(network, tmp_path, safe_serialization="both")
+    found, _ = input_of(tmp_path)
+    assert (found.size, found.short, found.mean) == (160, 200, (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("text", "notice"),
+    [
+        ("{", "config.json is not used: "),
+        ("[1]", None),
+        ('{"learning_rate": 1}', None),
+        ('{"pretrained_cfg": {"mean": [1, 2], "std": [1, 1, 1]}}', "config.json is not used: its mean is not three numbers"),
+        ('{"mean": [123.6, 116.2, 103.5]}', "config.json is not used: its mean is not three numbers in 0..1"),
+        ('{"mean": "abc"}', "config.json is not used: "),
+        ('{"mean": 3}', "config.json is not used: "),
+        ('{"mean": [0.5, 0.5, 0.5], "input_size": [3, "a", "a"]}', "config.json is not used: its size is 'a'"),
+        ('{"mean": [0.5, 0.5, 0.5], "interpolation": "lanczos"}', "says interpolation lanczos, which is not known here"),
+        ("[" * 100000, "config.json is not used: "),
+        ("\x00\xff", "config.json is not used: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_foreign_config_is_a_notice(tmp_path, text, notice):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    backbone = load_backbone(saved(tmp_path, small_vit()))
+    assert (notice in backbone.grounds) if notice else ("config.json" not in backbone.grounds)
+    assert backbone.preprocessing.interpolation == "bicubic" and "\n\n" not in backbone.grounds
+
+
+MMPRETRAIN = """
+auto_scale_lr = dict(base_batch_size=1024)
+data_preprocessor = dict(
+    mean=[127.5, 127.5, 127.5], num_classes=1000, std=[51.0, 51.0, 102.0], to_rgb=True)
+img_norm_cfg = dict(mean=[1.0, 2.0, 3.0], std=[1.0, 1.0, 1.0])
+model = dict(backbone=dict(type='VisionTransformer'), init=some.name, type='ImageClassifier')
+"""
+
+
+def test_the_checkpoints_own_meta(tmp_path):
+    tensors = {f"backbone.{k}": v for k, v in small_vit().items()}
+    found, said = input_of(saved(tmp_path, {"meta": {"cfg": MMPRETRAIN, "epoch": 3}, "state_dict": tensors}))
+    assert (found.mean, found.std, found.bgr) == ((0.5,) * 3, (0.2, 0.2, 0.4), False)
+    assert "mean, std: from the checkpoint's meta" in said
+    # mmcls's form; channels as OpenCV reads them, in the network's order.
+    text = "img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 2.0], to_rgb=False)"
+    found, _ = input_of(saved(tmp_path, {"meta": {"config": text}, "state_dict": tensors}))
+    assert found.bgr and found.mean == pytest.approx(IMAGENET[0]) and found.describe()["bgr"] is True
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([1.0, 1.0, 2.0])
+    expected = (pixels.flip(1) - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(found.normalise(pixels), expected, rtol=1e-5, atol=1e-4)
+    # What is beside goes after what is inside, and differing is said.
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    backbone = load_backbone(saved(tmp_path, {"meta": {"cfg": MMPRETRAIN}, "state_dict": tensors}), resize=OWN)
+    assert backbone.preprocessing.std == (0.2, 0.2, 0.4) and backbone.preprocessing.short == 71
+    assert "config.json says another std, which is not used" in backbone.grounds
+    for text in ("model = dict(", "x = " + "(" * 5000, 3):
+        backbone = load_backbone(saved(tmp_path, {"meta": {"cfg": text}, "state_dict": tensors}), mean=(0, 0, 0))
+        assert ("the checkpoint's meta is not used" in backbone.grounds) == isinstance(text, str)
+
+
+def test_what_export_wrote_is_read_back(tmp_path, command):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    saved(tmp_path, small_vit())
+    (tmp_path / "other").mkdir()
+    for name in ("a.safetensors", "b.pth"):
+        assert command("export", tmp_path / "x.pth", "--to", tmp_path / "other" / name)[0] == 0
+        assert input_of(tmp_path / "other" / name)[0] == input_of(tmp_path / "x.pth")[0]

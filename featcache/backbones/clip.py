@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads
 from featcache.backbones.positions import fit_positions
-from featcache.backbones.vit_input import CLIP, clip_guess, said
+from featcache.backbones.vit_input import CLIP, clip_said
 
 INPUT = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.
@@ -253,7 +253,7 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
         short_side=side * patch,
-        said=said(clip_guess(width, patch)),
+        said=clip_said(width, patch),
         tokens=Tokens(prefix=1, cls=True, patch=patch),
         infer=partial(_infer_vit, end),
         fit=lambda network, size: fit_positions(network, "positional_embedding", size, patch, "antialias", name),

@@ -6,9 +6,7 @@ from torchvision import models
 
 from featcache.backbones.stated_input import stated_input
 from featcache.backbones.torchvision_weights import loaded_input
-from featcache.backbones.vit_input import CLIP, HALF
-
-CUSTOM = "256 for a crop of 224, as self-supervised methods evaluate; a guess"
+from featcache.backbones.vit_input import CLIP, CUSTOM, HALF, IMAGENET
 
 
 def with_input(architecture, network, encoder, path, content):
@@ -19,11 +17,12 @@ def with_input(architecture, network, encoder, path, content):
     fields, said = _customs(architecture, network, encoder, path)
     stated, where, notices = stated_input(path, content)
     if architecture.inverse:
-        stated = {f: value for f, value in stated.items() if f not in ("mean", "std", "bgr")}
+        for field in ("mean", "std", "bgr"):
+            stated.pop(field, None), where.pop(field, None)
     if "size" in stated and "short_side" not in stated:
         # A short side goes with the size it was made for.
         fields = {f: value for f, value in fields.items() if f != "short_side"} | {"short_side": None}
-    said = architecture.said | said | {f: where[f] for f in stated}
+    said = {f: words for f, words in (architecture.said | said | where).items() if words}
     note = "; ".join(line for line in (architecture.note, *notices) if line)
     return replace(architecture, **fields | stated, said=said, note=note)
 
@@ -34,7 +33,7 @@ def without_weights(architecture):
 
 
 def _customs(architecture, network, encoder, path):
-    """({field: value}, {field: words}) by the checkpoint's layout, where it says more than the architecture."""
+    """By the checkpoint's layout, where it says more than the architecture: {field: value}, {field: words or None}."""
     name, words = architecture.name.removesuffix("_caffe"), encoder.way.split(".")
     if _of_torchvision(architecture):
         if encoder.method:
@@ -45,14 +44,25 @@ def _customs(architecture, network, encoder, path):
         size = architecture.size if architecture.infer else None
         return loaded_input(name, size, published, path)
     if "visual" in words and name.startswith(("vit_", "timm:")) and "." not in name:
-        # OpenCLIP's towers that are built by timm.
-        if any(key.startswith("attn_pool.") for key in encoder.tensors):
-            return HALF | {"resize": "squash", "short_side": architecture.size}, {}
-        said = dict.fromkeys(("mean", "std"), "a guess: CLIP's, as most of OpenCLIP's towers")
-        return CLIP | {"short_side": architecture.size}, architecture.said or said
-    if "base_encoder" in words:
-        return {"interpolation": "bilinear"}, {"interpolation": "MoCo v3's"}
+        return _open_clip(architecture, encoder.tensors)
+    if encoder.method and name.startswith("vit_"):
+        # The methods' own evaluations; of these ViTs MoCo v3's alone is not bicubic.
+        how = {"interpolation": "bilinear"} if "base_encoder" in words else {}
+        return IMAGENET | {"short_side": None} | how, {"mean": None, "std": None, "short_side": CUSTOM}
     return {}, {}
+
+
+def _open_clip(architecture, tensors):
+    """The input of OpenCLIP's towers that are built by timm."""
+    if any(key.startswith("attn_pool.") for key in tensors):
+        # SigLIP's.
+        return HALF | {"resize": "squash", "short_side": architecture.size}, dict.fromkeys(("mean", "std", "short_side"))
+    fields, said = {"short_side": architecture.size}, {"short_side": None}
+    if (architecture.mean, architecture.std) == tuple(IMAGENET.values()):
+        # A timm network whose own weights are not CLIP's, such as a ConvNeXt.
+        fields |= CLIP
+        said |= dict.fromkeys(("mean", "std"), "a guess: CLIP's, as of most of OpenCLIP's towers")
+    return fields, said
 
 
 def _of_torchvision(architecture):

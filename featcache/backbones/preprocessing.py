@@ -122,13 +122,11 @@ class Preprocessing:
         return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
     def _resized(self, image, sides, box):
-        """Resize what a box holds of a PIL image to sides, (width, height); by OpenCV whole pixels alone."""
+        """Resize what a box holds of a PIL image to sides, (width, height); by OpenCV all of the image."""
         if self.interpolation != OPENCV:
             return image.resize(sides, INTERPOLATION[self.interpolation], box=box)
         cv2 = import_opencv()
-        left, top, right, bottom = map(round, box)
-        pixels = np.asarray(image)[top:bottom, left:right]
-        return Image.fromarray(cv2.resize(pixels, sides, interpolation=cv2.INTER_LINEAR))
+        return Image.fromarray(cv2.resize(np.asarray(image), sides, interpolation=cv2.INTER_LINEAR))
 
     def _whole(self, width, height):
         """Width and height of a whole image whose short side is brought to `short`, as torchvision rounds them."""
@@ -194,8 +192,9 @@ def preprocessing_of(architecture, **given):
         given["short_side"] = round(size * architecture.short_side / architecture.size)
     made = Preprocessing(**_own(architecture) | given)
     lines = {}
-    for field, words in said.items():
-        lines.setdefault(words, []).append(field.replace("_", " "))
+    for field in ("size", "resize", "short_side", "interpolation", "mean", "std", "bgr"):
+        if field in said:
+            lines.setdefault(said[field], []).append(field.replace("_", " "))
     return made, tuple(f"{', '.join(fields)}: {words}" for words, fields in lines.items())
 
 

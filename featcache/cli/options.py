@@ -76,9 +76,9 @@ def preprocessing_options(command):
             "--short-side",
             type=click.IntRange(min=1),
             metavar="PIXELS",
-            help="Of crop and warp.  [default: size * 256 / 224]",
+            help="Of crop and warp.  [default: the backbone's for crop, size * 256 / 224 for warp]",
         ),
-        click.option("--interpolation", metavar="NAME", help="bilinear or bicubic.  [default: the backbone's]"),
+        click.option("--interpolation", metavar="NAME", help="bilinear, bicubic, or opencv_bilinear (not anti-aliased; extra opencv).  [default: the backbone's]"),
         click.option(
             "--mean", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
         ),
