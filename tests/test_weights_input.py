@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from layouts import picture
 from open_clip.pretrained import _PRETRAINED
 from torchvision import models
 from torchvision.transforms import CenterCrop, Resize
@@ -19,6 +20,7 @@ from featcache.backbones.load import load_backbone
 from featcache.backbones.preprocessing import OWN, preprocessing_of
 from featcache.backbones.recognise import _without_memory
 from featcache.backbones.stated_input import timm_input
+from featcache.store.manifest import read_manifest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -64,7 +66,9 @@ def test_which_of_torchvisions_weights(resnet50, tmp_path):
     script = {"state_dict": {f"module.{k}": v for k, v in resnet50.items()}}
     for content in (own, script, own | {"fc.weight": torch.zeros(20, 2048), "fc.bias": torch.zeros(20)}):
         found, said = input_of(saved(tmp_path, content))
-        assert found.short == 256 and said.startswith("short side: torchvision's IMAGENET1K_V1 assumed (--short-side 232")
+        assert found.short == 256 and said.startswith(
+            "short side: torchvision's IMAGENET1K_V1 assumed (--short-side 232"
+        )
     moco = {"state_dict": {f"module.encoder_{x}.{k}": v for x in "qk" for k, v in own.items()}}
     found, said = input_of(saved(tmp_path, moco))
     assert found.short == 256 and "a guess: 256 for a crop of 224" in said
@@ -185,7 +189,9 @@ def test_openclips_towers_as_openclip_prepares_them(tmp_path):
         assert (found.interpolation, found.resize == "squash") == (
             config["interpolation"], config["resize_mode"] == "squash",
         )  # fmt: skip
-        transform = open_clip.image_transform(64, is_train=False, **{k: config[k] for k in ("resize_mode", "mean", "std")})
+        transform = open_clip.image_transform(
+            64, is_train=False, **{k: config[k] for k in ("resize_mode", "mean", "std")}
+        )
         resize = next(t for t in transform.transforms if isinstance(t, Resize)).size
         assert resize == ((64, 64) if found.resize == "squash" else 64) and found.short == 64
         bare, said = input_of(saved(tmp_path, tensors))
@@ -337,3 +343,26 @@ def test_what_export_wrote_is_read_back(tmp_path, command):
     for name in ("a.safetensors", "b.pth"):
         assert command("export", tmp_path / "x.pth", "--to", tmp_path / "other" / name)[0] == 0
         assert input_of(tmp_path / "other" / name)[0] == input_of(tmp_path / "x.pth")[0]
+
+
+def test_extract_says_it_and_keeps_it(tmp_path, command):
+    """Whole images of one label are squashed for SigLIP and cropped for others; a multi-label protocol squashes all."""
+    for number, split in enumerate(("train", "val", "test")):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            picture(number * 2 + (name == "b")).save(tmp_path / "data" / split / name / f"{number}{name}.png")
+    path = saved(tmp_path, {f"visual.trunk.{k}": v for k, v in siglip().items()})
+    words = ["extract", "--dataset", "folder", "--root", tmp_path / "data", "--workers", 0, "--features", "pooled"]
+    code, _, err = command(*words, "--backbone", path, "--store", tmp_path / "a.zarr")
+    assert code == 0 and "preprocessing: squash to 64x64 (bicubic), mean 0.5,0.5,0.5, std 0.5,0.5,0.5\n" in err
+    assert read_manifest(tmp_path / "a.zarr").identity["preprocessing"]["resize"] == "squash"
+    assert command(*words, "--backbone", path, "--resize", "crop", "--store", tmp_path / "b.zarr")[0] == 0
+    assert read_manifest(tmp_path / "b.zarr").identity["preprocessing"]["short_side"] == 64
+    path = saved(tmp_path, small_vit())
+    code, _, err = command(*words, "--backbone", path, "--store", tmp_path / "c.zarr")
+    assert code == 0 and "short side to 73, then centre crop 64x64 (bicubic), mean 0.485" in err
+    assert "\n  mean, std: a guess: ImageNet's, as of DINO" in err and "(--mean, --std to differ)\n" in err
+    # What is learnt of the weights later makes another store, and says which field.
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    code, _, err = command(*words, "--backbone", path, "--store", tmp_path / "c.zarr")
+    assert code == 2 and "preprocessing.mean" in err and "preprocessing.short_side: 73 -> 71" in err

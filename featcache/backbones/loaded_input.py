@@ -56,7 +56,8 @@ def _open_clip(architecture, tensors):
     """The input of OpenCLIP's towers that are built by timm."""
     if any(key.startswith("attn_pool.") for key in tensors):
         # SigLIP's.
-        return HALF | {"resize": "squash", "short_side": architecture.size}, dict.fromkeys(("mean", "std", "short_side"))
+        sure = dict.fromkeys(("mean", "std", "short_side"))
+        return HALF | {"resize": "squash", "short_side": architecture.size}, sure
     fields, said = {"short_side": architecture.size}, {"short_side": None}
     if (architecture.mean, architecture.std) == tuple(IMAGENET.values()):
         # A timm network whose own weights are not CLIP's, such as a ConvNeXt.

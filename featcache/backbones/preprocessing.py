@@ -18,6 +18,8 @@ RESIZE = {
 # The weights' own rule, which is no rule of a Preprocessing: crop, but squash where their transform squashes.
 OWN = "own"
 OPENCV = "opencv_bilinear"
+# How Architecture.said begins where nothing says the value.
+GUESS = "a guess"
 # Pillow's filters; OpenCV's has none there.
 INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, OPENCV: None}
 
@@ -32,9 +34,8 @@ class Preprocessing:
     short side to `short_side` and then squashes (VISSL's VOC07 SVM). short_side: None is
     size * 256 / 224, rounded. interpolation: Pillow's bilinear or bicubic, which are anti-aliased, or
     OpenCV's bilinear, which is not. mean, std: of red, green and blue, for pixel values in 0..1. bgr: the
-    network sees blue first, as those trained on images of OpenCV may. inverse: the input is B-cos's six channels
-    [x, 1 - x] of such values, with mean 0 and std 1 (Boehle et al., CVPR 2022).
-    Raises BadInput for what does not go together.
+    network sees blue first, as OpenCV reads images. inverse: the input is B-cos's six channels [x, 1 - x]
+    of such values, with mean 0 and std 1 (Boehle et al., CVPR 2022). Raises BadInput for what does not go together.
     """
 
     size: int
@@ -190,12 +191,19 @@ def preprocessing_of(architecture, **given):
     elif architecture.short_side is not None and "short_side" not in given:
         size = given.get("size", architecture.size)
         given["short_side"] = round(size * architecture.short_side / architecture.size)
-    made = Preprocessing(**_own(architecture) | given)
+    return Preprocessing(**_own(architecture) | given), tuple(_lines(said))
+
+
+def _lines(said):
+    """Turn {field: words} into lines, one for all fields of the same words; a guess comes with its options."""
     lines = {}
     for field in ("size", "resize", "short_side", "interpolation", "mean", "std", "bgr"):
         if field in said:
-            lines.setdefault(said[field], []).append(field.replace("_", " "))
-    return made, tuple(f"{', '.join(fields)}: {words}" for words, fields in lines.items())
+            lines.setdefault(said[field], []).append(field)
+    for words, fields in lines.items():
+        if words.startswith(GUESS):
+            words += f" ({', '.join('--' + field.replace('_', '-') for field in fields)} to differ)"
+        yield f"{', '.join(fields).replace('_', ' ')}: {words}"
 
 
 def _own(architecture):
@@ -205,7 +213,7 @@ def _own(architecture):
 
 
 def import_opencv():
-    """Return the package cv2. Raises BadInput without it."""
+    """Return the package cv2, which then runs in one thread. Raises BadInput without it."""
     try:
         import cv2
     except ImportError:

@@ -23,14 +23,18 @@ def vit_input(tensors, size):
     said = dict.fromkeys(("mean", "std"), guess) if guess else {}
     if crop_pct is None:
         return mean | {"said": said | {"short_side": CUSTOM}}
-    said["short_side"] = f"a guess: size / {crop_pct:g}, as timm or OpenCLIP has it for this family"
+    short = "the size itself" if crop_pct == 1 else f"size / {crop_pct:g}"
+    said["short_side"] = f"a guess: {short}, as timm and OpenCLIP have it for most of these"
     return mean | {"size": size, "short_side": math.floor(size / crop_pct), "said": said}
 
 
 def clip_said(width, patch):
     """Architecture.said of a CLIP ViT."""
-    guess = "a guess: CLIP's; LAION-2B's ViT-L/14 has 0.5"
-    return dict.fromkeys(("mean", "std"), guess) if (width, patch) == (1024, 14) else {}
+    if (width, patch) == (1024, 14):
+        return dict.fromkeys(("mean", "std"), "a guess: CLIP's; LAION-2B's ViT-L/14 has 0.5")
+    if width > 1024 and patch == 14:
+        return {"short_side": "a guess: the size itself; DFN-5B and MetaCLIP 2 squash (--resize squash)"}
+    return {}
 
 
 def _family(tensors, size):
@@ -52,12 +56,12 @@ def _family(tensors, size):
         if not registers and not scaled and width in (1280, 1408):
             return IMAGENET, 0.9, "a guess: ImageNet's, as of I-JEPA"
         # SigLIP without its pool; timm's own networks, with registers or scaled blocks.
-        small = 0.95 if registers or scaled else 0.9
-        return HALF, small if size < 384 else 1.0, "a guess: 0.5, as of SigLIP and timm's other ViTs without class token"
+        crop_pct = 1.0 if size >= 384 else 0.95 if registers or scaled else 0.9
+        return HALF, crop_pct, "a guess: 0.5, as of SigLIP and timm's other ViTs without class token"
     if registers:
         if registers >= 5:
             return CLIP, 1.0, "a guess: CLIP's, as of RADIO"
-        return (PLAIN, 1.0, "a guess: 0 and 1, as of TIPSv2") if registers == 1 else (IMAGENET, None, "")
+        return (PLAIN, 1.0, "a guess: 0 and 1, as of TIPSv2") if registers == 1 else (IMAGENET, None, None)
     if scaled or "dist_token" in tensors or "mask_token" in tensors:
         # DINOv2, DeiT III, DeiT, MAE.
         return IMAGENET, None, None

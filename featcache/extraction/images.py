@@ -23,8 +23,7 @@ def check_decoder(decoder, preprocessing):
     if preprocessing.interpolation == OPENCV:
         if decoder != "exact":
             raise BadInput(f"--decoder {decoder} does not go with --interpolation {OPENCV}, which resizes whole pixels")
-        # Its threads would not survive the fork of the workers.
-        import_opencv().setNumThreads(0)
+        import_opencv()
 
 
 def load_input(record, preprocessing, decoder="pillow", crop=None):
