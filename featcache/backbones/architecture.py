@@ -28,9 +28,12 @@ class Architecture:
     that layers go by. signature: a key that checkpoints of this family have; empty if it is only taken
     by name. layouts: {key of a foreign layout: function from its tensors to ours}. classifier:
     prefixes of the keys that features do not need. aliases: layer names for people (`last`,
-    `feat1`..`feat5`, `last-1`) to module paths. size (pixels), mean, std, interpolation: input of the
-    public weights. heads: of attention, where tensors do not say. inverse: the input is B-cos's six channels [x, 1 - x]. tokens: of networks that
-    yield tokens. nhwc: what is not a convolution's output is [B, H, W, C], as in Swin.
+    `feat1`..`feat5`, `last-1`) to module paths. size (pixels), short_side (of the whole image before the
+    centre crop; None is size * 256 / 224), resize (crop, or squash where nothing is cut off), mean, std,
+    interpolation, bgr: the transform of the weights, see Preprocessing. said: {one of these fields: where
+    its value is from, or what of it is a guess}, for people. heads: attention heads, where tensors do not
+    tell. inverse: the input is B-cos's six channels [x, 1 - x]. tokens: of networks that yield tokens.
+    nhwc: what is not a convolution's output is [B, H, W, C], as in Swin.
 
     infer(tensors, hints) returns the Architecture with what only the checkpoint says (depth, width,
     position grid), or None if it is another network's. fit(network, size) makes a loaded network take
@@ -45,9 +48,13 @@ class Architecture:
     classifier: tuple[str, ...]
     aliases: dict[str, str]
     size: int = 224
+    short_side: int | None = None
+    resize: str = "crop"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    bgr: bool = False
+    said: dict[str, str] = field(default_factory=dict)
     inverse: bool = False
     tokens: Tokens | None = None
     heads: int | None = None

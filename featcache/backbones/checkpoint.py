@@ -46,12 +46,14 @@ class Encoder:
     """The tensors of one encoder in a checkpoint, under bare names.
 
     way: words before the bare names, joined by dots ("state_dict.module.encoder_q"; empty if none).
-    rule: for people, how it was chosen. others: names of all other tensors of the file, the whole way.
+    rule: for people, how it was chosen. method: the one whose layout it is, or None. others: names of all
+    other tensors of the file, the whole way.
     """
 
     tensors: dict
     way: str
     rule: str
+    method: str | None
     others: tuple[str, ...]
 
 
@@ -98,14 +100,15 @@ def find_encoder(content, signatures, known, path, weights_key=None, arch=None):
         keys = ", ".join(f"--weights-key {_key_of(way, choices)}" for way in choices)
         raise BadInput(f"checkpoint {path} holds {len(choices)} encoders ({_shown(choices)}): choose one with {keys}")
     (way,) = choices
+    family = next((words for words, part in FAMILIES if part in way.split(".")), None)
     if weights_key is None:
-        family = next((words for words, part in FAMILIES if part in way.split(".")), None)
         rule = preferred or family or ("bare names" if not way else "the only encoder there")
     prefix = f"{way}." if way else ""
     return Encoder(
         tensors=_under(flat, way),
         way=way,
         rule=rule,
+        method=preferred or family,
         others=tuple(name for name in flat if not name.startswith(prefix)),
     )
 

@@ -17,12 +17,9 @@ from torch.nn import functional as F
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks
 from featcache.backbones.heads import choose_heads, usual_heads
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import CLIP, clip_said
 
-INPUT = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-    "interpolation": "bicubic",
-}
+INPUT = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.
 RESNETS = {
     "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512),
@@ -213,6 +210,7 @@ def _resnet(width, blocks, size, embedding):
         classifier=("fc.",),
         aliases=aliases,
         size=size,
+        short_side=size,
         infer=_infer_resnet,
         fit=partial(_fit_resnet, name),
         **INPUT,
@@ -255,6 +253,8 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note="")
         classifier=("fc.",),
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
+        short_side=side * patch,
+        said=clip_said(width, patch),
         tokens=Tokens(prefix=1, cls=True, patch=patch),
         heads=heads,
         infer=partial(_infer_vit, end),

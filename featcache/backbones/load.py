@@ -9,7 +9,8 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
 from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.preprocessing import default_preprocessing
+from featcache.backbones.loaded_input import with_input, without_weights
+from featcache.backbones.preprocessing import preprocessing_of
 from featcache.backbones.recognise import find_architecture, known, recognise, split_name
 from featcache.backbones.undrawn import Undrawn
 from featcache.errors import BadInput
@@ -25,8 +26,8 @@ def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
     path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`.
     arch: architecture name; by default inferred from the tensors' names and shapes.
     weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing:
-    fields of Preprocessing (size, resize, ...) in place of those of the public weights; None leaves
-    them. Raises BadInput.
+    fields of Preprocessing (size, resize, ...) in place of the weights' own, see preprocessing_of.
+    Raises BadInput.
     """
     return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
 
@@ -39,7 +40,7 @@ def load_network(path, arch=None, seed=0, weights_key=None):
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")
-        architecture = find_architecture(arch)
+        architecture = without_weights(find_architecture(arch))
         network = _random_network(architecture, seed)
         report = f"{arch} with random weights, seed {seed}"
     else:
@@ -56,7 +57,8 @@ def load_network(path, arch=None, seed=0, weights_key=None):
 
 def as_backbone(architecture, network, report, **preprocessing):
     """Cut and freeze what load_network returned; preprocessing as load_backbone's."""
-    return Backbone(architecture, network, default_preprocessing(architecture).changed(**preprocessing), report)
+    made, said = preprocessing_of(architecture, **preprocessing)
+    return Backbone(architecture, network, made, report, said)
 
 
 def _load(content, path, arch, weights_key):
@@ -72,7 +74,8 @@ def _load(content, path, arch, weights_key):
     loaded = load_strictly(
         network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
     )
-    return architecture, network, _report(path, encoder, architecture, loaded, asked)
+    report = _report(path, encoder, architecture, loaded, asked)
+    return with_input(architecture, network, encoder, path, content), network, report
 
 
 def _likely(content, path, weights_key):

@@ -15,6 +15,7 @@ from featcache.backbones.architecture import Architecture, Tokens, last_blocks, 
 from featcache.backbones.heads import PUBLISHED, TWELVE, choose_heads, has_moco_v3_positions, usual_heads
 from featcache.backbones.lookalikes import like_vit
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import vit_input
 from featcache.errors import BadInput
 
 # Width to name and usual depth.
@@ -23,6 +24,8 @@ SIZES = {
     1408: ("giant", 40), 1536: ("giant2", 40),
 }  # fmt: skip
 EPS = 1e-6
+# Of the networks with a norm before their blocks.
+CLIP_EPS = 1e-5
 # Networks that can be named: width and patches, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "masked_embed", "decoder_")
@@ -93,7 +96,7 @@ def infer(tensors, hints):
         "img_size": side * patch,
         "hidden": hidden,
         "swiglu": hidden == 2 * gated,
-        "eps": hints.get("eps", EPS),
+        "eps": hints.get("eps", CLIP_EPS if "norm_pre.weight" in tensors else EPS),
         "reg_tokens": registers,
         "no_embed_class": bare,
         "class_token": "cls_token" in tensors,
@@ -110,8 +113,8 @@ def infer(tensors, hints):
     if others:
         said += f" ({others[0]} of these shapes have {others[1]}: --arch {_name(chosen | {'num_heads': others[1]})})"
     alike = like_vit(chosen | {"attn_pool": attn_pool})
-    size = 224 if dinov2 else side * patch
-    return replace(_described(chosen, hints.get("positions", rule), size), note=said, alike=alike)
+    made = _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+    return replace(made, note=said, alike=alike, **vit_input(tensors, side * patch))
 
 
 def _heads(tensors, depth, swiglu, side, hints):

@@ -12,7 +12,7 @@ import safetensors.torch
 from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.preprocessing import OWN, Preprocessing
 from featcache.backbones.recognise import recognise
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
@@ -70,7 +70,7 @@ def _export_backbone(checkpoint, target, arch, weights_key):
     architecture, network, report = load_network(checkpoint, arch, weights_key=weights_key)
     # As the checkpoint has them, not as they are fitted to an input size.
     tensors = {name: tensor.clone() for name, tensor in own_tensors(architecture, network).items()}
-    backbone = as_backbone(architecture, network, report)
+    backbone = as_backbone(architecture, network, report, resize=OWN)
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
     if _recognised(tensors, target) != architecture.name:
         # As with strides or a number of heads, which the wrappers of a method may have told.

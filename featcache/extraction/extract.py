@@ -14,11 +14,12 @@ from tqdm import tqdm
 from featcache.arguments import CHECKPOINT, NAME, NAMES, NUMBERS, PATH, takes, whole
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
+from featcache.backbones.preprocessing import OWN
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest
-from featcache.extraction.images import DECODERS, Images, image_batches
+from featcache.extraction.images import DECODERS, Images, check_decoder, image_batches
 from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.ranks import join_ranks
@@ -105,14 +106,16 @@ def extract(
         seed=seed,
         weights_key=weights_key,
         size=data.size if size is None else size,
-        resize=data.resize if resize is None else resize,
+        # "crop" is the protocol of whole images, which leaves it to the weights to squash instead.
+        resize=(OWN if data.resize == "crop" else data.resize) if resize is None else resize,
         short_side=short_side,
         interpolation=interpolation,
         mean=mean,
         std=std,
     )
     say(f"backbone: {model.grounds}", err=True)
-    say(f"preprocessing: {model.preprocessing}", err=True)
+    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
+    check_decoder(decoder, model.preprocessing)
     features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
@@ -232,8 +235,6 @@ def _check_room(folder, manifest, todo, say):
 def _identity(model, data, features, dtype, precision, decoder):
     if dtype not in STORED:
         raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, STORED)} (known: {', '.join(STORED)})")
-    if decoder not in DECODERS:
-        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     return {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,

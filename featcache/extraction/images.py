@@ -6,6 +6,7 @@ import sys
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from featcache.backbones.preprocessing import OPENCV, import_opencv
 from featcache.datasets.image import read_image
 from featcache.errors import BadInput
 from featcache.store.manifest import split_of
@@ -14,6 +15,16 @@ from featcache.store.manifest import split_of
 DECODERS = {"exact": "pillow", "draft": "pillow-draft"}
 # A JPEG is decoded at a part of its sides only where that leaves this many pixels for one of the input.
 DRAFT_PIXELS = 2
+
+
+def check_decoder(decoder, preprocessing):
+    """Raise BadInput for a decoder (one of DECODERS) that is not known or does not go with the preprocessing."""
+    if decoder not in DECODERS:
+        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
+    if preprocessing.interpolation == OPENCV:
+        if decoder != "exact":
+            raise BadInput(f"--decoder {decoder} does not go with --interpolation {OPENCV}, which resizes whole pixels")
+        import_opencv()
 
 
 def load_input(record, preprocessing, decoder="pillow", crop=None):
