@@ -49,13 +49,16 @@ def learning_rates(runs, metric):
     if not panels:
         return None
     scale = 1 if metric == "nll" else 100
-    titles = {panel: {describe_head(r) for r in rows[panel[0]] if r["head.type"] == panel[1]} for panel in panels}
-    # Where a panel is of one head, its title says which.
-    implied = {"name", "lr", "seed"} | ({HEAD} if all(len(heads) == 1 for heads in titles.values()) else set())
-    lines, losses = {}, {}
-    for (number, head), texts in ((panel, naming(runs[panel[0]])) for panel in panels):
+    titles, lines, losses = {}, {}, {}
+    for number, head in panels:
+        members = [r for r in rows[number] if r["head.type"] == head]
+        texts = naming(runs[number], {r["probe"] for r in members})
+        heads = {describe_head(r) for r in members}
+        # A panel of one head says which in its title.
+        titles[number, head] = heads.pop() if len(heads) == 1 else head
+        implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
         texts = {name: text for name, text in texts.items() if name not in implied}
-        for row in (r for r in rows[number] if r["head.type"] == head):
+        for row in members:
             losses.setdefault(name := recipe(row, texts), row["loss.type"])
             points = lines.setdefault(name, {}).setdefault((number, head), {})
             points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
@@ -71,7 +74,7 @@ def learning_rates(runs, metric):
             level = run.summary["chance"][run.chosen_on][metric]
             if level is not None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")
-            axis.set_title(f"{run.path.name}: {titles[panel].pop() if HEAD in implied else panel[1]}", fontsize=10)
+            axis.set_title(f"{run.path.name}: {titles[panel]}", fontsize=10)
             axis.set_xscale("log")
             rates = sorted({rate for points in lines.values() for rate in points.get(panel, ())})
             axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
@@ -80,8 +83,13 @@ def learning_rates(runs, metric):
         axes[0][0].set_ylabel(f"{runs[0].chosen_on} {heading(metric)}")
         entries = dict(zip(*reversed(_legend(axes[0])), strict=True))
         title = f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None
-        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
-        figure.legend(entries.values(), entries.keys(), title=title, **place)
+        beside = max(map(len, entries)) < 40
+        place = (
+            {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            if beside
+            else {"loc": "upper left", "bbox_to_anchor": (0, 0)}
+        )
+        figure.legend(entries.values(), entries.keys(), title=title, frameon=False, **place)
         return _embed(figure, "svg")
 
 
@@ -96,14 +104,15 @@ def _height(panels, metric):
 
 
 def _line_styles(names, losses):
-    """Colour and marker of each line: the hue says the loss, shade and marker what else differs."""
+    """Colour and marker of each line: the hue says the loss, where the lines of a loss are few enough for shades."""
+    alike = {loss: [name for name in names if losses[name] == loss] for loss in losses.values()}
+    few = max(map(len, alike.values())) <= 4
     styles = {}
-    for loss in dict.fromkeys(losses[name] for name in names):
-        alike = [name for name in names if losses[name] == loss]
-        for number, name in enumerate(alike):
-            colour = np.array(to_rgb(COLOURS.get(loss, "0.3")))
-            shade = 0.65 * number / max(len(alike) - 1, 1)
-            styles[name] = {"color": colour + (1 - colour) * shade, "marker": MARKERS[number % len(MARKERS)]}
+    for number, name in enumerate(names):
+        among = alike[losses[name]]
+        colour = np.array(to_rgb(COLOURS.get(losses[name], "0.3") if few else f"C{number}"))
+        shade = 0.65 * among.index(name) / max(len(among) - 1, 1) if few else 0
+        styles[name] = {"color": colour + (1 - colour) * shade, "marker": MARKERS[among.index(name) % len(MARKERS)]}
     return styles
 
 

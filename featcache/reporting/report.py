@@ -67,8 +67,8 @@ def report(runs, out="report.html"):
 
 
 def _pictured(run):
-    """The probes of a run whose classes and calibration are drawn: the best of each loss, one where nothing is chosen."""
-    return best(run, "loss") if run.chosen_on else best(run)[:1]
+    """The probes of a run whose classes and calibration are drawn."""
+    return best(run, "loss")
 
 
 def _best_rows(run, metric):
