@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import safetensors.torch
 
+from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
 from featcache.backbones.preprocessing import Preprocessing
@@ -33,6 +34,7 @@ def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=No
     checkpoints = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     if to is None:
         raise BadInput("export needs --to, the file to write")
+    local_path(to, "--to")
     if run is None:
         if probe or backbone or not checkpoints:
             raise BadInput("export takes checkpoints of backbones, or --run, --probe and --backbone")

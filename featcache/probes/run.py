@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
@@ -93,13 +94,14 @@ def read_summary(folder):
     """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
     if not isinstance(folder, str | os.PathLike):
         raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
+    path = local_path(folder, "--run")
     try:
-        summary = json.loads((Path(folder) / FILE).read_text())
+        summary = json.loads((path / FILE).read_text())
         if not isinstance(summary, dict):
             raise ValueError
         return summary
     except (OSError, ValueError):
-        there = "is not a run folder (it has no readable run.json)" if Path(folder).exists() else "not found"
+        there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
         raise BadInput(f"run {folder} {there}") from None
 
 

@@ -43,7 +43,7 @@ def room_of(device):
     return CPU_ROOM if device.type == "cpu" else GPU_ROOM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedProbe:
     """What training leaves of a probe.
 
@@ -61,6 +61,10 @@ class TrainedProbe:
     epoch: int | None = None
     scores: list = ()
     stopped: str | None = None
+
+    def __repr__(self):
+        shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in self.weights.items())
+        return f"TrainedProbe({self.spec.id}, {shapes})"
 
     @property
     def diverged_epoch(self):

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import yaml
 
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput, shown
 from featcache.probes.grids.grid import load_grid
@@ -68,7 +68,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
+    folder = local_path(run or Path("runs") / f"{stem}-{key[:8]}", "--run")
     planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:

@@ -2,11 +2,10 @@
 
 import zipfile
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput
 from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
@@ -28,6 +27,7 @@ def report(runs, out="report.html"):
         raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
     from featcache.reporting import plots
 
+    out = local_path(out, "--out")
     opened = [open_run(run) for run in runs]
     metrics = sorted({run.metric for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
@@ -57,7 +57,6 @@ def report(runs, out="report.html"):
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("featcache.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, environment.from_string(source).render(page))

@@ -28,7 +28,7 @@ class Search:
     first: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grid:
     """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by, if named.
 
@@ -48,6 +48,9 @@ class Grid:
     content: dict
     search: Search | None = None
     parity: str | None = None
+
+    def __repr__(self):
+        return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
 
     @property
     def rules(self):
