@@ -11,7 +11,7 @@ PARTIAL = ".partial"
 
 
 def local_path(path, option):
-    """Return a path to write to as a Path. Raises BadInput, which names the option, for a URL: only stores lie there."""
+    """Return a path as a Path. Raises BadInput, which names the option, for a URL: nothing but a store lies at one."""
     if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
         raise BadInput(f"{option} {path} is a URL, where only stores can lie; give a path of this machine")
     return Path(path)

@@ -62,9 +62,10 @@ def attribute(
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
     (see featcache.probes.run.select), and without a rule the best of each loss by the run's own metric, or
-    all where nothing was chosen. split: of the store, by default the one that the run is scored on. methods: of gradcam (from the store alone) and
-    input_x_gradient (needs backbone, dataset, root). limit: first images of the split that have such
-    a class. examples: images whose maps are kept for the report. seed: of a random backbone.
+    all where nothing was chosen. methods: of gradcam (from the store alone) and input_x_gradient (needs
+    backbone, dataset, root). split: of the store, by default the one that the run is scored on. limit: first
+    images of the split that have such a class. examples: images whose maps are kept for the report. seed: of a
+    random backbone.
     Writes attribution.csv (a row per probe, method, image and class) and attribution.npz into the
     run; returns the rows. Raises BadInput.
     """

@@ -103,7 +103,8 @@ def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
         )
     probe = load_probe(run.path, probe_id)
     if probe.diverged is not None:
-        raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {probe.diverged_epoch}, and has no weights")
+        epoch = probe.diverged_epoch
+        raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {epoch}, and has no weights")
     architecture, network, report = load_network(checkpoint, arch or summary["arch"], weights_key=weights_key)
     backbone = Backbone(architecture, network, Preprocessing(**summary["preprocessing"]), report)
     if backbone.weights_sha256 != summary["weights_sha256"]:

@@ -67,7 +67,7 @@ def resolve(grid, store, device):
 
 
 def undecided(specs):
-    """Why these probes need a split to choose on, as a line for the user, or None if they differ in their seeds alone."""
+    """Why these probes need a split to choose on, as a line for the user; None if they differ in their seeds alone."""
     count = len({spec.configuration for spec in specs})
     if count == 1:
         return None

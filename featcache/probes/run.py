@@ -139,7 +139,10 @@ def store_of(run, path=None):
 
 
 def short_names(fields):
-    """Return {field: short name} of fields of probes: `head` for head.type, `lr` for optimizer.lr, where no two agree."""
+    """Return {field: short name} of fields of probes, such as `lr` for optimizer.lr and `head` for head.type.
+
+    Fields whose short names would be the same keep their own.
+    """
     short = {
         f: SHORT.get(f) or (f.removesuffix(".type") if f.endswith(".type") else f.rpartition(".")[2]) for f in fields
     }

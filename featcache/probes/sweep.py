@@ -157,8 +157,8 @@ class Sweep:
         for probe in probes:
             if probe.diverged is not None:
                 click.echo(
-                    f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch {probe.diverged_epoch}, at "
-                    f"step {probe.diverged + 1}; its scores are empty",
+                    f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch "
+                    f"{probe.diverged_epoch}, at step {probe.diverged + 1}; its scores are empty",
                     err=True,
                 )
             elif probe.stopped == "iterations":
@@ -220,8 +220,8 @@ def rungs(search):
 def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search, ranks):
     """Train the probes that a run folder lacks and save them there.
 
-    judge: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are read, see plan_buffers.
-    search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
+    judge: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
+    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     all is there. Raises BadInput.
     """
     todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
