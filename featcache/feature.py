@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, shown
 
 # What each reduction leaves of a row, axis by axis.
 REDUCTIONS = {
@@ -105,6 +105,8 @@ def parse_features(text, aliases, known_layers=None):
     """
     # A comma between brackets belongs to a grid.
     parts = re.split(r",(?![^(]*\))", text) if isinstance(text, str) else text
+    if not isinstance(parts, list | tuple):
+        raise BadInput(f"features: expected names separated by commas, or a list of them, not {shown(text)}")
     features = []
     for part in parts:
         several = re.fullmatch(r"last([1-9]\d*):(.*)", str(part).strip())

@@ -31,13 +31,12 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 TWINS = [
     *((f"resnet{depth}", f"resnet{depth}_caffe") for depth in (50, 101, 152)),
     *((f"clip_vit_{kind}", f"clip_vit_{kind}_gelu") for kind in ("b32", "b16", "l14", "h14", "g14", "bigg14")),
-    *((f"vit_small_patch{patch}", f"vit_small_patch{patch}_heads12") for patch in (8, 14, 16)),
 ]
 QUICK = {
     "resnet18", "resnet50", "resnet50_caffe", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
     "resnetv1c50", "resnetv1d101", "alexnet", "vgg16", "vgg16_bn", "squeezenet1_0", "convnext_tiny", "mobilenet_v2",
     "mobilenet_v3_large", "mnasnet0_75", "maxvit_t", "shufflenet_v2_x1_5", "googlenet", "inception_v3", "swin_s",
-    "swin_v2_s", "vit_b_32", "vit_h_14", "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch16_heads12",
+    "swin_v2_s", "vit_b_32", "vit_h_14", "vit_tiny_patch16", "vit_small_patch16",
     "clip_rn50", "clip_rn101_no_attnpool", "clip_vit_b32", "clip_vit_b32_gelu", "bcos_resnet34",
     "efficientnet_lite2",
 }  # fmt: skip
@@ -79,7 +78,10 @@ def test_every_network_is_recognised_as_itself(name):
     told = recognise(tensors, "x.pth")
     twins = next((pair for pair in TWINS if name in pair), (name,))
     assert told.name == twins[0]
-    assert told.note == (f"tensors cannot tell it from {twins[1]}: say so with --arch" if len(twins) > 1 else "")
+    others = [*twins[1:], *told.alike]
+    heads = [f"heads: {told.heads}, a guess from the width"] if told.heads else []
+    twin = [f"tensors cannot tell it from {', '.join(others)}: say so with --arch"] if others else []
+    assert [line.partition(" (")[0] for line in told.note.split("\n") if line] == heads + twin
     # By its name, and without the classifier, it is found too.
     assert find_architecture(name, tensors).name == name
     bare = {k: v for k, v in tensors.items() if not k.startswith(told.classifier)}
@@ -202,12 +204,12 @@ def test_caffe_style_strides_in_the_first_convolution(tmp_path):
     plain = load_backbone(tmp_path / "x.pth")
     assert torch.equal(caffe, maps)
     assert not torch.allclose(caffe, features_of(plain, images_of(64), "spatial")[0])
-    assert "tensors cannot tell it from resnet50_caffe: say so with --arch" in plain.grounds
+    assert "tensors cannot tell it from resnet50_caffe, timm:resnetaa50, timm:resnetblur50: say so" in plain.grounds
 
 
 def tiny_vit(make=VisionTransformer, size=32, **more):
     torch.manual_seed(0)
-    settings = {"img_size": size, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 1, "num_classes": 5} | more
+    settings = {"img_size": size, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5} | more
     network = make(**settings)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -324,7 +326,7 @@ def test_hints_and_names_say_what_tensors_do_not(tmp_path):
     tensors = network.state_dict()
     assert recognise(tensors, "x").name == "vit_small_patch16"
     told = recognise(tensors, "x", {"heads": 12, "eps": 1e-5})
-    assert told.name == "vit_small_patch16_heads12_eps1e-05" and not told.note
+    assert told.name == "vit_small_patch16_heads12_eps1e-05" and told.note == "heads: 12, as --arch says"
     assert torch.equal(_run(told, tensors), network.forward_features(images_of(32)))
     assert find_architecture(told.name, tensors).name == told.name
     assert find_architecture("vit", tensors).name == "vit_small_patch16"
@@ -350,11 +352,11 @@ def test_shapes_that_no_network_has_are_one_line(tmp_path):
             recognise(whole | {key: value}, "x.pth")
     with pytest.raises(BadInput, match="cannot tell the architecture"):
         recognise(whole | {"pos_embed": torch.zeros(1, 19, 64)}, "x.pth")
-    with pytest.raises(BadInput, match="cannot tell the architecture"):
+    with pytest.raises(BadInput, match="5 does not divide 64, the width of the tokens"):
         recognise(whole, "x.pth", {"heads": 5})
     with pytest.raises(BadInput, match="tensors are not those of a ViT"):
         find_architecture("vit", {"conv1.weight": torch.zeros(1)})
-    with pytest.raises(BadInput, match=r"does not fit: no key ends in 'encoder.layers.encoder_layer_0.ln_1.weight'"):
+    with pytest.raises(BadInput, match=r"does not fit vit_b_32: no key ends in 'encoder.layers.encoder_layer_0.ln_1.w"):
         loaded(tmp_path, whole, arch="vit_b_32")
 
 
@@ -366,7 +368,7 @@ def _run(architecture, tensors):
 
 def test_other_input_sizes_must_fit_the_patches(tmp_path):
     tensors = tiny_vit().state_dict()
-    with pytest.raises(BadInput, match="--size 36: vit_d64_l3_patch8 needs a multiple of its patch, 8 pixels"):
+    with pytest.raises(BadInput, match="--size 36: vit_d64_l3_patch8_heads2 needs a multiple of its patch, 8 pixels"):
         loaded(tmp_path, tensors, size=36)
     positions = tensors["pos_embed"][0, 1:]
     assert torch.equal(

@@ -1,5 +1,7 @@
 """Backbones: exact features and strict loading."""
 
+import re
+
 import pytest
 import torch
 from torchvision.models import resnet18, resnet50
@@ -77,6 +79,26 @@ def test_weights_hash_is_of_tensors_not_of_the_file(checkpoint, tmp_path):
     assert load_backbone(tmp_path / "other.pth").weights_sha256 != load_backbone(checkpoint).weights_sha256
 
 
+def test_loading_draws_nothing_that_is_replaced_at_once(checkpoint, tmp_path, monkeypatch):
+    """Networks of ours are not drawn, but the user's own code may look at what it draws."""
+    before = torch.get_rng_state()
+    load_backbone(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+    (tmp_path / "own_net.py").write_text(
+        "import torch\nclass Net(torch.nn.Conv2d):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(3, 4, 3)\n"
+        "        torch.nn.init.ones_(self.weight)\n"
+        "        self.register_buffer('scale', 2 * self.weight.detach().clone(), persistent=False)\n"
+        "    def forward(self, x):\n        return super().forward(x) * self.scale.mean()\n"
+        "def net():\n    return torch.nn.Sequential(Net())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"0.weight": torch.zeros(4, 3, 3, 3), "0.bias": torch.ones(4)}, tmp_path / "own.pth")
+    backbone = load_backbone(tmp_path / "own.pth", arch="own_net:net")
+    assert torch.equal(features_of(backbone, torch.zeros(1, 3, 8, 8), "pooled")["0:pooled"], torch.full((1, 4), 2.0))
+
+
 def test_random_backbone_depends_on_its_seed_alone():
     torch.manual_seed(1)
     first = load_backbone("random", arch="resnet18", seed=3)
@@ -110,8 +132,30 @@ def test_strict_loading_lists_what_does_not_fit(tmp_path):
         "layer1.0.bn1.bias (5,), expected (64,)",
     ):
         assert part in caught.value.message
-    with pytest.raises(BadInput, match="does not fit resnet18"):
+    with pytest.raises(BadInput, match="does not fit resnet18; .*; by names and shapes .* most like resnet50$"):
         load_backbone(tmp_path / "bent.pth", arch="resnet18")
+
+
+def test_an_architecture_that_does_not_fit_is_answered_by_what_the_tensors_are(tmp_path, command):
+    """`name it with --arch` would be no answer to somebody who did."""
+    timm = pytest.importorskip("timm")
+    torch.save({"state_dict": timm.create_model("vit_tiny_patch16_224").state_dict()}, tmp_path / "vit.pth")
+    torch.save(resnet18().state_dict(), tmp_path / "resnet.pth")
+    for file, arch, key, likely in (
+        ("vit.pth", "resnet18", "layer4.0.conv1.weight", "vit_tiny_patch16"),
+        ("vit.pth", "vit_b_32", "encoder.layers.encoder_layer_0.ln_1.weight", "vit_tiny_patch16"),
+        ("vit.pth", "timm:resnet18", r"[\w.]+", "vit_tiny_patch16"),
+        ("resnet.pth", "vit_small_patch16_heads12", "blocks.0.attn.qkv.weight", "resnet18"),
+        ("resnet.pth", "clip_vit_b16", "class_embedding", "resnet18"),
+    ):
+        code, _, err = command("layers", tmp_path / file, "--arch", arch)
+        assert code == 2 and "Traceback" not in err and "name it with --arch" not in err
+        assert re.search(rf"{file} does not fit {arch}: no key ends in '{key}'.*; by names and shapes .* {likely}\n$", err)
+    torch.save({"something": torch.zeros(3)}, tmp_path / "alien.pth")
+    code, _, err = command("layers", tmp_path / "alien.pth", "--arch", "resnet18")
+    assert code == 2 and err.endswith("as the architecture's do (keys: something)\n")
+    with pytest.raises(BadInput, match="heads5: 5 does not divide 192, the width of the tokens$"):
+        load_backbone(tmp_path / "vit.pth", arch="vit_tiny_patch16_heads5")
 
 
 def test_unknown_names_suggest(checkpoint, tmp_path):

@@ -19,8 +19,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchvision.models import resnet18
 
 from featcache.backbones.checkpoint_file import read_checkpoint
+from featcache.backbones.load import load_backbone
 from featcache.errors import BadInput
 
 
@@ -65,13 +67,65 @@ def test_code_beside_harmless_company_never_runs(tmp_path):
     assert not evidence.exists()
 
 
+def convert_as_advised(path, place):
+    """Refuse a checkpoint, run the line that the error advises in a folder, and return (the error, the new file)."""
+    with pytest.raises(BadInput) as caught:
+        read_checkpoint(path)
+    assert "\n" not in caught.value.message
+    line = caught.value.message[caught.value.message.index("python -c ") :]
+    subprocess.run(line.replace("python", sys.executable, 1), shell=True, cwd=place, check=True)
+    return caught.value.message, place / "out.pth"
+
+
 def test_the_advised_conversion_works(tmp_path):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "when": types.SimpleNamespace(x=1)}, tmp_path / "in.pth")
-    with pytest.raises(BadInput, match="types.SimpleNamespace") as caught:
-        read_checkpoint(tmp_path / "in.pth")
-    code = caught.value.message.split('python -c "')[1].rstrip('"')
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert torch.equal(read_checkpoint(tmp_path / "out.pth")["a"], torch.ones(1))
+    content = {"state_dict": {"a": torch.ones(1)}, "when": types.SimpleNamespace(x=1), "done": {1, 2}}
+    torch.save(content, tmp_path / "in.pth")
+    said, converted = convert_as_advised(tmp_path / "in.pth", tmp_path)
+    assert "needs code execution to load (types.SimpleNamespace)" in said
+    assert torch.equal(read_checkpoint(converted)["state_dict"]["a"], torch.ones(1))
+
+
+def as_it_is(network):
+    return network, ""
+
+
+def under_a_name(network):
+    return {"model": network, "epoch": 3}, ", under 'model'"
+
+
+def deep_and_wrapped(network):
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    return {"run": {"nets": [torch.nn.DataParallel(network)], "best": 0.5}, "opt": optimizer}, ", under 'run.nets.0'"
+
+
+@pytest.mark.parametrize("saved", [as_it_is, under_a_name, deep_and_wrapped])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_module_saved_whole_is_named_and_its_conversion_loads(tmp_path, checkpoint, saved, zipped):
+    network = resnet18()
+    network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    content, way = saved(network)
+    place = tmp_path / "the 1st"
+    place.mkdir()
+    torch.save(content, place / "whole.pth", _use_new_zipfile_serialization=zipped)
+    said, converted = convert_as_advised(place / "whole.pth", tmp_path)
+    assert f"(it holds a whole module, torchvision.models.resnet.ResNet{way})" in said
+    assert "convert it in a sandbox that has torchvision: python" in said
+    assert load_backbone(converted).weights_sha256 == load_backbone(checkpoint).weights_sha256
+
+
+def test_a_module_whose_class_a_script_defines_is_converted_next_to_it(tmp_path):
+    script = (
+        "import torch\nclass Net(torch.nn.Linear):\n    pass\n"
+        "if __name__ == '__main__':\n    torch.save(torch.nn.Sequential(Net(2, 3)), 'whole.pth')\n"
+    )
+    (tmp_path / "your_script.py").write_text(script)
+    subprocess.run([sys.executable, "your_script.py"], cwd=tmp_path, check=True)
+    said, converted = convert_as_advised(tmp_path / "whole.pth", tmp_path)
+    assert "torch.nn.modules.container.Sequential" in said and "the script that defines Net" in said
+    assert {name: tuple(t.shape) for name, t in read_checkpoint(converted).items()} == {
+        "0.weight": (3, 2),
+        "0.bias": (3,),
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -220,8 +274,6 @@ def _claiming(data):
 
 
 def test_a_list_is_no_state_dict(tmp_path):
-    from featcache.backbones.load import load_backbone
-
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(BadInput, match=r"list\.pth holds no tensors by name \(it holds: list\)"):
         load_backbone(tmp_path / "list.pth")

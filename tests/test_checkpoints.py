@@ -504,5 +504,5 @@ def test_a_network_of_ones_own_is_found_in_any_layout(trained, tmp_path, monkeyp
     backbone = load_backbone("c.pth", arch="mine:build")
     assert torch.equal(backbone.trunk.conv1.weight, trained[0]["conv1.weight"])
     torch.save({"something": torch.zeros(3)}, "d.pth")
-    with pytest.raises(BadInput, match=r"d\.pth does not fit: no key ends in"):
+    with pytest.raises(BadInput, match=r"d\.pth does not fit mine:build: no key ends in"):
         load_backbone("d.pth", arch="mine:build")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import write_coco
 from pycocotools.coco import COCO
+from pycocotools.mask import encode
 from torchvision.datasets import CocoDetection
 
 from featcache.datasets import read_dataset
@@ -128,7 +129,8 @@ def pack(root):
         (edit(lambda a: a["annotations"][0].update(bbox=[1, 2, 3, float("nan")])), "annotation 1 needs a bbox"),
         (edit(lambda a: a["annotations"][0].update(area="big")), "a number as area"),
         (lambda root: (root / "annotations/instances_val2014.json").write_text("[]"), "'images' must be a list"),
-        (lambda root: (root / "annotations/instances_val2014.json").write_bytes(b"\xff"), "cannot read annotation"),
+        (lambda root: (root / "annotations/instances_val2014.json").write_bytes(b"\xff"), "cannot read .*val2014.json"),
+        (edit(lambda a: a["annotations"][0].update(iscrowd="maybe")), "iscrowd of annotation 1 is 'maybe', expected 0"),
     ],
 )
 def test_damage_is_named(tmp_path, damage, message):
@@ -145,3 +147,72 @@ def test_splits_must_agree_on_the_categories(tmp_path):
         read_dataset("coco", tmp_path)
     with pytest.raises(BadInput, match=r"COCO has no split 'test' \(it has train, val\)"):
         read_dataset("coco", tmp_path, ["test"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    path = write_coco(tmp_path, {1: [PERSON]})
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [r.id for r in read_dataset("coco", tmp_path, ["val"]).splits["val"]] == ["1"]
+
+
+def with_mask(segmentation):
+    return PERSON | ({} if segmentation is None else {"segmentation": segmentation})
+
+
+TRIANGLE = [2, 2, 12, 2, 12, 20]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("none", [None, [], "null"])
+def test_objects_without_segmentation_have_boxes_only(tmp_path, none):
+    missing = PERSON | {"segmentation": None} if none == "null" else with_mask(none)
+    write_coco(tmp_path, {1: [with_mask([TRIANGLE]), missing], 2: [missing], 3: [with_mask([TRIANGLE])]})
+    first, second, third = read_dataset("coco", tmp_path, ["val"]).splits["val"]
+    assert first.masks is second.masks is None and len(first.boxes) == 2 and len(second.boxes) == 1
+    assert third.masks.read().shape == (1, 30, 40)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_every_valid_segmentation_is_that_of_pycocotools(tmp_path):
+    mask = np.asfortranarray(np.random.default_rng(0).integers(0, 2, (30, 40), np.uint8))
+    packed = encode(mask)
+    valid = [
+        [TRIANGLE],
+        [TRIANGLE, [20, 5, 30.5, 5, 30, 15, 20, 15.25]],
+        # A part of two points is a line; only as the first it would be taken for a box.
+        [TRIANGLE, [20, 5, 30, 5]],
+        [[-5, -5, 60, -5, 60, 60]],
+        {"counts": [0, 300, 900], "size": [30, 40]},
+        {"counts": packed["counts"].decode(), "size": [30, 40]},
+    ]
+    path = write_coco(tmp_path, {1: [with_mask(given) for given in valid]})
+    (record,) = read_dataset("coco", tmp_path, ["val"]).splits["val"]
+    coco, masks = COCO(path), record.masks.read()
+    assert masks.dtype == bool and masks.shape == (6, 30, 40) and masks.any((1, 2)).all()
+    assert np.array_equal(masks, [coco.annToMask(coco.anns[i]) for i in range(1, 7)])
+    assert np.array_equal(masks[5], mask)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 1, 9, 9], "neither an RLE nor polygons"),
+        ([[1, 1, 9, 9]], "neither an RLE nor polygons"),
+        ([TRIANGLE[:5]], "neither an RLE nor polygons"),
+        ([TRIANGLE, "x"], "neither an RLE nor polygons"),
+        ([["a"] * 6], "neither an RLE nor polygons"),
+        ([[float("nan")] * 6], "neither an RLE nor polygons"),
+        (7, "neither an RLE nor polygons"),
+        ({"counts": [0, 300, 900], "size": [40, 30]}, r"an RLE of size \[40, 30\], the image is \[30, 40\]"),
+        ({"counts": [0, 300, 600], "size": [30, 40]}, "an RLE of 900 pixels, the image has 1200"),
+        ({"counts": "garbage", "size": [30, 40]}, ""),
+        ({"counts": None, "size": [30, 40]}, ""),
+        ({"size": [30, 40]}, ""),
+    ],
+)
+def test_what_is_no_mask_is_named(tmp_path, given, message):
+    write_coco(tmp_path, {1: [with_mask([TRIANGLE]), with_mask(given)]})
+    (record,) = read_dataset("coco", tmp_path, ["val"]).splits["val"]
+    with pytest.raises(BadInput, match=f"val2014.json: segmentation of annotation 2: .*{message}"):
+        record.masks.read()

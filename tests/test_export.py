@@ -16,9 +16,20 @@ from torchvision.models import resnet18, resnet50
 
 import featcache
 from featcache.backbones.load import load_backbone
+from featcache.datasets import read_dataset
+from featcache.datasets.image import open_image
 from featcache.errors import BadInput
-from featcache.exchange.merged import Merged, example
+from featcache.exchange.head_names import from_published
+from featcache.exchange.merged import Merged, as_program, example
+from featcache.feature import parse_feature
+from featcache.probes.features import as_input, input_of
+from featcache.probes.grids.grid import parse_grid
+from featcache.probes.heads.head import Head
+from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
+from featcache.probes.scores.scoring import load_predictors
+from featcache.probes.spec import spec_from_dict
+from featcache.probes.stack import Predictor, TrainedProbe
 
 TRAIN = {"epochs": 2, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}}
 GRID = {
@@ -241,6 +252,81 @@ def test_other_heads_keep_names_of_their_own(run, probes, checkpoint, tmp_path, 
                 maps = maps.relu()
     got = maps.mean((2, 3)) + content["meta"]["probe"]["head"]["offset"]
     assert (got - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+HEADS = {
+    "linear": {"type": "linear", "temperature": 2, "offset": -1.5},
+    "mlp": {"type": "mlp", "hidden": 8},
+    "deep": {"type": "mlp", "layers": 3, "hidden": 8, "norm": "bnu", "activation": "gelu", "offset": "-ln(C-1)"},
+    "bare": {"type": "mlp", "hidden": 8, "norm": "none", "bias": False, "pool": "before"},
+    "bcos": {"type": "bcos"},
+    "maxout": {"type": "bcos", "layers": 2, "hidden": 8, "max_out": 2, "norm": "none"},
+    "attentive": {"type": "attentive", "heads": 4},
+    "unbiased": {"type": "attentive", "heads": 1, "bias": False, "temperature": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def every_head(store, tmp_path_factory):
+    """A run of HEADS on the map."""
+    groups = [{"name": name, "features": "spatial", "head": head, **TRAIN} for name, head in HEADS.items()]
+    return featcache.train_probes({"probes": groups}, store=store, run=tmp_path_factory.mktemp("runs") / "heads")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, store, scenes, checkpoint, tmp_path, name):
+    """Images through the exported files against the features of the store through the probe."""
+    probe = next(r["probe"] for r in every_head.scores if r["name"] == name)
+    trained = load_probe(every_head.path, probe)
+    opened, device = featcache.open_store(store), torch.device("cpu")
+    (predict,) = load_predictors(every_head.path, [[trained.spec]], opened, device)
+    maps = torch.from_numpy(opened["test"]["spatial"][:5])
+    cached = predict(as_input(maps, *input_of(trained.spec)))[0]
+    preprocessing = load_backbone(checkpoint, arch="resnet18", size=64).preprocessing
+    records = read_dataset("voc", scenes, ["test"]).splits["test"][:5]
+    images = preprocessing.normalise(torch.stack([preprocessing.apply(open_image(r.image)) for r in records]))
+
+    def export(suffix):
+        (path,) = featcache.export(
+            run=every_head.path, probe=probe, backbone=checkpoint, to=tmp_path / f"{name}{suffix}"
+        )
+        return path
+
+    program = torch.export.load(export(".pt2")).module()
+    for got in (program(images), torch.cat([program(images[:1]), program(images[1:])])):
+        assert (got - cached).abs().max() < 1e-4 * cached.abs().max()
+    content = torch.load(export(".pth"), weights_only=True)
+    tensors = content["state_dict"]
+    again = safetensors.torch.load_file(export(".safetensors"))
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
+    if name == "linear":
+        network = resnet18(num_classes=10)
+        network.load_state_dict(tensors)
+        with torch.inference_mode():
+            got = network.eval()(images)
+    else:
+        state = {key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")}
+        attention = {key: state.pop(key) for key in list(state) if key.startswith("attention.")}
+        weights = from_published(state, 10, "merged.pth")[1] | attention
+        spec = spec_from_dict({key: value for key, value in content["meta"]["probe"].items() if key != "id"})
+        with torch.inference_mode():
+            got = Head(spec, weights)(maps)
+    assert (got - cached).abs().max() < 1e-4 * cached.abs().max()
+
+
+def test_an_attentive_probe_on_tokens():
+    """Tokens lie the other way round than the positions of a map."""
+    backbone = load_backbone("random", arch="vit_tiny_patch16", size=32)
+    spec = parse_grid({"probes": [{"features": "tokens", "head": {"type": "attentive", "heads": 2}, **TRAIN}]}).specs[0]
+    probe = TrainedProbe(spec, initial_weights(spec, 192, 5), [], None)
+    merged, images = Merged(backbone, probe), example(backbone, 3)
+    feature = parse_feature("tokens", backbone.aliases, backbone.layers)
+    with torch.inference_mode():
+        tokens = backbone(images, [feature])[str(feature)]
+        expected = Predictor([spec], [probe.weights], 5, torch.device("cpu"))(tokens.transpose(1, 2))[0]
+        torch.testing.assert_close(merged(images), expected, rtol=1e-4, atol=1e-5)
+    program = as_program(merged, images[:2]).module()
+    torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_backbone_is_refused_by_name(run, probes, checkpoint, tmp_path, command):

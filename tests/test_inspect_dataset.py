@@ -23,6 +23,7 @@ def test_counts_of_boxes_flags_and_classes(tmp_path, command):
     assert ["class", "train", "train", "difficult"] in tables
     assert ["dog", "0", "1"] in tables and ["cat", "1", "0"] in tables
     crowd = {"bbox": [1, 1, 9, 9], "area": 81, "category_id": 1, "iscrowd": 1}
+    crowd["segmentation"] = {"counts": [0, 300, 900], "size": [30, 40]}
     write_coco(tmp_path / "coco", {1: [crowd, crowd]})
     found = featcache.inspect_dataset("coco", tmp_path / "coco", ["val"])
     assert (found.splits["val"].crowd, found.splits["val"].masks, found.damaged) == (2, 1, False)

@@ -266,6 +266,8 @@ def test_layers_command(vit_checkpoint, command):
     assert any(line[:2] == ["blocks.1+norm", "last-1"] for line in lines)
     code, out, _ = command("layers", "random", "--arch", "resnet18")
     assert code == 0 and "512 x 7 x 7" in out
+    code, _, err = command("layers", "random", "--arch", "timm:test_vit", "--size", 96)
+    assert code == 0 and "\n  made to fit 96 pixels by timm, bicubic and anti-aliased\n" in err
     code, _, err = command("layers", "random", "--arch", "resnet81")
     assert code == 2 and "did you mean 'resnet18'" in err
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,7 +59,10 @@ def test_three_ways_to_several_labels(images):
 
 
 def test_boxes(images):
-    boxes = [{"box": [1, 2, 30, 99], "label": "dog"}, {"box": [0, 0, 5, 5], "label": 0, "difficult": True}]
+    boxes = [
+        {"box": [1, 2, 30, 99], "label": "dog", "difficult": "false"},
+        {"box": [0, 0, 5, 5], "label": 0, "difficult": True},
+    ]
     (record,) = read(images, json.dumps({"path": "1.jpg", "labels": ["ant", "dog"], "boxes": boxes}), "a.jsonl").splits[
         "all"
     ]
@@ -76,7 +80,7 @@ def test_any_names_come_back(tmp_path_factory, drawn):
     save(folder / "1.jpg", 1)
     with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerows([("path", "label", "id", "split")])
+        writer.writerows([("path", "label:one", "id", "split")])
         writer.writerows(("1.jpg", label, f"{n}{image_id}", "s") for n, (label, image_id) in enumerate(drawn))
     data = read_dataset("manifest", folder / "list.csv")
     assert data.classes == tuple(sorted({label for label, _ in drawn}))
@@ -101,6 +105,9 @@ BOX = '{"path": "1.jpg", "label": "a", "boxes": %s}'
         ("a.csv", "path\n1.jpg\n", "has no labels"),
         ("a.csv", "path,cat,dog\n1.jpg,1,2\n", "line 2: column 'dog' is '2', not 0, 1 or -1"),
         ("a.csv", "path,label,labels\n1.jpg,1,2\n", "both a label and a labels column"),
+        ("a.csv", "path,labels:coma\n1.jpg,1\n", "a column 'labels:coma'; did you mean 'labels:comma'"),
+        ("a.csv", "path,label\n1.jpg,['a' 'b']\n", "line 2: .* is no list as JSON or Python write it"),
+        ("a.csv", 'path,label\n1.jpg,"[a, b]"\n', "line 2: .* is no list as JSON or Python write it"),
         ("a.csv", "", "lists no image"),
         ("a.csv", 'path,label\n"1.jpg,0\n', "cannot read manifest"),
         ("a.csv", "path,label\nnone.jpg,0\n", "image not found: .*none.jpg"),
@@ -112,6 +119,7 @@ BOX = '{"path": "1.jpg", "label": "a", "boxes": %s}'
         ("a.jsonl", '{"path": "1.jpg", "label": [1]}\n{"path": "2.jpg", "label": 1}', "line 2: one label, where other"),
         ("a.jsonl", BOX % '[{"box": [1, 2, 3], "label": "a"}]', "line 1: boxes must be a list"),
         ("a.jsonl", BOX % '[{"box": [1, 2, 3, 4], "label": "b"}]', "line 1: boxes must be a list"),
+        ("a.jsonl", BOX % '[{"box": [1, 2, 3, 4], "label": "a", "difficult": "maybe"}]', "'maybe' is no flag"),
         ("a.jsonl", BOX % '[{"box": [1, 2, 3, 4], "label": 4}]', "line 1: a box's label is out of range"),
         ("a.jsonl", BOX % '[{"box": [50, 2, 60, 4], "label": "a"}]', "has no pixel of its 40x30"),
         ("a.jsonl", BOX % '[{"box": [NaN, 2, 60, 4], "label": "a"}]', "has no pixel of its 40x30"),
@@ -129,3 +137,96 @@ def test_the_file_must_be_given(tmp_path):
         BadInput, match=r"manifest not found: .* \(give the \.csv, \.jsonl or \.parquet file with --root\)"
     ):
         read_dataset("manifest", tmp_path)
+
+
+def write_column(folder, column, cells):
+    """A manifest of one image with a row for each cell of its column of labels."""
+    save(folder / "1.jpg", 1)
+    with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "id", column), *(("1.jpg", n, cell) for n, cell in enumerate(cells))])
+    return folder / "list.csv"
+
+
+# Four of them are lists, of three classes; the fifth has no label.
+LISTS = [["boat", "dog"], ["dog"], ["boat", "cat", "dog"], ["cat", "dog"], []]
+MATRIX = [[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 1], [0, 0, 0]]
+SHARKS = ["great white shark, white shark", "tiger shark", "hammerhead, hammerhead shark", "ray"]
+
+
+@pytest.mark.parametrize(
+    ("column", "write", "said"),
+    [
+        ("label", ",".join, "'label' of .* is split at each comma: multi-label, 3 classes; if that is wrong"),
+        ("label", " ; ".join, "'label' of .* is split at each semicolon: multi-label, 3 classes"),
+        ("label", " | ".join, "'label' of .* is split at each bar: multi-label, 3 classes"),
+        ("label", json.dumps, "'label' of .* holds lists: multi-label, 3 classes"),
+        ("label", str, "'label' of .* holds lists: multi-label, 3 classes"),
+        ("labels", ";".join, None),
+        ("labels", ", ".join, "'labels' of .* is split at each comma: multi-label, 3 classes"),
+        ("labels", "|".join, "'labels' of .* is split at each bar"),
+        ("labels", " ".join, "'labels' of .* is split at each space: multi-label, 3 classes"),
+        ("labels", json.dumps, "'labels' of .* holds lists"),
+        ("labels:comma", ",".join, None),
+        ("labels:semicolon", "; ".join, None),
+        ("labels:bar", "|".join, None),
+        ("labels:space", "  ".join, None),
+    ],
+)
+def test_lists_are_split_and_it_is_said(tmp_path, capsys, column, write, said):
+    data = read_dataset("manifest", write_column(tmp_path, column, map(write, LISTS)))
+    assert (data.classes, data.task) == (("boat", "cat", "dog"), "multi-label")
+    assert data.labels("all").tolist() == MATRIX
+    err = capsys.readouterr().err
+    assert re.search(f"^notice: column {said}", err) if said else not err
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "said"),
+    [
+        (
+            "label",
+            SHARKS,
+            "'label' of .* is not split at each comma, which would give 6 classes: single-label, 4 classes",
+        ),
+        ("label:one", SHARKS, None),
+        ("label:one", ["boat,dog", "dog", "boat", "[dog]", "boat;dog"], None),
+        # Lists of words look like this, but so do names of two words: it is said and left.
+        (
+            "label",
+            ["red dog", "red cat", "old dog", "old cat", "red", "old"],
+            "'label' .* not split at each space, .* 4",
+        ),
+        ("label", ["hot dog", "great white shark"], None),
+    ],
+)
+def test_one_name_is_never_split(tmp_path, capsys, column, cells, said):
+    data = read_dataset("manifest", write_column(tmp_path, column, cells))
+    assert data.task == "single-label" and [data.classes[r.labels] for r in data.splits["all"]] == cells
+    err = capsys.readouterr().err
+    assert re.search(f"^notice: column {said}", err) if said else not err
+
+
+def test_numbers_with_something_between_them_are_indices(tmp_path, capsys):
+    for cells in (["0 2", "1"], ["0,2", "1"], ["[0, 2]", "[1]"]):
+        data = read_dataset("manifest", write_column(tmp_path, "label", cells))
+        assert data.labels("all").tolist() == [[1, 0, 1], [0, 1, 0]] and data.classes == ("0", "1", "2")
+        assert "multi-label, 3 classes" in capsys.readouterr().err
+
+
+def test_images_and_classes_are_counted_and_odd_ones_named(tmp_path, command):
+    for split, classes in {"train": "aabbc", "val": "ab"}.items():
+        for n, label in enumerate(classes):
+            save(tmp_path / split / label / f"{split}{n}.jpg", n + 10 * (split == "val"))
+    words = ("--backbone", "random", "--arch", "resnet18", "--size", 32, "--workers", 0, "--store", tmp_path / "s.zarr")
+    _, _, err = command("extract", *words, "--features", "pooled", "--dataset", "folder", "--root", tmp_path)
+    code, out, _ = command("inspect", "--dataset", "folder", "--root", tmp_path)
+    assert code == 0
+    for line in (
+        "dataset: folder, single-label, 3 classes",
+        "train: 5 images, 3 classes",
+        "val: 2 images, 2 classes",
+        "warning: val lacks 1 of 3 classes: c",
+        "warning: 1 classes are seen only once in all splits, as lists that are read as names and misspelt names are: "
+        "c",
+    ):
+        assert line in err.splitlines() and line in out.splitlines()

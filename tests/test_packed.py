@@ -46,6 +46,12 @@ def test_shards_in_one_folder_are_split_by_their_names(tmp_path):
     assert rows("webdataset", tmp_path / "b") == {"all": [("1", 0)]}
 
 
+def test_keys_that_begin_anew_in_each_shard(tmp_path):
+    for shard in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / f"{shard}.tar", {"0.jpg": encoded(1), "0.cls": b"0"})
+    assert rows("webdataset", tmp_path) == {"train": [("train-0/0", 0), ("train-1/0", 0)], "val": [("0", 0)]}
+
+
 def test_labels_of_several_kinds(tmp_path):
     def label(suffix, content):
         write_tar(tmp_path / "s.tar", {"1.jpg": encoded(1), f"1.{suffix}": content})
@@ -53,6 +59,9 @@ def test_labels_of_several_kinds(tmp_path):
         return data.classes, data.labels("s").tolist()
 
     assert label("txt", b"a cat\n") == (("a cat",), [0])
+    assert label("txt", b"\xef\xbb\xbfa cat\n") == (("a cat",), [0])
+    assert label("txt", b'["b", "a"]') == label("txt", b"['a', 'b']") == (("a", "b"), [[1, 1]])
+    assert label("cls", b"0 2") == (("0", "1", "2"), [[1, 0, 1]])
     assert label("json", b'{"label": 2}') == (("0", "1", "2"), [2])
     assert label("json", b'{"labels": ["b", "a"]}') == (("a", "b"), [[1, 1]])
     for suffix, content, message in (
@@ -104,6 +113,9 @@ def test_one_saved_dataset_is_one_split(tmp_path):
         [1, 1],
         [0, 0],
     ]
+    save_rows(tmp_path / "c", ["ant,zebra", "ant", "zebra"], datasets.Value("string"))
+    data = read_dataset("huggingface", tmp_path / "c")
+    assert data.classes == ("ant", "zebra") and data.labels("all").tolist() == [[1, 1], [1, 0], [0, 1]]
     save_rows(tmp_path / "b", ["zebra", "ant"], datasets.Value("string"))
     data = read_dataset("huggingface", tmp_path / "b")
     assert data.classes == ("ant", "zebra") and data.labels("all").tolist() == [1, 0]

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -61,6 +62,55 @@ def test_pixels_are_torchvisions(rule, how, width, height, size, more, seed):
     got = PLAIN.changed(size=size, resize=rule, short_side=short, interpolation=how).apply(image)
     oracle = ORACLES[rule](short or round(size * 8 / 7), size, InterpolationMode(how))
     assert torch.equal(got, transforms.PILToTensor()(transforms.Compose(oracle)(image)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.sampled_from(list(ORACLES)),
+    width=st.integers(2, 120),
+    height=st.integers(2, 120),
+    size=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_opencvs_pixels(rule, width, height, size, seed):
+    """What cv2.resize makes of the sides that torchvision gives, and of a view's crop."""
+    cv2 = pytest.importorskip("cv2")
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    preprocessing = PLAIN.changed(size=size, resize=rule, interpolation="opencv_bilinear")
+    short, expected = round(size * 8 / 7), pixels
+    if rule != "squash":
+        sides = transforms.Resize(short)(Image.fromarray(pixels)).size
+        expected = cv2.resize(pixels, sides, interpolation=cv2.INTER_LINEAR)
+    if rule == "crop":
+        expected = np.asarray(transforms.CenterCrop(size)(Image.fromarray(expected)))
+    else:
+        expected = cv2.resize(expected, (size, size), interpolation=cv2.INTER_LINEAR)
+    assert np.array_equal(preprocessing.apply(Image.fromarray(pixels)).permute(1, 2, 0), expected)
+    left, top = width // 3, height // 4
+    view = preprocessing.apply_view(Image.fromarray(pixels), (left, top, width, height), True)
+    expected = cv2.resize(pixels[top:, left:], (size, size), interpolation=cv2.INTER_LINEAR)[:, ::-1]
+    assert np.array_equal(view.permute(1, 2, 0), expected)
+
+
+def test_opencv_is_part_of_the_identity(scenes, checkpoint, tmp_path, command, monkeypatch):
+    cv2 = pytest.importorskip("cv2")
+    given = options(scenes, checkpoint, tmp_path / "s.zarr", split="val", features="pooled")
+    given += ["--interpolation", "opencv_bilinear", "--workers", 1]
+    code, _, err = command("extract", *given, "--decoder", "draft")
+    assert code == 2 and "--decoder draft does not go with --interpolation opencv_bilinear" in err
+    code, _, err = command("extract", *given)
+    assert code == 0 and "squash to 64x64 (opencv_bilinear)" in err
+    assert read_manifest(tmp_path / "s.zarr").identity["preprocessing"]["interpolation"] == "opencv_bilinear"
+    record = read_dataset("voc", scenes, ["val"]).splits["val"][0]
+    pixels = cv2.resize(np.asarray(open_image(record.image)), (64, 64), interpolation=cv2.INTER_LINEAR)
+    backbone = load_backbone(checkpoint, size=64)
+    images = backbone.preprocessing.normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    expected = backbone(images, [Feature("layer4", "pooled")])["layer4:pooled"]
+    got = torch.from_numpy(featcache.open_store(tmp_path / "s.zarr")["val"]["pooled"][:1])
+    torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=1e-3)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    code, _, err = command("extract", *given, "--size", 32, "--store", tmp_path / "t.zarr")
+    assert code == 2 and "needs OpenCV: pip install 'featcache[opencv]'" in err and not (tmp_path / "t.zarr").exists()
 
 
 @pytest.mark.parametrize("rule", ORACLES)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-import zarr
 from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import featcache
@@ -155,19 +154,6 @@ def test_report_chosen_by_nll(run, tmp_path):
     columns, lines = score_rows(open_run(tmp_path / "r"))
     values = [float(line[columns.index("val NLL")]) for line in lines]
     assert values == sorted(values)
-
-
-def test_an_image_in_two_roles_is_refused(store, tmp_path):
-    names = {"train": ("train",), "val": ("val",), "test": ("test",)}
-    scoring.check_apart(featcache.open_store(store), names)
-    shutil.copytree(store, tmp_path / "s.zarr")
-    ids = [zarr.open_array(tmp_path / f"s.zarr/{split}/ids", mode="r+") for split in ("val", "test")]
-    ids[1][3] = ids[0][5]
-    image = featcache.open_store(store)["val"].ids[5]
-    message = f"splits.test: 1 images of store .* are in splits.val too, such as '{image}' .of test and val.; the roles"
-    with pytest.raises(BadInput, match=message):
-        featcache.train_probes(GRID, store=tmp_path / "s.zarr", run=tmp_path / "r")
-    assert not (tmp_path / "r").exists()
 
 
 def test_compare(run, command):

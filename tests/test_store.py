@@ -31,7 +31,15 @@ ROWS = 23
 
 
 def write_store(
-    path, dtype="float16", rows=ROWS, single=False, chunk_rows=4, shard_bytes=256, row=(3, 2, 2), compression=None
+    path,
+    dtype="float16",
+    rows=ROWS,
+    single=False,
+    chunk_rows=4,
+    shard_bytes=256,
+    row=(3, 2, 2),
+    compression=None,
+    known=True,
 ):
     """Write a small store of random features with several shards and chunks; return the features as stored."""
     records = tuple(
@@ -73,10 +81,12 @@ def write_store(
         features = {n: torch.from_numpy(f).bfloat16().view(torch.uint16).numpy() for n, f in features.items()}
     else:
         features = {n: f.astype(dtype) for n, f in features.items()}
+    digests = random.integers(0, 256, (rows, 16), np.uint8)
     for shard in range(plan_.shards("train")):
         first, end = plan_.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
-        put_shard(folder, plan_, "train", shard, ids, {n: f[first:end] for n, f in features.items()})
+        rows_of_shard = {n: f[first:end] for n, f in features.items()}
+        put_shard(folder, plan_, "train", shard, ids, rows_of_shard, digests[first:end] if known else None)
     return features
 
 
@@ -277,7 +287,7 @@ def test_stores_of_version_1_stay_readable(tmp_path):
         archive.extractall(tmp_path)
     for suffix in ("zarr", "hdf5"):
         path = tmp_path / f"v1.{suffix}"
-        features = write_store(tmp_path / f"today.{suffix}")
+        features = write_store(tmp_path / f"today.{suffix}", known=False)
         assert verify(path) == []
         for name, rows in features.items():
             assert np.array_equal(open_store(path)["train"][name][:], rows)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models import vit_b_32
 
 import featcache
 from featcache.device import choose_device
@@ -14,7 +16,7 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "atomic", "device", "feature", "ranks", "__init__"},
+    {"errors", "arguments", "atomic", "device", "feature", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning", "exchange"},
@@ -56,14 +58,52 @@ def test_public_face():
         assert getattr(featcache, name) is not None
 
 
+def python(code):
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys, featcache.cli; print('torch' in sys.modules, 'zarr' in sys.modules, 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 3
+    assert python(code).split() == ["False"] * 3
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "featcache", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "train-probes" in done.stdout
     # Generous: the figure is a few hundredths; this only notices a heavy import.
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("vit", [False, True])
+def test_a_finished_store_is_found_without_torchs_compiler(scenes, checkpoint, store, tmp_path, vit):
+    """torchvision's import loads it, which is half of a command's start, and so does drawing on the meta device."""
+    given = {"root": str(scenes), "size": 64, "store": store, "features": "pooled,spatial,layer3:spatial"}
+    if vit:
+        torch.manual_seed(0)
+        checkpoint = tmp_path / "vit.pth"
+        torch.save(vit_b_32(image_size=64, num_classes=2).state_dict(), checkpoint)
+        given |= {"store": str(tmp_path / "vit.zarr"), "features": "cls", "splits": ["val"]}
+    given |= {"dtype": "float32", "workers": 0, "batch_size": 8}
+    before = featcache.extract(checkpoint, "voc", **given)
+    code = f"import sys, featcache; print(featcache.extract({str(checkpoint)!r}, 'voc', **{given!r}))"
+    said = python(f"{code}; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)").split("\n")
+    assert said[:2] == [before, "False False"]
+
+
+def test_torchvision_and_the_compiler_stay_whole():
+    """Its operators still find the compiler's function when they run, and everybody else the compiler itself."""
+    code = (
+        "import sys, torch, featcache.backbones\n"
+        "from torchvision.ops import roi_align\n"
+        "images = torch.arange(64.0).view(1, 1, 8, 8)\n"
+        "print(roi_align(images, [torch.tensor([[0.0, 0, 4, 4]])], 2).flatten().tolist())\n"
+        "from torchvision.ops.roi_align import is_compile_supported as asked\n"
+        "answer = asked('cpu')\n"
+        "import torch._dynamo.utils as real\n"
+        "print(answer == real.is_compile_supported('cpu'), real.__file__.endswith('utils.py'))"
+    )
+    plain = code.replace(", featcache.backbones", "")
+    assert python(code) == python(plain)
+    assert python(code).endswith("True True\n")
 
 
 def test_every_command_explains_itself(command):

@@ -2,6 +2,7 @@
 
 import shutil
 import xml.etree.ElementTree as ElementTree
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from featcache.errors import BadInput
 
 
 def write_voc(root, images, year=2007, split="train"):
-    """Write {id: [(name, difficult, (xmin, ymin, xmax, ymax))]} in VOC's layout, all images 60 x 50."""
+    """Write {id: [(name, difficult, (xmin, ymin, xmax, ymax))]} in VOC's layout, all images 60 x 50, no two alike."""
     home = root / "VOCdevkit" / f"VOC{year}"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,8 @@ def write_voc(root, images, year=2007, split="train"):
             for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
                 ElementTree.SubElement(bounds, key).text = str(value)
         ElementTree.ElementTree(tree).write(home / "Annotations" / f"{image_id}.xml")
-        Image.new("RGB", (60, 50), (90, 60, 30)).save(home / "JPEGImages" / f"{image_id}.jpg")
+        colour = tuple(zlib.crc32(image_id.encode()).to_bytes(4, "big")[:3])
+        Image.new("RGB", (60, 50), colour).save(home / "JPEGImages" / f"{image_id}.jpg")
     (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in images))
     return home
 
@@ -178,7 +180,7 @@ def test_an_archive_still_packed_is_named(tmp_path):
         (lambda home: (home / "JPEGImages/1.jpg").unlink(), r"image not found: .*1\.jpg"),
         (lambda home: (home / "Annotations/1.xml").unlink(), r"annotation not found: .*1\.xml"),
         (lambda home: (home / "Annotations/1.xml").write_text("<annotation><size>"), r"broken XML in .*1\.xml"),
-        (lambda home: (home / "Annotations/1.xml").write_text("<annotation/>"), r"1\.xml.*<size> needs"),
+        (lambda home: (home / "Annotations/1.xml").write_text("<annotation/>"), r"1\.xml: <size><height> is missing"),
         (lambda home: (home / "Annotations/1.xml").write_bytes(b"\xff\xfe\x00"), r"broken XML in .*1\.xml"),
         (lambda home: (home / "ImageSets/Main/train.txt").unlink(), r"split file not found: .*train\.txt"),
         (lambda home: (home / "ImageSets/Main/train.txt").write_text("\n"), r"split file is empty: .*train\.txt"),
@@ -202,3 +204,55 @@ def test_inverted_box_is_named(tmp_path):
 def test_unknown_dataset_suggests():
     with pytest.raises(BadInput, match="did you mean 'voc2007'"):
         read_dataset("voc2077")
+
+
+def change(home, old, new):
+    path = home / "Annotations/1.xml"
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("word", "label"),
+    [("0", 1), ("1", -1), ("false", 1), ("True", -1), ("Unspecified", 1), ("", 1), (" 0\n", 1), ("yes", -1), (None, 1)],
+)
+def test_difficult_as_programs_write_it(tmp_path, word, label):
+    home = write_voc(tmp_path, {"1": [("dog", True, (1, 1, 9, 9))]})
+    change(home, "<difficult>1</difficult>", "" if word is None else f"<difficult>{word}</difficult>")
+    (record,) = read_dataset("voc", tmp_path, ["train"]).splits["train"]
+    assert record.labels[11] == label and record.box_difficult.tolist() == [label == -1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<difficult>0<", "<difficult>maybe<", "<difficult> of object 1 is 'maybe', expected 0, 1, true, false or"),
+        ("<height>50<", "<height>tall<", "<size><height> is 'tall', expected a whole number"),
+        ("<xmin>1<", "<xmin>left<", "<bndbox><xmin> of object 1 is 'left', expected a number"),
+        ("<name>dog<", "<name> <", "<name> of object 1 is '', expected the name of a class"),
+        ("bndbox>", "polygon>", "<bndbox><xmin> of object 1 is missing, expected a number"),
+    ],
+)
+def test_the_field_at_fault_is_named_with_its_value(tmp_path, old, new, message):
+    home = write_voc(tmp_path, {"1": [("dog", False, (1, 1, 9, 9))]})
+    path = home / "Annotations/1.xml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(BadInput, match=rf"1\.xml: {message}"):
+        read_dataset("voc", tmp_path, ["train"])
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path):
+    home = write_voc(tmp_path, {"1": [("dog", False, (1, 1, 9, 9))]})
+    for path in (home / "ImageSets/Main/train.txt", home / "Annotations/1.xml"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [r.id for r in read_dataset("voc", tmp_path, ["train"]).splits["train"]] == ["1"]
+
+
+def test_masks_of_another_size_are_named(tmp_path):
+    home = write_voc(tmp_path, {"1": [("dog", False, (1, 1, 9, 9))]})
+    write_masks(home, "1", np.zeros((50, 60), np.uint8), np.zeros((60, 50), np.uint8))
+    (record,) = read_dataset("voc", tmp_path, ["train"]).splits["train"]
+    with pytest.raises(BadInput, match=r"SegmentationObject/1\.png is 50x60 pixels, .* says 60x50"):
+        record.masks.read()
+    assert record.masks.read_classes().shape == (50, 60)

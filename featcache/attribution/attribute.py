@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
 from featcache.atomic import write_whole
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
@@ -41,6 +42,10 @@ class Target:
 
 
 @multiplying("float32")
+@takes(
+    store=PATH, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
+    root=PATH, limit=whole(), examples=whole(), seed=whole(),
+)  # fmt: skip
 def attribute(
     run,
     store=None,

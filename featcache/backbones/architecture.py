@@ -28,14 +28,17 @@ class Architecture:
     that layers go by. signature: a key that checkpoints of this family have; empty if it is only taken
     by name. layouts: {key of a foreign layout: function from its tensors to ours}. classifier:
     prefixes of the keys that features do not need. aliases: layer names for people (`last`,
-    `feat1`..`feat5`, `last-1`) to module paths. size (pixels), mean, std, interpolation: input of the
-    public weights. inverse: the input is B-cos's six channels [x, 1 - x]. tokens: of networks that
-    yield tokens. nhwc: what is not a convolution's output is [B, H, W, C], as in Swin.
+    `feat1`..`feat5`, `last-1`) to module paths. size (pixels), short_side (of the whole image before the
+    centre crop; None is size * 256 / 224), resize (crop, or squash where nothing is cut off), mean, std,
+    interpolation, bgr: the transform of the weights, see Preprocessing. said: {one of these fields: where
+    its value is from, or what of it is a guess}, for people. heads: attention heads, where tensors do not
+    tell. inverse: the input is B-cos's six channels [x, 1 - x]. tokens: of networks that yield tokens.
+    nhwc: what is not a convolution's output is [B, H, W, C], as in Swin.
 
     infer(tensors, hints) returns the Architecture with what only the checkpoint says (depth, width,
     position grid), or None if it is another network's. fit(network, size) makes a loaded network take
-    images of size x size; it returns a line on what it did, if anything. note: a line on what tensors
-    cannot tell.
+    images of size x size; it returns a line on what it did, if anything. note: lines on what tensors
+    cannot tell. alike: names for --arch of networks outside of ARCHITECTURES with tensors of the same names and shapes.
     """
 
     name: str
@@ -45,16 +48,22 @@ class Architecture:
     classifier: tuple[str, ...]
     aliases: dict[str, str]
     size: int = 224
+    short_side: int | None = None
+    resize: str = "crop"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    bgr: bool = False
+    said: dict[str, str] = field(default_factory=dict)
     inverse: bool = False
     tokens: Tokens | None = None
+    heads: int | None = None
     nhwc: bool = False
     layouts: dict[str, Callable[[dict], dict]] = field(default_factory=dict)
     infer: Callable[[dict, dict], "Architecture | None"] | None = None
     fit: Callable[[nn.Module, int], str] | None = None
     note: str = ""
+    alike: tuple[str, ...] = ()
 
     def named(self, tensors):
         """Return a state dict under this architecture's own names. Pure; what has them already is left as it is."""
@@ -80,11 +89,6 @@ def with_forward(network, forward):
     kind = type(network)
     network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return network
-
-
-def usual_heads(width):
-    """Attention heads of a vision transformer: 64 wide, but for widths that have 16 in every published network."""
-    return 16 if width in (1280, 1408, 1664) else max(width // 64, 1)
 
 
 def last_blocks(blocks, norm):

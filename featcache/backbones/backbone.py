@@ -15,17 +15,19 @@ class Backbone(nn.Module):
     Attributes: arch (name), aliases (`last` and the like to module paths), layers (module paths),
     preprocessing, weights_sha256 (over the tensors that run: the trunk's, positions fitted to the
     input's size), grounds (a few lines for people: how the architecture was found and what was
-    loaded), class_token (whether the last layer has one).
+    loaded), preprocessing_grounds (such lines on where the preprocessing is from), class_token (whether the
+    last layer has one).
     """
 
-    def __init__(self, architecture, network, preprocessing, grounds):
+    def __init__(self, architecture, network, preprocessing, grounds, preprocessing_grounds=()):
         super().__init__()
         self.arch = architecture.name
         self.architecture = architecture
         self.aliases = architecture.aliases
         self.preprocessing = preprocessing
+        self.preprocessing_grounds = preprocessing_grounds
         fitted = architecture.fit(network, preprocessing.size) if architecture.fit else ""
-        self.grounds = "\n  ".join(line for line in (grounds, architecture.note, fitted) if line)
+        self.grounds = "\n  ".join(line for line in (grounds, *architecture.note.split("\n"), fitted) if line)
         # channels_last: 1.3 to 1.5 times faster on CPUs, and what tensor cores want.
         self.trunk = architecture.trunk(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.weights_sha256 = _hash_tensors(self.trunk.state_dict())

@@ -46,21 +46,24 @@ class Encoder:
     """The tensors of one encoder in a checkpoint, under bare names.
 
     way: words before the bare names, joined by dots ("state_dict.module.encoder_q"; empty if none).
-    rule: for people, how it was chosen. others: names of all other tensors of the file, the whole way.
+    rule: for people, how it was chosen. method: the one whose layout it is, or None. others: names of all
+    other tensors of the file, the whole way.
     """
 
     tensors: dict
     way: str
     rule: str
+    method: str | None
     others: tuple[str, ...]
 
 
-def find_encoder(content, signatures, known, path, weights_key=None):
+def find_encoder(content, signatures, known, path, weights_key=None, arch=None):
     """Find the one encoder in the content of a checkpoint.
 
     content: as read_checkpoint gives it. signatures: names of keys; with more than one, known tells
     whether the tensors around it, under bare names, are a network's. weights_key: words of the way to
-    take, such as "teacher" or "state_dict_ema". Raises BadInput if there is none, or more than one and no rule to choose.
+    take, such as "teacher" or "state_dict_ema". arch: the architecture's name, if --arch gave it. Raises BadInput if
+    there is none, or more than one and no rule to choose.
     """
     flat = {name: tensor for name, tensor in _tensors(content, ())}
     if not flat:
@@ -71,9 +74,9 @@ def find_encoder(content, signatures, known, path, weights_key=None):
         ways = [way for way in ways if known(_under(flat, way))]
     if not ways:
         keys = list(flat)
-        if len(signatures) == 1:
+        if arch is not None:
             raise BadInput(
-                f"checkpoint {path} does not fit: no key ends in {signatures[0]!r}, as the architecture's do "
+                f"checkpoint {path} does not fit {arch}: no key ends in {signatures[0]!r}, as the architecture's do "
                 f"(keys: {_few(keys, 4)})"
             )
         raise BadInput(
@@ -97,14 +100,15 @@ def find_encoder(content, signatures, known, path, weights_key=None):
         keys = ", ".join(f"--weights-key {_key_of(way, choices)}" for way in choices)
         raise BadInput(f"checkpoint {path} holds {len(choices)} encoders ({_shown(choices)}): choose one with {keys}")
     (way,) = choices
+    family = next((words for words, part in FAMILIES if part in way.split(".")), None)
     if weights_key is None:
-        family = next((words for words, part in FAMILIES if part in way.split(".")), None)
         rule = preferred or family or ("bare names" if not way else "the only encoder there")
     prefix = f"{way}." if way else ""
     return Encoder(
         tensors=_under(flat, way),
         way=way,
         rule=rule,
+        method=preferred or family,
         others=tuple(name for name in flat if not name.startswith(prefix)),
     )
 

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pickle
+import sys
 import types
 import warnings
 import zipfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from featcache.backbones.pickle_scan import Scan, StandIn, scan_legacy, scan_pickle
+from featcache.backbones.pickle_scan import Scan, StandIn, saved_module, scan_legacy, scan_pickle
 from featcache.errors import BadInput
 
 # A tensor may be larger than its storage if it repeats it; this much is no attack.
@@ -29,6 +30,7 @@ BYSTANDERS = (
     "pathlib.", "mmengine.", "mmcv.", "vissl.", "classy_vision.", "easydict.", "pytorch_lightning.", "lightning.",
     "lightning_fabric.", "typing.", "builtins.getattr", "builtins.slice",
     "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str", "builtins.tuple",
+    "builtins.set", "builtins.frozenset",
 )  # fmt: skip
 DICTS = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict")
 LISTS = ("deque",)
@@ -191,15 +193,43 @@ def _load(path, scan, mmap):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        ours = ("torch.", "collections.", *BYSTANDERS)
-        foreign = sorted(name for name in scan.globals if not name.startswith(ours)) or sorted(scan.globals)
-        raise BadInput(
-            f"checkpoint {path} needs code execution to load{f' ({foreign[0]})' if foreign else ''}; featcache "
-            'refuses that. If you trust the file, convert it in a sandbox: python -c "import torch; '
-            "c = torch.load('in.pth', weights_only=False); torch.save(c.get('state_dict', c), 'out.pth')\""
-        ) from None
+        raise _needs_code(path, scan) from None
     except Exception as error:  # As above.
         raise _damaged(path, error) from None
+
+
+# Keeps the tensors of nested dicts and lists, and of every module in them, and drops everything else.
+CONVERSION = (
+    "import torch; f = lambda x: f(x.state_dict()) if isinstance(x, torch.nn.Module) else f(dict(enumerate(x))) "
+    "if isinstance(x, (list, tuple)) else {{str(k): f(v) for k, v in x.items()}} if isinstance(x, dict) else x "
+    "if torch.is_tensor(x) else None; "
+    "torch.save(f(torch.load('{source}', map_location='cpu', weights_only=False)), 'out.pth')"
+)
+
+
+def _needs_code(path, scan):
+    """The error for a file that torch refuses to load: whose code it asks for, and a line that converts it."""
+    ours = ("torch.", "collections.", *BYSTANDERS)
+    foreign = sorted(name for name in scan.globals if not name.startswith(ours))
+    module = saved_module(scan.content)
+    if module:
+        way, name = module
+        what = f"it holds a whole module, {name}{f', under {way!r}' if way else ''}"
+    else:
+        what = (foreign or sorted(scan.globals) or ["a reference to outside"])[0]
+    # Quotes and the like would end the line's own quotes.
+    source = path if not set(str(path)) & set("\"'$`\\!") else "in.pth"
+    code, place = CONVERSION.format(source=source), ""
+    if packages := sorted({name.split(".")[0] for name in foreign} - sys.stdlib_module_names):
+        place = f" that has {', '.join(packages)}"
+    if local := [name.removeprefix("__main__.") for name in foreign if name.startswith("__main__.")]:
+        # A pickle looks for such a class in the program that reads it.
+        code = f"from your_script import {', '.join(local)}; {code}"
+        place += f", next to the script that defines {', '.join(local)}, which is called your_script here"
+    return BadInput(
+        f"checkpoint {path} needs code execution to load ({what}); featcache refuses that. If you trust the file, "
+        f'convert it in a sandbox{place}: python -c "{code}"'
+    )
 
 
 def _bystander(path):

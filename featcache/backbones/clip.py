@@ -14,14 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks
+from featcache.backbones.heads import choose_heads, usual_heads
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import CLIP, clip_said
 
-INPUT = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-    "interpolation": "bicubic",
-}
+INPUT = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.
 RESNETS = {
     "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512),
@@ -212,6 +210,7 @@ def _resnet(width, blocks, size, embedding):
         classifier=("fc.",),
         aliases=aliases,
         size=size,
+        short_side=size,
         infer=_infer_resnet,
         fit=partial(_fit_resnet, name),
         **INPUT,
@@ -239,7 +238,7 @@ def _fit_resnet(name, network, size):
     return said and f"{said} (CLIP's own code does not: `attnpool` is ours at this size)"
 
 
-def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
+def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note=""):
     known = {(w, d, p): name for name, (w, d, p, _) in VITS.items()}
     kind = known.get((width, depth, patch), f"d{width}_l{depth}_patch{patch}")
     heads = heads or usual_heads(width)
@@ -254,9 +253,13 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None):
         classifier=("fc.",),
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
+        short_side=side * patch,
+        said=clip_said(width, patch),
         tokens=Tokens(prefix=1, cls=True, patch=patch),
+        heads=heads,
         infer=partial(_infer_vit, end),
         fit=lambda network, size: fit_positions(network, "positional_embedding", size, patch, "antialias", name),
+        note=note,
         **INPUT,
     )
 
@@ -270,7 +273,7 @@ def _infer_vit(end, tensors, hints):
     side = math.isqrt(len(tensors["positional_embedding"]))
     hidden = len(tensors["transformer.resblocks.0.mlp.c_fc.weight"])
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
-    heads = hints.get("heads", usual_heads(width))
-    if side * side + 1 != len(tensors["positional_embedding"]) or width % heads:
+    if side * side + 1 != len(tensors["positional_embedding"]):
         return None
-    return _vit(width, depth, patch, side, hidden, embedding, end, heads)
+    heads, grounds = choose_heads(width, hints)
+    return _vit(width, depth, patch, side, hidden, embedding, end, heads, f"heads: {heads}, {grounds}")

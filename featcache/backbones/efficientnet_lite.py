@@ -9,6 +9,8 @@ from featcache.errors import BadInput
 
 # Input sizes of the published TensorFlow models, and their mean 127 and std 128 for pixels in 0..255.
 SIZES = (224, 240, 260, 280, 300)
+# Pixels that TensorFlow's evaluation cuts off the short side, so 256 to 224.
+CROP_PADDING = 32
 MEAN = (127 / 255,) * 3
 STD = (128 / 255,) * 3
 
@@ -48,6 +50,7 @@ def architectures():
             classifier=("_fc.",),
             aliases={"last": "head"},
             size=size,
+            short_side=size + CROP_PADDING,
             mean=MEAN,
             std=STD,
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from featcache.arguments import CHECKPOINT, NAME, takes, whole
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.backbones.outputs import outputs
@@ -18,6 +19,7 @@ class Layer:
     reductions: tuple[str, ...]
 
 
+@takes(backbone=CHECKPOINT, arch=NAME, size=whole(1), seed=whole(), weights_key=NAME)
 def layers(backbone, arch=None, size=None, seed=0, weights_key=None):
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 

@@ -15,7 +15,13 @@ RESIZE = {
     "crop": "short side to {short}, then centre crop {size}x{size}",
     "warp": "short side to {short}, then squash to {size}x{size}",
 }
-INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# The weights' own rule, which is no rule of a Preprocessing: crop, but squash where their transform squashes.
+OWN = "own"
+OPENCV = "opencv_bilinear"
+# How Architecture.said begins where nothing says the value.
+GUESS = "a guess"
+# Pillow's filters; OpenCV's has none there.
+INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, OPENCV: None}
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,10 @@ class Preprocessing:
     COCO in How-to-Probe); "crop" brings the short side to `short_side` and cuts out the centre
     (ImageNet), to the pixel as torchvision's Resize and CenterCrop on PIL images; "warp" brings the
     short side to `short_side` and then squashes (VISSL's VOC07 SVM). short_side: None is
-    size * 256 / 224, rounded. interpolation: PIL's bilinear or bicubic, which are anti-aliased.
-    mean, std: per channel, for pixel values in 0..1. inverse: the input is B-cos's six channels
-    [x, 1 - x] of such values, with mean 0 and std 1 (Boehle et al., CVPR 2022).
-    Raises BadInput for what does not go together.
+    size * 256 / 224, rounded. interpolation: Pillow's bilinear or bicubic, which are anti-aliased, or
+    OpenCV's bilinear, which is not. mean, std: of red, green and blue, for pixel values in 0..1. bgr: the
+    network sees blue first, as OpenCV reads images. inverse: the input is B-cos's six channels [x, 1 - x]
+    of such values, with mean 0 and std 1 (Boehle et al., CVPR 2022). Raises BadInput for what does not go together.
     """
 
     size: int
@@ -39,6 +45,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     short_side: int | None = None
     inverse: bool = False
+    bgr: bool = False
 
     def __post_init__(self):
         for option, known in (("resize", RESIZE), ("interpolation", INTERPOLATION)):
@@ -87,7 +94,7 @@ class Preprocessing:
         pixels = (
             "[x, 1 - x] of pixels in 0..1" if self.inverse else f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
         )
-        return f"{rule} ({self.interpolation}), {pixels}"
+        return f"{rule} ({self.interpolation}), {pixels}" + (", blue before green and red" if self.bgr else "")
 
     def apply(self, image, box=None):
         """Resize a PIL image in mode RGB: uint8 tensor [3, size, size], whose memory is [size, size, 3].
@@ -95,15 +102,15 @@ class Preprocessing:
         box: (x0, y0, x1, y1) of what is to be seen, in pixels of the image, which may be parts of one; by
         default all of it.
         """
-        how, side = INTERPOLATION[self.interpolation], self.size
+        side = self.size
         image, box = _crop(image, box or (0, 0, *image.size))
         if self.resize != "squash":
-            image, box = image.resize(self._whole(box[2] - box[0], box[3] - box[1]), how, box=box), None
+            image, box = self._resized(image, self._whole(box[2] - box[0], box[3] - box[1]), box), None
         if self.resize == "crop":
             left, top = self._corner(*image.size)
             image = image.crop((left, top, left + side, top + side))
         else:
-            image = image.resize((side, side), how, box=box)
+            image = self._resized(image, (side, side), box)
         return _pixels(image)
 
     def apply_view(self, image, box, flip):
@@ -112,8 +119,15 @@ class Preprocessing:
         So does torchvision's resized_crop. flip: mirror the result from left to right.
         """
         image, box = _crop(image, box)
-        image = image.resize((self.size, self.size), INTERPOLATION[self.interpolation], box=box)
+        image = self._resized(image, (self.size, self.size), box)
         return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+    def _resized(self, image, sides, box):
+        """Resize what a box holds of a PIL image to sides, (width, height); by OpenCV all of the image."""
+        if self.interpolation != OPENCV:
+            return image.resize(sides, INTERPOLATION[self.interpolation], box=box)
+        cv2 = import_opencv()
+        return Image.fromarray(cv2.resize(np.asarray(image), sides, interpolation=cv2.INTER_LINEAR))
 
     def _whole(self, width, height):
         """Width and height of a whole image whose short side is brought to `short`, as torchvision rounds them."""
@@ -153,19 +167,60 @@ class Preprocessing:
         rows -= torch.tensor(self.mean, device=images.device).repeat(images.shape[3])
         rows /= torch.tensor(self.std, device=images.device).repeat(images.shape[3])
         x = values.permute(0, 3, 1, 2)
+        if self.bgr:
+            return x.flip(1)
         return torch.cat([x, 1 - x], 1) if self.inverse else x
 
 
-def default_preprocessing(architecture):
-    """The preprocessing of an Architecture's public weights; the resize rule is the dataset's to choose."""
-    return Preprocessing(
-        size=architecture.size,
-        # Six channels have no other normalisation.
-        mean=(0, 0, 0) if architecture.inverse else architecture.mean,
-        std=(1, 1, 1) if architecture.inverse else architecture.std,
-        interpolation=architecture.interpolation,
-        inverse=architecture.inverse,
-    )
+def preprocessing_of(architecture, **given):
+    """The preprocessing of an Architecture's weights, with given fields in the place of theirs.
+
+    given: fields of Preprocessing; None leaves the weights' own, but the resize rule is then squash, as
+    datasets choose it; OWN is the weights'. Their short side keeps its ratio at another size. Raises BadInput.
+    Returns (Preprocessing, lines for people on where what is the weights' own is from, or what is a guess).
+    """
+    given = {field: value for field, value in given.items() if value is not None}
+    said = {field: words for field, words in architecture.said.items() if field not in given}
+    if given.get("resize") == OWN:
+        given["resize"] = architecture.resize
+    else:
+        said.pop("resize", None)
+    rule = given.get("resize", Preprocessing.resize)
+    if rule != "crop":
+        said.pop("short_side", None)
+    elif architecture.short_side is not None and "short_side" not in given:
+        size = given.get("size", architecture.size)
+        given["short_side"] = round(size * architecture.short_side / architecture.size)
+    return Preprocessing(**_own(architecture) | given), tuple(_lines(said))
+
+
+def _lines(said):
+    """Turn {field: words} into lines, one for all fields of the same words; a guess comes with its options."""
+    lines = {}
+    for field in ("size", "resize", "short_side", "interpolation", "mean", "std", "bgr"):
+        if field in said:
+            lines.setdefault(said[field], []).append(field)
+    for words, fields in lines.items():
+        if words.startswith(GUESS):
+            words += f" ({', '.join('--' + field.replace('_', '-') for field in fields)} to differ)"
+        yield f"{', '.join(fields).replace('_', ' ')}: {words}"
+
+
+def _own(architecture):
+    fields = {f: getattr(architecture, f) for f in ("size", "mean", "std", "interpolation", "inverse", "bgr")}
+    # Six channels have no other normalisation.
+    return fields | ({"mean": (0, 0, 0), "std": (1, 1, 1), "bgr": False} if architecture.inverse else {})
+
+
+def import_opencv():
+    """Return the package cv2, which then runs in one thread. Raises BadInput without it."""
+    try:
+        import cv2
+    except ImportError:
+        raise BadInput(f"--interpolation {OPENCV} needs OpenCV: pip install 'featcache[opencv]'") from None
+    # Its threads would not survive the fork of a DataLoader's workers.
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def _pixels(image):

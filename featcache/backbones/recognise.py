@@ -10,11 +10,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.timm_models import PREFIX, timm_architecture
+from featcache.backbones.undrawn import Undrawn
 from featcache.backbones.user_code import user_architecture
 from featcache.errors import BadInput, nearest
 
 # The name under which the size of a ViT is read off its tensors.
 GENERIC = "vit"
+# What a name says besides the tensors' shapes.
+HEADS, EPS = re.compile(r"_heads([1-9]\d*)"), re.compile(r"_eps(\d+(?:\.\d+)?(?:e-\d+)?)")
 HOW_TO_NAME = "a name, timm:NAME, or package.module:function of your own"
 
 
@@ -25,31 +28,49 @@ def find_architecture(name, tensors=None, hints=None):
     every name that recognise gives is known. hints: what tensors do not say, see recognise. Raises
     BadInput with the nearest name, or if the tensors are another network's.
     """
+    family, said = split_name(name)
     if name.startswith(PREFIX):
         found = timm_architecture(name)
     elif ":" in name:
         found = user_architecture(name)
     else:
-        found = ARCHITECTURES.get(name)
-    if found is not None and (tensors is None or found.infer is None):
+        found = ARCHITECTURES.get(family)
+    if found is not None and not said and (tensors is None or found.infer is None):
         return found
-    hints = dict(hints or {})
-    # A name of recognise's holds what tensors do not say.
-    for field, number, make in (("heads", r"[1-9]\d*", int), ("eps", r"\d+(?:\.\d+)?(?:e-\d+)?", float)):
-        said = re.search(f"_{field}({number})", name)
-        if said:
-            hints[field] = make(said[1])
-    read = {a.name: a for a, _ in _readings([found] if found else ARCHITECTURES.values(), tensors or {}, hints)}
-    if name in read or (found is not None and name == GENERIC and read):
-        return read.get(name) or next(iter(read.values()))
-    if read and found is not None:
-        raise BadInput(f"--arch {name}: by the shapes of its tensors the checkpoint is {next(iter(read))}")
-    if found is not None and name != GENERIC:
+    drawn = tensors is None
+    if drawn:
+        with _without_memory():
+            tensors = found.build().state_dict() if found else {}
+    hints = (hints or {}) | said
+    if family != GENERIC:
+        hints.setdefault("heads", None)
+    read = [a for a, _ in _readings([found] if found else ARCHITECTURES.values(), tensors, hints)]
+    for architecture in read:
+        # A name that says the usual number of heads is another spelling.
+        names = {name, HEADS.sub("", name) if said.get("heads") == architecture.heads else name}
+        if names & {architecture.name, GENERIC}:
+            return architecture
+    if found is None or drawn or (said and read and read[0].heads is None):
+        names = [*ARCHITECTURES, *(a.name for a in read)]
+        raise BadInput(f"unknown architecture {name!r}{nearest(name, names)} (--arch takes {HOW_TO_NAME})")
+    if read:
+        raise BadInput(f"--arch {name}: by the shapes of its tensors the checkpoint is {read[0].name}")
+    if family != GENERIC:
         # The load lists what does not fit.
         return found
-    if found is not None:
-        raise BadInput("--arch vit: the checkpoint's tensors are not those of a ViT in the layout of timm or DINOv2")
-    raise BadInput(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)} (--arch takes {HOW_TO_NAME})")
+    raise BadInput("--arch vit: the checkpoint's tensors are not those of a ViT in the layout of timm or DINOv2")
+
+
+def split_name(name):
+    """Split a name that recognise gives into the family's, a key of ARCHITECTURES, and what it says besides.
+
+    Returns (str, {"heads": int, "eps": float} as far as they are there).
+    """
+    if ":" in name:
+        return name, {}
+    heads, eps = HEADS.search(name), EPS.search(name)
+    said = ({"heads": int(heads[1])} if heads else {}) | ({"eps": float(eps[1])} if eps else {})
+    return EPS.sub("", HEADS.sub("", name)), said
 
 
 def _readings(architectures, tensors, hints):
@@ -76,7 +97,7 @@ def recognise(tensors, path, hints=None):
 
     Only networks of families whose signature is there are built, on the meta device. Where several
     agree alike, the first is taken and its note names the others. hints: what the caller knows and
-    tensors do not say: `heads`, `eps` of norms, `positions` (see positions.RULES). The tensors may be in
+    tensors do not say: `heads` and `twelve_heads` (see vit.infer), `eps` of norms, `positions` (see positions.RULES). The tensors may be in
     a foreign layout; see Architecture.named. Raises BadInput if no family has them.
     """
     candidates = {read.name: (read, named) for read, named in _readings(ARCHITECTURES.values(), tensors, hints or {})}
@@ -88,11 +109,11 @@ def recognise(tensors, path, hints=None):
         )
     agreement = {name: _agreement(read, named) for name, (read, named) in candidates.items()}
     best = max(agreement, key=agreement.get)
-    alike = [name for name in agreement if agreement[name] == agreement[best] and name != best]
     read, _ = candidates[best]
+    alike = [*(name for name in agreement if agreement[name] == agreement[best] and name != best), *read.alike]
     if alike:
         note = f"tensors cannot tell it from {', '.join(alike)}: say so with --arch"
-        read = replace(read, note="; ".join(line for line in (read.note, note) if line))
+        read = replace(read, note="\n".join(line for line in (read.note, note) if line))
     return read
 
 
@@ -117,7 +138,7 @@ def _shapes(architecture):
 
 @contextmanager
 def _without_memory():
-    """Send every parameter of a network that is built here to the meta device.
+    """Send every parameter of a network that is built here to the meta device, and draw no values for it.
 
     torch.device("meta") alone would do the same to the small tensors in which RegNet plans its widths.
     """
@@ -127,6 +148,7 @@ def _without_memory():
 
     hook = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with Undrawn():
+            yield
     finally:
         hook.remove()

@@ -8,9 +8,10 @@ convolution of a shortcut (both He et al., "Bag of tricks", CVPR 2019).
 from functools import partial
 
 from torch import nn
-from torchvision.models import resnet
 
 from featcache.backbones.architecture import Architecture, without
+from featcache.backbones.lookalikes import like_fixed
+from featcache.backbones.torchvision_import import models
 from featcache.backbones.torchvision_weights import input_of
 
 NAMES = (
@@ -30,10 +31,10 @@ def caffe(build):
     return network
 
 
-class DeepStem(resnet.ResNet):
+class DeepStem(models.ResNet):
     """A ResNet with three 3x3 convolutions in `stem` in place of conv1; avg_down: average-pooled shortcuts."""
 
-    def __init__(self, layers, avg_down, block=resnet.Bottleneck):
+    def __init__(self, layers, avg_down, block=models.resnet.Bottleneck):
         super().__init__(block, layers)
         self.stem = nn.Sequential()
         width = STEM_WIDTH // 2
@@ -57,7 +58,7 @@ class DeepStem(resnet.ResNet):
 
 def architectures():
     """Return the ResNets by name. feat1 is the stem before its max-pool, feat2..feat5 the stages."""
-    plain = {name: partial(getattr(resnet, name), weights=None) for name in NAMES}
+    plain = {name: partial(getattr(models, name), weights=None) for name in NAMES}
     # Tensors cannot tell the stride; the last in the list yield to those before.
     plain |= {f"resnet{depth}_caffe": partial(caffe, plain[f"resnet{depth}"]) for depth in DEPTHS}
     layers = {"50": [3, 4, 6, 3], "101": [3, 4, 23, 3], "152": [3, 8, 36, 3]}
@@ -70,7 +71,8 @@ def architectures():
     common = {
         name: family(
             name=name, build=build, signature="layer4.0.conv1.weight", aliases={"feat1": "relu"} | STAGES,
-            layouts={"7.0.conv1.weight": name_children}, **input_of(name.removesuffix("_caffe")),
+            layouts={"7.0.conv1.weight": name_children}, alike=like_fixed(name),
+            **input_of(name.removesuffix("_caffe")),
         )
         for name, build in plain.items()
     }  # fmt: skip

@@ -9,6 +9,7 @@ from torch import nn
 from featcache.backbones.architecture import Architecture, last_blocks, with_forward
 from featcache.backbones.outputs import find_last, outputs, tokens_of
 from featcache.backbones.reductions import MAP, SEQUENCE
+from featcache.backbones.stated_input import timm_input
 from featcache.errors import BadInput, nearest
 
 PREFIX = "timm:"
@@ -27,6 +28,7 @@ def timm_architecture(name):
     with torch.device("meta"):
         network = build()
     config = timm.data.resolve_model_data_config(network)
+    fields, notices = timm_input(config)
     classifier = network.pretrained_cfg.get("classifier") or ()
     classifier = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
     architecture = Architecture(
@@ -36,14 +38,24 @@ def timm_architecture(name):
         signature=next(key for key in network.state_dict() if not key.startswith(classifier)),
         classifier=classifier,
         aliases={},
-        size=config["input_size"][1],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
         nhwc=getattr(network, "output_fmt", "NCHW") == "NHWC",
-        fit=partial(_fit, name, config["input_size"][1]),
+        fit=partial(_fit, name, fields.get("size")),
+        said=_guesses(timm, known, network.pretrained_cfg.get("tag"), fields),
+        note="; ".join(f"the weights' own transform {line}" for line in notices),
+        # The input of some is no square.
+        **{"size": config["input_size"][1]} | fields,
     )
     return _with_layers(architecture, _trunk(network).eval())
+
+
+def _guesses(timm, name, tag, fields):
+    """Of a name without a tag, the fields that are others under other tags: {field: words}."""
+    if "." in name or not tag:
+        return {}
+    others = [tagged for tagged in timm.list_pretrained(f"{name}.*") if tagged != f"{name}.{tag}"]
+    inputs = [timm_input(timm.get_pretrained_cfg(tagged).to_dict())[0] for tagged in others]
+    differing = [field for field in fields if any(other.get(field) != fields[field] for other in inputs)]
+    return dict.fromkeys(differing, f"those of timm's tag {tag}, a guess; --arch {PREFIX}{name}.TAG for another's")
 
 
 def _trunk(network):
@@ -82,4 +94,4 @@ def _fit(name, native, network, size):
         network.set_input_size((size, size))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise BadInput(f"--size {size}: {name} does not take it ({error})") from None
-    return "made to fit {size} pixels by timm, bicubic and anti-aliased"
+    return f"made to fit {size} pixels by timm, bicubic and anti-aliased"

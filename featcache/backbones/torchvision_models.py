@@ -5,10 +5,11 @@ from dataclasses import replace
 from functools import partial
 
 from torch import nn
-from torchvision import models
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, without
+from featcache.backbones.lookalikes import like_fixed
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.torchvision_import import models
 from featcache.backbones.torchvision_weights import input_of
 from featcache.errors import BadInput
 
@@ -109,6 +110,7 @@ def _architecture(name, signature, classifier, aliases, trunk, **options):
         signature=signature,
         classifier=classifier,
         aliases=aliases,
+        alike=like_fixed(name),
         **input_of(name),
     )
 

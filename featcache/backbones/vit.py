@@ -11,8 +11,11 @@ from functools import partial
 
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks, usual_heads, with_forward
+from featcache.backbones.architecture import Architecture, Tokens, last_blocks, with_forward
+from featcache.backbones.heads import PUBLISHED, TWELVE, choose_heads, has_moco_v3_positions, usual_heads
+from featcache.backbones.lookalikes import like_vit
 from featcache.backbones.positions import fit_positions
+from featcache.backbones.vit_input import vit_input
 from featcache.errors import BadInput
 
 # Width to name and usual depth.
@@ -21,9 +24,10 @@ SIZES = {
     1408: ("giant", 40), 1536: ("giant2", 40),
 }  # fmt: skip
 EPS = 1e-6
+# Of the networks with a norm before their blocks.
+CLIP_EPS = 1e-5
 # Networks that can be named: width and patches, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
-MOCO_V3_HEADS = 12
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "masked_embed", "decoder_")
 SIGNATURE = "blocks.0.attn.qkv.weight"
 NEEDED = (SIGNATURE, "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
@@ -36,13 +40,11 @@ def architectures():
         for patch in patches:
             made = _described(_usual(width, patch))
             found[made.name] = made
-    # MoCo v3's ViT-S has 12 heads where DINO's and DeiT's, of the same shapes, have 6.
-    moco = replace(_described(_usual(384, 16) | {"num_heads": MOCO_V3_HEADS}), infer=_infer_moco_v3)
     generic = Architecture(
         name="vit", build=_no_shapes, trunk=_trunk, signature=SIGNATURE, classifier=CLASSIFIER, aliases={},
         layouts=LAYOUTS, infer=infer,
     )  # fmt: skip
-    return {"vit": generic, **found, moco.name: moco}
+    return {"vit": generic, **found}
 
 
 def _usual(width, patch):
@@ -61,10 +63,18 @@ def _no_shapes():
 def infer(tensors, hints):
     """Read an Architecture off the shapes of a checkpoint in timm's layout, or None if it is no such ViT.
 
-    hints: heads (int), eps (of the norms) and positions (of positions.RULES), which tensors do not say.
+    hints: heads (of --arch, see choose_heads), twelve_heads (on what grounds a small ViT has so many), eps (of the
+    norms) and positions (of positions.RULES), which tensors do not say. Raises BadInput for heads that cannot be, and
+    for a Perception Encoder (Bolya et al., NeurIPS 2025), whose tensors would fit.
     """
     if any(key not in tensors for key in NEEDED):
         return None
+    attn_pool = any(key.startswith("attn_pool.") for key in tensors)
+    if attn_pool and "norm_pre.weight" in tensors:
+        raise BadInput(
+            "these are the tensors of a Perception Encoder, whose attention has rotary positions; name it with --arch, "
+            "as timm:vit_pe_core_base_patch16_224"
+        )
     _, length, width = tensors["pos_embed"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
     hidden, gated = tensors["blocks.0.mlp.fc1.weight"].shape[0], tensors["blocks.0.mlp.fc2.weight"].shape[1]
@@ -72,11 +82,10 @@ def infer(tensors, hints):
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = sum(key in tensors for key in ("cls_token", "dist_token")) + registers
     bare = math.isqrt(length) ** 2 == length
-    # The `small` of mmpretrain and of early timm has 8 blocks and 8 heads.
-    heads = hints.get("heads", 8 if (width, depth) == (768, 8) else usual_heads(width))
     side = math.isqrt(length if bare else length - prefix)
-    if side * side + (0 if bare else prefix) != length or width % heads:
+    if side * side + (0 if bare else prefix) != length:
         return None
+    heads, grounds, others = _heads(tensors, depth, hidden == 2 * gated, side, hints)
     # DINOv2's code keeps a mask token of two axes, MAE's one of three.
     dinov2 = "mask_token" in tensors and tensors["mask_token"].ndim == 2
     chosen = {
@@ -87,7 +96,7 @@ def infer(tensors, hints):
         "img_size": side * patch,
         "hidden": hidden,
         "swiglu": hidden == 2 * gated,
-        "eps": hints.get("eps", EPS),
+        "eps": hints.get("eps", CLIP_EPS if "norm_pre.weight" in tensors else EPS),
         "reg_tokens": registers,
         "no_embed_class": bare,
         "class_token": "cls_token" in tensors,
@@ -100,11 +109,35 @@ def infer(tensors, hints):
         "fc_norm": "fc_norm.weight" in tensors and "norm.weight" not in tensors,
     }
     rule = ("antialias" if registers else "dino") if dinov2 else "plain"
-    return _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+    said = f"heads: {heads}, {grounds}"
+    if others:
+        said += f" ({others[0]} of these shapes have {others[1]}: --arch {_name(chosen | {'num_heads': others[1]})})"
+    alike = like_vit(chosen | {"attn_pool": attn_pool})
+    made = _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
+    return replace(made, note=said, alike=alike, **vit_input(tensors, side * patch))
 
 
-def _described(chosen, rule="plain", size=None):
-    """The Architecture of these arguments; its name holds all that tensors do not."""
+def _heads(tensors, depth, swiglu, side, hints):
+    """(attention heads, on what grounds, (whose networks of the same shapes have others, how many) or None)."""
+    positions, norm = tensors["pos_embed"][0], tensors.get("blocks.0.attn.q_norm.weight")
+    width = positions.shape[1]
+    if norm is not None and "heads" not in hints and norm.numel() and width % norm.numel() == 0:
+        return width // norm.numel(), "by the width of the queries' norm", None
+    # timm's networks for tests; SigLIP 2's giant, where DINOv2's has a SwiGLU; the `small` of mmpretrain and early timm.
+    published = PUBLISHED | {64: 2, 96: 3} | ({} if swiglu else {1536: 16}) | ({768: 8} if depth == 8 else {})
+    heads, grounds = choose_heads(width, hints, published)
+    if "heads" in hints or width not in TWELVE:
+        return heads, grounds, None
+    twelve = hints.get("twelve_heads")
+    if not twelve and has_moco_v3_positions(positions[-side * side :]):
+        twelve = "the fixed position embeddings, which are MoCo v3's"
+    if twelve:
+        return 12, f"a guess from {twelve}", ("other ViTs", heads)
+    return heads, grounds, (f"{TWELVE[width]} ViTs", 12)
+
+
+def _name(chosen):
+    """The name of these arguments holds all that tensors do not."""
     width, depth, heads, patch = (chosen[k] for k in ("embed_dim", "depth", "num_heads", "patch_size"))
     known, usual_depth = SIZES.get(width, ("", 0))
     name = f"vit_{known}" if depth == usual_depth else f"vit_d{width}_l{depth}"
@@ -112,7 +145,13 @@ def _described(chosen, rule="plain", size=None):
     registers = chosen.get("reg_tokens", 0)
     name += f"_reg{registers}" if registers else ""
     name += f"_heads{heads}" if heads != usual_heads(width) else ""
-    name += f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else ""
+    return name + (f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else "")
+
+
+def _described(chosen, rule="plain", size=None):
+    """The Architecture of these arguments."""
+    name, depth, patch = _name(chosen), chosen["depth"], chosen["patch_size"]
+    registers = chosen.get("reg_tokens", 0)
     cls, distilled = chosen.get("class_token", True), chosen.get("distilled", False)
     return Architecture(
         name=name,
@@ -124,15 +163,11 @@ def _described(chosen, rule="plain", size=None):
         size=size or chosen["img_size"],
         interpolation="bicubic",
         tokens=Tokens(prefix=cls + distilled + registers, cls=cls, patch=patch),
+        heads=chosen["num_heads"],
         layouts=LAYOUTS,
         infer=infer,
         fit=partial(_fit, rule, patch, name),
     )
-
-
-def _infer_moco_v3(tensors, hints):
-    read = infer(tensors, {"heads": MOCO_V3_HEADS} | hints)
-    return read if read and tensors["pos_embed"].shape[2] == 384 else None
 
 
 def _build(embed_dim, hidden, swiglu, eps, distilled=False, fc_norm=False, class_token=True, **chosen):

@@ -86,12 +86,13 @@ def _identity_rows(identity, prefix=""):
 
 
 def _show_dataset(name, root, splits):
+    from featcache.datasets.class_counts import describe_classes
     from featcache.datasets.inspect import inspect_dataset
     from featcache.reporting.table import format_table
 
     found = inspect_dataset(name, root, splits)
     data = found.dataset
-    click.echo(f"dataset: {data.name}, {data.task}, {len(data.classes)} classes\n")
+    click.echo("\n".join(describe_classes(data)) + "\n")
     counts = ("images", "boxes", "difficult", "crowd", "overhanging", "masks", "copies")
     rows = [(split, *(str(getattr(s, count)) for count in counts)) for split, s in found.splits.items()]
     click.echo(format_table(("split", *counts), rows) + "\n")
@@ -119,7 +120,9 @@ def _show_dataset(name, root, splits):
 
 def _class_rows(classes, labels):
     """Columns and rows: a row for each class, or the rarest, median and commonest of very many."""
-    counts = {split: _class_counts(values, len(classes)) for split, values in labels.items()}
+    from featcache.datasets.class_counts import count_classes
+
+    counts = {split: count_classes(values, len(classes)) for split, values in labels.items()}
     difficult = any(hard.any() for _, hard in counts.values())
     columns = ["class", *counts, *(f"{split} difficult" for split in counts if difficult)]
     rows = [
@@ -131,12 +134,3 @@ def _class_rows(classes, labels):
     order = next(iter(counts.values()))[0].argsort(kind="stable")
     picked = {"rarest": order[0], "median": order[len(order) // 2], "commonest": order[-1]}
     return columns, [[f"{word} of {len(rows)}: {rows[n][0]}", *rows[n][1:]] for word, n in picked.items()]
-
-
-def _class_counts(labels, classes):
-    """How often each class is present, and how often difficult: two int64 [C]."""
-    import numpy as np
-
-    if labels.ndim == 1:
-        return np.bincount(labels[labels >= 0], minlength=classes), np.zeros(classes, np.int64)
-    return (labels == 1).sum(0), (labels == -1).sum(0)

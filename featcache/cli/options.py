@@ -69,16 +69,20 @@ def preprocessing_options(command):
         click.option(
             "--resize",
             metavar="RULE",
-            help="squash, crop (short side, then centre crop) or warp (short side, then squash).  "
+            help="squash, crop (short side, then centre crop), warp (short side, then squash) or own (the weights').  "
             "[default: the dataset's protocol]",
         ),
         click.option(
             "--short-side",
             type=click.IntRange(min=1),
             metavar="PIXELS",
-            help="Of crop and warp.  [default: size * 256 / 224]",
+            help="Of crop and warp.  [default: the backbone's for crop, size * 256 / 224 for warp]",
         ),
-        click.option("--interpolation", metavar="NAME", help="bilinear or bicubic.  [default: the backbone's]"),
+        click.option(
+            "--interpolation",
+            metavar="NAME",
+            help="bilinear, bicubic, or opencv_bilinear (not anti-aliased; extra opencv).  [default: the backbone's]",
+        ),
         click.option(
             "--mean", metavar="R,G,B", callback=_three_numbers, help="For pixels in 0..1.  [default: the backbone's]"
         ),

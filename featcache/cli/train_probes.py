@@ -18,6 +18,7 @@ from featcache.cli.options import device_option
     help="For features; larger ones are streamed from the store.  [default: half of what is free]",
 )
 @click.option("--parity", metavar="NAME", help="A profile of the grid, such as how-to-probe: the published protocol.")
+@click.option("--allow-overlap", is_flag=True, help="Train although two roles share images; the run says how many.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained, with memory and time; write nothing.")
 def train_probes(dry_run, run, seed, memory, **options):
     """Train and score a whole grid of probes on cached features.

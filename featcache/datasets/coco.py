@@ -12,6 +12,7 @@ from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.datasets.layout import (
     archives,
     known_splits,
+    read_flag,
     read_json,
     require_folder,
     wrong_layout,
@@ -42,9 +43,40 @@ class CocoMasks:
     ids: tuple[int, ...]
 
     def read(self):
-        """bool [M, H, W], in the order of the boxes. The first call reads the annotation file."""
+        """bool [M, H, W], in the order of the boxes. The first call reads the annotation file.
+
+        Raises BadInput for a segmentation that is no mask of the image.
+        """
         coco = _open_kept(self.annotations)
-        return np.stack([coco.annToMask(coco.anns[i]).astype(bool) for i in self.ids])
+        return np.stack([_read_mask(coco, coco.anns[i], self.annotations) for i in self.ids])
+
+
+def _read_mask(coco, found, path):
+    """The mask of one annotation, as pycocotools decodes it, bool [H, W]. Raises BadInput where there is none."""
+    image, given = coco.imgs[found["image_id"]], found["segmentation"]
+    size = [image["height"], image["width"]]
+    try:
+        if isinstance(given, dict):
+            if given.get("size") != size:
+                raise ValueError(f"an RLE of size {given.get('size')}, the image is {size} (height, width)")
+            if isinstance(given.get("counts"), list) and sum(given["counts"]) != size[0] * size[1]:
+                raise ValueError(f"an RLE of {sum(given['counts'])} pixels, the image has {size[0] * size[1]}")
+        elif not _are_polygons(given):
+            raise ValueError("neither an RLE nor polygons [[x, y, x, y, x, y, ...], ...]")
+        mask = coco.annToMask(found)
+        if mask.shape != tuple(size):
+            raise ValueError(f"a mask of {mask.shape}")
+    # What pycocotools raises on a damaged RLE is anything.
+    except Exception as error:
+        raise BadInput(f"annotation {path}: segmentation of annotation {found['id']}: {error}") from None
+    return mask.astype(bool)
+
+
+def _are_polygons(given):
+    """Whether a segmentation is a list of [x, y, x, y, ...]. A first one of four numbers is a box to pycocotools."""
+    parts = given if isinstance(given, list) else [given]
+    numbers = all(isinstance(part, list) and len(part) % 2 == 0 and all(map(_is_number, part)) for part in parts)
+    return numbers and len(parts[0]) >= 6
 
 
 def read_coco(root, year, splits=None):
@@ -54,7 +86,7 @@ def read_coco(root, year, splits=None):
     ids, classes in that of the category ids: 80. Of the annotations are dropped, as in mmpretrain:
     those flagged `ignore`, without pixels of the image, of area <= 0, or less than 1 pixel wide or
     high. A class is present (1) if any other annotation shows it, crowds included. Images without
-    labels stay.
+    labels stay. An image has masks if all its annotations have a segmentation.
     """
     require_folder(root)
     read = {split: _read_split(root, f"{split}{year}", split, year) for split in known_splits(splits, SPLITS, "COCO")}
@@ -128,6 +160,7 @@ def _record(coco, image, annotations, folder, index):
     labels[box_classes] = 1
     boxes = np.array([found["bbox"] for found in kept], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
+    masked = bool(kept) and all(found.get("segmentation") for found in kept)
     return Record(
         id=str(image["id"]),
         image=os.path.join(folder, image["file_name"]),
@@ -137,8 +170,9 @@ def _record(coco, image, annotations, folder, index):
         boxes=boxes.astype(np.float32),
         box_classes=box_classes,
         box_difficult=np.zeros(len(kept), bool),
-        box_crowd=np.array([bool(found.get("iscrowd")) for found in kept], bool),
-        masks=CocoMasks(annotations, tuple(found["id"] for found in kept)) if kept else None,
+        box_crowd=np.array([_flag(found, "iscrowd", annotations) for found in kept], bool),
+        # Detection exports write [] or null: their images have boxes only.
+        masks=CocoMasks(annotations, tuple(found["id"] for found in kept)) if masked else None,
     )
 
 
@@ -151,7 +185,16 @@ def _counts(found, height, width, path):
         )
     x, y, w, h = box
     inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-    return not found.get("ignore") and inside and area > 0 and w >= 1 and h >= 1
+    return not _flag(found, "ignore", path) and inside and area > 0 and w >= 1 and h >= 1
+
+
+def _flag(found, name, path):
+    try:
+        return read_flag(found.get(name))
+    except ValueError:
+        raise BadInput(
+            f"annotation {path}: {name} of annotation {found['id']} is {found[name]!r}, expected 0 or 1"
+        ) from None
 
 
 def _is_number(value):

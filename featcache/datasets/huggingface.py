@@ -52,7 +52,8 @@ def read_huggingface(root, splits=None):
     values = [value for split in named for value in named[split].with_format(None).select_columns(label)[:][label]]
     kind = features[label]
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
-    classes, task, labels = index_labels(values, lambda n: "{} {} row {}".format(root, *rows[n]), names)
+    place = f"column {label!r} of {root}"
+    classes, task, labels = index_labels(values, lambda n: "{} {} row {}".format(root, *rows[n]), place, names)
     records = [
         (split, Record(str(row), HuggingFaceImage(str(root), split if named is loaded else None, image, row), value))
         for (split, row), value in zip(rows, labels, strict=True)

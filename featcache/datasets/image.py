@@ -1,5 +1,6 @@
 """From an image source of a record to its pixels."""
 
+import hashlib
 import os
 from contextlib import contextmanager
 
@@ -9,22 +10,34 @@ from PIL import Image, UnidentifiedImageError
 from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
+# Enough that two images of any dataset share a digest only if they are the same.
+DIGEST_BYTES = 16
+
 
 def open_image(source, reduce=1):
-    """Decode one image: a PIL image in mode RGB, as torchvision's ImageFolder decodes it.
+    """Decode one image: a PIL image in mode RGB. See read_image."""
+    return read_image(source, reduce)[0]
+
+
+def read_image(source, reduce=1):
+    """Decode one image: (a PIL image in mode RGB, as torchvision's ImageFolder decodes it, and its digest).
 
     source: of a Record. reduce: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up, in the
     frequency domain, which is quicker and not exact; other formats are decoded whole. Of 16-bit pixels
     the high byte is kept, where PIL would clip them to white; transparency is dropped; an EXIF rotation
-    is not applied, since boxes are in the file's own pixels.
+    is not applied, since boxes are in the file's own pixels. The digest, by which two images are told to
+    be the same, is the first 16 bytes of the sha256 of the encoded file.
     Raises BadInput, naming the source, when it is no readable image.
     """
     with _naming(source), open_source(source) as file, Image.open(file) as image:
         if reduce > 1:
             image.draft("RGB", (image.width // reduce, image.height // reduce))
         image.load()
+        # The file is in memory now, so that reading it again costs little.
+        file.seek(0)
+        digest = hashlib.sha256(file.read()).digest()[:DIGEST_BYTES]
         # What is RGB already would be copied by a conversion: a third of the time for large images.
-        return image if image.mode == "RGB" else _to_rgb(image)
+        return image if image.mode == "RGB" else _to_rgb(image), digest
 
 
 def measure_image(source):

@@ -1,16 +1,15 @@
 """`featcache inspect --dataset`: what a dataset holds, and every image decoded once."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
+from featcache.arguments import NAME, NAMES, PATH, takes
 from featcache.datasets import list_records
 from featcache.datasets.complete import clip_boxes, over_threads, repeated_ids
-from featcache.datasets.image import open_image
+from featcache.datasets.image import read_image
 from featcache.datasets.record import Dataset
-from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
 
@@ -56,6 +55,7 @@ class DatasetInspection:
         return any(split.bad or split.repeated_ids for split in self.splits.values())
 
 
+@takes(name=NAME, root=PATH, splits=NAMES)
 def inspect_dataset(name, root=None, splits=None):
     """Count a dataset, decode all its images, and compare their bytes: a DatasetInspection.
 
@@ -89,7 +89,7 @@ def inspect_dataset(name, root=None, splits=None):
 
 @dataclass(slots=True)
 class _Look:
-    """What one image showed. digest: sha256 of its bytes. reason: why it is of no use, or None."""
+    """What one image showed. digest: see read_image. reason: why it is of no use, or None."""
 
     size: tuple[int, int] | None = None
     digest: bytes | None = None
@@ -100,10 +100,9 @@ class _Look:
 def _look(record):
     look = _Look()
     try:
-        width, height = open_image(record.image).size
+        image, look.digest = read_image(record.image)
+        width, height = image.size
         look.size = height, width
-        with open_source(record.image) as file:
-            look.digest = hashlib.file_digest(file, "sha256").digest()
         if record.height not in (None, height) or record.width not in (None, width):
             raise BadInput(
                 f"image {record.image} is {width}x{height} pixels, its annotation says {record.width}x{record.height}"

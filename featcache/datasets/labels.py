@@ -2,8 +2,10 @@
 
 import numbers
 
+import click
 import numpy as np
 
+from featcache.datasets.label_lists import split_texts
 from featcache.datasets.layout import known_splits
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput
@@ -12,15 +14,17 @@ from featcache.errors import BadInput
 MOST_CLASSES = 1_000_000
 
 
-def index_labels(values, where, names=None):
+def index_labels(values, where, place, names=None, rule="label", advice=()):
     """Return (class names, task, labels) of the labels of all images of all splits together.
 
     values: for each image a label, or a list of labels (then all are multi-label). A label is an
-    index from 0, also written as digits, or a class name. where: function from the position in
-    `values` to words for messages. names: class names, if known.
-    Indices alone yield the names "0" to the largest; names alone are sorted. labels: ints, or int8 [C].
+    index from 0, also written as digits, or a class name. Texts that are lists are split as `rule`
+    says, see split_texts, with a notice of it. where: function from the position in `values` to words
+    for messages; place: what holds them all. names: class names, if known. advice: lines for the end
+    of the notice. Indices alone yield the names "0" to the largest; names alone are sorted. labels: ints, or int8 [C].
     Raises BadInput for labels of mixed kinds and for one that is out of range.
     """
+    values, note = split_texts(values, rule, where)
     several = bool(values) and isinstance(values[0], (list, tuple))
     for n, value in enumerate(values):
         if isinstance(value, (list, tuple)) != several:
@@ -29,6 +33,9 @@ def index_labels(values, where, names=None):
     found = {label for labels in lists for label in labels}
     if names is None:
         names = _names(found, lists, where)
+    if note:
+        task = "multi-label" if several else "single-label"
+        click.echo("; ".join([f"notice: {place} {note}: {task}, {len(names):,} classes", *advice]), err=True)
     index = {name: n for n, name in enumerate(names)}
     index |= {n: n for n in range(len(names))}
     for n, labels in enumerate(lists):

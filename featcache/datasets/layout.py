@@ -10,6 +10,11 @@ from featcache.errors import BadInput
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip", ".gz", ".7z")
 
+# Words of annotations for true and false.
+FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(
+    ("", "0", "0.0", "false", "no", "unspecified"), False
+)
+
 
 def require_folder(root):
     """Raise BadInput if the dataset's root is no folder."""
@@ -89,14 +94,25 @@ def first_file(candidates):
     return next((path for path in candidates if path.is_file()), None)
 
 
+def read_text(path):
+    """The text of a file, without the byte order mark that Windows programs put first.
+
+    Raises FileNotFoundError, and BadInput if it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+
+
 def read_lines(path):
     """[(line number, text)] of the lines that are not blank. Raises BadInput if the file cannot be read or is empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise BadInput(f"file not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise BadInput(f"{path} is empty")
@@ -120,14 +136,24 @@ def read_list(path, separator=None):
 def read_json(path):
     """Parse a JSON file. Raises BadInput with the line of a syntax error."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise BadInput(f"annotation not found: {path}") from None
     except json.JSONDecodeError as error:
         raise BadInput(f"broken JSON in {path}, line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"cannot read annotation {path}: {error}") from None
+    except RecursionError as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+
+
+def read_flag(value):
+    """A flag of an annotation as bool: 0 or 1, true or false, yes or no. What is empty or `Unspecified` is false.
+
+    Many programs that write VOC's XML put `Unspecified` where nobody was asked. Raises ValueError for other words.
+    """
+    word = "" if value is None else str(value).strip().lower()
+    if word not in FLAGS:
+        raise ValueError(f"{value!r} is no flag")
+    return FLAGS[word]
 
 
 def known_splits(splits, known, dataset):

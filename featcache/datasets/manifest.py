@@ -6,14 +6,19 @@ import os
 
 import numpy as np
 
+from featcache.datasets.label_lists import SEPARATORS
 from featcache.datasets.labels import group_splits, index_labels
+from featcache.datasets.layout import read_flag
 from featcache.datasets.record import Record
-from featcache.errors import BadInput
+from featcache.errors import BadInput, nearest
 
 ONE_SPLIT = "all"
-# Columns with a meaning of their own; without `label` and `labels`, all others are classes.
-COLUMNS = ("path", "label", "labels", "split", "id", "boxes")
+# Names of the columns of labels, and how their texts are read, see split_texts.
+LABELS = {"label": "label", "labels": "labels", "label:one": "one"} | {f"labels:{word}": word for word in SEPARATORS}
+# Columns with a meaning of their own; without one of LABELS, all others are classes.
+COLUMNS = ("path", "split", "id", "boxes")
 HELP = "columns: path, then label, or labels (names with ; between), or a 0/1 column for each class; split, id, boxes"
+ADVICE = f"if that is wrong, call the column {', '.join(list(LABELS)[2:-1])} or {list(LABELS)[-1]}"
 
 
 def read_manifest_file(path, splits=None):
@@ -107,14 +112,15 @@ def _read_parquet(path):
 def _labels(path, rows, where):
     """Return (classes, task, labels) from whichever of the three ways the columns show."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    if "label" in columns and "labels" in columns:
-        raise BadInput(f"{path} has both a label and a labels column")
-    if "label" in columns:
-        return index_labels([row.get("label") for row in rows], where)
-    if "labels" in columns:
-        values = [row.get("labels") for row in rows]
-        lists = [v if isinstance(v, list) else _names_in(v) for v in values]
-        return index_labels(lists, where)
+    given = [column for column in columns if column.partition(":")[0] in ("label", "labels")]
+    if len(given) > 1:
+        raise BadInput(f"{path} has both a {given[0]} and a {given[1]} column")
+    if given and given[0] not in LABELS:
+        raise BadInput(f"{path} has a column {given[0]!r}{nearest(given[0], LABELS)} (known: {', '.join(LABELS)})")
+    if given:
+        values = [row.get(given[0]) for row in rows]
+        place = f"column {given[0]!r} of {path}"
+        return index_labels(values, where, place, rule=LABELS[given[0]], advice=[ADVICE])
     # Spreadsheets leave the column of their row numbers without a name.
     classes = tuple(c for c in columns if c not in COLUMNS and c.strip())
     if not classes:
@@ -129,10 +135,6 @@ def _labels(path, rows, where):
     return classes, "multi-label", matrix
 
 
-def _names_in(cell):
-    return [] if cell is None else [name for name in str(cell).split(";") if name.strip()]
-
-
 def _boxes(value, classes, where, n):
     """A Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": may be missing}]."""
     if value in (None, ""):
@@ -141,7 +143,7 @@ def _boxes(value, classes, where, n):
         entries = json.loads(value) if isinstance(value, str) else value
         boxes = np.array([e["box"] for e in entries], np.float32).reshape(-1, 4)
         names = [e["label"] if isinstance(e["label"], int) else classes.index(e["label"]) for e in entries]
-        difficult = np.array([bool(e.get("difficult")) for e in entries], bool)
+        difficult = np.array([read_flag(e.get("difficult")) for e in entries], bool)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f'{where(n)}: boxes must be a list of {{"box": [x0, y0, x1, y1], "label": a class}}: {error}'

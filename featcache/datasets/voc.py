@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from featcache.datasets.augmentation import MULTI_LABEL
-from featcache.datasets.layout import require_folder, wrong_layout
+from featcache.datasets.layout import read_flag, read_text, require_folder, wrong_layout
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 
@@ -34,15 +34,16 @@ VOID = 255
 
 @dataclass(frozen=True, slots=True)
 class VocMasks:
-    """The segmentation of one image: paths of its PNGs in SegmentationClass and SegmentationObject."""
+    """The segmentation of one image: paths of its PNGs in SegmentationClass and SegmentationObject, and its size."""
 
     class_file: str
     object_file: str
     objects: int
+    size: tuple[int, int]
 
     def read(self):
         """bool [M, H, W]: the pixels of each box's object, in the order of the boxes; void pixels are in none."""
-        indices = _read_indices(self.object_file)
+        indices = _read_indices(self.object_file, self.size)
         last = max(self.objects, int(indices.max(where=indices != VOID, initial=0)))
         if last > self.objects:
             raise BadInput(f"{self.object_file} shows object {last}, its annotation lists {self.objects}")
@@ -50,14 +51,19 @@ class VocMasks:
 
     def read_classes(self):
         """uint8 [H, W]: 0 is background, n the n-th class, 255 void."""
-        return _read_indices(self.class_file)
+        return _read_indices(self.class_file, self.size)
 
 
-def _read_indices(path):
+def _read_indices(path, size):
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L"):
                 raise BadInput(f"segmentation mask {path} is no palette image but {image.mode}")
+            if image.size != size[::-1]:
+                raise BadInput(
+                    f"segmentation mask {path} is {image.width}x{image.height} pixels, the annotation of its image "
+                    f"says {size[1]}x{size[0]}"
+                )
             return np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise BadInput(f"unreadable segmentation mask {path}: {error}") from None
@@ -121,12 +127,10 @@ def _segmented(home):
 def _read_ids(home, split):
     path = home / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError:
         there = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
         raise BadInput(f"split file not found: {path} (splits there: {', '.join(there) or 'none'})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read split file {path}: {error}") from None
     ids = [line.split()[0] for line in lines if line.strip()]
     if not ids:
         raise BadInput(f"split file is empty: {path}")
@@ -151,25 +155,32 @@ def _read_annotation(home, image_id):
     """Return ((height, width), [{name, difficult, box}]) of one image."""
     path = home / "Annotations" / f"{image_id}.xml"
     root = _parse(path)
-    try:
-        size = (int(root.findtext("size/height")), int(root.findtext("size/width")))
-        objects = [
-            {
-                "name": item.findtext("name").strip(),
-                "difficult": int(item.findtext("difficult") or 0) != 0,
-                "box": [float(item.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")],
-            }
-            for item in root.findall("object")
-        ]
-    except (AttributeError, TypeError, ValueError):
-        raise BadInput(
-            f"annotation {path}: <size> needs height and width, and each <object> a name and a bndbox of numbers"
-        ) from None
-    for item in objects:
-        x0, y0, x1, y1 = item["box"]
-        if not (x0 <= x1 and y0 <= y1):
-            raise BadInput(f"annotation {path}: box of {item['name']!r} has xmax < xmin or ymax < ymin")
+
+    def field(item, name, kind, what, of=""):
+        text = item.findtext(name)
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            there = "is missing" if text is None else f"is {text.strip()!r}"
+            raise BadInput(f"annotation {path}: <{name.replace('/', '><')}>{of} {there}, expected {what}") from None
+
+    size = (field(root, "size/height", int, "a whole number"), field(root, "size/width", int, "a whole number"))
+    objects = []
+    for number, item in enumerate(root.findall("object"), 1):
+        of = f" of object {number}"
+        box = [field(item, f"bndbox/{edge}", float, "a number", of) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        name = field(item, "name", _word, "the name of a class", of)
+        if not (box[0] <= box[2] and box[1] <= box[3]):
+            raise BadInput(f"annotation {path}: box of {name!r} has xmax < xmin or ymax < ymin")
+        difficult = field(item, "difficult", read_flag, "0, 1, true, false or Unspecified", of)
+        objects.append({"name": name, "difficult": difficult, "box": box})
     return size, objects
+
+
+def _word(text):
+    if not (text or "").strip():
+        raise ValueError("empty")
+    return text.strip()
 
 
 def _classes_from_data(home):
@@ -193,7 +204,7 @@ def _record(home, image_id, size, objects, classes, segmented):
     masks = None
     if segmented:
         files = (os.path.join(home, kind, f"{image_id}.png") for kind in ("SegmentationClass", "SegmentationObject"))
-        masks = VocMasks(*files, len(objects))
+        masks = VocMasks(*files, len(objects), size)
     return Record(
         id=image_id,
         image=os.path.join(home, "JPEGImages", f"{image_id}.jpg"),

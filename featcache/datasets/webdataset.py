@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from collections import Counter
 
 from featcache.datasets.labels import group_splits, index_labels
 from featcache.datasets.layout import (
@@ -28,7 +29,8 @@ def read_webdataset(root, splits=None):
     """Read WebDataset shards. The image of a sample stays in its shard and is read by its offset.
 
     A sample's files share the path up to the first dot of the name: an image, and a label in .cls
-    (index or name), .json (key label or labels; a list is multi-label) or .txt. Its id is its key.
+    (index or name), .json (key label or labels; a list is multi-label) or .txt. Its id is its key, or
+    SHARD/KEY in a split whose shards have keys in common.
     All shards are indexed, whichever splits are asked for, since their labels make the classes.
     Raises BadInput for a shard that is compressed, truncated or damaged, and for a sample without label.
     """
@@ -36,10 +38,16 @@ def read_webdataset(root, splits=None):
     shards = _shards(root)
     if not shards:
         raise wrong_layout(root, f"no tar shards in {root}", TREE)
-    samples = [(split, *sample) for split, paths in shards.items() for path in paths for sample in _index(path)]
-    classes, task, labels = index_labels([label for *_, label in samples], lambda n: str(samples[n][2]))
+    samples = [
+        (split, path.stem, *sample) for split, paths in shards.items() for path in paths for sample in _index(path)
+    ]
+    keys = Counter((split, key) for split, _, key, *_ in samples)
+    anew = {split for (split, _), count in keys.items() if count > 1}
+    values = [label for *_, label in samples]
+    classes, task, labels = index_labels(values, lambda n: str(samples[n][3]), f"labels of {root}: text")
     records = [
-        (split, Record(key, image, label)) for (split, key, image, _), label in zip(samples, labels, strict=True)
+        (split, Record(f"{shard}/{key}" if split in anew else key, image, label))
+        for (split, shard, key, image, _), label in zip(samples, labels, strict=True)
     ]
     return group_splits("webdataset", classes, task, records, splits, root)
 
@@ -90,7 +98,7 @@ def _label(name, found):
         if suffix not in found:
             continue
         try:
-            text = found[suffix].decode().strip()
+            text = found[suffix].decode("utf-8-sig").strip()
             value = json.loads(text) if suffix == "json" else text
         except ValueError as error:
             raise BadInput(f"{name}.{suffix}: {error}") from None

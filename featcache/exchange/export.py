@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 import safetensors.torch
 
+from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
 from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.preprocessing import OWN, Preprocessing
 from featcache.backbones.recognise import recognise
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
@@ -22,6 +23,7 @@ from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run
 
 
+@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
 def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=None, weights_key=None):
     """Write backbones, or one probe merged with its backbone, as files that plain torch loads.
 
@@ -31,7 +33,7 @@ def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=No
     program if `to` ends in .pt2. arch, weights_key: as load_backbone's. See docs/export.md. Files that
     hold the same already are left as they are. Returns the paths. Raises BadInput.
     """
-    checkpoints = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    checkpoints = listed(checkpoints)
     if to is None:
         raise BadInput("export needs --to, the file to write")
     local_path(to, "--to")
@@ -70,7 +72,7 @@ def _export_backbone(checkpoint, target, arch, weights_key):
     architecture, network, report = load_network(checkpoint, arch, weights_key=weights_key)
     # As the checkpoint has them, not as they are fitted to an input size.
     tensors = {name: tensor.clone() for name, tensor in own_tensors(architecture, network).items()}
-    backbone = as_backbone(architecture, network, report)
+    backbone = as_backbone(architecture, network, report, resize=OWN)
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
     if _recognised(tensors, target) != architecture.name:
         # As with strides or a number of heads, which the wrappers of a method may have told.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 import safetensors.torch
 import torch
 
+from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.load import load_backbone
@@ -33,6 +33,7 @@ ROLES = ("train", "val", "test")
 LOSSES = ("bce", "ce")
 
 
+@takes(checkpoints=PATHS, store=PATH, run=PATH)
 def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     """Turn the heads of mmpretrain checkpoints into the probes of a run, and score them on a store.
 
@@ -42,7 +43,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     "-ln(C-1)"; by default what How-to-Probe's head of that form has. device: to score on. Returns the
     Run. Raises BadInput.
     """
-    checkpoints = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    checkpoints = listed(checkpoints)
     device = choose_device(device)
     if loss not in LOSSES:
         raise BadInput(f"--loss: {loss!r} is not one of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from featcache.feature import parse_feature
+from featcache.probes.features import as_input
 from featcache.probes.heads.head import Head
 
 # torch 2.6 wants a bound; this one nobody meets.
@@ -23,11 +24,8 @@ class Merged(nn.Module):
 
     def forward(self, images):
         """Return the logits."""
-        values = self.backbone(images, [self.feature])[str(self.feature)]
-        if self.feature.kind == "grid":
-            # One vector, as probes.features lays it out.
-            values = values.flatten(1)
-        return self.head(values if values.ndim == 4 else values[:, :, None, None])
+        values = as_input(self.backbone(images, [self.feature])[str(self.feature)], str(self.feature), pool=False)
+        return self.head(values[:, :, None, None] if values.ndim == 2 else values.unsqueeze(3))
 
 
 def example(backbone, count=2):

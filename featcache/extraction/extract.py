@@ -7,21 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from featcache.arguments import CHECKPOINT, NAME, NAMES, NUMBERS, PATH, takes, whole
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
+from featcache.backbones.preprocessing import OWN
 from featcache.datasets import read_dataset
+from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device
-from featcache.errors import BadInput
-from featcache.extraction.images import DECODERS, Images, image_batches
+from featcache.errors import BadInput, nearest
+from featcache.extraction.images import DECODERS, Images, check_decoder, image_batches
 from featcache.extraction.views import plan_views
 from featcache.feature import parse_features
 from featcache.ranks import join_ranks
+from featcache.store.dtype import STORED
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, feature_of, plan, read_manifest, split_of
+from featcache.store.manifest import FILE, feature_of, identity_hash, plan, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
@@ -37,6 +42,12 @@ from featcache.store.writer import (
 TRUSTED_COSINE = 0.99
 
 
+@takes(
+    backbone=CHECKPOINT, dataset=NAME, root=PATH, splits=NAMES, store=PATH, format=NAME, compression=NAME, arch=NAME,
+    weights_key=NAME, size=whole(), resize=NAME, short_side=whole(), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
+    precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0), seed=whole(), views=whole(), crop_scale=NUMBERS,
+    decoder=NAME,
+)  # fmt: skip
 def extract(
     backbone,
     dataset,
@@ -87,26 +98,41 @@ def extract(
         workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
     check_precision(precision, device)
     data = read_dataset(dataset, root, splits)
+    for line in describe_classes(data):
+        say(line, err=True)
     model = load_backbone(
         backbone,
         arch=arch,
         seed=seed,
         weights_key=weights_key,
-        size=size or data.size,
-        resize=resize or data.resize,
+        size=data.size if size is None else size,
+        # "crop" is the protocol of whole images, which leaves it to the weights to squash instead.
+        resize=(OWN if data.resize == "crop" else data.resize) if resize is None else resize,
         short_side=short_side,
         interpolation=interpolation,
         mean=mean,
         std=std,
     )
     say(f"backbone: {model.grounds}", err=True)
-    say(f"preprocessing: {model.preprocessing}", err=True)
+    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
+    check_decoder(decoder, model.preprocessing)
     features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)
+    identity = _identity(model, data, wanted, dtype, precision, decoder) | views.describe()
+    id, storage = identity_hash(identity), {"format": format, "compression": compression}
+    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{id[:8]}{FORMATS[format].SUFFIX}"
+    folder = open_folder(store or default)
+    FORMATS[format].check_place(folder, compression)
+    arrays = {split: record_arrays(data, split) for split in data.splits}
+    if FILE in folder.names():
+        begun = _begun(folder, identity, storage, arrays)
+        if not missing_shards(folder, begun) and not missing_files(folder, begun):
+            say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
+            return str(folder)
     manifest = plan(
-        identity=_identity(model, data, wanted, dtype, precision, decoder) | views.describe(),
+        identity=identity,
         rows={split: len(records) for split, records in data.splits.items()}
         | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
         shapes=_row_shapes(model, wanted),
@@ -119,21 +145,8 @@ def extract(
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "batch_size": batch_size,
         },
-        storage={"format": format, "compression": compression},
+        storage=storage,
     )
-    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{manifest.id[:8]}{FORMATS[format].SUFFIX}"
-    folder = open_folder(store or default)
-    FORMATS[format].check_place(folder, compression)
-    arrays = {split: record_arrays(data, split) for split in data.splits}
-    if FILE in folder.names():
-        _check(folder, manifest, arrays)
-        begun = read_manifest(folder)
-        if not missing_shards(folder, begun) and not missing_files(folder, begun):
-            say(
-                f"store: {folder} is finished already (id {manifest.id[:8]}: same backbone, data and settings)",
-                err=True,
-            )
-            return str(folder)
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
             if leads:
@@ -158,19 +171,19 @@ def extract(
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)
             raise
-    say(f"store: {folder} (id {manifest.id[:8]})", err=True)
+    say(f"store: {folder} (id {id[:8]})", err=True)
     return str(folder)
 
 
-def _check(folder, manifest, arrays):
-    """Raise BadInput if another store is there, naming what differs; of the dataset, which images."""
+def _begun(folder, identity, storage, arrays):
+    """The manifest of the store that is there. Raises BadInput if it is another one; of a dataset, says which images."""
     try:
-        check_same(folder, manifest)
+        return check_same(folder, identity, storage)
     except BadInput as error:
         there = Store(folder)
         said = []
         for split in there.splits:
-            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, manifest.identity)]
+            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, identity)]
             if split in arrays and pair[0] != pair[1]:
                 said.append(f"{split}: {changes(there[split].arrays(), arrays[split])}")
         raise BadInput("; ".join([error.message, *said])) from None
@@ -194,7 +207,7 @@ def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
         say(
-            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first batch every feature's "
+            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first image every feature's "
             f"cosine to float32 is at least {begun['cosine']:.6f}",
             err=True,
         )
@@ -220,8 +233,8 @@ def _check_room(folder, manifest, todo, say):
 
 
 def _identity(model, data, features, dtype, precision, decoder):
-    if decoder not in DECODERS:
-        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
+    if dtype not in STORED:
+        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, STORED)} (known: {', '.join(STORED)})")
     return {
         "arch": model.arch,
         "weights_sha256": model.weights_sha256,
@@ -236,12 +249,13 @@ def _identity(model, data, features, dtype, precision, decoder):
 
 
 def _measured(manifest, model, images, features, device):
-    """The manifest with what its precision does to the first batch, see featcache.backbones.precision.measure."""
-    split = next(iter(images.splits))
-    rows = range(min(manifest.compute["batch_size"], len(images.splits[split])))
-    (batch,) = image_batches(images, [[(split, row) for row in rows]], workers=0)
-    batch = model.to(device).preprocessing.normalise(batch.to(device))
-    found = measure(model, batch, features, manifest.identity["precision"])
+    """The manifest with what its precision does to the first image, see featcache.backbones.precision.measure.
+
+    One image: float32 twice and once the precision cost as much as six or seven images of the extraction.
+    """
+    ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
+    image = model.to(device).preprocessing.normalise(image.to(device))
+    found = measure(model, image, features, manifest.identity["precision"])
     return replace(manifest, compute=manifest.compute | found)
 
 
@@ -274,11 +288,12 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
     memory = torch.empty(manifest.compute["batch_size"], side, side, 3, device=device)
     pending, row = None, 0
     with ThreadPoolExecutor(1) as writer, progress:
-        for batch in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
+        for batch, digests in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
             if row == 0:
                 split, shard = drawn.popleft()
                 first, end = manifest.rows_of(split, shard)
                 ids = [record.id for record in images.records(split, first, end)]
+                seen = []
                 buffers = {
                     str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
                     for f in features
@@ -287,14 +302,18 @@ def _fill(folder, manifest, model, images, features, ranks, todo, workers, devic
                 pixels = model.preprocessing.normalise(batch.to(device, non_blocking=True), memory)
                 results = model(pixels, features)
                 for name, values in results.items():
-                    buffers[name][row : row + len(batch)] = _cast(values, dtype, name, first + row, ids[row:])
+                    buffers[name][row : row + len(batch)] = _cast(
+                        values, dtype, name, first + row, ids[row:], manifest.identity["precision"]
+                    )
+            seen.append(digests)
             row += len(batch)
             progress.update(ranks.count(len(batch)) - progress.n)
             if row == end - first:
                 if pending:
                     pending.result()
                 stored = {name: _as_stored(rows) for name, rows in buffers.items()}
-                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored), 0
+                shown = np.concatenate(seen)
+                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored, shown), 0
         if pending:
             pending.result()
 
@@ -304,8 +323,11 @@ def _as_stored(rows):
     return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
-def _cast(values, dtype, name, first_row, ids):
-    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold."""
+def _cast(values, dtype, name, first_row, ids, precision="float32"):
+    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold.
+
+    precision: what the network ran in, which an overflow may be due to.
+    """
     cast = values.to(dtype)
     fine = torch.isfinite(cast).flatten(1).all(1)
     kind = str(dtype).removeprefix("torch.")
@@ -315,7 +337,8 @@ def _cast(values, dtype, name, first_row, ids):
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
         if peak < float("inf"):
             raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
-        raise BadInput(f"{where}: the backbone yields a value that is not finite")
+        lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
+        raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
     # A map of values below float16's smallest normal number loses its digits without a word.
     peak = float(values.abs().max())
     if 0 < peak < torch.finfo(dtype).tiny:

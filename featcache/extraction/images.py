@@ -3,9 +3,11 @@
 import math
 import sys
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from featcache.datasets.image import open_image
+from featcache.backbones.preprocessing import OPENCV, import_opencv
+from featcache.datasets.image import read_image
 from featcache.errors import BadInput
 from featcache.store.manifest import split_of
 
@@ -15,18 +17,33 @@ DECODERS = {"exact": "pillow", "draft": "pillow-draft"}
 DRAFT_PIXELS = 2
 
 
+def check_decoder(decoder, preprocessing):
+    """Raise BadInput for a decoder (one of DECODERS) that is not known or does not go with the preprocessing."""
+    if decoder not in DECODERS:
+        raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
+    if preprocessing.interpolation == OPENCV:
+        if decoder != "exact":
+            raise BadInput(f"--decoder {decoder} does not go with --interpolation {OPENCV}, which resizes whole pixels")
+        import_opencv()
+
+
 def load_input(record, preprocessing, decoder="pillow", crop=None):
-    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S].
+    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S]. See read_input."""
+    return read_input(record, preprocessing, decoder, crop)[0]
+
+
+def read_input(record, preprocessing, decoder, crop):
+    """Return the input of the backbone, uint8 [3, S, S], of a record's image, and the image's digest.
 
     decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
-    original image. Raises BadInput for an image that cannot be read or is not the annotated one.
+    original image, or None. Raises BadInput for an image that cannot be read or is not the annotated one.
     """
     top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
     reduce = 1
     if decoder == DECODERS["draft"]:
         fits = (r for r in (8, 4, 2) if min(height, width) >= r * DRAFT_PIXELS * preprocessing.short)
         reduce = next(fits, 1)
-    image = open_image(record.image, reduce)
+    image, digest = read_image(record.image, reduce)
     if image.size == (record.width, record.height):
         reduce = 1
     elif image.size != (math.ceil(record.width / reduce), math.ceil(record.height / reduce)):
@@ -36,11 +53,14 @@ def load_input(record, preprocessing, decoder="pillow", crop=None):
         )
     # Not the image's own size: that is rounded up where it was reduced.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
-    return preprocessing.apply(image, box) if crop is None else preprocessing.apply_view(image, box, bool(flip))
+    if crop is None:
+        return preprocessing.apply(image, box), digest
+    return preprocessing.apply_view(image, box, bool(flip)), digest
 
 
 class Images(Dataset):
-    """The decoded images of all splits and views. Index: (split or view, row). Item: uint8 [3, S, S], or an error.
+    """The decoded images of all splits and views. Index: (split or view, row). Item: (uint8 [3, S, S], its
+    digest, see read_image), or an error.
 
     crops: {view's name: int [N, 5]}, see load_input. An error travels as text because DataLoader wraps
     exceptions of its workers in a traceback.
@@ -60,7 +80,7 @@ class Images(Dataset):
         group, row = key
         crop = self.crops[group][row].tolist() if group in self.crops else None
         try:
-            return load_input(self.splits[split_of(group)][row], self.preprocessing, self.decoder, crop)
+            return read_input(self.splits[split_of(group)][row], self.preprocessing, self.decoder, crop)
         except BadInput as error:
             return error.message
 
@@ -71,7 +91,8 @@ def _collate(items):
             return item
     # [S, S, 3] is how the pixels lie: the one copy goes straight into memory that the processes share,
     # and what arrives is channels_last, as the backbone wants it.
-    return default_collate([item.permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
+    pixels = default_collate([pixels.permute(1, 2, 0) for pixels, _ in items]).permute(0, 3, 1, 2)
+    return pixels, np.array([np.frombuffer(digest, np.uint8) for _, digest in items])
 
 
 def _hang_up_quietly(_worker):
@@ -85,7 +106,7 @@ def _hang_up_quietly(_worker):
 
 
 def image_batches(images, batches, workers, pin_memory=False):
-    """Yield uint8 [B, 3, S, S], channels_last, for each batch, a list of keys of Images, in order.
+    """Yield (uint8 [B, 3, S, S], channels_last, and digests uint8 [B, 16]) for each batch, a list of keys of Images.
 
     Raises BadInput for the first image that cannot be used, naming its path.
     """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from featcache.arguments import PATH, takes
 from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
 from featcache.probes.features import feature_bytes, input_shape
@@ -93,7 +94,8 @@ class Plan:
         )
 
 
-def plan_probes(grid, store=None, device=None, parity=None, memory=None):
+@takes(store=PATH)
+def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_overlap=False):
     """Say what train_probes would do with the same arguments; nothing is written or trained.
 
     Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
@@ -110,7 +112,7 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None):
         return Plan(checked, groups, [], 0, str(device), free, error.message)
     if opened is None:
         return Plan(checked, groups, [], 0, str(device), free, "no store given")
-    found = resolve(checked, opened, device)
+    found = resolve(checked, opened, device, allow_overlap)
     specs, splits = found.specs, found.splits
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)

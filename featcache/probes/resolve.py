@@ -6,8 +6,8 @@ from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
 from featcache.probes.features import input_of, input_shape
 from featcache.probes.grids.grid import refuse
+from featcache.probes.overlap import Overlap, find_overlaps
 from featcache.probes.scores.metrics import TASK_METRICS
-from featcache.probes.scores.scoring import check_apart
 from featcache.probes.spec import ProbeSpec, logit_offset
 from featcache.probes.stack import held_bytes
 
@@ -18,16 +18,22 @@ class Resolved:
 
     splits: role (train, val, test) to the store's splits, without val or test where neither names such a split.
     metric: to select by. split: the role to select on, None where there is none: then nothing is chosen.
+    overlaps: images that two roles share, which then is allowed. notice: of what could not be checked, or None.
     """
 
     specs: list[ProbeSpec]
     splits: dict[str, tuple[str, ...]]
     metric: str
     split: str | None
+    overlaps: list[Overlap]
+    notice: str | None
 
 
-def resolve(grid, store, device):
-    """Bring a Grid to a store, to train on a device. Raises BadInput that names every field that does not fit."""
+def resolve(grid, store, device, allow_overlap=False):
+    """Bring a Grid to a store, to train on a device. Raises BadInput that names every field that does not fit.
+
+    allow_overlap: whether two roles may share images, whatever the grid says.
+    """
     errors = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
@@ -40,7 +46,12 @@ def resolve(grid, store, device):
             f"splits: no images to score on: name val or test (store {store.path} has {', '.join(store.splits)})"
         )
     refuse(grid.path, errors)
-    check_apart(store, splits)
+    overlaps, notice = find_overlaps(store, splits)
+    if not (allow_overlap or grid.allow_overlap):
+        errors.extend(
+            f"splits.{found.roles[1]}: {found} ({found.example}); keep the roles apart, or say --allow-overlap"
+            for found in overlaps
+        )
     views = {name: store[name].views for name in splits["train"]}
     specs, seen = [], {}
     for spec, group in zip(grid.specs, grid.groups, strict=True):
@@ -63,7 +74,7 @@ def resolve(grid, store, device):
     if split is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, split)
+    return Resolved(specs, splits, metric, split, overlaps, notice)
 
 
 def undecided(specs):

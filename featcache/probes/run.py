@@ -11,6 +11,7 @@ from pathlib import Path
 
 from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
+from featcache.probes.overlap import Overlap
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
@@ -80,14 +81,16 @@ class Run:
 
     @property
     def caution(self):
-        """A line to print beside scores that no choice, or one that makes them too good, stands behind, else None."""
+        """A line to print beside scores: that nothing was chosen, or that choice or shared images make them too good."""
         chosen, splits = self.chosen_on, self.summary["splits"]
+        said = []
         if chosen is None:
-            return "nothing was chosen: one configuration, its seeds are reported"
-        if not set(splits[chosen]) & set(splits[self.judge]):
-            return None
-        parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
-        return f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good"
+            said.append("nothing was chosen: one configuration, its seeds are reported")
+        elif set(splits[chosen]) & set(splits[self.judge]):
+            parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
+            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good")
+        said += [f"{Overlap(**found)}: scores on them are too good" for found in self.summary.get("overlap", [])]
+        return "; ".join(said) or None
 
 
 def read_summary(folder):

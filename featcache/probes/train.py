@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import yaml
 
+from featcache.arguments import PATH, takes, whole
 from featcache.atomic import local_path, write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput, shown
@@ -28,13 +29,15 @@ from featcache.store.reader import open_store
 GRID = "grid.yaml"
 
 
-def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, memory=None):
+@takes(store=PATH, run=PATH, seed=whole())
+def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, memory=None, allow_overlap=False):
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
     grid: path of a YAML file, or its content as a dict. store: path; by default the grid's own.
     run: folder; by default runs/<grid>-<id>. device: torch device. seed: of the mini-batches' order.
     parity: name of one of the grid's profiles, such as how-to-probe. memory: bytes of features to hold,
-    by default half of what is free; larger ones are streamed from the store.
+    by default half of what is free; larger ones are streamed from the store. allow_overlap: train although
+    two roles share images; how many is recorded in run.json.
     Returns the Run; under torchrun, whose processes share the blocks, None in all but the first. Probes that
     the folder holds already are not trained again, and those of earlier grids are scored with the new ones; a
     finished run of the same grid is returned at once. Raises BadInput.
@@ -48,14 +51,17 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
-    found = resolve(checked, opened, device)
+    found = resolve(checked, opened, device, allow_overlap)
     specs, splits = found.specs, found.splits
+    if found.notice and ranks.rank == 0:
+        click.echo(f"notice: {found.notice}", err=True)
     if checked.search and ranks.size > 1:
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
     resolved = checked.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in splits.items()},
         "select": {"metric": found.metric} | ({"split": found.split} if found.split else {}),
+        **({"allow_overlap": True} if found.overlaps else {}),
     }
     # Both decide which weights are kept, so that a run is of one choice.
     chosen_by = {"select": resolved["select"], "search": checked.search and asdict(checked.search)}
@@ -96,7 +102,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
         if not leads:
             return None
-        basis |= {"key": key, "store": str(source)}
+        basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
         return finish_run(folder, everything, opened, splits, basis, device, started)
 
 

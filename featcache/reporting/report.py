@@ -5,6 +5,7 @@ from importlib import resources
 
 import numpy as np
 
+from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput
 from featcache.probes.run import best, open_run
@@ -15,10 +16,11 @@ from featcache.reporting.localisation import localisation_rows
 from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
 
 
+@takes(runs=PATHS, out=PATH)
 def report(runs, out="report.html"):
     """Write an HTML page: best probes beside chance, learning rates, localisation and heatmaps.
 
-    runs: folders of finished runs, which must be scored with the same metric. Returns the page's
+    runs: folder of a finished run, or several, which must be scored with the same metric. Returns the page's
     path. Raises BadInput for an unfinished run or a missing package (extra: report).
     """
     try:
@@ -28,7 +30,7 @@ def report(runs, out="report.html"):
     from featcache.reporting import plots
 
     out = local_path(out, "--out")
-    opened = [open_run(run) for run in runs]
+    opened = [open_run(run) for run in listed(runs)]
     metrics = sorted({run.metric for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
     if len(metrics) > 1 or len(kinds) > 1:

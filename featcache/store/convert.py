@@ -7,7 +7,7 @@ from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
 from featcache.store.manifest import FILE, stored_as
-from featcache.store.marker import read_marker, remedy
+from featcache.store.marker import digests_of, read_marker, remedy
 from featcache.store.reader import open_store
 from featcache.store.records import with_axes
 from featcache.store.sources import open_source
@@ -39,7 +39,7 @@ def convert(store, format=None, out=None, compression=None):
     FORMATS[format].check_place(target, compression)
     manifest = stored_as(source.manifest, format, compression)
     if FILE in target.names():
-        check_same(target, manifest)
+        check_same(target, manifest.identity, manifest.storage)
     with target.locked(f"waiting: another process is writing {target}"):
         arrays = {split: with_axes(source[split].arrays()) for split in source.manifest.splits}
         manifest = create_store(target, manifest, arrays)
@@ -53,7 +53,8 @@ def convert(store, format=None, out=None, compression=None):
                     name: _checked(source.folder, source.manifest, split, name, shard, marker)
                     for name in manifest.features
                 }
-                put_shard(target, manifest, split, shard, source[split].ids[first:end], features)
+                ids = source[split].ids[first:end]
+                put_shard(target, manifest, split, shard, ids, features, digests_of(marker))
                 for name in manifest.features:
                     _checked(target, manifest, split, name, shard, marker)
                 progress.update(end - first)

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import click
 
+from featcache.arguments import is_path
 from featcache.atomic import PARTIAL, replacing, sync_folder
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 
 def open_folder(place):
     """Return the LocalFolder of a path, or the RemoteFolder of a URL such as s3://bucket/x.zarr."""
     if isinstance(place, (LocalFolder, RemoteFolder)):
         return place
+    if not is_path(place):
+        raise BadInput(f"store: expected a path or URL, not {shown(place)}")
     place = str(place).removeprefix("file://")
     return RemoteFolder(place) if "://" in place else LocalFolder(place)
 

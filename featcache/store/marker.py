@@ -2,6 +2,8 @@
 
 import hashlib
 
+import numpy as np
+
 from featcache.errors import BadInput
 from featcache.store.sealed import seal, unseal
 
@@ -16,10 +18,11 @@ def ids_sha256(ids):
     return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
 
 
-def write_marker(folder, manifest, split, shard, ids, files):
+def write_marker(folder, manifest, split, shard, ids, files, digests=None):
     """Write the marker of a shard, last of all: from now on the shard exists.
 
     ids: of its rows. files: {feature name: {bytes, crc32, offset, rows_crc32c}}, see docs/store-format.md.
+    digests: uint8 [rows, 16] of the images, None if they are not known.
     """
     content = {
         "store": manifest.id,
@@ -27,6 +30,7 @@ def write_marker(folder, manifest, split, shard, ids, files):
         "shard": shard,
         "rows": list(manifest.rows_of(split, shard)),
         "ids_sha256": ids_sha256(ids),
+        **({} if digests is None else {"images": digests.tobytes().hex()}),
         "files": files,
     }
     with folder.writing(marker_name(split, shard)) as file:
@@ -57,6 +61,14 @@ def read_marker(folder, manifest, split, shard):
     if place != (split, shard, manifest.rows_of(split, shard)) or marker["files"].keys() != manifest.features.keys():
         raise BadInput(f"marker {folder}/{name} is not that of its shard; {remedy(folder)}")
     return marker
+
+
+def digests_of(marker):
+    """Digests of the images of a shard, uint8 [rows, 16], None in a marker from before there were any."""
+    if "images" not in marker:
+        return None
+    first, end = marker["rows"]
+    return np.frombuffer(bytes.fromhex(marker["images"]), np.uint8).reshape(end - first, -1)
 
 
 def remedy(folder):

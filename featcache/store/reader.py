@@ -1,5 +1,6 @@
 """Opening a store: its splits, their features and records."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -9,8 +10,10 @@ from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
 from featcache.store.manifest import read_manifest, split_of, view_group
-from featcache.store.marker import committed, remedy
+from featcache.store.marker import committed, digests_of, read_marker, remedy
 from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of
+
+MARKERS_AT_ONCE = 16
 
 
 def open_store(path):
@@ -115,6 +118,17 @@ class Split:
     def ids(self):
         """Ids of the rows: list of str."""
         return ids_of(self._array("ids"))
+
+    @cached_property
+    def digests(self):
+        """uint8 [N, 16] that tell the images by the bytes of their files; None if a shard was written without."""
+        folder, manifest = self.store.folder, self.store.manifest
+        # In threads, since at a URL each marker is a request.
+        with ThreadPoolExecutor(MARKERS_AT_ONCE) as pool:
+            shards = range(manifest.shards(self.name))
+            markers = list(pool.map(lambda shard: read_marker(folder, manifest, self.name, shard), shards))
+        known = [digests_of(marker) for marker in markers]
+        return None if any(part is None for part in known) else np.concatenate(known)
 
     @cached_property
     def labels(self):

@@ -9,7 +9,7 @@ from featcache.atomic import PARTIAL
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
-from featcache.store.manifest import FILE, difference, read_manifest
+from featcache.store.manifest import FILE, difference, identity_hash, read_manifest
 from featcache.store.marker import committed, marker_name, read_marker, write_marker
 from featcache.store.zarr_format import crc_of
 
@@ -29,9 +29,8 @@ def create_store(place, manifest, arrays):
     entries = {name for name in folder.names() if not (name.startswith(FILE) and name.endswith(PARTIAL))}
     files = None
     if FILE in entries:
-        check_same(folder, manifest)
+        manifest = check_same(folder, manifest.identity, manifest.storage)
         folder.sweep()
-        manifest = read_manifest(folder)
     elif entries and COMMITS not in entries:
         raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
     else:
@@ -55,15 +54,19 @@ def create_store(place, manifest, arrays):
     return manifest
 
 
-def check_same(folder, manifest):
-    """Raise BadInput, naming the fields that differ, if the store there is not that of `manifest`."""
-    there = read_manifest(folder)
-    if there.id != manifest.id:
-        fields = "; ".join(difference(there.identity, manifest.identity))
-        raise BadInput(f"{folder} is another store (id {there.id[:8]}, asked for {manifest.id[:8]}): {fields}")
-    if there.storage != manifest.storage:
-        fields = "; ".join(difference(there.storage, manifest.storage))
+def check_same(folder, identity, storage):
+    """Return the manifest of the store that is there.
+
+    Raises BadInput, naming the fields that differ, if it has another identity or is stored otherwise.
+    """
+    there, id = read_manifest(folder), identity_hash(identity)
+    if there.id != id:
+        fields = "; ".join(difference(there.identity, identity))
+        raise BadInput(f"{folder} is another store (id {there.id[:8]}, asked for {id[:8]}): {fields}")
+    if there.storage != storage:
+        fields = "; ".join(difference(there.storage, storage))
         raise BadInput(f"{folder} is stored otherwise ({fields}): choose another --store, or use featcache convert")
+    return there
 
 
 def missing_files(folder, manifest):
@@ -77,11 +80,12 @@ def missing_shards(folder, manifest):
     return [(split, shard) for split, shard in manifest.all_shards() if shard not in there[split]]
 
 
-def put_shard(folder, manifest, split, shard, ids, features):
+def put_shard(folder, manifest, split, shard, ids, features, digests=None):
     """Write a whole shard, all its features, and commit it.
 
-    ids: of its rows. features: {name: array [rows, ...] as it is stored}. A shard that is committed
-    already with the same rows is left alone. Raises BadInput if it is there with others.
+    ids: of its rows. features: {name: array [rows, ...] as it is stored}. digests: uint8 [rows, 16]
+    of the images, None if they are not known. A shard that is committed already with the same rows is
+    left alone. Raises BadInput if it is there with others.
     """
     first, end = manifest.rows_of(split, shard)
     layout = FORMATS[manifest.storage["format"]]
@@ -106,7 +110,7 @@ def put_shard(folder, manifest, split, shard, ids, features):
                 offset = layout.write_shard(file, rows, manifest.features[name], geometry, compression)
                 length, crc = _measure(file)
             files[name] = {"bytes": length, "crc32": crc, "offset": offset, "rows_crc32c": crcs[name]}
-        write_marker(folder, manifest, split, shard, ids, files)
+        write_marker(folder, manifest, split, shard, ids, files, digests)
 
 
 def _rows_crc32c(rows, chunk_rows):
@@ -128,7 +132,7 @@ def _measure(file):
 def discard_if_empty(folder, manifest):
     """Remove this store if no shard was ever committed: nothing is lost, and nothing looks whole."""
     try:
-        check_same(folder, manifest)
+        check_same(folder, manifest.identity, manifest.storage)
     except BadInput:
         # Whatever lies there is not ours to delete.
         return

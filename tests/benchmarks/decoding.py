@@ -74,7 +74,7 @@ def our_loader(items, preprocessing, decoder, workers, batch):
     keys = [("train", row) for row in range(len(items))]
     batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
     memory = torch.empty(batch, preprocessing.size, preprocessing.size, 3)
-    for pixels in image_batches(images, batches, workers):
+    for pixels, _ in image_batches(images, batches, workers):
         preprocessing.normalise(pixels, memory)
 
 

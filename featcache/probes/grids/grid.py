@@ -13,7 +13,7 @@ from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
 ROLES = ("train", "val", "test")
-TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "profiles")
+TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "allow_overlap", "profiles")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Grid:
 
     def __repr__(self):
         return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
+
+    @property
+    def allow_overlap(self):
+        """Whether the grid lets two roles share images."""
+        return self.content.get("allow_overlap", False)
 
     @property
     def rules(self):
@@ -92,6 +97,8 @@ def parse_grid(content, path="grid", parity=None):
     store = content.get("store")
     if store is not None and not isinstance(store, str):
         errors.append(f"{at['store']}: {shown(store)} is not a path")
+    if not isinstance(content.get("allow_overlap", False), bool):
+        errors.append(f"{at['allow_overlap']}: expected true or false, not {shown(content['allow_overlap'])}")
     if not content["probes"] and not errors:
         errors.append("probes: expected a list of at least one group")
     group_of = all_specs(written.groups, errors)

@@ -72,5 +72,6 @@ class AttentivePooling(nn.Module):
     def forward(self, maps):
         """Return the query's answer to the positions, as a map of one."""
         tokens = maps.flatten(2).transpose(1, 2)
-        query = self.token.expand(len(maps), 1, -1)
+        # Not len(maps), which torch.export would take for a constant.
+        query = self.token.expand(maps.shape[0], 1, -1)
         return self.attention(query, tokens, tokens, need_weights=False)[0].transpose(1, 2).unsqueeze(3)

@@ -1,11 +1,12 @@
 """`featcache compare`: is one probe better than another, or only on these images?"""
 
-import os
 from dataclasses import dataclass
 
 import click
+import numpy as np
 import torch
 
+from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import load_labels
@@ -34,6 +35,7 @@ class Comparison:
     p: float
 
 
+@takes(runs=PATHS, probes=NAMES, rule=NAME)
 def compare(runs, probes=None, rule=None, stores=None, device=None):
     """Compare two probes on the images that their runs are judged on, by a paired bootstrap.
 
@@ -42,7 +44,7 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     run.select): two of one run, or one of each. stores: of the runs, by default where they found them.
     Returns a Comparison for every metric. Raises BadInput.
     """
-    opened = [open_run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    opened = [open_run(run) for run in listed(runs)]
     stores = stores or [None] * len(opened)
     if len(opened) > 2 or len(stores) != len(opened):
         raise BadInput("compare takes one or two runs, and as many stores if any")
@@ -96,15 +98,22 @@ def _check_same_images(first, a, second, b):
         raise BadInput(f"{where}: one is judged on {first.judge}, the other on {second.judge}")
     if (a.classes, a.task) != (b.classes, b.task):
         raise BadInput(f"{where}: their stores have other classes")
-    ids = [
-        [i for name in run.summary["splits"][run.judge] for i in store[name].ids]
-        for run, store in ((first, a), (second, b))
-    ]
-    if ids[0] != ids[1]:
+    parts = [[store[name] for name in run.summary["splits"][run.judge]] for run, store in ((first, a), (second, b))]
+    # An id is unique within its split only. Copies of other bytes, such as smaller ones, are the same images too.
+    named = [[(part.name, i) for part in each for i in part.ids] for each in parts]
+    if named[0] != named[1] and not _same_bytes(*parts):
         raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")
     labels = [load_labels(store, run.summary["splits"][run.judge]) for run, store in ((first, a), (second, b))]
     if not torch.equal(*labels):
         raise BadInput(f"{where}: the labels of their {first.judge} splits differ")
+
+
+def _same_bytes(first, second):
+    """Whether two unions of splits hold the same image files in the same order, as far as their stores know."""
+    known = [[part.digests for part in each] for each in (first, second)]
+    if any(digests is None for each in known for digests in each):
+        return False
+    return np.array_equal(*(np.concatenate(each) for each in known))
 
 
 def _tally(run, store, probe, device):

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import featcache
 from featcache.atomic import write_whole
-from featcache.errors import BadInput
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.probe_file import find_probes, load_probes
 from featcache.probes.run import FILE, SCORE_COLUMNS, open_run
@@ -113,22 +112,6 @@ def work(specs, store, device):
     for (feature, pool), members in inputs.items():
         dim, positions = input_shape(store, feature, pool)
         yield blocks(members, dim, positions, len(store.classes), room_of(device)), feature, pool
-
-
-def check_apart(store, splits):
-    """Raise BadInput if an image, told by its id, is in splits of two roles. splits: {role: splits of the store}.
-
-    A split that two roles name is the grid's affair, which allows it under parity alone.
-    """
-    ids = {role: {i: name for name in reversed(names) for i in store[name].ids} for role, names in splits.items()}
-    for a, b in itertools.combinations(ids, 2):
-        both = ids[a].keys() & ids[b].keys()
-        if both and not set(splits[a]) & set(splits[b]):
-            image = min(both)
-            raise BadInput(
-                f"splits.{b}: {len(both)} images of store {store.path} are in splits.{a} too, such as {image!r} "
-                f"(of {ids[b][image]} and {ids[a][image]}); the roles must be kept apart"
-            )
 
 
 def load_predictors(folder, group, store, device):

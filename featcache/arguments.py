@@ -1,0 +1,96 @@
+"""What the commands' Python twins may be given. Anything else is one line, as on the command line."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from numbers import Integral
+
+from featcache.errors import BadInput, shown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of argument: its name for people, whether a value is of it, and what to do about another value."""
+
+    words: str
+    fits: Callable[[object], bool]
+    remedy: str = ""
+
+
+def is_path(value):
+    """Whether a value can be the path of something."""
+    return isinstance(value, str | os.PathLike)
+
+
+def listed(paths):
+    """One path, or several, as a list."""
+    return [paths] if is_path(paths) else list(paths)
+
+
+def _is_name(value):
+    return isinstance(value, str)
+
+
+def _is_list(value, fits):
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _are_numbers(value):
+    try:
+        return not isinstance(value, str | bytes) and all(isinstance(float(v), float) for v in value)
+    except (TypeError, ValueError):
+        return False
+
+
+def whole(least=None):
+    """The kind of whole numbers, from `least` on."""
+    words = "a whole number" if least is None else f"a whole number of at least {least}"
+
+    def fits(value):
+        return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or value >= least)
+
+    return Kind(words, fits)
+
+
+PATH = Kind("a path", is_path)
+PATHS = Kind("a path or a list of paths", lambda value: is_path(value) or _is_list(value, is_path))
+CHECKPOINT = Kind(
+    "the path of a checkpoint",
+    is_path,
+    "; save the tensors of a network in memory with torch.save(network.state_dict(), 'network.pth') and give that path",
+)
+NAME = Kind("a name", _is_name)
+NAMES = Kind("a list of names", lambda value: _is_list(value, _is_name))
+NUMBERS = Kind("numbers", _are_numbers)
+
+
+def takes(**kinds):
+    """Decorate a function so that arguments of another kind raise BadInput; None is fine where it is the default."""
+
+    def decorate(function):
+        expected = signature(function)
+
+        @wraps(function)
+        def call(*arguments, **named):
+            try:
+                given = expected.bind(*arguments, **named).arguments
+            except TypeError:
+                # Too many, too few or unknown ones: Python says which.
+                return function(*arguments, **named)
+            for name, kind in kinds.items():
+                left_out = name not in given or (given[name] is None and expected.parameters[name].default is None)
+                if not left_out and not kind.fits(given[name]):
+                    raise BadInput(f"{name}: expected {kind.words}, not {_named(given[name])}{kind.remedy}")
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
+
+
+def _named(value):
+    """A value for people in one line, or its type where that would be the inside of an object."""
+    text = shown(value)
+    return f"a {type(value).__qualname__}" if "\n" in text or text.startswith("<") else text
