@@ -221,8 +221,8 @@ def train_missing(folder, specs, store, splits, device, seed, judge, buffers, se
     """Train the probes that a run folder lacks and save them there.
 
     judge: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
-    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
-    all is there. Raises BadInput.
+    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading
+    one returns when all is there. Raises BadInput.
     """
     todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
