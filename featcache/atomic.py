@@ -1,10 +1,20 @@
 """Files that appear whole or not at all, and stay after a power cut."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
+from featcache.errors import BadInput
+
 PARTIAL = ".partial"
+
+
+def local_path(path, option):
+    """Return a path as a Path. Raises BadInput, which names the option, for a URL: nothing but a store lies at one."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise BadInput(f"{option} {path} is a URL, where only stores can lie; give a path of this machine")
+    return Path(path)
 
 
 def sync_folder(path):

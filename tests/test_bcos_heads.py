@@ -18,7 +18,7 @@ from featcache.probes.heads.weights import initial_weights
 from featcache.probes.spec import Head, logit_offset
 from featcache.probes.stack import CPU_ROOM, Predictor, blocks
 from featcache.probes.training import train_block
-from featcache.reporting.table import describe_head
+from featcache.reporting.configuration import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)
 HEADS = [

@@ -23,7 +23,7 @@ from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select, store_of
+from featcache.probes.run import best, open_run, select, store_of
 from featcache.store.manifest import difference
 
 # Methods, and whether they run the backbone.
@@ -50,9 +50,9 @@ def attribute(
     run,
     store=None,
     probes=None,
-    rule="best map per loss",
+    rule=None,
     methods=("gradcam",),
-    split="test",
+    split=None,
     backbone=None,
     arch=None,
     weights_key=None,
@@ -66,9 +66,11 @@ def attribute(
     """Explain every class that has a box which is not difficult, and score the maps with EPG.
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
-    (see featcache.probes.run.select). methods: of gradcam (from the store alone) and
-    input_x_gradient (needs backbone, dataset, root). limit: first images of the split that have such
-    a class. examples: images whose maps are kept for the report. seed: of a random backbone.
+    (see featcache.probes.run.select), and without a rule the best of each loss by the run's own metric, or
+    all where nothing was chosen. methods: of gradcam (from the store alone) and input_x_gradient (needs
+    backbone, dataset, root). split: of the store, by default the one that the run is scored on. limit: first
+    images of the split that have such a class. examples: images whose maps are kept for the report. seed: of a
+    random backbone.
     Writes attribution.csv (a row per probe, method, image and class) and attribution.npz into the
     run; returns the rows. Raises BadInput.
     """
@@ -81,11 +83,12 @@ def attribute(
         )
     opened = store_of(finished, store)
     device = choose_device(device)
-    trained = [load_probe(run, probe) for probe in dict.fromkeys(probes or select(finished, rule))]
+    trained = [load_probe(run, probe) for probe in dict.fromkeys(_chosen(finished, probes, rule))]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
     features = [_map_of(p.spec, opened.manifest.feature(p.spec.features)) for p in trained]
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     size = preprocessing.size
+    split = split or _judged(finished)
     data = opened[split]
     targets = _targets(data, preprocessing, limit)
     pictures = None
@@ -122,6 +125,18 @@ def attribute(
                 progress.update(len(batch) * len(heads))
     _write(Path(run), rows, panels, data, kept, pictures, preprocessing)
     return rows
+
+
+def _chosen(run, probes, rule):
+    return probes or (select(run, rule) if rule else best(run, "loss"))
+
+
+def _judged(run):
+    """The split of the store that a run is scored on. Raises BadInput if it is a union."""
+    names = run.summary["splits"][run.judge]
+    if len(names) > 1:
+        raise BadInput(f"run {run.path} is scored on {' and '.join(names)}: name one with --split")
+    return names[0]
 
 
 def _map_of(spec, feature):

@@ -12,9 +12,8 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 @click.option(
     "--select",
     "rule",
-    default="best map per loss",
     metavar="RULE",
-    help="Which probes, without --probe: best METRIC [per FIELD,...].",
+    help="Which probes, without --probe: best METRIC [per FIELD,...].  [default: by the run's metric, per loss]",
 )
 @click.option(
     "--method",
@@ -23,7 +22,7 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
     metavar="M,...",
     help="gradcam (from the store alone), input_x_gradient (needs the backbone).",
 )
-@click.option("--split", default="test", help="Split to explain.")
+@click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
 @dataset_options(required=False)
 @click.option(

@@ -39,11 +39,11 @@ def train_probes(dry_run, run, seed, memory, **options):
     if finished is None:
         return
     click.echo(format_table(*score_rows(finished, most=10)))
-    summary = finished.summary
-    metric = summary["select"]["metric"]
+    summary, metric = finished.summary, finished.metric
     level = summary["chance"][finished.judge][metric]
+    chosen = f" by {finished.chosen_on} {METRIC_NAMES[metric]}" if finished.chosen_on else ""
     click.echo(
-        f"best {min(10, summary['probes'])} of {summary['probes']} probes by {summary['select']['split']} {METRIC_NAMES[metric]}; "
+        f"{'best' if chosen else 'first'} {min(10, summary['probes'])} of {summary['probes']} probes{chosen}; "
         + (f"chance on {finished.judge}: {scored(metric, level)} %; " if level is not None else "")
         + f"run: {finished.path}"
     )
@@ -52,6 +52,7 @@ def train_probes(dry_run, run, seed, memory, **options):
 
 
 def _print_plan(plan):
+    from featcache.reporting.configuration import describe_head
     from featcache.reporting.table import format_table
 
     if plan.missing:
@@ -63,7 +64,7 @@ def _print_plan(plan):
     rows = [
         {
             "features": s.features,
-            "head": _head(s.head),
+            "head": describe_head({f"head.{k}": v for k, v in vars(s.head).items()}),
             "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
             "optimiser": s.optimizer,
             "epochs": f"{s.iterations} iterations at most" if s.iterations else str(s.epochs),
@@ -87,10 +88,6 @@ def _print_plan(plan):
         + (f"; {streamed} stacks do not fit into the memory for features and are streamed" if streamed else "")
         + "; nothing was written"
     )
-
-
-def _head(head):
-    return head.type if head.layers == 1 else f"{head.type}-{head.layers} ({head.hidden})"
 
 
 def _bytes(count):

@@ -13,7 +13,7 @@ from featcache.datasets.record import Dataset
 from featcache.errors import BadInput
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
 class SplitInspection:
     """Of one split. boxes, difficult, crowd: counts of boxes. overhanging: boxes that reach beyond their image.
 
@@ -33,14 +33,21 @@ class SplitInspection:
     repeated_ids: tuple[str, ...]
     bad: tuple[tuple[str, str], ...]
 
+    def __repr__(self):
+        found = f"{self.copies} copies, {len(self.repeated_ids)} repeated ids, {len(self.bad)} bad"
+        return f"SplitInspection({self.images} images, {self.boxes} boxes, {found})"
 
-@dataclass(frozen=True, eq=False, slots=True)
+
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
 class DatasetInspection:
     """Of a whole dataset. leaks: ((split, id), (split, id)) of images with equal bytes in two splits."""
 
     dataset: Dataset
     splits: dict[str, SplitInspection]
     leaks: tuple[tuple[tuple[str, str], tuple[str, str]], ...]
+
+    def __repr__(self):
+        return f"DatasetInspection({self.dataset.name!r}, {self.splits}, {len(self.leaks)} leaks)"
 
     @property
     def damaged(self):

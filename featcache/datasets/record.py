@@ -40,7 +40,7 @@ class Record:
     masks: object | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A dataset: class names, the task, its splits in order, and how its protocol resizes images.
 
@@ -56,6 +56,10 @@ class Dataset:
     augmentation: Augmentation = Augmentation()
     resize: str = "squash"
     size: int | None = None
+
+    def __repr__(self):
+        rows = ", ".join(f"{split} {len(records)}" for split, records in self.splits.items())
+        return f"Dataset({self.name!r}, {self.task}, {len(self.classes)} classes, {rows} images)"
 
     @property
     def training(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.demo.scenes import make_scenes
 from featcache.errors import BadInput
 
@@ -19,7 +19,7 @@ def make_data(out, scale):
 
     scale: share of the scenes to make. Files that are there already are left alone.
     """
-    out = Path(out)
+    out = local_path(out, "--out")
     counts = {split: max(round(count * scale), 16) for split, count in SPLITS.items()}
     out.mkdir(parents=True, exist_ok=True)
     written = make_scenes(out / "data", counts)

@@ -10,6 +10,7 @@ import click
 import safetensors.torch
 
 from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
+from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import as_backbone, load_network
 from featcache.backbones.preprocessing import OWN, Preprocessing
@@ -35,6 +36,7 @@ def export(checkpoints=(), to=None, run=None, probe=None, backbone=None, arch=No
     checkpoints = listed(checkpoints)
     if to is None:
         raise BadInput("export needs --to, the file to write")
+    local_path(to, "--to")
     if run is None:
         if probe or backbone or not checkpoints:
             raise BadInput("export takes checkpoints of backbones, or --run, --probe and --backbone")
@@ -103,7 +105,8 @@ def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
         )
     probe = load_probe(run.path, probe_id)
     if probe.diverged is not None:
-        raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {probe.diverged + 1}, and has no weights")
+        epoch = probe.diverged_epoch
+        raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {epoch}, and has no weights")
     architecture, network, report = load_network(checkpoint, arch or summary["arch"], weights_key=weights_key)
     backbone = Backbone(architecture, network, Preprocessing(**summary["preprocessing"]), report)
     if backbone.weights_sha256 != summary["weights_sha256"]:

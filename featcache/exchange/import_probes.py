@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from featcache.arguments import PATH, PATHS, listed, takes
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
@@ -54,7 +54,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
             offset = OFFSET.read(offset)
         except ValueError as error:
             raise BadInput(f"--offset: {error}") from None
-    folder = Path(run)
+    folder = local_path(run, "--run")
     earlier = _earlier(folder, opened)
     probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
     roles = {role: list(names) for role, names in splits.items()}

@@ -58,7 +58,7 @@ class PlannedStack:
     streamed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A grid's stacks on a store. Without a store, stacks is empty, and missing says why.
 
@@ -72,6 +72,9 @@ class Plan:
     device: str
     free: int
     missing: str | None
+
+    def __repr__(self):
+        return f"Plan({self.grid}, {len(self.stacks)} stacks, {self.rows} images)"
 
     @property
     def probes(self):

@@ -63,6 +63,15 @@ def load_probe(folder, probe_id):
 
 def load_probes(folder, ids):
     """Yield the TrainedProbes of these ids, file by file, in no order of theirs. Raises BadInput as load_probe."""
+    return _read(folder, ids, _probe)
+
+
+def load_specs(folder, ids):
+    """Yield the ProbeSpecs of these ids, as load_probes does, without reading their weights."""
+    return _read(folder, ids, lambda file, row, entry: spec_from_dict(entry["spec"]))
+
+
+def _read(folder, ids, make):
     there, wanted = find_probes(folder), {}
     for name in ids:
         if name not in there:
@@ -71,7 +80,7 @@ def load_probes(folder, ids):
     for path, names in wanted.items():
         with _opened(path) as (file, entries):
             for name in names:
-                yield _probe(file, *entries[name])
+                yield make(file, *entries[name])
 
 
 # What a file holds stays as it is, and is asked for often.

@@ -16,13 +16,15 @@ from featcache.probes.stack import held_bytes
 class Resolved:
     """A grid on a store. specs: with features, views and offsets as numbers and names of the store.
 
-    splits: role (train, val, test) to the store's splits, without a test split that neither names. metric: to select by.
+    splits: role (train, val, test) to the store's splits, without val or test where neither names such a split.
+    metric: to select by. split: the role to select on, None where there is none: then nothing is chosen.
     overlaps: images that two roles share, which then is allowed. notice: of what could not be checked, or None.
     """
 
     specs: list[ProbeSpec]
     splits: dict[str, tuple[str, ...]]
     metric: str
+    split: str | None
     overlaps: list[Overlap]
     notice: str | None
 
@@ -35,6 +37,14 @@ def resolve(grid, store, device, allow_overlap=False):
     errors = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
+    # As the grid says, or val if there is one.
+    split = grid.split or ("val" if "val" in splits else None)
+    if split not in (None, *splits):
+        errors.append(f"select.split: store {store.path} has no split {split!r} to choose on")
+    if not splits.keys() & {split, "test"}:
+        errors.append(
+            f"splits: no images to score on: name val or test (store {store.path} has {', '.join(store.splits)})"
+        )
     refuse(grid.path, errors)
     overlaps, notice = find_overlaps(store, splits)
     if not (allow_overlap or grid.allow_overlap):
@@ -61,8 +71,33 @@ def resolve(grid, store, device, allow_overlap=False):
         errors.append("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
+    if split is None:
+        _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, overlaps, notice)
+    return Resolved(specs, splits, metric, split, overlaps, notice)
+
+
+def undecided(specs):
+    """Why these probes need a split to choose on, as a line for the user; None if they differ in their seeds alone."""
+    count = len({spec.configuration for spec in specs})
+    if count == 1:
+        return None
+    return (
+        f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
+        "say select: {split: train}; without, a grid has one configuration, of any number of seeds"
+    )
+
+
+def _check_unchosen(grid, specs, store, errors):
+    """What asks for a choice in a grid without a split to choose on."""
+    for spec, group in zip(grid.specs, grid.groups, strict=True):
+        for field, asked in (("keep", spec.keep == "best"), ("patience", spec.patience > 0)):
+            if asked:
+                errors.append(f"{group.where(field)}: looks at scores of a split to choose on, and the grid has none")
+    if grid.search:
+        errors.append("search: halving looks at scores of a split to choose on, and the grid has none")
+    if not errors and (reason := undecided(specs)):
+        errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
 
 
 def _check_room(specs, store, device, errors):
@@ -78,9 +113,10 @@ def _check_room(specs, store, device, errors):
 
 def _splits(grid, store, errors):
     roles = dict(grid.splits)
-    if "test" not in grid.content.get("splits", {}) and "test" not in store.splits:
-        # VOC2012's test labels, for one, were never published.
-        del roles["test"]
+    for role in ("val", "test"):
+        # VOC2012's test labels, for one, were never published, and CIFAR has no validation split.
+        if role not in grid.content.get("splits", {}) and role not in store.splits:
+            roles.pop(role, None)
     for role, names in roles.items():
         errors.extend(
             f"splits.{role}: store {store.path} has no split {name!r}{nearest(name, store.splits)} "

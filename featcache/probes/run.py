@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.overlap import Overlap
 from featcache.probes.scores.metrics import gain
@@ -18,7 +20,11 @@ FILE = "run.json"
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
-@dataclass(frozen=True)
+# Of fields whose own last word is long.
+SHORT = {"optimizer.weight_decay": "wd"}
+
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run: its folder, the contents of run.json, and the rows of scores.csv.
 
@@ -29,10 +35,23 @@ class Run:
     summary: dict
     scores: list
 
+    def __repr__(self):
+        return f"Run({str(self.path)!r}, {self.summary['probes']} probes, scored on {self.judge})"
+
+    @property
+    def metric(self):
+        """Name of the metric that probes are chosen by."""
+        return self.summary["select"]["metric"]
+
+    @property
+    def chosen_on(self):
+        """The role that probes are chosen on, or None where nothing is chosen: one configuration, of some seeds."""
+        return self.summary["select"].get("split")
+
     @property
     def judge(self):
         """The role whose scores are reported: test, or the selection split where there is no test split."""
-        return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
+        return "test" if "test" in self.summary["rows"] else self.chosen_on
 
     @property
     def metrics(self):
@@ -62,10 +81,12 @@ class Run:
 
     @property
     def caution(self):
-        """A line to print beside scores that are too good, by the choice of probes or by shared images, else None."""
-        chosen, splits = self.summary["select"]["split"], self.summary["splits"]
+        """A line to print beside scores: that nothing was chosen, or that choice or shared images make them too good."""
+        chosen, splits = self.chosen_on, self.summary["splits"]
         said = []
-        if set(splits[chosen]) & set(splits[self.judge]):
+        if chosen is None:
+            said.append("nothing was chosen: one configuration, its seeds are reported")
+        elif set(splits[chosen]) & set(splits[self.judge]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
             said.append(f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good")
         said += [f"{Overlap(**found)}: scores on them are too good" for found in self.summary.get("overlap", [])]
@@ -76,13 +97,14 @@ def read_summary(folder):
     """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
     if not isinstance(folder, str | os.PathLike):
         raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
+    path = local_path(folder, "--run")
     try:
-        summary = json.loads((Path(folder) / FILE).read_text())
+        summary = json.loads((path / FILE).read_text())
         if not isinstance(summary, dict):
             raise ValueError
         return summary
     except (OSError, ValueError):
-        there = "is not a run folder (it has no readable run.json)" if Path(folder).exists() else "not found"
+        there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
         raise BadInput(f"run {folder} {there}") from None
 
 
@@ -119,20 +141,48 @@ def store_of(run, path=None):
     return store
 
 
+def short_names(fields):
+    """Return {field: short name} of fields of probes, such as `lr` for optimizer.lr and `head` for head.type.
+
+    Fields whose short names would be the same keep their own.
+    """
+    short = {
+        f: SHORT.get(f) or (f.removesuffix(".type") if f.endswith(".type") else f.rpartition(".")[2]) for f in fields
+    }
+    often = Counter(short.values())
+    return {field: name if often[name] == 1 else field for field, name in short.items()}
+
+
+def best(run, per=""):
+    """Choose probes by the run's own metric, the best for each combination of some fields ("head,loss").
+
+    Where nothing is chosen these are all that did not diverge. Returns ids, as `select` does. Raises BadInput.
+    """
+    if run.chosen_on is None:
+        return list(dict.fromkeys(row["probe"] for row in _scored(run, run.judge)))
+    return select(run, f"best {run.metric}{f' per {per}' if per else ''}")
+
+
 def select(run, rule):
-    """Choose probes by the validation score: "best map", or "best top1 per optimizer.lr,head".
+    """Choose probes by the validation score: "best map", or "best top1 per lr,head".
 
     Returns probe ids, one per group, in order of first appearance; of equal scores the first. The best
     is the lowest of nll and ece, else the highest. Only the split that the grid selects on is looked at;
-    that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read.
+    that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read, and
+    where the run has no split to choose on.
     """
     match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", str(rule))
     if not match:
         raise BadInput(
             f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'"
         )
-    metric, split = match.group(1).lower(), run.summary["select"]["split"]
-    rows = [r for r in run.scores if r["split"] == split and r["value"] is not None]
+    if run.chosen_on is None and run.summary["probes"] > 1:
+        raise BadInput(
+            f"--select {rule!r}: run {run.path} has no split to choose on, only the seeds of one configuration; "
+            "name probes with --probe"
+        )
+    metric = match.group(1).lower()
+    rows = _scored(run, run.chosen_on or run.judge)
     metrics = sorted({r["metric"] for r in run.scores})
     if metric not in metrics:
         raise BadInput(
@@ -146,19 +196,21 @@ def select(run, rule):
             group not in winners or gain(metric, row["value"]) > gain(metric, winners[group]["value"])
         ):
             winners[group] = row
-    if not winners:
-        raise BadInput(f"--select {rule!r}: every probe of run {run.path} diverged")
     return [row["probe"] for row in winners.values()]
 
 
+def _scored(run, split):
+    """The rows of a run's scores on a split of which there are values. Raises BadInput if there are none."""
+    rows = [row for row in run.scores if row["split"] == split and row["value"] is not None]
+    if not rows:
+        raise BadInput(f"every probe of run {run.path} diverged")
+    return rows
+
+
 def _column(name, fields, rule):
-    for column in (name, f"{name}.type"):
-        if column in fields:
-            return column
+    known = {field: field for field in fields} | {short: field for field, short in short_names(fields).items()}
     inside = [column for column in fields if column.endswith(f".{name}")]
-    hint = (
-        f"; did you mean {' or '.join(map(repr, inside))}?"
-        if inside
-        else nearest(name, [*fields, *(column.partition(".")[0] for column in fields)])
-    )
+    if name in known or len(inside) == 1:
+        return known.get(name) or inside[0]
+    hint = f"; did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(name, known)
     raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")

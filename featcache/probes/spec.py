@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 
 from featcache.errors import BadInput
@@ -150,6 +150,11 @@ class ProbeSpec:
         hashed = spec_to_dict(self)
         del hashed["name"]
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def configuration(self):
+        """The same for probes that differ in their seed, and in name, alone."""
+        return replace(self, name="", seed=None)
 
     @property
     def rate(self):

@@ -1,6 +1,7 @@
 """Which probes go into one stack, and what a stack of trained ones says."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def room_of(device):
     return CPU_ROOM if device.type == "cpu" else GPU_ROOM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedProbe:
     """What training leaves of a probe.
 
@@ -60,6 +61,17 @@ class TrainedProbe:
     epoch: int | None = None
     scores: list = ()
     stopped: str | None = None
+
+    def __repr__(self):
+        shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in self.weights.items())
+        return f"TrainedProbe({self.spec.id}, {shapes})"
+
+    @property
+    def diverged_epoch(self):
+        """The epoch, from 1, in which it diverged, or None."""
+        if self.diverged is None:
+            return None
+        return next((n for n, loss in enumerate(self.losses, 1) if not math.isfinite(loss)), len(self.losses))
 
 
 def blocks(specs, dim, positions, classes, room=CPU_ROOM):

@@ -51,7 +51,8 @@ class Sweep:
         self.specs = {spec.id: spec for spec in specs}
         self.judge, self.ranks, self.progress = judge, ranks, progress
         self.labels = load_labels(store, splits["train"]).to(device)
-        self.judged = load_labels(store, splits[judge[1]]).to(device)
+        # Where nothing is chosen, nothing asks for validation.
+        self.judged = load_labels(store, splits[judge[1]]).to(device) if judge[1] else None
         self._saved_at = self._told_at = time.monotonic()
         self._untold = 0
         self._validation = {}
@@ -156,8 +157,8 @@ class Sweep:
         for probe in probes:
             if probe.diverged is not None:
                 click.echo(
-                    f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch {_epoch_of(probe)}, at "
-                    f"step {probe.diverged + 1}; its scores are empty",
+                    f"warning: probe {probe.spec.id} ({_rate_of(probe.spec)}) diverged in epoch "
+                    f"{probe.diverged_epoch}, at step {probe.diverged + 1}; its scores are empty",
                     err=True,
                 )
             elif probe.stopped == "iterations":
@@ -219,9 +220,9 @@ def rungs(search):
 def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search, ranks):
     """Train the probes that a run folder lacks and save them there.
 
-    judge: (metric, role) that validation looks at. buffers: how features are read, see plan_buffers.
-    search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
-    all is there. Raises BadInput.
+    judge: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
+    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading
+    one returns when all is there. Raises BadInput.
     """
     todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
@@ -378,8 +379,3 @@ def _begun(folder, missing):
 
 def _rate_of(spec):
     return spec.optimizer.type if spec.optimizer.lr is None else f"lr {spec.optimizer.lr:g}"
-
-
-def _epoch_of(probe):
-    """The epoch, from 1, in which a probe diverged."""
-    return next((n for n, loss in enumerate(probe.losses, 1) if not math.isfinite(loss)), len(probe.losses))

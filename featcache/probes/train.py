@@ -1,26 +1,32 @@
 """`featcache train-probes`: a grid on a store, into a run folder."""
 
+import csv
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 import yaml
 
 from featcache.arguments import PATH, takes, whole
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.device import choose_device
 from featcache.errors import BadInput, shown
 from featcache.probes.grids.grid import load_grid
-from featcache.probes.resolve import resolve
+from featcache.probes.probe_file import find_probes, load_specs
+from featcache.probes.resolve import resolve, undecided
 from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.scores.scoring import finish_run, is_whole
 from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
+
+# Of a run's first grid; later ones have the beginning of their key in the name.
+GRID = "grid.yaml"
 
 
 @takes(store=PATH, run=PATH, seed=whole())
@@ -33,8 +39,8 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     by default half of what is free; larger ones are streamed from the store. allow_overlap: train although
     two roles share images; how many is recorded in run.json.
     Returns the Run; under torchrun, whose processes share the blocks, None in all but the first. Probes that
-    the folder holds already are not trained again; a finished run of the same grid is returned at once.
-    Raises BadInput.
+    the folder holds already are not trained again, and those of earlier grids are scored with the new ones; a
+    finished run of the same grid is returned at once. Raises BadInput.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
@@ -54,7 +60,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     resolved = checked.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in splits.items()},
-        "select": {"metric": found.metric, "split": checked.split},
+        "select": {"metric": found.metric} | ({"split": found.split} if found.split else {}),
         **({"allow_overlap": True} if found.overlaps else {}),
     }
     # Both decide which weights are kept, so that a run is of one choice.
@@ -68,32 +74,43 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    folder = Path(run or Path("runs") / f"{stem}-{key[:8]}")
+    folder = local_path(run or Path("runs") / f"{stem}-{key[:8]}", "--run")
     planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
     started = time.monotonic()
     with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
-        if leads and _finished(folder, basis, key) and is_whole(folder, specs, opened.task):
-            ranks.share([])
-            click.echo(f"run: {folder} is finished already", err=True)
-            return open_run(folder)
+        everything = specs
         if leads:
+            begun = _begun(folder, basis)
+            grids = _grids(begun)
+            whole = is_whole(folder, specs, opened.task) and begun.get("probes") == len(find_probes(folder))
+            if "key" in begun and key in grids and whole:
+                ranks.share([])
+                click.echo(f"run: {folder} is finished already", err=True)
+                return open_run(folder)
+            others = _others(folder, specs)
+            everything = specs + others
+            if found.split is None and (reason := undecided(everything)):
+                raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
+            if others:
+                click.echo(
+                    f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True
+                )
             # How features were read decides the order of the rows, so a begun run stays with it.
-            begun = read_summary(folder).get("buffers", {}) if (folder / FILE).exists() else {}
-            basis["buffers"] = planned | {name: rows for name, rows in begun.items() if name in planned}
-            _begin(folder, basis, resolved)
-        judge = (found.metric, checked.split)
+            basis |= {"buffers": planned | begun.get("buffers", {}), "grids": grids}
+            grids[key] = _begin(folder, basis, grids.get(key), key, resolved)
+        judge = (found.metric, found.split)
         train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
         if not leads:
             return None
         basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
-        return finish_run(folder, specs, opened, splits, basis, device, started)
+        return finish_run(folder, everything, opened, splits, basis, device, started)
 
 
-def _finished(folder, basis, key):
-    """Whether `folder` is a finished run of this grid. Raises BadInput if it is a run on other data."""
+def _begun(folder, basis):
+    """What run.json says of a run that is there, finished or not; {} for a new one. Raises BadInput on other data."""
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
-        return False
+        return {}
     there = read_summary(folder)
     if "imported" in there:
         raise BadInput(f"run {folder} holds imported probes; train into another --run")
@@ -102,14 +119,42 @@ def _finished(folder, basis, key):
             raise BadInput(
                 f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
             )
-    return there.get("key") == key
+    return there
 
 
-def _begin(folder, basis, resolved):
-    """Make the run folder; its run.json has no key, and so is unfinished, until all is written."""
+def _grids(begun):
+    """The grids of a run, {key: name of the file in its folder}; runs of older versions have one, and do not say so."""
+    return begun.get("grids") or ({begun["key"]: GRID} if "key" in begun else {})
+
+
+def _others(folder, specs):
+    """Specs of the probes in a run folder that other grids trained, in the order and with the names of its scores."""
+    others = find_probes(folder).keys() - {spec.id for spec in specs}
+    if not others:
+        return []
+    names = {}
+    with suppress(OSError, KeyError), open(folder / "scores.csv", newline="") as file:
+        names = {row["probe"]: row["name"] for row in csv.DictReader(file)}
+    order = {probe: place for place, probe in enumerate(names)}
+    found = sorted(load_specs(folder, others), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
+    return [replace(spec, name=names.get(spec.id, spec.name)) for spec in found]
+
+
+def _begin(folder, basis, name, key, resolved):
+    """Make the run folder; its run.json has no key, and so is unfinished, until all is written.
+
+    name: of the grid's file, None for a grid that is new here. Returns it.
+    """
+    text = yaml.safe_dump(resolved, sort_keys=False)
     try:
         (folder / "probes").mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FILE, json.dumps(basis, indent=1) + "\n")
-        write_whole(folder / "grid.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        if name is None:
+            # Older versions did not note the key of a grid before they had trained it.
+            first = folder / GRID
+            name = GRID if not first.exists() or first.read_text() == text else f"grid-{key[:8]}.yaml"
+        grids = basis["grids"] | {key: name}
+        write_whole(folder / FILE, json.dumps(basis | {"grids": grids}, indent=1) + "\n")
+        write_whole(folder / name, text)
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
+    return name

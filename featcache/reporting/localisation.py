@@ -1,12 +1,11 @@
 """EPG per probe and method, from a run's attribution.csv."""
 
-import csv
-from pathlib import Path
-
+import click
 import numpy as np
 
 from featcache.probes.run import open_run
-from featcache.reporting.table import describe_head, known, percent
+from featcache.reporting.configuration import naming
+from featcache.reporting.table import percent
 
 RESAMPLES = 1000
 
@@ -15,22 +14,30 @@ def localisation_rows(folder):
     """Return (columns, rows of strings): mean EPG with a bootstrap 95% interval over images.
 
     The last column is what a uniform map scores: the boxes' mean share of the image. Maps without
-    positive energy have no EPG; they are counted, not averaged.
+    positive energy have no EPG; they are counted, not averaged. Maps of probes that are not in the run any
+    more are left out, with a notice.
     """
     run = open_run(folder)
-    with open(Path(folder) / "attribution.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
     groups = {}
-    for row in rows:
+    for row in run.table("attribution.csv"):
         groups.setdefault((row["probe"], row["method"]), []).append(row)
-    columns = ["probe", "head", "loss", "lr", "method", "EPG %", "uniform map %", "maps", "empty"]
+    texts, specs = naming(run), {r["probe"]: r for r in run.scores}
+    columns = ["probe", *texts, "method", "EPG %", "uniform map %", "maps", "empty"]
+    gone = list(dict.fromkeys(probe for probe, _ in groups if probe not in specs))
+    if gone:
+        click.echo(
+            f"notice: attribution.csv of run {folder} has {len(gone)} probes that the run does not have "
+            f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
+            err=True,
+        )
     result = []
     for (probe, method), members in groups.items():
-        spec = next(r for r in run.scores if r["probe"] == probe)
+        if probe in gone:
+            continue
         scored = [r for r in members if r["epg"]]
         share = np.mean([float(r["box_share"]) for r in members])
         result.append([
-            probe, describe_head(spec), spec["loss.type"], known(spec["optimizer.lr"]), method,
+            probe, *(text(specs[probe]) for text in texts.values()), method,
             percent(*_mean_with_interval(scored)), percent(share), str(len(members)), str(len(members) - len(scored)),
         ])  # fmt: skip
     return columns, result

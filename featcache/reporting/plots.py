@@ -6,7 +6,9 @@ import io
 import numpy as np
 
 from featcache.errors import BadInput
-from featcache.reporting.table import describe_head, heading, scored
+from featcache.probes.scores.metrics import gain
+from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
+from featcache.reporting.table import heading, scored
 
 try:
     import matplotlib
@@ -15,9 +17,12 @@ except ImportError:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
 
 COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
 MARKERS = "osD^vP*X"
+# Of the plot of learning rates.
+MOST_LINES = 12
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache"}
 
@@ -32,54 +37,90 @@ def _embed(figure, kind):
 
 
 def learning_rates(runs, metric):
-    """Plot the validation score over the learning rate: a panel per run and head, a line per loss and decay.
+    """Plot the validation score over the learning rate: a panel per run and type of head, a line per configuration.
 
-    Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is
-    chance. Probes without a rate are left out. Returns a data URL, or None if no probe has one.
+    Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is chance. The
+    best MOST_LINES lines are drawn, and the legend says of how many. Probes without a rate and runs that choose
+    nothing are left out. Returns a data URL, or None if nothing is left.
     """
-    panels = []
-    for run in runs:
-        split = run.summary["select"]["split"]
-        rows = [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
-        rows = [r for r in rows if r["optimizer.lr"]]
-        heads = dict.fromkeys(r["head.type"] for r in rows)
-        panels += [(run, head, [r for r in rows if r["head.type"] == head]) for head in heads]
+    runs = [run for run in runs if run.chosen_on]
+    rows = [[r for r in _of(run, metric, run.chosen_on) if r["optimizer.lr"]] for run in runs]
+    panels = [(n, head) for n, some in enumerate(rows) for head in dict.fromkeys(r["head.type"] for r in some)]
     if not panels:
         return None
     scale = 1 if metric == "nll" else 100
+    titles, lines, losses = {}, {}, {}
+    for number, head in panels:
+        members = [r for r in rows[number] if r["head.type"] == head]
+        texts = naming(runs[number], {r["probe"] for r in members})
+        heads = {describe_head(r) for r in members}
+        # A panel of one head says which in its title.
+        titles[number, head] = heads.pop() if len(heads) == 1 else head
+        implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
+        texts = {name: text for name, text in texts.items() if name not in implied}
+        for row in members:
+            losses.setdefault(name := recipe(row, texts), row["loss.type"])
+            points = lines.setdefault(name, {}).setdefault((number, head), {})
+            points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
+    order = sorted(lines, key=lambda name: -_height(lines[name], metric))
+    styles = _line_styles(sorted(order[:MOST_LINES]), losses)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, squeeze=False)
-        decays = sorted({float(r["optimizer.weight_decay"]) for _, _, rows in panels for r in rows})
-        for axis, (run, head, rows) in zip(axes[0], panels, strict=True):
-            _rate_lines(axis, rows, decays, scale)
-            level = run.summary["chance"][run.summary["select"]["split"]][metric]
+        for axis, panel in zip(axes[0], panels, strict=True):
+            run = runs[panel[0]]
+            for name, style in styles.items():
+                if panel in lines[name]:
+                    _rate_line(axis, lines[name][panel], name, style)
+            level = run.summary["chance"][run.chosen_on][metric]
             if level is not None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")
-            axis.set_title(f"{run.path.name}: {head}", fontsize=10)
+            axis.set_title(f"{run.path.name}: {titles[panel]}", fontsize=10)
             axis.set_xscale("log")
-            rates = sorted({float(r["optimizer.lr"]) for r in rows})
+            rates = sorted({rate for points in lines.values() for rate in points.get(panel, ())})
             axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
             axis.minorticks_off()
             axis.set_xlabel("learning rate")
-        axes[0][0].set_ylabel(f"{runs[0].summary['select']['split']} {heading(metric)}")
+        axes[0][0].set_ylabel(f"{runs[0].chosen_on} {heading(metric)}")
         entries = dict(zip(*reversed(_legend(axes[0])), strict=True))
-        figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        title = f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None
+        beside = max(map(len, entries)) < 40
+        place = (
+            {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            if beside
+            else {"loc": "upper left", "bbox_to_anchor": (0, 0)}
+        )
+        figure.legend(entries.values(), entries.keys(), title=title, frameon=False, **place)
         return _embed(figure, "svg")
 
 
-def _rate_lines(axis, rows, decays, scale):
-    groups = {}
-    for row in rows:
-        key = (row["loss.type"], float(row["optimizer.weight_decay"]))
-        groups.setdefault(key, {}).setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
-    for (loss, decay), points in sorted(groups.items()):
-        rates = sorted(points)
-        means = np.array([np.mean(points[r]) for r in rates])
-        bars = [means - [min(points[r]) for r in rates], [max(points[r]) for r in rates] - means]
-        axis.errorbar(
-            rates, means, bars, color=COLOURS.get(loss, "0.3"), marker=MARKERS[decays.index(decay) % len(MARKERS)],
-            markersize=4, linewidth=1, alpha=0.85, label=f"{loss}, wd {decay:g}",
-        )  # fmt: skip
+def _of(run, metric, split):
+    """The rows of a run's scores by a metric on a split of which there are values."""
+    return [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
+
+
+def _height(panels, metric):
+    """The best mean over seeds of a line, the higher the better."""
+    return max(gain(metric, np.mean(values)) for points in panels.values() for values in points.values())
+
+
+def _line_styles(names, losses):
+    """Colour and marker of each line: the hue says the loss, where the lines of a loss are few enough for shades."""
+    alike = {loss: [name for name in names if losses[name] == loss] for loss in losses.values()}
+    few = max(map(len, alike.values())) <= 4
+    styles = {}
+    for number, name in enumerate(names):
+        among = alike[losses[name]]
+        colour = np.array(to_rgb(COLOURS.get(losses[name], "0.3") if few else f"C{number}"))
+        shade = 0.65 * among.index(name) / max(len(among) - 1, 1) if few else 0
+        styles[name] = {"color": colour + (1 - colour) * shade, "marker": MARKERS[among.index(name) % len(MARKERS)]}
+    return styles
+
+
+def _rate_line(axis, points, name, style):
+    rates = sorted(points)
+    means = np.array([np.mean(points[r]) for r in rates])
+    bars = [means - [min(points[r]) for r in rates], [max(points[r]) for r in rates] - means]
+    axis.errorbar(rates, means, bars, markersize=4, linewidth=1, label=name, **style)
 
 
 def _legend(axes):
@@ -99,13 +140,13 @@ def class_bars(run, probes):
     values = {(r["probe"], r["class"]): 100 * float(r["ap"]) for r in rows}
     shares = {r["class"]: 100 * int(r["positives"]) / run.summary["rows"][run.judge] for r in rows}
     names = sorted(shares, key=lambda name: values[probes[0], name])
-    height = 0.8 / len(probes)
+    height, texts, colours = 0.8 / len(probes), labels(run, probes), _colours(run, probes)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 0.6 + len(names) * (0.12 + 0.11 * len(probes))))
         for number, probe in enumerate(probes):
             places = np.arange(len(names)) + 0.4 - height * (number + 0.5)
             bars = [values[probe, name] for name in names]
-            axis.barh(places, bars, 0.9 * height, color=_colour(run, probe, number), label=_label(run, probe))
+            axis.barh(places, bars, 0.9 * height, color=colours[probe], label=texts[probe])
         axis.plot(
             [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
         )
@@ -126,14 +167,16 @@ def reliability(runs, choose):
         for axis, run in zip(axes[0], runs, strict=True):
             table = [r for r in run.table("calibration.csv") if r["split"] == run.judge and r["confidence"]]
             axis.plot([0, 100], [0, 100], color="0.7", linewidth=1)
-            for number, probe in enumerate(choose(run)):
+            probes = choose(run)
+            texts, colours = labels(run, probes), _colours(run, probes)
+            for probe in probes:
                 bins = [r for r in table if r["probe"] == probe]
                 x, y = (np.array([100 * float(r[k]) for r in bins]) for k in ("confidence", "outcome"))
                 pairs = np.array([int(r["pairs"]) for r in bins])
                 error = scored("ece", run.value(probe, "ece", run.judge)["value"])
-                colour = _colour(run, probe, number)
-                axis.plot(x, y, color=colour, linewidth=1, label=f"{_label(run, probe)}: ECE {error}%")
-                axis.scatter(x, y, 4 + 60 * np.sqrt(pairs / pairs.sum()), color=colour, alpha=0.8, linewidth=0)
+                axis.plot(x, y, color=colours[probe], linewidth=1, label=f"{texts[probe]}: ECE {error}%")
+                sizes = 4 + 60 * np.sqrt(pairs / pairs.sum())
+                axis.scatter(x, y, sizes, color=colours[probe], alpha=0.8, linewidth=0)
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
             axis.set_title(run.path.name, fontsize=10)
             axis.legend(loc="upper left", frameon=False, fontsize=8)
@@ -141,29 +184,32 @@ def reliability(runs, choose):
         return _embed(figure, "svg")
 
 
-def _colour(run, probe, number):
-    loss = run.value(probe, run.metrics[0], run.judge)["loss.type"]
-    return COLOURS.get(loss, f"C{number}")
+def _colours(run, probes):
+    """The colour of each probe: that of its loss, where they differ in it."""
+    losses = [run.value(probe, run.metric, run.judge)["loss.type"] for probe in probes]
+    known = len(set(losses)) == len(losses)
+    return {
+        p: COLOURS.get(loss, f"C{n}") if known else f"C{n}"
+        for n, (p, loss) in enumerate(zip(probes, losses, strict=True))
+    }
 
 
-def _label(run, probe):
-    row = run.value(probe, run.metrics[0], run.judge)
-    return f"{describe_head(row)}, {row['loss.type']}"
+def heatmaps(run, kept):
+    """Draw example images with boxes, and beside each the maps of every method and probe that the run has.
 
-
-def heatmaps(kept, describe):
-    """Draw example images with boxes, and beside each the maps of every probe and method.
-
-    kept: the contents of attribution.npz. describe: function of a probe id to a short text.
-    Returns a data URL, or None if there are no examples.
+    kept: the contents of attribution.npz. Returns a data URL, or None if there are no examples.
     """
+    there = {row["probe"] for row in run.scores}
     panels = [
-        dict(zip(("probe", "method", "split", "id", "class", "epg", "share"), p, strict=True)) for p in kept["panels"]
+        (dict(zip(("probe", "method", "split", "id", "class", "epg", "share"), p, strict=True)), values)
+        for p, values in zip(kept["panels"], kept["maps"], strict=True)
+        if p[0] in there
     ]
     if not panels:
         return None
-    lines = list(dict.fromkeys((p["id"], p["class"]) for p in panels))
-    columns = list(dict.fromkeys((p["method"], p["probe"]) for p in panels))
+    lines = list(dict.fromkeys((p["id"], p["class"]) for p, _ in panels))
+    columns = list(dict.fromkeys((p["method"], p["probe"]) for p, _ in panels))
+    texts = labels(run, list(dict.fromkeys(probe for _, probe in columns)))
     ids, size = list(kept["ids"]), kept["maps"].shape[1]
     with plt.rc_context(STYLE | {"font.size": 8}):
         shape = (len(lines), len(columns) + 1)
@@ -173,7 +219,7 @@ def heatmaps(kept, describe):
             for side in axis.spines.values():
                 side.set_visible(False)
         for axis, (method, probe) in zip(axes[0][1:], columns, strict=True):
-            axis.set_title(f"{method}\n{describe(probe)}", fontsize=8)
+            axis.set_title(f"{method}\n{texts[probe]}", fontsize=8)
         axes[0][0].set_title("image, boxes", fontsize=8)
         for line, (image_id, label) in zip(axes, lines, strict=True):
             number = ids.index(image_id)
@@ -186,7 +232,7 @@ def heatmaps(kept, describe):
             line[0].imshow(picture)
             line[0].set_ylabel(f"{image_id}\n{label}", fontsize=8)
             _draw_boxes(line[0], boxes)
-            for panel, values in zip(panels, kept["maps"], strict=True):
+            for panel, values in panels:
                 if (panel["id"], panel["class"]) == (image_id, label):
                     axis = line[1 + columns.index((panel["method"], panel["probe"]))]
                     _draw_map(axis, picture, values)

@@ -2,26 +2,18 @@
 
 import zipfile
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
 from featcache.arguments import PATH, PATHS, listed, takes
-from featcache.atomic import write_whole
+from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput
-from featcache.probes.run import open_run, select
+from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
+from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import localisation_rows
-from featcache.reporting.table import (
-    METRIC_NAMES,
-    describe_head,
-    heading,
-    known,
-    score_rows,
-    scored,
-    seed_texts,
-)
+from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
 
 
 @takes(runs=PATHS, out=PATH)
@@ -37,8 +29,9 @@ def report(runs, out="report.html"):
         raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
     from featcache.reporting import plots
 
+    out = local_path(out, "--out")
     opened = [open_run(run) for run in listed(runs)]
-    metrics = sorted({run.summary["select"]["metric"] for run in opened})
+    metrics = sorted({run.metric for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
     if len(metrics) > 1 or len(kinds) > 1:
         different = metrics if len(metrics) > 1 else kinds
@@ -47,26 +40,25 @@ def report(runs, out="report.html"):
     page = {
         "metric": METRIC_NAMES[metric],
         "heading": heading(metric),
-        "split": opened[0].summary["select"]["split"],
+        "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "judge": opened[0].judge,
         "best": [line for run in opened for line in _best_rows(run, metric)],
         "cautions": list(dict.fromkeys(run.caution for run in opened if run.caution)),
         "metrics": [heading(m) for m in opened[0].metrics],
-        "measured": [line for run in opened for line in _measured(run, metric)],
+        "measured": [line for run in opened for line in _measured(run)],
         "rates": plots.learning_rates(opened, metric),
         "classes": [
-            (run.path.name, len(run.summary["classes"]), plots.class_bars(run, select(run, f"best {metric} per loss")))
+            (run.path.name, len(run.summary["classes"]), plots.class_bars(run, _pictured(run)))
             for run in opened
             if "map" in run.metrics
         ],
-        "reliability": plots.reliability(opened, lambda run: select(run, f"best {metric} per loss")),
+        "reliability": plots.reliability(opened, _pictured),
         "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("featcache.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, environment.from_string(source).render(page))
@@ -75,17 +67,23 @@ def report(runs, out="report.html"):
     return out
 
 
+def _pictured(run):
+    """The probes of a run whose classes and calibration are drawn."""
+    return best(run, "loss")
+
+
 def _best_rows(run, metric):
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
-    seeds = seed_texts(run, metric)
-    for probe in select(run, f"best {metric} per head,loss"):
-        spec = run.value(probe, metric, run.summary["select"]["split"])
+    seeds, probes = seed_texts(run, metric), best(run, "head,loss")
+    texts = {name: text for name, text in naming(run).items() if name not in (HEAD, LOSS)}
+    for probe in probes:
         test = run.value(probe, metric, run.judge)
+        imported = test["optimizer.type"] == IMPORTED
         yield {
             "run": run.path.name,
-            "probe": f"{describe_head(spec)}, {spec['loss.type']}",
-            "recipe": _recipe(spec),
-            "chosen_by": scored(metric, spec["value"]),
+            "probe": f"{describe_head(test)}, {test['loss.type']}",
+            "recipe": f"imported ({test['name']})" if imported else recipe(test, texts),
+            "chosen_by": scored(metric, run.value(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
             "width": None if metric in LOWER_IS_BETTER else f"{100 * test['value']:.1f}",
@@ -95,30 +93,22 @@ def _best_rows(run, metric):
         yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": f"{100 * level:.1f}"}
 
 
-def _measured(run, metric):
+def _measured(run):
     """Of the same probes, every metric on the judged split: (run, probe, [(score, interval)])."""
-    for probe in select(run, f"best {metric} per head,loss"):
+    probes = best(run, "head,loss")
+    for probe, name in labels(run, probes).items():
         rows = [run.value(probe, m, run.judge) for m in run.metrics]
         cells = [(scored(r["metric"], r["value"]), scored(r["metric"], r["value"], r["low"], r["high"])) for r in rows]
-        yield run.path.name, f"{describe_head(rows[0])}, {rows[0]['loss.type']}", cells
-
-
-def _recipe(spec):
-    if spec["optimizer.type"] == IMPORTED:
-        return f"imported ({spec['name']})"
-    return f"lr {known(spec['optimizer.lr'])}, wd {known(spec['optimizer.weight_decay'])}, seed {spec['seed']}"
+        yield run.path.name, name, cells
 
 
 def _localisation(run, plots):
     columns, rows = localisation_rows(run.path)
     picture, maps = None, run.path / "attribution.npz"
     if maps.is_file():
-        specs = {r["probe"]: r for r in run.scores}
         try:
             with open(maps, "rb") as file, np.load(file, allow_pickle=False) as kept:
-                picture = plots.heatmaps(
-                    dict(kept), lambda probe: f"{describe_head(specs[probe])}, {specs[probe]['loss.type']}"
-                )
+                picture = plots.heatmaps(run, dict(kept))
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
             raise BadInput(f"damaged maps {maps}: {error}; run the same attribute again") from None
     return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}

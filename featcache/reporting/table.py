@@ -4,6 +4,7 @@ import math
 
 from featcache.probes.scores.metrics import gain
 from featcache.probes.scores.seeds import over_seeds
+from featcache.reporting.configuration import naming
 
 METRIC_NAMES = {
     "map": "mAP", "precision_macro": "macro precision", "recall_macro": "macro recall", "f1_macro": "macro F1",
@@ -50,32 +51,25 @@ def _with_interval(value, low, high, scale, pattern):
     return pattern.format(scale * value) + interval
 
 
-def known(number):
-    """Shorten a number of scores.csv; it is a dash where an imported probe has none."""
-    return f"{float(number):g}" if number else "-"
-
-
 def score_rows(run, most=None):
     """Return (columns, rows of strings) of a run's probes, best on the selection split first.
 
-    Where probes differ in their seed alone, the last column has mean and standard deviation over their seeds.
+    Head and loss, then whatever varies between the probes; where they differ in their seed alone, the last column
+    has mean and standard deviation over their seeds. Where nothing is chosen, the order is that of the scores.
     """
-    metric, split = run.summary["select"]["metric"], run.summary["select"]["split"]
-    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
-    chosen.sort(key=lambda r: gain(metric, r["value"]), reverse=True)
-    chosen += [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is None]
-    name = heading(metric)
-    columns = ["probe", "head", "features", "loss", "lr", "wd", "seed", f"{split} {name}", f"{run.judge} {name} [95%]"]
-    seeds = seed_texts(run, metric)
+    metric, split, name = run.metric, run.chosen_on, heading(run.metric)
+    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.judge)]
+    if split:
+        chosen.sort(key=lambda r: -math.inf if r["value"] is None else gain(metric, r["value"]), reverse=True)
+    seeds, texts = seed_texts(run, metric), naming(run)
+    columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.judge} {name} [95%]"]
     columns += [f"{run.judge} {name} over seeds"] if seeds else []
     rows = []
     for row in chosen[:most]:
         test = run.value(row["probe"], metric, run.judge)
-        rows.append([
-            row["probe"], describe_head(row), row["features"], row["loss.type"], known(row["optimizer.lr"]),
-            known(row["optimizer.weight_decay"]), row["seed"] or "-", scored(metric, row["value"]),
-            scored(metric, test["value"], test["low"], test["high"]),
-        ])  # fmt: skip
+        rows.append([row["probe"], *(text(row) for text in texts.values())])
+        rows[-1] += [scored(metric, row["value"])] if split else []
+        rows[-1] += [scored(metric, test["value"], test["low"], test["high"])]
         rows[-1] += [seeds.get(row["probe"], "-")] if seeds else []
     return columns, rows
 
@@ -100,11 +94,3 @@ def comparison_rows(comparisons):
         scores = [scored(c.metric, score) for score in c.scores]
         rows.append([heading(c.metric), *scores, scored(c.metric, c.difference, c.low, c.high), f"{c.p:.3f}"])
     return columns, rows
-
-
-def describe_head(row):
-    """Name a head in a word or two, as in `mlp-2 (256)`."""
-    if row["head.type"] == "linear":
-        return "linear"
-    width = f" ({row['head.hidden']})" if int(row["head.hidden"]) else ""
-    return f"{row['head.type']}-{row['head.layers']}{width}"

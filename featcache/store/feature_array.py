@@ -27,6 +27,9 @@ class FeatureArray:
         self._row_bytes = manifest.row_bytes(feature)
         self._source = open_source(folder, manifest, split, feature)
 
+    def __repr__(self):
+        return f"FeatureArray({str(self.feature)!r}, {list(self.shape)}, {self.stored_dtype})"
+
     def __len__(self):
         return self.shape[0]
 

@@ -20,7 +20,7 @@ CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """The contents of manifest.json.
 
@@ -40,6 +40,9 @@ class Manifest:
     compute: dict
     storage: dict
     files: dict
+
+    def __repr__(self):
+        return f"Manifest(id {self.id[:8]}, {', '.join(self.features)})"
 
     @property
     def id(self):

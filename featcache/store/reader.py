@@ -47,6 +47,10 @@ class Store:
         self.task = self.manifest.task
         self._splits = {split: Split(self, split) for split in self.manifest.splits}
 
+    def __repr__(self):
+        rows = ", ".join(f"{split} {len(self[split])}" for split in self.splits)
+        return f"Store({self.path!r}, id {self.id[:8]}, {rows} images)"
+
     @property
     def splits(self):
         """Names of the splits, in order, without views."""
@@ -70,6 +74,9 @@ class Split:
     def __init__(self, store, name):
         self.store = store
         self.name = name
+
+    def __repr__(self):
+        return f"Split({self.name!r} of store {self.store.path!r}, {len(self)} images)"
 
     def __len__(self):
         return self.store.manifest.splits[self.name]["rows"]

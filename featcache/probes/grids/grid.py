@@ -12,6 +12,7 @@ from featcache.probes.grids.rules import changed, without
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
+ROLES = ("train", "val", "test")
 TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "allow_overlap", "profiles")
 
 
@@ -27,10 +28,11 @@ class Search:
     first: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grid:
-    """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by.
+    """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by, if named.
 
+    Where no val is named and the split of that name has another role, splits has no val.
     path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
     applied. content: the grid with included files, groups that start from others and the profile's splits
     filled in, which reads as the same grid.
@@ -41,11 +43,14 @@ class Grid:
     groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
     metric: str | None
-    split: str
+    split: str | None
     store: str | None
     content: dict
     search: Search | None = None
     parity: str | None = None
+
+    def __repr__(self):
+        return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
 
     @property
     def allow_overlap(self):
@@ -85,7 +90,8 @@ def parse_grid(content, path="grid", parity=None):
     content = written.content
     at = {key: f"{written.origins.get(key, '')}{key}" for key in TOP}
     parity = parity or content.get("parity")
-    splits = _splits(content.get("splits", {}), at["splits"], parity is not None, errors)
+    written_splits = (content.get("splits", {}), at["splits"])
+    splits = _splits([written_splits], parity is not None, errors)
     metric, split = _select(content.get("select", {}), splits, at["select"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
@@ -100,7 +106,7 @@ def parse_grid(content, path="grid", parity=None):
     groups = tuple(group_of[spec] for spec in specs)
     for name, profile in _profiles(content.get("profiles", {}), parity, at["profiles"], errors).items():
         where = f"{at['profiles']}.{name}"
-        roles = _splits(profile.get("splits", {}), f"{where}.splits", True, errors, splits)
+        roles = _splits([written_splits, (profile.get("splits", {}), f"{where}.splits")], True, errors)
         others = changed(specs, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
             chosen = others, roles
@@ -136,24 +142,33 @@ def _profiles(value, parity, path, errors):
     return {n: profile for n, profile in value.items() if isinstance(profile, dict)}
 
 
-def _splits(value, path, shared, errors, default=None):
-    """Return {role: splits}. shared: whether val and test may be the same, as in published protocols."""
-    roles = dict(default or {"train": ("train",), "val": ("val",), "test": ("test",)})
-    if not isinstance(value, dict):
-        errors.append(f"{path}: expected train, val and test")
-        return roles
-    check_known(value, roles, f"{path}.", errors)
-    for role in roles.keys() & value.keys():
-        names = value[role] if isinstance(value[role], list) else [value[role]]
-        if not names or not all(isinstance(n, str) and n for n in names):
-            errors.append(f"{path}.{role}: expected the name of a split, or a list of them")
-        elif len(set(names)) < len(names):
-            errors.append(f"{path}.{role}: names a split twice, whose images would count twice")
-        else:
-            roles[role] = tuple(names)
+def _splits(levels, shared, errors):
+    """Return {role: splits}. levels: [(what a grid and a profile of it say, its path)], of which the last wins.
+
+    shared: whether val and test may be the same, as in published protocols.
+    """
+    roles, where = {role: (role,) for role in ROLES}, {}
+    for value, path in levels:
+        if not isinstance(value, dict):
+            errors.append(f"{path}: expected train, val and test")
+            continue
+        check_known(value, ROLES, f"{path}.", errors)
+        for role in roles.keys() & value.keys():
+            where[role] = path
+            names = value[role] if isinstance(value[role], list) else [value[role]]
+            if not names or not all(isinstance(n, str) and n for n in names):
+                errors.append(f"{path}.{role}: expected the name of a split, or a list of them")
+            elif len(set(names)) < len(names):
+                errors.append(f"{path}.{role}: names a split twice, whose images would count twice")
+            else:
+                roles[role] = tuple(names)
+    if "val" not in where and any("val" in roles[role] for role in where):
+        # The split of that name is put to another use, which leaves none to choose on.
+        del roles["val"]
     for a, b in itertools.combinations(roles, 2):
         both = set(roles[a]) & set(roles[b])
         if both and not (shared and a == "val"):
+            path = where.get(b, levels[-1][1])
             errors.append(f"{path}.{b}: {sorted(both)[0]!r} is in splits.{a} too; the roles must be kept apart")
     return roles
 
@@ -161,16 +176,17 @@ def _splits(value, path, shared, errors, default=None):
 def _select(value, splits, path, errors):
     if not isinstance(value, dict):
         errors.append(f"{path}: expected metric and split")
-        return None, "val"
+        return None, None
     check_known(value, ("metric", "split"), f"{path}.", errors)
-    metric, split = value.get("metric"), value.get("split", "val")
+    metric, split = value.get("metric"), value.get("split")
     metric = metric.lower() if isinstance(metric, str) else metric
     if metric is not None and metric not in METRICS:
         errors.append(f"{path}.metric: {shown(metric)} is not one of {', '.join(METRICS)}{nearest(metric, METRICS)}")
     if split == "test":
         errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
-    elif split not in list(splits):
-        errors.append(f"{path}.split: {shown(split)} is not one of train, val{nearest(split, splits)}")
+    elif split is not None and split not in list(splits):
+        there = [role for role in splits if role != "test"]
+        errors.append(f"{path}.split: {shown(split)} is not one of {', '.join(there)}{nearest(split, there)}")
     return metric, split
 
 
