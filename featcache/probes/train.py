@@ -80,7 +80,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         if not leads:
             return None
         basis |= {"key": key, "store": str(source)}
-        return finish_run(folder, specs, opened, splits, basis, device, started)
+        return finish_run(folder, specs, opened, splits, basis, device, started, checked.intervals)
 
 
 def _finished(folder, basis, key, wanted):

@@ -12,7 +12,9 @@ from featcache.probes.grids.rules import changed, without
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
-TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "profiles")
+TOP = ("store", "splits", "select", "intervals", "search", "include", "probes", "exclude", "parity", "profiles")
+# What a probe scores on the images that it learned says little of others.
+INTERVALS = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Search:
 @dataclass(frozen=True)
 class Grid:
     """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by.
+    intervals: roles whose scores get an interval.
 
     path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
     applied. content: the grid with included files, groups that start from others and the profile's splits
@@ -46,11 +49,13 @@ class Grid:
     content: dict
     search: Search | None = None
     parity: str | None = None
+    intervals: tuple[str, ...] = INTERVALS
 
     @property
     def rules(self):
-        """What of the content, beside the groups, decides which probes are trained and how: {} if nothing does."""
-        return {key: self.content[key] for key in ("exclude", "search", "parity", "profiles") if key in self.content}
+        """What of the content, beside the groups, decides what a run holds: {} if nothing does."""
+        keys = ("intervals", "exclude", "search", "parity", "profiles")
+        return {key: self.content[key] for key in keys if key in self.content}
 
 
 def load_grid(grid, parity=None):
@@ -82,6 +87,7 @@ def parse_grid(content, path="grid", parity=None):
     parity = parity or content.get("parity")
     splits = _splits(content.get("splits", {}), at["splits"], parity is not None, errors)
     metric, split = _select(content.get("select", {}), splits, at["select"], errors)
+    intervals = _intervals(content.get("intervals", list(INTERVALS)), splits, at["intervals"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
     if store is not None and not isinstance(store, str):
@@ -102,7 +108,7 @@ def parse_grid(content, path="grid", parity=None):
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = chosen
-    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity)
+    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity, intervals)
 
 
 def refuse(path, errors):
@@ -165,6 +171,15 @@ def _select(value, splits, path, errors):
     elif split not in list(splits):
         errors.append(f"{path}.split: {shown(split)} is not one of train, val{nearest(split, splits)}")
     return metric, split
+
+
+def _intervals(value, roles, path, errors):
+    """Return the roles whose scores get an interval."""
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in list(roles):
+            errors.append(f"{path}: {shown(name)} is not one of {', '.join(roles)}{nearest(name, roles)}")
+    return tuple(names)
 
 
 def _search(value, path, errors):

@@ -1,7 +1,7 @@
 """What the metrics need to know of probes' logits, gathered chunk by chunk; and the metrics.
 
-Every metric but average precision is a function of sums over images, so that its values in many
-bootstrap resamples come from one product of matrices. Probabilities are those that a probe was
+Every metric is known without any one image, too, from a pass over the images: average precision from one sort,
+the others because they are functions of sums over images. Probabilities are those that a probe was
 trained to give: the softmax for ce, the sigmoid for every other loss.
 """
 
@@ -10,22 +10,26 @@ from torch.nn import functional as F
 
 from featcache.probes.losses import IGNORED
 from featcache.probes.scores.average_precision import average_precision
+from featcache.probes.scores.jackknife import deviations, influences
 
 BINS = 15
-PIECE_ROWS = 16384
+# Numbers that are passed over at a time: on a CPU they stay in the cache, on a GPU a step costs its launches.
+AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 class Tally:
-    """The logits of P probes on N images: `add` them in the order of the images, then ask for `scores`.
+    """The logits of P probes on N images: `add` them in the order of the images, then ask for scores.
 
     labels: of all images, int8 [N, C] or int64 [N], on the device of the logits. classes: C. losses: of
-    each probe, the type. `class_mean`: the metric that is no function of sums over images, but a mean over classes.
+    each probe, the type. `class_mean`: the metric that is a mean over classes of how their images rank, and which is
+    asked for in training.
     """
 
     def __init__(self, labels, classes, losses):
         self.labels, self.classes = labels, classes
         self.softmax = [loss == "ce" for loss in losses]
         self.finite = torch.ones(len(self.softmax), dtype=torch.bool, device=labels.device)
+        self._bins = None
         self._rows = 0
 
     @torch.no_grad()
@@ -38,61 +42,89 @@ class Tally:
         self._rows = end
 
     @torch.no_grad()
-    def scores(self, weights=None, only=None):
-        """Return {metric: float64 [P, 1 + R]} on the CPU: of the images as they are, then of R resamples.
-
-        weights: uint8 [N, R] as bootstrap.resamples gives them; [P, 1] without. only: the one metric that is
-        asked for, so that others need not be computed. A probe with a logit that is not finite scores NaN.
+    def scores(self, only=None):
+        """Return {metric: float64 [P]} on the CPU. only: the one metric that is asked for, so that others need not be
+        computed. A probe with a logit that is not finite scores NaN.
         """
-        if weights is not None:
-            weights = weights.to(self.labels.device)
-        table = {}
-        if only != self.class_mean:
-            table |= self._of_sums(weights)
-        if only in (None, self.class_mean):
-            table[self.class_mean] = self._class_mean(weights)
-        broken = ~self.finite.cpu().unsqueeze(1)
-        return {metric: values.cpu().masked_fill(broken, torch.nan) for metric, values in table.items()}
+        return {metric: scores for metric, (scores,) in self._table(lambda *found: found[:1], False, only).items()}
 
-    def _of_sums(self, weights):
-        sums = [0] * len(self.softmax)
-        for rows in self._pieces():
-            piece = _with_ones(weights, rows, self.labels).double()
-            # Probe by probe, so that none depends on its neighbours by a rounding.
-            for p in range(len(sums)):
-                sums[p] += self._statistics(p, rows) @ piece
-        found = [self._metrics(total) for total in sums]
-        return {metric: torch.stack([each[metric] for each in found]) for metric in found[0]}
+    @torch.no_grad()
+    def estimates(self):
+        """Return {metric: (scores, standard deviations)}, both float64 [P] on the CPU; see jackknife.py."""
+        return self._table(lambda scores, left_out: (scores, deviations(influences(scores, left_out))))
+
+    @torch.no_grad()
+    def influences(self):
+        """Return {metric: (scores [P], influences [P, N])}, float64 on the CPU; see jackknife.py. For few probes."""
+        return self._table(lambda scores, left_out: (scores, influences(scores, left_out)))
+
+    def _table(self, reduce, leave_out=True, only=None):
+        """Return {metric: reduce(scores, left_out)} of all probes, some at a time so that [P, N] is never held."""
+        self._bins = torch.zeros(len(self.softmax), BINS, 3, dtype=torch.float64, device=self.labels.device)
+        parts, size = {}, max(AT_ONCE[self.labels.device.type] // max(len(self.labels), 1), 1)
+        for start in range(0, len(self.softmax), size):
+            probes = range(len(self.softmax))[start : start + size]
+            found = {}
+            if only in (None, self.class_mean):
+                found[self.class_mean] = self._class_mean(slice(start, start + size), leave_out)
+            if only != self.class_mean:
+                # Probe by probe, so that none depends on its neighbours by a rounding.
+                each = [self._of_sums(p, leave_out) for p in probes]
+                found |= {m: tuple(map(_stacked, zip(*(one[m] for one in each), strict=True))) for m in each[0]}
+            for metric, pair in found.items():
+                parts.setdefault(metric, []).append(reduce(*pair))
+        table = {m: [torch.cat(column).cpu() for column in zip(*rows, strict=True)] for m, rows in parts.items()}
+        broken = ~self.finite.cpu()
+        for columns in table.values():
+            for column in columns:
+                column[broken] = torch.nan
+        return {metric: tuple(columns) for metric, columns in table.items()}
 
     def _pieces(self):
-        return [slice(start, start + PIECE_ROWS) for start in range(0, len(self.labels), PIECE_ROWS)]
+        """Slices of the images, as many of all their classes as are passed over at a time."""
+        size = max(AT_ONCE[self.labels.device.type] // self.classes, 64)
+        return [slice(start, start + size) for start in range(0, len(self.labels), size)]
 
     def calibration(self):
-        """Return float64 [P, BINS, 3]: pairs in each bin of the confidence, sums of their confidences and outcomes."""
-        result = torch.zeros(len(self.softmax), BINS, 3, dtype=torch.float64, device=self.labels.device)
-        for p in self.finite.nonzero()[:, 0].tolist():
-            for rows in self._pieces():
-                confidence, outcome, counted = self._pairs(p, rows)
-                table = torch.stack([torch.ones_like(confidence), confidence, outcome], dim=2) * counted.unsqueeze(2)
-                result[p].index_add_(0, _bins(confidence).flatten(), table.flatten(0, 1))
-        return result.cpu()
+        """Return float64 [P, BINS, 3] on the CPU: pairs in each bin of the confidence, sums of their confidences and
+        outcomes. To be asked for after scores or estimates of all metrics, which count them.
+        """
+        return self._bins.cpu().masked_fill(~self.finite.cpu().view(-1, 1, 1), 0)
+
+    def _gaps(self, p, confidence, outcome, counted):
+        """Sum, for each image and bin, confidence minus outcome over its pairs [K, n] that count: [BINS, n].
+
+        Counts them for calibration(), too.
+        """
+        # The bin of a confidence c in [0, 1]: b from 0 where b / BINS < c <= (b + 1) / BINS.
+        bins = confidence.mul(BINS).ceil_().long().sub_(1).clamp_(0, BINS - 1)
+        confidence, outcome = confidence * counted, outcome * counted
+        for column, numbers in enumerate((counted, confidence, outcome)):
+            self._bins[p, :, column].index_add_(0, bins.flatten(), numbers.flatten())
+        gaps = torch.zeros(BINS, bins.shape[1], dtype=torch.float64, device=bins.device)
+        return gaps.scatter_add_(0, bins, confidence.sub_(outcome))
 
 
-def _with_ones(weights, rows, labels):
-    """Rows of weights [n, R] behind a column of ones: each image once."""
-    ones = torch.ones(len(labels[rows]), 1, dtype=torch.uint8, device=labels.device)
-    return ones if weights is None else torch.cat([ones, weights[rows]], dim=1)
+def _stacked(numbers):
+    """Stack tensors, of which each may be None."""
+    return None if numbers[0] is None else torch.stack(numbers)
 
 
-def _bins(confidence):
-    """The bin of a confidence p in [0, 1]: b from 0 where b / BINS < p <= (b + 1) / BINS."""
-    return confidence.mul(BINS).ceil().long().sub_(1).clamp_(0, BINS - 1)
+def _ratio(upper, lower, leave_out, least=0):
+    """The sum of upper [n] over that of lower [n], of all images and without each of them: (scalar, [n] or None).
+
+    least: 1 where lower sums whole numbers, which turns 0 / 0 into 0.
+    """
+    above, below = upper.sum(), lower.sum()
+    left_out = (above - upper) / (below - lower).clamp(min=least) if leave_out else None
+    return above / below.clamp(min=least), left_out
 
 
-def _gaps(confidence, outcome, counted):
-    """Sum, for each image and bin, confidence minus outcome over its pairs [n, K] that count: [BINS, n]."""
-    gaps = torch.zeros(len(confidence), BINS, dtype=torch.float64, device=confidence.device)
-    return gaps.scatter_add_(1, _bins(confidence), (confidence - outcome) * counted).t()
+def _calibration_error(gaps, pairs, leave_out):
+    """The expected calibration error of gaps [BINS, n] in pairs [n], as _ratio."""
+    total, count = gaps.sum(1), pairs.sum()
+    left_out = (total.unsqueeze(1) - gaps).abs_().sum(0) / (count - pairs) if leave_out else None
+    return total.abs().sum() / count, left_out
 
 
 class SingleLabelTally(Tally):
@@ -100,58 +132,70 @@ class SingleLabelTally(Tally):
 
     class_mean = "balanced_accuracy"
 
+    @property
+    def judged(self):
+        """How many images say something of a score."""
+        return len(self.labels)
+
     def _keep(self, logits, rows):
         if not self._rows:
             shape, device = (len(logits), len(self.labels)), logits.device
             self._rank = torch.empty(shape, dtype=torch.int64, device=device)
             self._loss = torch.empty(shape, dtype=torch.float64, device=device)
             self._confidence = torch.empty(shape, dtype=torch.float64, device=device)
-        labels = self.labels[rows].unsqueeze(1)  # [n, 1]
-        # Of equal logits the first ranks first, as argmax has it: a constant gets no credit.
-        earlier = torch.arange(self.classes, device=logits.device) < labels
+        classes = torch.arange(self.classes, device=logits.device)
+        for piece in self._pieces():
+            part = logits[:, piece][:, : logits.shape[1]]
+            if part.shape[1]:
+                labels = self.labels[rows][piece].unsqueeze(1)
+                at = slice(rows.start + piece.start, rows.start + piece.start + part.shape[1])
+                self._keep_piece(part, labels, (classes < labels).float(), at)
+
+    def _keep_piece(self, logits, labels, earlier, rows):
+        """logits [P, n, C], labels [n, 1], earlier [n, C]: whether a class comes before that of the image."""
         for p, values in enumerate(logits):
-            true = values.gather(1, labels)
-            self._rank[p, rows] = ((values > true) | ((values == true) & earlier)).sum(1)
-            values, true = values.double(), true.double().squeeze(1)
+            true, top = values.gather(1, labels), values.amax(1, keepdim=True).double()
+            # Of equal logits the first ranks first, as argmax has it: a constant gets no credit. Sums of 0 and 1 in
+            # float32, several times faster than of booleans.
+            flags = torch.eq(values, true, out=torch.empty_like(values)).mul_(earlier)
+            ranks = flags.sum(1) + torch.gt(values, true, out=flags).sum(1)
+            self._rank[p, rows] = ranks.long()
+            true = true.squeeze(1).double()
             if self.softmax[p]:
-                norm = values.logsumexp(1)
-                self._loss[p, rows] = norm - true
-                self._confidence[p, rows] = (values.amax(1) - norm).exp()
+                # log of the sum of exp, less the largest logit.
+                norm = values.double().sub_(top).exp_().sum(1).log_()
+                self._loss[p, rows] = norm + (top.squeeze(1) - true)
+                self._confidence[p, rows] = norm.neg_().exp_()
             else:
-                self._loss[p, rows] = F.softplus(values, threshold=40).mean(1) - true / self.classes
-                self._confidence[p, rows] = values.amax(1).sigmoid()
+                self._loss[p, rows] = F.softplus(values.double(), threshold=40).mean(1) - true / self.classes
+                self._confidence[p, rows] = top.squeeze(1).sigmoid()
 
-    def _pairs(self, p, rows):
-        hits = (self._rank[p, rows] == 0).double().unsqueeze(1)
-        return self._confidence[p, rows].unsqueeze(1), hits, torch.ones_like(hits)
-
-    def _statistics(self, p, rows):
-        """[4 + BINS, n]: hit, hit among five, loss, 1; gaps."""
-        rank, loss = self._rank[p, rows], self._loss[p, rows]
-        sums = torch.stack([(rank < 1).double(), (rank < 5).double(), loss, torch.ones_like(loss)])
-        return torch.cat([sums, _gaps(*self._pairs(p, rows))])
-
-    def _metrics(self, sums):
-        top1, top5, loss, images = sums[:4]
+    def _of_sums(self, p, leave_out):
+        """{metric: (score, without each image [N] or None)} of a probe."""
+        rank, ones = self._rank[p], torch.ones_like(self._loss[p])
+        hits = (rank < 1).double()
+        gaps = self._gaps(p, *(row.unsqueeze(0) for row in (self._confidence[p], hits, ones)))
         return {
-            "top1": top1 / images,
-            "top5": top5 / images,
-            "nll": loss / images,
-            "ece": sums[4:].abs().sum(0) / images,
+            "top1": _ratio(hits, ones, leave_out),
+            "top5": _ratio((rank < 5).double(), ones, leave_out),
+            "nll": _ratio(self._loss[p], ones, leave_out),
+            "ece": _calibration_error(gaps, ones, leave_out),
         }
 
-    def _class_mean(self, weights):
-        """The mean of the recalls of the classes that a resample holds."""
-        hits, there = [0] * len(self.softmax), 0
-        for rows in self._pieces():
-            labels, piece = self.labels[rows], _with_ones(weights, rows, self.labels).float()
-            order = labels.argsort()
-            starts = torch.searchsorted(labels[order], torch.arange(self.classes, device=labels.device))
-            there += F.embedding_bag(order, piece, starts, mode="sum")  # [C, R]
-            for p, rank in enumerate(self._rank[:, rows]):
-                hit = (rank[order] == 0).float()
-                hits[p] += F.embedding_bag(order, piece, starts, mode="sum", per_sample_weights=hit)
-        return torch.stack([(h.double() / there).nanmean(0) for h in hits])
+    def _class_mean(self, probes, leave_out):
+        """The mean of the recalls of the classes that the images hold: of probes, and without each image."""
+        hits = (self._rank[probes] == 0).double()  # [P, N]
+        images = self.labels.bincount(minlength=self.classes)  # [C]
+        found = hits.new_zeros(len(hits), self.classes).index_add_(1, self.labels, hits)
+        recalls = found / images.clamp(min=1)
+        total, count = recalls.sum(1), (images > 0).sum()
+        if not leave_out:
+            return total / count, None
+        # Without its only image a class is not there.
+        fewer = images[self.labels] - 1
+        without = (found[:, self.labels] - hits) / fewer.clamp(min=1)
+        left_out = total.unsqueeze(1) - recalls[:, self.labels] + without
+        return total / count, left_out / (count - (fewer == 0).long())
 
 
 class MultiLabelTally(Tally):
@@ -159,68 +203,128 @@ class MultiLabelTally(Tally):
 
     class_mean = "map"
 
+    def __init__(self, labels, classes, losses):
+        super().__init__(labels, classes, losses)
+        self._by_class = labels.t().contiguous()
+        self._precisions = None
+
+    @property
+    def judged(self):
+        """How many images say something of a score: those of a class."""
+        return int((self.labels == 1).any(1).sum())
+
     def _keep(self, logits, rows):
         if not self._rows:
-            self._logits = logits.new_empty(len(logits), len(self.labels), self.classes)
-        self._logits[:, rows] = logits
+            # In memory as predictions are: class by class.
+            self._logits = logits.new_empty(len(logits), self.classes, len(self.labels))
+        self._logits[:, :, rows] = logits.transpose(1, 2)
 
     def _pairs(self, p, rows):
-        """Probability, target and whether it counts of every (image, class), each float64 [n, C].
+        """Probability, target and whether it counts of every (class, image), each float64 [C, n].
 
         The softmax says how the classes present share one image: its target is 1 over their number, and
         images without a class do not count.
         """
-        labels, logits = self.labels[rows], self._logits[p, rows].double()
+        labels, logits = self._by_class[:, rows], self._logits[p, :, rows].double()
         known, present = (labels >= 0).double(), (labels == 1).double()
         if not self.softmax[p]:
-            return logits.sigmoid(), present, known
-        count = present.sum(1, keepdim=True)
-        probability = logits.masked_fill(labels < 0, IGNORED).softmax(1)
+            return logits.sigmoid_(), present, known
+        count = present.sum(0)
+        probability = logits.masked_fill(labels < 0, IGNORED).softmax(0)
         return probability, present / count.clamp(min=1), known * (count > 0)
 
-    def _statistics(self, p, rows):
-        """[3 C + 3 + BINS, n]: found, predicted, actual of every class; loss, what divides it, pairs; gaps."""
-        probability, target, counted = self._pairs(p, rows)
-        labels, logits = self.labels[rows], self._logits[p, rows].double()
-        actual = (labels == 1).double()
-        predicted = ((probability >= 0.5) & (labels >= 0)).double()
-        pairs = counted.sum(1)
-        if self.softmax[p]:
-            logs = logits.masked_fill(labels < 0, IGNORED).log_softmax(1)
-            loss, divisor = -(target * logs).sum(1), (pairs > 0).double()
-        else:
-            loss, divisor = ((F.softplus(logits, threshold=40) - target * logits) * counted).sum(1), pairs
-        sums = torch.stack([loss, divisor, pairs], dim=1)
-        columns = torch.cat([predicted * actual, predicted, actual, sums], dim=1)
-        return torch.cat([columns.t(), _gaps(probability, target, counted)])
+    def _losses(self, p, rows, target, counted):
+        """The loss of every image, and what divides it, float64 [n]. target, counted: see _pairs."""
+        logits = self._logits[p, :, rows].double()
+        if not self.softmax[p]:
+            losses = F.softplus(logits, threshold=40).sub_(logits.mul_(target)).mul_(counted)
+            return losses.sum(0), counted.sum(0)
+        logs = logits.masked_fill(self._by_class[:, rows] < 0, IGNORED).log_softmax(0)
+        return -(target * logs).sum(0), (counted.sum(0) > 0).double()
 
-    def _metrics(self, sums):
-        found, predicted, actual = sums[: 3 * self.classes].unflatten(0, (3, self.classes))  # [C, R]
-        loss, divisor, pairs = sums[3 * self.classes : 3 * self.classes + 3]
-        result = {}
-        for average, (hits, said, true) in {
-            "macro": (found, predicted, actual),
-            "micro": (found.sum(0, keepdim=True), predicted.sum(0, keepdim=True), actual.sum(0, keepdim=True)),
-        }.items():
-            # Of whole numbers, so that the clamp only turns 0 / 0 into 0.
-            result[f"precision_{average}"] = (hits / said.clamp(min=1)).mean(0)
-            result[f"recall_{average}"] = (hits / true.clamp(min=1)).mean(0)
-            result[f"f1_{average}"] = (2 * hits / (said + true).clamp(min=1)).mean(0)
-        return result | {"nll": loss / divisor, "ece": sums[3 * self.classes + 3 :].abs().sum(0) / pairs}
+    def _of_sums(self, p, leave_out):
+        """{metric: (score, without each image [N] or None)} of a probe."""
+        images = self._logits.new_empty(6 + BINS, len(self.labels), dtype=torch.float64)
+        classes = self._logits.new_zeros(3, self.classes, dtype=torch.float64)
+        predicted = torch.empty_like(self._by_class, dtype=torch.bool)
+        for rows in self._pieces():
+            probability, target, counted = self._pairs(p, rows)
+            images[3, rows], images[4, rows] = self._losses(p, rows, target, counted)
+            images[5, rows] = counted.sum(0)
+            images[6:, rows] = self._gaps(p, probability, target, counted)
+            labels = self._by_class[:, rows]
+            predicted[:, rows] = (probability >= 0.5).logical_and_(labels >= 0)
+            said, true = predicted[:, rows].double(), (labels == 1).double()
+            for row, each in enumerate((said * true, said, true)):
+                classes[row] += each.sum(1)
+                images[row, rows] = each.sum(0)
+        loss, divisor, pairs = images[3:6]
+        nll, ece = _ratio(loss, divisor, leave_out), _calibration_error(images[6:], pairs, leave_out)
+        return self._of_decisions(predicted, classes, images[:3], leave_out) | {"nll": nll, "ece": ece}
 
-    def average_precisions(self, weights=None):
-        """Average precision of every class, float64 [P, C, 1 + R]; NaN where there is no positive image."""
-        weights = None if weights is None else weights.to(self.labels.device).float()
-        classes = []
-        for c, labels in enumerate(self.labels.t()):
+    def _of_decisions(self, predicted, classes, images, leave_out):
+        """Precision, recall and F1, as _of_sums.
+
+        predicted: bool [C, N]. classes, images: how many pairs of each class, [3, C], and of each image, [3, N], are
+        found, predicted and actual.
+        """
+        found, said, true = images
+        result = {
+            "precision_micro": _ratio(found, said, leave_out, 1),
+            "recall_micro": _ratio(found, true, leave_out, 1),
+            "f1_micro": _ratio(2 * found, said + true, leave_out, 1),
+        }
+        found, said, true = classes
+        macro = _three(found, said, true)  # [3, C]
+        scores, left_out = macro.mean(1), [None] * 3
+        if leave_out:
+            # What leaving out one image of each kind adds to a class: one that is only predicted, only so, or both.
+            only_said, only_true, hit = (
+                (_three(found - a, said - b, true - c) - macro) / self.classes
+                for a, b, c in ((0, 1, 0), (0, 0, 1), (1, 1, 1))
+            )
+            left_out = scores.unsqueeze(1).repeat(1, len(self.labels))
+            for rows in self._pieces():
+                told, actual = predicted[:, rows].double(), (self._by_class[:, rows] == 1).double()
+                left_out[:, rows] += only_said @ told + only_true @ actual
+                left_out[:, rows] += (hit - only_said - only_true) @ told.mul_(actual)
+        for metric, *pair in zip(("precision_macro", "recall_macro", "f1_macro"), scores, left_out, strict=True):
+            result[metric] = tuple(pair)
+        return result
+
+    def average_precisions(self):
+        """Average precision of every class, float64 [P, C] on the CPU; NaN where there is no positive image."""
+        if self._precisions is None:
+            self._class_mean(slice(None), False)
+        return self._precisions.cpu().masked_fill(~self.finite.cpu().unsqueeze(1), torch.nan)
+
+    def _class_mean(self, probes, leave_out):
+        """The mean over the classes that have a positive image: of probes, and without each image."""
+        if self._precisions is None:
+            self._precisions = self._logits.new_full((len(self._logits), self.classes), torch.nan, dtype=torch.float64)
+        positives = (self.labels == 1).sum(0)
+        changes = self._logits.new_zeros(len(self._logits[probes]), len(self.labels), dtype=torch.float64)
+        for c in positives.nonzero()[:, 0].tolist():
+            labels, scores = self._by_class[c], self._logits[probes, c]
             known = (labels >= 0).nonzero()[:, 0]
-            part = None if weights is None else weights[known]
-            classes.append(average_precision(self._logits[:, known, c], labels[known] == 1, part))
-        return torch.stack(classes, dim=1)
+            everywhere = len(known) == len(labels)
+            scores, labels = (scores, labels) if everywhere else (scores[:, known], labels[known])
+            self._precisions[probes, c], change = average_precision(scores, labels == 1, leave_out)
+            if leave_out:
+                changes = changes.add_(change) if everywhere else changes.index_add_(1, known, change)
+        count, total = (positives > 0).sum(), self._precisions[probes].nansum(1)
+        if not leave_out:
+            return total / count, None
+        # Without its only positive a class is not there.
+        alone = ((self.labels == 1) & (positives == 1)).sum(1)
+        return total / count, (total.unsqueeze(1) + changes) / (count - alone)
 
-    def _class_mean(self, weights):
-        """The mean over the classes that have a positive image."""
-        return self.average_precisions(weights).nanmean(1)
+
+def _three(found, said, true):
+    """Precision, recall and F1 [3, C] of whole numbers [C], so that the clamps only turn 0 / 0 into 0."""
+    return torch.stack([
+        found / said.clamp(min=1), found / true.clamp(min=1), 2 * found / (said + true).clamp(min=1)
+    ])  # fmt: skip
 
 
 TALLIES = {"multi-label": MultiLabelTally, "single-label": SingleLabelTally}
