@@ -103,8 +103,8 @@ def test_an_interval_holds_its_estimate(loss, seed, images, classes, ties, knowi
     for kind, logits, labels in kinds(seed, images, classes, ties):
         truth = labels if kind is MultiLabelTally else np.eye(classes)[labels]
         tally = tallied(kind, logits + knowing * truth, labels, [loss] * 3)
-        for metric, (scores, deviation) in tally.estimates().items():
-            low, high = interval(metric, scores, deviation, tally.judged)
+        for metric, (scores, *found) in tally.estimates().items():
+            low, high = interval(metric, scores, *found)
             if metric in UNBOUNDED:
                 assert (low.isnan() | ((0 <= low) & (low <= scores) & (scores <= high))).all()
             else:
@@ -220,18 +220,19 @@ def test_intervals_by_hand():
     random = np.random.default_rng(1)
     labels = random.integers(0, 5, 400)
     logits = random.normal(size=(1, 400, 5)) + 2 * np.eye(5)[labels]
-    scores, deviation = tallied(SingleLabelTally, logits, labels, ["ce"]).estimates()["top1"]
+    scores, deviation, count = tallied(SingleLabelTally, logits, labels, ["ce"]).estimates()["top1"]
     p = scores.item()
+    assert count.item() == 400
     assert deviation.item() == pytest.approx(math.sqrt(p * (1 - p) / 400))
     # Wilson's interval of a share.
-    low, high = fraction_interval(scores, deviation, 400)
+    low, high = fraction_interval(scores, deviation, count)
     half = Z / (1 + Z**2 / 400) * math.sqrt(p * (1 - p) / 400 + Z**2 / 4 / 400**2)
     centre = (p + Z**2 / 800) / (1 + Z**2 / 400)
     assert (low.item(), high.item()) == pytest.approx((centre - half, centre + half))
     # All right, of 400 images: Wilson's, too. Of a single image next to nothing is known.
     one, none = torch.ones(1).double(), torch.zeros(1).double()
-    assert [end.item() for end in fraction_interval(one, none, 400)] == pytest.approx([400 / (400 + Z**2), 1])
-    assert [end.item() for end in fraction_interval(one, none * math.nan, 1)] == pytest.approx([1 / (1 + Z**2), 1])
+    assert [end.item() for end in fraction_interval(one, none, count)] == pytest.approx([400 / (400 + Z**2), 1])
+    assert [end.item() for end in fraction_interval(one, none * math.nan, one)] == pytest.approx([1 / (1 + Z**2), 1])
 
 
 def test_the_paired_test_holds_its_level_and_finds_differences():

@@ -46,4 +46,4 @@ def _mean_with_interval(rows):
     sums, maps = (torch.zeros(len(images)).double().index_add_(0, at, e) for e in (energy, torch.ones_like(energy)))
     mean = sums.sum() / maps.sum()
     deviation = deviations(influences(mean, (sums.sum() - sums) / (maps.sum() - maps)))
-    return tuple(end.item() for end in (mean, *fraction_interval(mean, deviation, len(images))))
+    return tuple(end.item() for end in (mean, *fraction_interval(mean, deviation, mean.new_tensor(len(images)))))

@@ -34,10 +34,10 @@ def fraction_interval(values, deviation, count):
     Wilson's interval with as many trials m as would give that deviation, v (1 - v) / m = deviation^2
     (Kott & Carr, Journal of Official Statistics 1997), which for a share of images is Wilson's own. It
     always holds the value, and never leaves [0, 1]. Where no image changes the score, as when all is right,
-    m is `count`; where nothing is left without some image, it is 1.
+    m is `count`, float64 like values; where nothing is left without some image, it is 1.
     """
     spread = values * (1 - values)
-    trials = torch.where(deviation > NOTHING, spread / deviation.square(), float(max(count, 1)))
+    trials = torch.where(deviation > NOTHING, spread / deviation.square(), count)
     trials = trials.masked_fill(deviation.isnan(), 1).clamp(min=1)
     centre = (values + Z**2 / (2 * trials)) / (1 + Z**2 / trials)
     half = Z / (1 + Z**2 / trials) * (spread / trials + (Z / (2 * trials)).square()).sqrt()
@@ -46,10 +46,7 @@ def fraction_interval(values, deviation, count):
 
 
 def interval(metric, values, deviation, count):
-    """Return (low, high), the 95% interval of scores of a metric: fraction_interval, but of nll v +- half_width, cut at 0.
-
-    That is NaN where there are too few images to tell.
-    """
+    """Return (low, high), the 95% interval of scores of a metric: fraction_interval, but of nll v +- half_width from 0 up."""
     if metric in UNBOUNDED:
         half = half_width(deviation, count)
         return (values - half).clamp(min=0), values + half
@@ -57,12 +54,12 @@ def interval(metric, values, deviation, count):
 
 
 def half_width(deviation, count):
-    """Half the 95% interval of a score that may be any number, of `count` images: Z s / sqrt(1 - Z^2 / n).
+    """Half the 95% interval of scores that may be any number, of float64 `count` images: Z s / sqrt(1 - Z^2 / n).
 
-    The values v0 at which z = (v - v0) / sqrt(s^2 + (v - v0)^2 / n) is within 1.96: its denominator is the deviation if v0
-    is the truth. NaN where there are too few images to tell.
+    It holds the truths v0 for which z = (v - v0) / sqrt(s^2 + (v - v0)^2 / n) is within 1.96; the denominator is
+    the deviation if v0 is true. NaN where there are too few images to tell.
     """
-    return deviation * (Z / math.sqrt(1 - Z**2 / count) if count > Z**2 else math.nan)
+    return Z * deviation / (1 - Z**2 / count).sqrt()
 
 
 def paired_test(first, second):
@@ -77,9 +74,9 @@ def paired_test(first, second):
     difference, n = a - b, len(x)
     if math.isnan(difference):
         return difference, math.nan, math.nan, math.nan
-    s = deviations(x - y).item()
+    s = deviations(x - y)
     if difference == 0 and not s > NOTHING:
         return difference, difference, difference, 1.0
-    half = half_width(s, n)
-    z = abs(difference) / math.sqrt(s**2 + difference**2 / n) if s >= 0 and n > 1 else 0.0
+    half = half_width(s, s.new_tensor(n)).item()
+    z = (abs(difference) / (s.square() + difference**2 / n).sqrt()).item() if s >= 0 and n > 1 else 0.0
     return difference, difference - half, difference + half, math.erfc(z / math.sqrt(2))

@@ -186,7 +186,7 @@ def _passes(folder, group, kept):
 def _scored(tally, with_intervals):
     """Yield the Scored of every probe of a tally. Without intervals low and high are NaN."""
     if with_intervals:
-        values = {metric: _rows(metric, *found, tally.judged) for metric, found in tally.estimates().items()}
+        values = {metric: _rows(metric, *found) for metric, found in tally.estimates().items()}
     else:
         values = {metric: [(v, math.nan, math.nan) for v in found.tolist()] for metric, found in tally.scores().items()}
     bins = tally.calibration()
@@ -195,9 +195,9 @@ def _scored(tally, with_intervals):
         yield Scored({metric: rows[p] for metric, rows in values.items()}, classes[p], bins[p])
 
 
-def _rows(metric, scores, deviations, judged):
-    """[(score, low, high)] of scores [P]."""
-    low, high = interval(metric, scores, deviations, judged)
+def _rows(metric, scores, deviations, counts):
+    """[(score, low, high)] of scores [P]. See Tally.estimates."""
+    low, high = interval(metric, scores, deviations, counts)
     return list(zip(scores.tolist(), low.tolist(), high.tolist(), strict=True))
 
 

@@ -46,22 +46,29 @@ class Tally:
         """Return {metric: float64 [P]} on the CPU. only: the one metric that is asked for, so that others need not be
         computed. A probe with a logit that is not finite scores NaN.
         """
-        return {metric: scores for metric, (scores,) in self._table(lambda *found: found[:1], False, only).items()}
+        return {metric: scores for metric, (scores,) in self._table(lambda score, *_: (score,), False, only).items()}
 
     @torch.no_grad()
     def estimates(self):
-        """Return {metric: (scores, standard deviations)}, both float64 [P] on the CPU; see jackknife.py."""
-        return self._table(lambda scores, left_out: (scores, deviations(influences(scores, left_out))))
+        """Return {metric: (scores, standard deviations, counts)}, each float64 [P] on the CPU: see jackknife.py.
+
+        counts: how many images or decisions make the score, at most the images that say something of it.
+        """
+        return self._table(lambda score, left_out, count: (score, deviations(influences(score, left_out)), count))
 
     @torch.no_grad()
     def influences(self):
-        """Return {metric: (scores [P], influences [P, N])}, float64 on the CPU; see jackknife.py. For few probes."""
-        return self._table(lambda scores, left_out: (scores, influences(scores, left_out)))
+        """Return {metric: (scores [P], influences [P, N])}, float64 on the CPU: see jackknife.py. For few probes."""
+        return self._table(lambda score, left_out, _: (score, influences(score, left_out)))
 
     def _table(self, reduce, leave_out=True, only=None):
-        """Return {metric: reduce(scores, left_out)} of all probes, some at a time so that [P, N] is never held."""
+        """Return {metric: reduce(scores, left_out, counts)} of all probes.
+
+        Of some at a time, so that the scores without each image [P, N] are not held. They are None without leave_out.
+        """
         self._bins = torch.zeros(len(self.softmax), BINS, 3, dtype=torch.float64, device=self.labels.device)
-        parts, size = {}, max(AT_ONCE[self.labels.device.type] // max(len(self.labels), 1), 1)
+        parts, judged = {}, self._judged()
+        size = max(AT_ONCE[self.labels.device.type] // len(self.labels), 1)
         for start in range(0, len(self.softmax), size):
             probes = range(len(self.softmax))[start : start + size]
             found = {}
@@ -71,8 +78,9 @@ class Tally:
                 # Probe by probe, so that none depends on its neighbours by a rounding.
                 each = [self._of_sums(p, leave_out) for p in probes]
                 found |= {m: tuple(map(_stacked, zip(*(one[m] for one in each), strict=True))) for m in each[0]}
-            for metric, pair in found.items():
-                parts.setdefault(metric, []).append(reduce(*pair))
+            for metric, (scores, left_out, counts) in found.items():
+                counts = scores.new_full(scores.shape, judged) if counts is None else counts.clamp(max=judged)
+                parts.setdefault(metric, []).append(reduce(scores, left_out, counts))
         table = {m: [torch.cat(column).cpu() for column in zip(*rows, strict=True)] for m, rows in parts.items()}
         broken = ~self.finite.cpu()
         for columns in table.values():
@@ -111,20 +119,20 @@ def _stacked(numbers):
 
 
 def _ratio(upper, lower, leave_out, least=0):
-    """The sum of upper [n] over that of lower [n], of all images and without each of them: (scalar, [n] or None).
+    """The sum of upper [n] over that of lower [n], of all images and without each of them, and the latter sum.
 
     least: 1 where lower sums whole numbers, which turns 0 / 0 into 0.
     """
     above, below = upper.sum(), lower.sum()
     left_out = (above - upper) / (below - lower).clamp(min=least) if leave_out else None
-    return above / below.clamp(min=least), left_out
+    return above / below.clamp(min=least), left_out, below
 
 
 def _calibration_error(gaps, pairs, leave_out):
     """The expected calibration error of gaps [BINS, n] in pairs [n], as _ratio."""
     total, count = gaps.sum(1), pairs.sum()
     left_out = (total.unsqueeze(1) - gaps).abs_().sum(0) / (count - pairs) if leave_out else None
-    return total.abs().sum() / count, left_out
+    return total.abs().sum() / count, left_out, count
 
 
 class SingleLabelTally(Tally):
@@ -132,8 +140,7 @@ class SingleLabelTally(Tally):
 
     class_mean = "balanced_accuracy"
 
-    @property
-    def judged(self):
+    def _judged(self):
         """How many images say something of a score."""
         return len(self.labels)
 
@@ -171,7 +178,7 @@ class SingleLabelTally(Tally):
                 self._confidence[p, rows] = top.squeeze(1).sigmoid()
 
     def _of_sums(self, p, leave_out):
-        """{metric: (score, without each image [N] or None)} of a probe."""
+        """{metric: (score, without each image [N] or None, what it is a share of or None)} of a probe."""
         rank, ones = self._rank[p], torch.ones_like(self._loss[p])
         hits = (rank < 1).double()
         gaps = self._gaps(p, *(row.unsqueeze(0) for row in (self._confidence[p], hits, ones)))
@@ -190,12 +197,12 @@ class SingleLabelTally(Tally):
         recalls = found / images.clamp(min=1)
         total, count = recalls.sum(1), (images > 0).sum()
         if not leave_out:
-            return total / count, None
+            return total / count, None, None
         # Without its only image a class is not there.
         fewer = images[self.labels] - 1
         without = (found[:, self.labels] - hits) / fewer.clamp(min=1)
         left_out = total.unsqueeze(1) - recalls[:, self.labels] + without
-        return total / count, left_out / (count - (fewer == 0).long())
+        return total / count, left_out / (count - (fewer == 0).long()), None
 
 
 class MultiLabelTally(Tally):
@@ -208,8 +215,7 @@ class MultiLabelTally(Tally):
         self._by_class = labels.t().contiguous()
         self._precisions = None
 
-    @property
-    def judged(self):
+    def _judged(self):
         """How many images say something of a score: those of a class."""
         return int((self.labels == 1).any(1).sum())
 
@@ -243,7 +249,7 @@ class MultiLabelTally(Tally):
         return -(target * logs).sum(0), (counted.sum(0) > 0).double()
 
     def _of_sums(self, p, leave_out):
-        """{metric: (score, without each image [N] or None)} of a probe."""
+        """{metric: (score, without each image [N] or None, what it is a share of or None)} of a probe."""
         images = self._logits.new_empty(6 + BINS, len(self.labels), dtype=torch.float64)
         classes = self._logits.new_zeros(3, self.classes, dtype=torch.float64)
         predicted = torch.empty_like(self._by_class, dtype=torch.bool)
@@ -288,8 +294,8 @@ class MultiLabelTally(Tally):
                 told, actual = predicted[:, rows].double(), (self._by_class[:, rows] == 1).double()
                 left_out[:, rows] += only_said @ told + only_true @ actual
                 left_out[:, rows] += (hit - only_said - only_true) @ told.mul_(actual)
-        for metric, *pair in zip(("precision_macro", "recall_macro", "f1_macro"), scores, left_out, strict=True):
-            result[metric] = tuple(pair)
+        for name, score, without in zip(("precision", "recall", "f1"), scores, left_out, strict=True):
+            result[f"{name}_macro"] = (score, without, None)
         return result
 
     def average_precisions(self):
@@ -314,10 +320,10 @@ class MultiLabelTally(Tally):
                 changes = changes.add_(change) if everywhere else changes.index_add_(1, known, change)
         count, total = (positives > 0).sum(), self._precisions[probes].nansum(1)
         if not leave_out:
-            return total / count, None
+            return total / count, None, None
         # Without its only positive a class is not there.
         alone = ((self.labels == 1) & (positives == 1)).sum(1)
-        return total / count, (total.unsqueeze(1) + changes) / (count - alone)
+        return total / count, (total.unsqueeze(1) + changes) / (count - alone), None
 
 
 def _three(found, said, true):
