@@ -5,6 +5,8 @@ the others because they are functions of sums over images. Probabilities are tho
 trained to give: the softmax for ce, the sigmoid for every other loss.
 """
 
+import itertools
+
 import torch
 from torch.nn import functional as F
 
@@ -68,16 +70,12 @@ class Tally:
         """
         self._bins = torch.zeros(len(self.softmax), BINS, 3, dtype=torch.float64, device=self.labels.device)
         parts, judged = {}, self._judged()
-        size = max(AT_ONCE[self.labels.device.type] // len(self.labels), 1)
-        for start in range(0, len(self.softmax), size):
-            probes = range(len(self.softmax))[start : start + size]
+        for probes in self._batches():
             found = {}
             if only in (None, self.class_mean):
-                found[self.class_mean] = self._class_mean(slice(start, start + size), leave_out)
+                found[self.class_mean] = self._class_mean(probes, leave_out)
             if only != self.class_mean:
-                # Probe by probe, so that none depends on its neighbours by a rounding.
-                each = [self._of_sums(p, leave_out) for p in probes]
-                found |= {m: tuple(map(_stacked, zip(*(one[m] for one in each), strict=True))) for m in each[0]}
+                found |= self._of_sums(probes, leave_out)
             for metric, (scores, left_out, counts) in found.items():
                 counts = scores.new_full(scores.shape, judged) if counts is None else counts.clamp(max=judged)
                 parts.setdefault(metric, []).append(reduce(scores, left_out, counts))
@@ -87,6 +85,14 @@ class Tally:
             for column in columns:
                 column[broken] = torch.nan
         return {metric: tuple(columns) for metric, columns in table.items()}
+
+    def _batches(self):
+        """Slices of the probes: of one kind of probability, as many as are passed over at a time."""
+        size = max(AT_ONCE[self.labels.device.type] // len(self.labels), 1)
+        starts = [p for p, kind in enumerate(self.softmax) if p == 0 or kind != self.softmax[p - 1]]
+        for first, end in itertools.pairwise([*starts, len(self.softmax)]):
+            for start in range(first, end, size):
+                yield slice(start, min(start + size, end))
 
     def _pieces(self):
         """Slices of the images, as many of all their classes as are passed over at a time."""
@@ -99,40 +105,44 @@ class Tally:
         """
         return self._bins.cpu().masked_fill(~self.finite.cpu().view(-1, 1, 1), 0)
 
-    def _gaps(self, p, confidence, outcome, counted):
-        """Sum, for each image and bin, confidence minus outcome over its pairs [K, n] that count: [BINS, n].
+    def _gaps(self, probes, confidence, outcome, counted):
+        """Sum, for each image and bin, confidence minus outcome over its pairs [p, K, n] that count: [p, BINS, n].
 
         Counts them for calibration(), too.
         """
         # The bin of a confidence c in [0, 1]: b from 0 where b / BINS < c <= (b + 1) / BINS.
         bins = confidence.mul(BINS).ceil_().long().sub_(1).clamp_(0, BINS - 1)
+        gaps = confidence.new_zeros(len(bins), BINS, bins.shape[2])
         confidence, outcome = confidence * counted, outcome * counted
+        gaps.scatter_add_(1, bins, confidence - outcome)
+        # One probe after another in one row of bins.
+        bins += BINS * torch.arange(len(bins), device=bins.device).view(-1, 1, 1)
         for column, numbers in enumerate((counted, confidence, outcome)):
-            self._bins[p, :, column].index_add_(0, bins.flatten(), numbers.flatten())
-        gaps = torch.zeros(BINS, bins.shape[1], dtype=torch.float64, device=bins.device)
-        return gaps.scatter_add_(0, bins, confidence.sub_(outcome))
-
-
-def _stacked(numbers):
-    """Stack tensors, of which each may be None."""
-    return None if numbers[0] is None else torch.stack(numbers)
+            sums = gaps.new_zeros(len(bins) * BINS).index_add_(0, bins.flatten(), numbers.flatten())
+            self._bins[probes, :, column] += sums.view(-1, BINS)
+        return gaps
 
 
 def _ratio(upper, lower, leave_out, least=0):
-    """The sum of upper [n] over that of lower [n], of all images and without each of them, and the latter sum.
+    """The sums of upper over those of lower, both [p, n]: of all images [p], without each of them [p, n], and the latter sums.
 
     least: 1 where lower sums whole numbers, which turns 0 / 0 into 0.
     """
-    above, below = upper.sum(), lower.sum()
-    left_out = (above - upper) / (below - lower).clamp(min=least) if leave_out else None
+    # Both at once, so that a lone probe's sum is made as those of many are.
+    above, below = torch.stack([upper, lower]).sum(2)
+    left_out = None
+    if leave_out:
+        left_out = (above.unsqueeze(1) - upper).div_((below.unsqueeze(1) - lower).clamp_(min=least))
     return above / below.clamp(min=least), left_out, below
 
 
 def _calibration_error(gaps, pairs, leave_out):
-    """The expected calibration error of gaps [BINS, n] in pairs [n], as _ratio."""
-    total, count = gaps.sum(1), pairs.sum()
-    left_out = (total.unsqueeze(1) - gaps).abs_().sum(0) / (count - pairs) if leave_out else None
-    return total.abs().sum() / count, left_out, count
+    """The expected calibration error of gaps [p, BINS, n] in pairs [p, n], as _ratio."""
+    total, count = gaps.sum(2), pairs.sum(1)
+    left_out = None
+    if leave_out:
+        left_out = (total.unsqueeze(2) - gaps).abs_().sum(1) / (count.unsqueeze(1) - pairs)
+    return total.abs().sum(1) / count, left_out, count
 
 
 class SingleLabelTally(Tally):
@@ -177,15 +187,15 @@ class SingleLabelTally(Tally):
                 self._loss[p, rows] = F.softplus(values.double(), threshold=40).mean(1) - true / self.classes
                 self._confidence[p, rows] = top.squeeze(1).sigmoid()
 
-    def _of_sums(self, p, leave_out):
-        """{metric: (score, without each image [N] or None, what it is a share of or None)} of a probe."""
-        rank, ones = self._rank[p], torch.ones_like(self._loss[p])
-        hits = (rank < 1).double()
-        gaps = self._gaps(p, *(row.unsqueeze(0) for row in (self._confidence[p], hits, ones)))
+    def _of_sums(self, probes, leave_out):
+        """{metric: (scores [p], without each image [p, N] or None, what they are shares of [p] or None)}."""
+        rank, loss = self._rank[probes], self._loss[probes]
+        hits, ones = (rank < 1).double(), torch.ones_like(loss)
+        gaps = self._gaps(probes, *(rows.unsqueeze(1) for rows in (self._confidence[probes], hits, ones)))
         return {
             "top1": _ratio(hits, ones, leave_out),
             "top5": _ratio((rank < 5).double(), ones, leave_out),
-            "nll": _ratio(self._loss[p], ones, leave_out),
+            "nll": _ratio(loss, ones, leave_out),
             "ece": _calibration_error(gaps, ones, leave_out),
         }
 
@@ -225,77 +235,78 @@ class MultiLabelTally(Tally):
             self._logits = logits.new_empty(len(logits), self.classes, len(self.labels))
         self._logits[:, :, rows] = logits.transpose(1, 2)
 
-    def _pairs(self, p, rows):
-        """Probability, target and whether it counts of every (class, image), each float64 [C, n].
+    def _pairs(self, probes, rows):
+        """Probability [p, C, n], target and whether it counts [1, C, n] of every (class, image), float64.
 
         The softmax says how the classes present share one image: its target is 1 over their number, and
         images without a class do not count.
         """
-        labels, logits = self._by_class[:, rows], self._logits[p, :, rows].double()
-        known, present = (labels >= 0).double(), (labels == 1).double()
-        if not self.softmax[p]:
+        labels, logits = self._by_class[:, rows], self._logits[probes, :, rows].double()
+        known, present = (labels >= 0).double().unsqueeze(0), (labels == 1).double().unsqueeze(0)
+        if not self.softmax[probes.start]:
             return logits.sigmoid_(), present, known
-        count = present.sum(0)
-        probability = logits.masked_fill(labels < 0, IGNORED).softmax(0)
+        count = present.sum(1, keepdim=True)
+        probability = logits.masked_fill_(labels < 0, IGNORED).softmax(1)
         return probability, present / count.clamp(min=1), known * (count > 0)
 
-    def _losses(self, p, rows, target, counted):
-        """The loss of every image, and what divides it, float64 [n]. target, counted: see _pairs."""
-        logits = self._logits[p, :, rows].double()
-        if not self.softmax[p]:
+    def _losses(self, probes, rows, target, counted):
+        """The loss of every image [p, n], and what divides it [1, n]. target, counted: see _pairs."""
+        logits = self._logits[probes, :, rows].double()
+        if not self.softmax[probes.start]:
             losses = F.softplus(logits, threshold=40).sub_(logits.mul_(target)).mul_(counted)
-            return losses.sum(0), counted.sum(0)
-        logs = logits.masked_fill(self._by_class[:, rows] < 0, IGNORED).log_softmax(0)
-        return -(target * logs).sum(0), (counted.sum(0) > 0).double()
+            return losses.sum(1), counted.sum(1)
+        logs = logits.masked_fill_(self._by_class[:, rows] < 0, IGNORED).log_softmax(1)
+        return logs.mul_(target).sum(1).neg_(), (counted.sum(1) > 0).double()
 
-    def _of_sums(self, p, leave_out):
-        """{metric: (score, without each image [N] or None, what it is a share of or None)} of a probe."""
-        images = self._logits.new_empty(6 + BINS, len(self.labels), dtype=torch.float64)
-        classes = self._logits.new_zeros(3, self.classes, dtype=torch.float64)
-        predicted = torch.empty_like(self._by_class, dtype=torch.bool)
+    def _of_sums(self, probes, leave_out):
+        """{metric: (scores [p], without each image [p, N] or None, what they are shares of [p] or None)}."""
+        shape = self._logits[probes].shape
+        images = self._logits.new_empty(shape[0], 6 + BINS, shape[2], dtype=torch.float64)
+        classes = self._logits.new_zeros(shape[0], 3, shape[1], dtype=torch.float64)
+        # Of every (class, image): 1 if it is predicted, and 2 more if it is so.
+        decisions = torch.empty(shape, dtype=torch.uint8, device=self._logits.device)
         for rows in self._pieces():
-            probability, target, counted = self._pairs(p, rows)
-            images[3, rows], images[4, rows] = self._losses(p, rows, target, counted)
-            images[5, rows] = counted.sum(0)
-            images[6:, rows] = self._gaps(p, probability, target, counted)
+            probability, target, counted = self._pairs(probes, rows)
+            images[:, 3, rows], images[:, 4, rows] = self._losses(probes, rows, target, counted)
+            images[:, 5, rows] = counted.sum(1)
+            images[:, 6:, rows] = self._gaps(probes, probability, target, counted.expand_as(probability))
             labels = self._by_class[:, rows]
-            predicted[:, rows] = (probability >= 0.5).logical_and_(labels >= 0)
-            said, true = predicted[:, rows].double(), (labels == 1).double()
-            for row, each in enumerate((said * true, said, true)):
-                classes[row] += each.sum(1)
-                images[row, rows] = each.sum(0)
-        loss, divisor, pairs = images[3:6]
-        nll, ece = _ratio(loss, divisor, leave_out), _calibration_error(images[6:], pairs, leave_out)
-        return self._of_decisions(predicted, classes, images[:3], leave_out) | {"nll": nll, "ece": ece}
-
-    def _of_decisions(self, predicted, classes, images, leave_out):
-        """Precision, recall and F1, as _of_sums.
-
-        predicted: bool [C, N]. classes, images: how many pairs of each class, [3, C], and of each image, [3, N], are
-        found, predicted and actual.
-        """
-        found, said, true = images
-        result = {
+            said = (probability >= 0.5).logical_and_(labels >= 0)
+            true = (labels == 1).expand_as(said)
+            decisions[:, :, rows] = said + 2 * true.byte()
+            for row, each in enumerate((said & true, said, true)):
+                each = each.double()
+                classes[:, row] += each.sum(2)
+                images[:, row, rows] = each.sum(1)
+        loss, divisor, pairs = images[:, 3:6].unbind(1)
+        nll, ece = _ratio(loss, divisor, leave_out), _calibration_error(images[:, 6:], pairs, leave_out)
+        found, said, true = images[:, :3].unbind(1)
+        return {
             "precision_micro": _ratio(found, said, leave_out, 1),
             "recall_micro": _ratio(found, true, leave_out, 1),
             "f1_micro": _ratio(2 * found, said + true, leave_out, 1),
-        }
-        found, said, true = classes
-        macro = _three(found, said, true)  # [3, C]
-        scores, left_out = macro.mean(1), [None] * 3
-        if leave_out:
-            # What leaving out one image of each kind adds to a class: one that is only predicted, only so, or both.
-            only_said, only_true, hit = (
-                (_three(found - a, said - b, true - c) - macro) / self.classes
-                for a, b, c in ((0, 1, 0), (0, 0, 1), (1, 1, 1))
-            )
-            left_out = scores.unsqueeze(1).repeat(1, len(self.labels))
-            for rows in self._pieces():
-                told, actual = predicted[:, rows].double(), (self._by_class[:, rows] == 1).double()
-                left_out[:, rows] += only_said @ told + only_true @ actual
-                left_out[:, rows] += (hit - only_said - only_true) @ told.mul_(actual)
-        for name, score, without in zip(("precision", "recall", "f1"), scores, left_out, strict=True):
-            result[f"{name}_macro"] = (score, without, None)
+            "nll": nll,
+            "ece": ece,
+        } | self._macro(decisions, classes, leave_out)
+
+    def _macro(self, decisions, classes, leave_out):
+        """Means over classes of precision, recall and F1, as _of_sums.
+
+        decisions: see there. classes: how many images of each are found, predicted and actual, [p, 3, C].
+        """
+        found, said, true = classes.unbind(1)
+        result = {}
+        for name, of in DECIDED.items():
+            each = of(found, said, true)  # [p, C]
+            scores, left_out = each.mean(1), None
+            if leave_out:
+                # What a class adds without one image of each kind of decision.
+                kinds = (each, of(found, said - 1, true), of(found, said, true - 1), of(found - 1, said - 1, true - 1))
+                changes = (torch.stack(kinds, dim=2) - each.unsqueeze(2)) / self.classes  # [p, C, 4]
+                left_out = scores.unsqueeze(1).repeat(1, decisions.shape[2])
+                for rows in self._pieces():
+                    left_out[:, rows] += changes.gather(2, decisions[:, :, rows].long()).sum(1)
+            result[f"{name}_macro"] = (scores, left_out, None)
         return result
 
     def average_precisions(self):
@@ -326,11 +337,10 @@ class MultiLabelTally(Tally):
         return total / count, (total.unsqueeze(1) + changes) / (count - alone), None
 
 
-def _three(found, said, true):
-    """Precision, recall and F1 [3, C] of whole numbers [C], so that the clamps only turn 0 / 0 into 0."""
-    return torch.stack([
-        found / said.clamp(min=1), found / true.clamp(min=1), 2 * found / (said + true).clamp(min=1)
-    ])  # fmt: skip
-
-
+# Of whole numbers, so that the clamps only turn 0 / 0 into 0.
+DECIDED = {
+    "precision": lambda found, said, true: found / said.clamp(min=1),
+    "recall": lambda found, said, true: found / true.clamp(min=1),
+    "f1": lambda found, said, true: 2 * found / (said + true).clamp(min=1),
+}
 TALLIES = {"multi-label": MultiLabelTally, "single-label": SingleLabelTally}
