@@ -16,7 +16,7 @@ from featcache.probes.scores.jackknife import deviations, influences
 
 BINS = 15
 # Numbers that are passed over at a time: on a CPU they stay in the cache, on a GPU a step costs its launches.
-AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
+AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 23}
 
 
 class Tally:
@@ -33,12 +33,15 @@ class Tally:
         self.finite = torch.ones(len(self.softmax), dtype=torch.bool, device=labels.device)
         self._bins = None
         self._rows = 0
+        # How many numbers of an image the sums pass over.
+        self._passed = BINS if labels.ndim == 1 else classes
 
     @torch.no_grad()
     def add(self, logits):
         """Take the logits float32 [P, n, C] of the next n images."""
         end = self._rows + logits.shape[1]
-        self.finite &= torch.isfinite(logits).flatten(1).all(1)
+        # The extremes are so where all are, and NaN where one is.
+        self.finite &= logits.amax((1, 2)).isfinite() & logits.amin((1, 2)).isfinite()
         # Numbers that sort and sum; what comes of them is left out in the end.
         self._keep(logits.nan_to_num() if not self.finite.all() else logits, slice(self._rows, end))
         self._rows = end
@@ -70,15 +73,9 @@ class Tally:
         """
         self._bins = torch.zeros(len(self.softmax), BINS, 3, dtype=torch.float64, device=self.labels.device)
         parts, judged = {}, self._judged()
-        for probes in self._batches():
-            found = {}
-            if only in (None, self.class_mean):
-                found[self.class_mean] = self._class_mean(probes, leave_out)
-            if only != self.class_mean:
-                found |= self._of_sums(probes, leave_out)
-            for metric, (scores, left_out, counts) in found.items():
-                counts = scores.new_full(scores.shape, judged) if counts is None else counts.clamp(max=judged)
-                parts.setdefault(metric, []).append(reduce(scores, left_out, counts))
+        for metric, (scores, left_out, counts) in self._found(leave_out, only):
+            counts = scores.new_full(scores.shape, judged) if counts is None else counts.clamp(max=judged)
+            parts.setdefault(metric, []).append(reduce(scores, left_out, counts))
         table = {m: [torch.cat(column).cpu() for column in zip(*rows, strict=True)] for m, rows in parts.items()}
         broken = ~self.finite.cpu()
         for columns in table.values():
@@ -86,13 +83,21 @@ class Tally:
                 column[broken] = torch.nan
         return {metric: tuple(columns) for metric, columns in table.items()}
 
-    def _batches(self):
-        """Slices of the probes: of one kind of probability, as many as are passed over at a time."""
-        size = max(AT_ONCE[self.labels.device.type] // len(self.labels), 1)
+    def _found(self, leave_out, only):
+        """Yield (metric, (scores [p], without each image [p, N], what they are shares of [p])) of some probes at a time."""
+        if only in (None, self.class_mean):
+            for probes in self._batches(len(self.labels)):
+                yield self.class_mean, self._class_mean(probes, leave_out)
+        if only != self.class_mean:
+            for probes in self._batches(self._passed * len(self.labels)):
+                yield from self._of_sums(probes, leave_out).items()
+
+    def _batches(self, numbers):
+        """Slices of the probes, `numbers` for each: of one kind of probability, as many as are passed over at a time."""
+        size = max(AT_ONCE[self.labels.device.type] // numbers, 1)
         starts = [p for p, kind in enumerate(self.softmax) if p == 0 or kind != self.softmax[p - 1]]
         for first, end in itertools.pairwise([*starts, len(self.softmax)]):
-            for start in range(first, end, size):
-                yield slice(start, min(start + size, end))
+            yield from (slice(start, min(start + size, end)) for start in range(first, end, size))
 
     def _pieces(self):
         """Slices of the images, as many of all their classes as are passed over at a time."""
@@ -271,11 +276,10 @@ class MultiLabelTally(Tally):
             images[:, 5, rows] = counted.sum(1)
             images[:, 6:, rows] = self._gaps(probes, probability, target, counted.expand_as(probability))
             labels = self._by_class[:, rows]
-            said = (probability >= 0.5).logical_and_(labels >= 0)
-            true = (labels == 1).expand_as(said)
-            decisions[:, :, rows] = said + 2 * true.byte()
-            for row, each in enumerate((said & true, said, true)):
-                each = each.double()
+            said = (probability >= 0.5).logical_and_(labels >= 0).double()
+            true = (labels == 1).double().unsqueeze(0)
+            decisions[:, :, rows] = said + 2 * true
+            for row, each in enumerate((said * true, said, true)):
                 classes[:, row] += each.sum(2)
                 images[:, row, rows] = each.sum(1)
         loss, divisor, pairs = images[:, 3:6].unbind(1)
