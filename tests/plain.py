@@ -1,5 +1,6 @@
 """Probes as one would write them with torch and the bcos package, one at a time: what stacks are compared with."""
 
+import copy
 import math
 
 import torch
@@ -27,6 +28,21 @@ class Attention(nn.Module):
         return answer.transpose(1, 2).unsqueeze(3)
 
 
+class Ghost(nn.Module):
+    """A norm as on several GPUs without SyncBN: each sees so many images, and the first one's statistics are saved."""
+
+    def __init__(self, norm, images):
+        super().__init__()
+        self.norm, self.images = norm, images
+
+    def forward(self, maps):
+        first, *others = maps.split(self.images if self.training else len(maps))
+        # One parameter for all, buffers of each one's own.
+        shared = {id(parameter): parameter for parameter in self.norm.parameters()}
+        replicas = [copy.deepcopy(self.norm, dict(shared)) for _ in others]
+        return torch.cat([norm(part) for norm, part in zip((self.norm, *replicas), (first, *others), strict=True)])
+
+
 class Plain(nn.Module):
     """A head of torch's and the bcos package's own modules: logits averaged, then the logit layer."""
 
@@ -48,6 +64,7 @@ class Plain(nn.Module):
             norms = {"bn": nn.BatchNorm2d, "bnu": NoBias(BatchNormUncentered2d)}
             if head.norm != "none":
                 norm = norms[head.norm](outputs // head.max_out)
+                norm = Ghost(norm, head.norm_batch) if head.norm_batch else norm
                 self._name(len(layers), f"bn{i}", norm)
                 layers.append(norm)
             if head.type == "mlp":
@@ -63,8 +80,9 @@ class Plain(nn.Module):
             self._fill_attention(weights)
 
     def _name(self, place, name, layer):
+        uncentred = any(isinstance(module, BatchNormUncentered2d) for module in layer.modules())
         for key in layer.state_dict():
-            if "num_batches" not in key and not (isinstance(layer, BatchNormUncentered2d) and "mean" in key):
+            if "num_batches" not in key and not (uncentred and "mean" in key):
                 self.names[f"layers.{place}.{key}"] = f"{name}.{key.rpartition('.')[2]}"
 
     def _fill_attention(self, w):

@@ -35,6 +35,9 @@ HEADS = [
     Head("bcos", 3, 12, "bnu", False, b=1.25, max_out=2),
     Head("bcos", 3, 12, "none", False, b=1.0),
     Head("bcos", 4, 12, "none", False, b=2.5),
+    # Of 24 images 10, 10 and 4; of 19 10 and 9.
+    Head("mlp", 3, 12, "bn", norm_batch=10),
+    Head("bcos", 3, 12, "bnu", False, b=2.0, norm_batch=10),
     Head("attentive", heads=1),
     Head("attentive", heads=4, bias=False, temperature=0.5, offset=2.0),
 ]

@@ -24,7 +24,7 @@ N, D, C, S, BATCH, EPOCHS = 20, 8, 4, 3, 8, 20
 HEADS = [
     Head("linear"),
     Head("mlp", 2, 12, "bn"),
-    Head("mlp", 3, 12, "bnu", activation="gelu", temperature=0.5, offset=-1.0),
+    Head("mlp", 3, 12, "bnu", activation="gelu", temperature=0.5, offset=-1.0, norm_batch=5),
     Head("bcos", 2, 12, "bnu", False, b=2.0, offset=-math.log(C - 1)),
     Head("attentive", heads=2),
 ]

@@ -169,7 +169,11 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("parity", [None, PARITY], ids=["default", PARITY])
 def test_recipes_are_the_published_configurations(recipe, parity):
     expected = sorted(sorted(row.items()) for row in wanted(recipe, parity).values())
-    assert sorted(sorted(described(spec).items()) for spec in grid_of(recipe, parity).specs) == expected
+    specs = grid_of(recipe, parity).specs
+    assert sorted(sorted(described(spec).items()) for spec in specs) == expected
+    for spec in specs:
+        # Four GPUs, each with batch norms of its own.
+        assert spec.head.norm_batch == (spec.batch_size // 4 if parity and spec.head.norm != "none" else 0)
 
 
 def test_splits_and_choosing():
@@ -215,10 +219,10 @@ def test_the_voc_recipe_trains(store, tmp_path):
 
 def test_parity_from_the_command_line(store, tmp_path, command):
     path = PIPELINES / "how_to_probe" / "voc07_bcos_resnet50.yaml"
-    (tmp_path / "g.yaml").write_text(f"include: {path}\nexclude: [{{head: [mlp, bcos]}}]\n")
+    (tmp_path / "g.yaml").write_text(f"include: {path}\nexclude: [{{head: mlp}}, {{head: {{layers: [2, 3]}}}}]\n")
     words = ["train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path / "r"]
     code, out, err = command(*words, "--parity", PARITY)
-    assert code == 0 and "best 1 of 1 probes" in out, err
+    assert code == 0 and "best 2 of 2 probes" in out, err
     code, _, err = command(*words)
     assert code == 2 and "was made with splits" in err
     code, _, err = command(*words, "--parity", "how-to-prob")

@@ -158,9 +158,9 @@ def _spec(spec, group, store, views, errors):
         errors.append(
             f"{group.where('head')}: {spec.head.heads} attention heads do not divide {feature}, which is {width} wide"
         )
-    if spec.head.norm != "none" and spec.batch_size * positions == 1:
+    if spec.head.norm != "none" and min(spec.batch_size, spec.head.norm_batch or spec.batch_size) * positions == 1:
         errors.append(
-            f"{group.where('batch_size')}: one image has no variance for head.norm to divide by; take 2 or more"
+            f"{group.where('head.norm_batch' if spec.head.norm_batch else 'batch_size')}: one image has no variance for head.norm to divide by; take 2 or more"
         )
     offset = spec.head.offset
     try:

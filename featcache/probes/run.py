@@ -4,7 +4,8 @@ import csv
 import json
 import os
 import re
-from collections import Counter
+import sys
+from collections import ChainMap, Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.overlap import Overlap
 from featcache.probes.scores.metrics import gain
+from featcache.probes.tables import open_table
 from featcache.store.reader import open_store
 
 FILE = "run.json"
@@ -28,7 +30,7 @@ SHORT = {"optimizer.weight_decay": "wd"}
 class Run:
     """A finished run: its folder, the contents of run.json, and the rows of scores.csv.
 
-    scores: dicts as in the file, with value, low and high as floats (None where the probe diverged).
+    scores: mappings as in the file, with value, low and high as floats (None where the probe diverged).
     """
 
     path: Path
@@ -74,10 +76,10 @@ class Run:
     def table(self, name):
         """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
         try:
-            with open(self.path / name, newline="") as file:
+            with open_table(self.path, name) as file:
                 return list(csv.DictReader(file))
-        except OSError as error:
-            raise BadInput(f"damaged run {self.path}: {name}: {error.strerror}") from None
+        except (OSError, EOFError) as error:
+            raise BadInput(f"damaged run {self.path}: {name}: {getattr(error, 'strerror', None) or error}") from None
 
     @property
     def caution(self):
@@ -117,17 +119,25 @@ def open_run(folder):
     if lacking:
         raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
     try:
-        with open(Path(folder) / "scores.csv", newline="") as file:
-            scores = list(csv.DictReader(file))
+        with open_table(folder, "scores.csv") as file:
+            scores = _read_scores(file)
         if not scores:
             raise ValueError("it ends before the first score")
-        for row in scores:
-            if None in row or None in row.values():
-                raise ValueError("a row has other columns than the first")
-            row |= {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError) as error:
         raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
     return Run(Path(folder), summary, scores)
+
+
+def _read_scores(file):
+    """Read the rows of scores.csv, a hundred thousand maybe: those of a probe share the fields that say what it is."""
+    rows, probes = [], {}
+    for row in csv.DictReader(file):
+        if None in row or None in row.values():
+            raise ValueError("a row has other columns than the first")
+        own = {column: sys.intern(row.pop(column)) for column in SCORE_COLUMNS if column != "name"}
+        own |= {k: float(own[k]) if own[k] else None for k in ("value", "low", "high")}
+        rows.append(ChainMap(own, probes.setdefault(own["probe"], row)))
+    return rows
 
 
 def store_of(run, path=None):

@@ -30,7 +30,8 @@ class Head:
 
     All but attentive are 1x1 convolutions on the map; pool says whether the logits are averaged over
     positions (after, as How-to-Probe does) or the features are (before). hidden is 0 for a single layer.
-    norm: bn, bnu (batch norm that leaves the mean, without bias) or none. bias: of every layer that no bn
+    norm: bn, bnu (batch norm that leaves the mean, without bias) or none. norm_batch: images over which it takes its
+    statistics in training, 0 for the whole mini-batch. bias: of every layer that no bn
     follows; bcos has none. activation: relu or gelu (the exact form, with erf), of mlp. The logits are
     divided by temperature, and then offset is added to them.
     """
@@ -47,6 +48,7 @@ class Head:
     activation: str = later("relu")
     temperature: float = later(1.0)
     heads: int = later(0)
+    norm_batch: int = later(0)
 
     @property
     def pools_first(self):

@@ -21,6 +21,7 @@ from featcache.probes.resolve import resolve, undecided
 from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.scores.scoring import finish_run, is_whole
 from featcache.probes.sweep import plan_buffers, train_missing
+from featcache.probes.tables import open_table
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
@@ -133,7 +134,7 @@ def _others(folder, specs):
     if not others:
         return []
     names = {}
-    with suppress(OSError, KeyError), open(folder / "scores.csv", newline="") as file:
+    with suppress(OSError, EOFError, KeyError), open_table(folder, "scores.csv") as file:
         names = {row["probe"]: row["name"] for row in csv.DictReader(file)}
     order = {probe: place for place, probe in enumerate(names)}
     found = sorted(load_specs(folder, others), key=lambda spec: (order.get(spec.id, len(order)), spec.id))

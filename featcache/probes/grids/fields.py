@@ -130,6 +130,8 @@ def _head(type, **fields):
         if fields["layers"] == 1:
             # Nothing lies between layers: the widths and norms of a grid are meant for its deeper heads.
             fields |= {"hidden": 0, "norm": "none"}
+    if fields.get("norm") == "none":
+        fields["norm_batch"] = 0
     return Head(type, **fields)
 
 
@@ -144,6 +146,7 @@ SCALE = {"temperature": Number(0, above=True, default=1.0), "offset": OFFSET}
 LOGITS = {"pool": Choice("after", "before", default="after"), **SCALE}
 BIAS = {"bias": Choice(True, False, default=True)}
 HIDDEN = Number(1, integer=True, default=2048)
+NORM_BATCH = Number(0, integer=True, default=0)
 # Of every loss.
 DIFFICULT = {"difficult": Choice("ignored", "negative", default="ignored")}
 WEIGHED = {
@@ -171,6 +174,7 @@ SECTIONS = {
             "hidden": HIDDEN,
             "activation": Choice("relu", "gelu", default="relu"),
             "norm": Choice("bn", "bnu", "none", default="bn"),
+            "norm_batch": NORM_BATCH,
             **BIAS,
             **LOGITS,
         },
@@ -180,6 +184,7 @@ SECTIONS = {
             "b": Number(1, 16, default=2.0),
             "max_out": Number(1, 64, integer=True, default=1),
             "norm": Choice("bnu", "none", default="bnu"),
+            "norm_batch": NORM_BATCH,
             **LOGITS,
         },
         "attentive": {"heads": Number(1, 1024, integer=True, default=8), **BIAS, **SCALE},

@@ -5,7 +5,7 @@ from torch import nn
 from featcache.probes.gemm import multiply
 from featcache.probes.heads.attentive import AttentivePooling, AttentiveStack
 from featcache.probes.heads.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
-from featcache.probes.heads.layers import GELU, BatchNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
+from featcache.probes.heads.layers import GELU, BatchNorm, GhostNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
 from featcache.probes.heads.weights import NORMS
 
 NORM_LAYERS = {"bn": BatchNorm, "bnu": UncentredBatchNorm}
@@ -84,7 +84,8 @@ class LayerStack:
             )
             if not last:
                 if head.norm != "none":
-                    self.layers.append(NORM_LAYERS[head.norm](*[self.weights[f"bn{i}.{n}"] for n in NORMS[head.norm]]))
+                    norm, held = NORM_LAYERS[head.norm], [self.weights[f"bn{i}.{n}"] for n in NORMS[head.norm]]
+                    self.layers.append(GhostNorm(norm, held, head.norm_batch) if head.norm_batch else norm(*held))
                 if head.type == "mlp":
                     self.layers.append(ACTIVATIONS[head.activation][0]())
         if head.type == "bcos":
@@ -98,9 +99,9 @@ class LayerStack:
         self._turn = self.memory.turn = object()
         for layer in self.layers:
             layer.memory = self.memory
-        rows, self.mean.positions = self._rows(features)
+        rows, positions = self._rows(features)
         for layer in self.layers:
-            layer.precision = self.precision if training else "float32"
+            layer.precision, layer.positions = self.precision if training else "float32", positions
             rows = layer.forward(rows, training)
         # A copy, for the layers write to the same memory in every step.
         return _scaled(rows.clone(), self.head).permute(2, 0, 1)

@@ -51,11 +51,14 @@ class Memory:
 
 
 class Layer:
-    """What all layers have: gradients of the last backward(), place and memory in the stack, precision of products."""
+    """What all layers have: gradients of the last backward(), place and memory in the stack, precision of products,
+    and the rows of an image.
+    """
 
     gradients = ()
     place = memory = None
     precision = "float32"
+    positions = 1
 
     def tensor(self, name, shape, like):
         """An uninitialised tensor of this layer's own."""
@@ -114,6 +117,8 @@ class BatchNorm(Layer):
     normalised by the running statistics and leaves them alone, where torch gives up.
     """
 
+    follows = True
+
     def __init__(self, weight, bias, running_mean, running_var):
         self.weight, self.bias, self.running_mean, self.running_var = weight, bias, running_mean, running_var
 
@@ -126,6 +131,7 @@ class BatchNorm(Layer):
         self.centred = rows.sub_(mean.unsqueeze(2))
         if self.moves:
             variance = _mean_square(self.centred)
+        if self.moves and self.follows:
             self.running_mean.lerp_(mean, NORM_MOMENTUM)
             self.running_var.lerp_(variance * (count / (count - 1)), NORM_MOMENTUM)
         self.spread = variance + NORM_EPS
@@ -151,6 +157,8 @@ class UncentredBatchNorm(Layer):
     One row alone is normalised by the running variance, as in BatchNorm.
     """
 
+    follows = True
+
     def __init__(self, weight, running_var):
         self.weight, self.running_var = weight, running_var
 
@@ -161,7 +169,8 @@ class UncentredBatchNorm(Layer):
         if self.moves:
             self.mean = rows.mean(2)
             variance = _mean_square(torch.sub(rows, self.mean.unsqueeze(2), out=out))
-            self.running_var.lerp_(variance, NORM_MOMENTUM)
+            if self.follows:
+                self.running_var.lerp_(variance, NORM_MOMENTUM)
         self.spread = variance + NORM_EPS
         return torch.mul(rows, uncentred_scale(self.weight, variance).unsqueeze(2), out=out)
 
@@ -174,6 +183,39 @@ class UncentredBatchNorm(Layer):
         pull = -scale * agreement / (self.spread * gradient.shape[2])
         torch.addcmul((-pull * self.mean).unsqueeze(2), gradient, scale.unsqueeze(2), out=gradient)
         return gradient.addcmul_(self.rows, pull.unsqueeze(2))
+
+
+class GhostNorm(Layer):
+    """A batch norm that sees `images` of a mini-batch at a time (Hoffer et al., NeurIPS 2017), the last ones fewer.
+
+    That is what GPUs with so many images each do without SyncBN. The first's statistics alone move the running ones,
+    for it is its process that saves them.
+
+    norm: BatchNorm or UncentredBatchNorm. weights: of it.
+    """
+
+    def __init__(self, norm, weights, images):
+        self.norm, self.weights, self.images, self.parts = norm, weights, images, []
+
+    def forward(self, rows, training):
+        """Map [P, U, R] to the same shape."""
+        pieces = rows.split(self.images * self.positions, dim=2) if training else [rows]
+        self.parts = [self.norm(*self.weights) for _ in pieces]
+        out = self.tensor("whole", rows.shape, rows)
+        for number, (part, piece, into) in enumerate(
+            zip(self.parts, pieces, out.split(pieces[0].shape[2], dim=2), strict=True)
+        ):
+            part.place, part.memory, part.follows = (self.place, number), self.memory, not number
+            into.copy_(part.forward(piece, training))
+        return out
+
+    def backward(self, gradient):
+        """Return the gradient of the input, [P, U, R], which takes the place of the output's."""
+        for part, piece in zip(self.parts, gradient.split(self.images * self.positions, dim=2), strict=True):
+            # The layers write it there themselves.
+            part.backward(piece)
+        self.gradients = [sum(parts) for parts in zip(*(part.gradients for part in self.parts), strict=True)]
+        return gradient
 
 
 def _mean_square(centred):
@@ -219,9 +261,7 @@ class GELU(ReLU):
 
 
 class Mean(Layer):
-    """The mean over the S positions of each image: rows [P, U, B S] to [P, U, B]. The stack sets `positions`."""
-
-    positions = 1
+    """The mean over the S positions of each image: rows [P, U, B S] to [P, U, B]."""
 
     def forward(self, rows, training):
         """Map [P, U, B S] to [P, U, B]."""

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks, room_of
+from featcache.probes.tables import find_table, write_table
 
 # The tables of a run, and the columns that come first in each.
 TABLES = {
@@ -73,7 +73,9 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
     if store.task == "multi-label":
         rows.append(_per_class(scored, store.classes, labels))
     for name, table in zip(_tables(store.task), rows, strict=True):
-        write_whole(folder / name, _to_csv(table, TABLES[name]))
+        write_table(folder, name, _to_csv(table, TABLES[name]))
+    # Of thousands of probes they would not fit beside those that are read again.
+    del scored, scores, rows, table
     identity = store.manifest.identity
     summary = basis | {
         "arch": identity["arch"],
@@ -95,7 +97,7 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
 
 def is_whole(folder, specs, task):
     """Whether a run folder holds all of these probes, and the tables of a task."""
-    tables = all((Path(folder) / name).is_file() for name in _tables(task))
+    tables = all(find_table(folder, name).is_file() for name in _tables(task))
     return tables and find_probes(folder).keys() >= {spec.id for spec in specs}
 
 

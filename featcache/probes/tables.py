@@ -1,0 +1,32 @@
+"""The tables of a run folder: CSV files, of which large ones are compressed."""
+
+import gzip
+import io
+from pathlib import Path
+
+from featcache.atomic import write_whole
+
+# Larger ones nobody opens in an editor; compressed they are a twentieth of that.
+LARGE = 8 << 20
+
+
+def write_table(folder, name, text):
+    """Write CSV text as `name`, or as name.gz if it is large, in the place of either."""
+    data = text.encode()
+    plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
+    path, other = (packed, plain) if len(data) > LARGE else (plain, packed)
+    # Without a time in it, so that the same table is the same bytes.
+    write_whole(path, gzip.compress(data, 5, mtime=0) if path is packed else data)
+    other.unlink(missing_ok=True)
+
+
+def find_table(folder, name):
+    """Path of a table, compressed or not; that of `name` if there is neither."""
+    packed = Path(folder) / f"{name}.gz"
+    return packed if packed.is_file() else Path(folder) / name
+
+
+def open_table(folder, name):
+    """Open a table for reading, as text for the csv module. Raises OSError."""
+    path = find_table(folder, name)
+    return io.TextIOWrapper(gzip.open(path), newline="") if path.suffix == ".gz" else open(path, newline="")
