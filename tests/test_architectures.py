@@ -1,6 +1,7 @@
 """Architectures: told from tensors alone, and features equal to the source network's, to the bit."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -225,7 +226,8 @@ def tiny_vit(make=VisionTransformer, size=32, **more):
         {"make": VisionTransformerDistilled},
         {"class_token": False, "global_pool": "avg", "fc_norm": False},
         {"global_pool": "avg"},
-        {"qk_norm": True, "qkv_bias": False, "pre_norm": True},
+        # A norm before the blocks is CLIP's, as timm makes it.
+        {"qk_norm": True, "qkv_bias": False, "pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
     ],
     ids=["plain", "registers", "swiglu", "distilled", "no-class", "fc-norm", "norms"],
 )

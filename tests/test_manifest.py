@@ -226,7 +226,6 @@ def test_images_and_classes_are_counted_and_odd_ones_named(tmp_path, command):
         "train: 5 images, 3 classes",
         "val: 2 images, 2 classes",
         "warning: val lacks 1 of 3 classes: c",
-        "warning: 1 classes are seen only once in all splits, as lists that are read as names and misspelt names are: "
-        "c",
+        "warning: 1 class is seen only once in all splits: c (is a name misspelt, or a list of labels read as one name?)",
     ):
         assert line in err.splitlines() and line in out.splitlines()

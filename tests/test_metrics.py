@@ -19,8 +19,8 @@ from featcache.probes.losses import LossFunction
 from featcache.probes.scores import average_precision as ap_module
 from featcache.probes.scores import tally as tally_module
 from featcache.probes.scores.average_precision import average_precision
-from featcache.probes.scores.bootstrap import interval, paired_test, resamples
-from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
+from featcache.probes.scores.jackknife import Z, deviations, fraction_interval, influences, interval, paired_test
+from featcache.probes.scores.metrics import TASK_METRICS, UNBOUNDED, chance, gain
 from featcache.probes.scores.tally import BINS, MultiLabelTally, SingleLabelTally
 from featcache.probes.spec import Loss
 
@@ -55,34 +55,61 @@ def test_map_equals_scikit_learn(seed, images, classes, ties):
     logits, labels = multi_label(seed, images, classes, ties=ties)
     got = tallied(MultiLabelTally, logits, labels, ["bce"] * 3).scores()["map"]
     for p in range(3):
-        assert got[p].item() == pytest.approx(sklearn_map(logits[p], labels), abs=1e-9, nan_ok=True)
+        assert got[p].item() == pytest.approx(sklearn_map(logits[p], labels), abs=1e-12, nan_ok=True)
 
 
 def test_average_precision_by_hand():
     # Ranked: hit, miss, hit, miss: (1/1 + 2/3) / 2.
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.1]])
-    assert average_precision(scores, torch.tensor([True, False, True, False]))[0] == pytest.approx(5 / 6)
+    truth = torch.tensor([True, False, True, False])
+    assert average_precision(scores, truth)[0].item() == pytest.approx(5 / 6)
     # All tied: one threshold, precision 1/2.
-    assert average_precision(torch.zeros(1, 4), torch.tensor([True, False, True, False]))[0] == pytest.approx(1 / 2)
-    assert average_precision(scores, torch.zeros(4, dtype=torch.bool)).isnan().all()
+    assert average_precision(torch.zeros(1, 4), truth)[0].item() == pytest.approx(1 / 2)
+    # Without each: miss, hit, miss; hit, hit, miss; hit, miss, miss; hit, miss, hit.
+    value, change = average_precision(scores, truth, leave_out=True)
+    assert (value + change)[0].tolist() == pytest.approx([1 / 2, 1, 1, 5 / 6])
+
+
+def kinds(seed, images, classes, ties=False):
+    """(kind of tally, logits [3, N, C], labels) of both tasks, of random images."""
+    logits, labels = multi_label(seed, images, classes, ties=ties)
+    yield MultiLabelTally, logits, labels
+    yield SingleLabelTally, logits, np.random.default_rng(seed).integers(0, classes, images)
 
 
 @pytest.mark.parametrize("loss", ["bce", "ce"])
-@pytest.mark.parametrize("ties", [False, True])
-def test_resampled_scores_are_scores_of_the_repeated_images(ties, loss, monkeypatch):
-    # Pieces of a few probes and rows, as large splits have them.
-    monkeypatch.setattr(ap_module, "PIECE_BYTES", 2000)
-    monkeypatch.setattr(tally_module, "PIECE_ROWS", 16)
-    weights = resamples(50, 6)
-    logits, labels = multi_label(0, 50, 4, ties=ties)
-    classes = np.random.default_rng(0).integers(0, 4, 50)
-    for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, classes)):
-        got = tallied(kind, logits, truth, [loss] * 3).scores(weights)
-        for r in range(6):
-            rows = np.repeat(np.arange(50), weights[:, r].numpy())
-            expected = tallied(kind, logits[:, rows], truth[rows], [loss] * 3).scores()
-            for metric, values in expected.items():
-                torch.testing.assert_close(got[metric][:, 1 + r], values[:, 0], rtol=1e-6, atol=1e-12, msg=metric)
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 7), st.booleans())
+def test_scores_without_an_image_are_those_of_the_other_images(loss, seed, images, classes, ties):
+    """Down to classes of one image and ties; in pieces of a few images and probes, as large splits have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ap_module, "AT_ONCE", {"cpu": 40})
+        patch.setattr(tally_module, "AT_ONCE", {"cpu": 40})
+        for kind, logits, labels in kinds(seed, images, classes, ties):
+            got = tallied(kind, logits, labels, [loss] * 3).influences()
+            for i in range(images):
+                rest = np.arange(images) != i
+                without = tallied(kind, logits[:, rest], labels[rest], [loss] * 3).scores()
+                for metric, (scores, found) in got.items():
+                    expected = (scores - without[metric]) * (images - 1) / images
+                    torch.testing.assert_close(found[:, i], expected, rtol=0, atol=1e-11, equal_nan=True, msg=metric)
+
+
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.sampled_from([0, 1, 50]))
+def test_an_interval_holds_its_estimate(loss, seed, images, classes, ties, knowing):
+    """From a single image up, for probes that know nothing to those that are always right; 0 to 1, and wider than nothing."""
+    for kind, logits, labels in kinds(seed, images, classes, ties):
+        truth = labels if kind is MultiLabelTally else np.eye(classes)[labels]
+        tally = tallied(kind, logits + knowing * truth, labels, [loss] * 3)
+        for metric, (scores, *found) in tally.estimates().items():
+            low, high = interval(metric, scores, *found)
+            if metric in UNBOUNDED:
+                assert (low.isnan() | ((0 <= low) & (low <= scores) & (scores <= high))).all()
+            else:
+                assert (scores.isnan() | ((0 <= low) & (low <= scores) & (scores <= high) & (high <= 1))).all()
+                assert (scores.isnan() | (low < high)).all()
 
 
 @settings(deadline=None, max_examples=30)
@@ -138,7 +165,7 @@ def test_nll_is_the_loss_that_a_probe_is_trained_with(single, loss):
     labels[:, 0] = np.where((labels == 1).any(1), labels[:, 0], 1)
     labels = np.random.default_rng(0).integers(0, 5, 60) if single else labels
     kind = SingleLabelTally if single else MultiLabelTally
-    got = tallied(kind, logits, labels, [loss] * 3).scores()["nll"].squeeze(1)
+    got = tallied(kind, logits, labels, [loss] * 3).scores()["nll"]
     stacked = torch.from_numpy(logits).double().transpose(0, 1)
     expected, _ = LossFunction(Loss(loss), torch.from_numpy(labels), 5)(stacked, torch.from_numpy(labels))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
@@ -174,56 +201,69 @@ def test_ece_by_a_slow_loop(single, loss):
 
 def test_a_probe_is_scored_as_if_it_were_alone():
     logits, labels = multi_label(5, 200, 6, probes=5)
-    losses, weights = ["bce", "bce", "ce", "focal", "ce"], resamples(200, 20)
+    losses = ["bce", "bce", "ce", "focal", "ce"]
     logits[3, 17, 2] = math.nan
     for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, labels.argmax(1).astype(np.int64))):
-        together = tallied(kind, logits, truth, losses).scores(weights)
+        together = tallied(kind, logits, truth, losses).estimates()
         task = "multi-label" if kind is MultiLabelTally else "single-label"
         assert set(together) == set(TASK_METRICS[task])
         for p in (0, 2, 4):
-            alone = tallied(kind, logits[p : p + 1], truth, losses[p : p + 1]).scores(weights)
-            assert all(torch.equal(together[m][p], alone[m][0]) for m in alone), "to the bit"
-        assert all(table[3].isnan().all() for table in together.values()), "a broken probe has no scores"
+            alone = tallied(kind, logits[p : p + 1], truth, losses[p : p + 1]).estimates()
+            for metric, columns in alone.items():
+                assert all(torch.equal(a[p], b[0]) for a, b in zip(together[metric], columns, strict=True)), (
+                    "to the bit"
+                )
+        assert all(column[3].isnan() for columns in together.values() for column in columns), "a broken probe"
 
 
-def test_intervals():
+def test_intervals_by_hand():
     random = np.random.default_rng(1)
     labels = random.integers(0, 5, 400)
     logits = random.normal(size=(1, 400, 5)) + 2 * np.eye(5)[labels]
-    value, low, high = interval(tallied(SingleLabelTally, logits, labels, ["ce"]).scores(resamples(400))["top1"][0])
-    assert low < value < high
-    # About +-1.96 sqrt(p (1 - p) / n).
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(value * (1 - value) / 400), rel=0.3)
-
-
-def test_resamples_are_as_large_as_the_split_and_the_first_of_many():
-    few, many = resamples(70, 20), resamples(70, 50)
-    assert (many.sum(0) == 70).all() and torch.equal(many[:, :20], few)
-    # Poisson with mean 1 in the limit: variance 1.
-    assert many.double().var().item() == pytest.approx(1 - 1 / 70, rel=0.1)
+    scores, deviation, count = tallied(SingleLabelTally, logits, labels, ["ce"]).estimates()["top1"]
+    p = scores.item()
+    assert count.item() == 400
+    assert deviation.item() == pytest.approx(math.sqrt(p * (1 - p) / 400))
+    # Wilson's interval of a share.
+    low, high = fraction_interval(scores, deviation, count)
+    half = Z / (1 + Z**2 / 400) * math.sqrt(p * (1 - p) / 400 + Z**2 / 4 / 400**2)
+    centre = (p + Z**2 / 800) / (1 + Z**2 / 400)
+    assert (low.item(), high.item()) == pytest.approx((centre - half, centre + half))
+    # All right, of 400 images: Wilson's, too. Of a single image next to nothing is known.
+    one, none = torch.ones(1).double(), torch.zeros(1).double()
+    assert [end.item() for end in fraction_interval(one, none, count)] == pytest.approx([400 / (400 + Z**2), 1])
+    assert [end.item() for end in fraction_interval(one, none * math.nan, one)] == pytest.approx([1 / (1 + Z**2), 1])
 
 
 def test_the_paired_test_holds_its_level_and_finds_differences():
     """Under no difference p is uniform; the mean of paired normals stands in for a score."""
     random = np.random.default_rng(0)
-    weights = resamples(100, 400).double()
-    values = torch.from_numpy(random.normal(size=(300, 100)))
-    scores = torch.cat([values.mean(1, keepdim=True), values @ weights / 100], dim=1)
-    nothing = torch.zeros(401, dtype=torch.float64)
-    p = np.array([paired_test(row, nothing)[3] for row in scores])
-    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.04) and np.mean(p < 0.5) == pytest.approx(0.5, abs=0.09)
-    difference, low, high, p = paired_test(scores[0] + 1, scores[0])
-    assert difference == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1) and p == 2 / 401
-    assert paired_test(scores[0], scores[0])[3] == 1
-    # The formula, by hand: 3 of 4 differences are above 0.
-    assert paired_test(torch.tensor([1.0, 2, 3, -1, 1]), torch.zeros(5))[3] == 2 * (1 + 1) / (4 + 1)
+    values = torch.from_numpy(random.normal(size=(2000, 100)))
+    nothing = (0.0, torch.zeros(100).double())
+
+    def mean(row):
+        total = row.sum()
+        return (total / 100).item(), influences(total / 100, (total - row) / 99)
+
+    p = np.array([paired_test(mean(row), nothing)[3] for row in values])
+    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.015) and np.mean(p < 0.5) == pytest.approx(0.5, abs=0.035)
+    difference, low, high, p = paired_test(mean(values[0] + 1), mean(values[0]))
+    assert (difference, low, high) == pytest.approx((1, 1, 1)) and p == pytest.approx(math.erfc(10 / math.sqrt(2)))
+    assert paired_test(mean(values[0]), mean(values[0]))[1:] == (0, 0, 1)
+    for row in values[:200]:
+        _, low, high, p = paired_test(mean(row), nothing)
+        assert (p < 0.05) == (not low <= 0 <= high)
+    # McNemar's: 30 images that only the first has right, 15 that only the second has.
+    first, second = torch.zeros(2, 100).double()
+    first[:30], second[30:45] = 1, 1
+    assert paired_test(mean(first), mean(second))[3] == pytest.approx(math.erfc(15 / math.sqrt(45) / math.sqrt(2)))
 
 
 def test_chance_is_what_a_random_ranking_scores():
     random = np.random.default_rng(0)
     labels = random.choice([1, 0, -1], p=[0.1, 0.8, 0.1], size=(60, 6)).astype(np.int8)
     simulated = tallied(MultiLabelTally, random.normal(size=(3000, 60, 6)), labels, ["bce"] * 3000, chunk=60)
-    values = simulated.average_precisions()[:, :, 0].mean(1)
+    values = simulated.average_precisions().mean(1)
     error = values.std().item() / math.sqrt(3000)
     assert chance("map", torch.from_numpy(labels), 6) == pytest.approx(values.mean().item(), abs=4 * error)
     assert chance("top1", None, 20) == chance("balanced_accuracy", None, 20) == 1 / 20

@@ -21,7 +21,7 @@ from featcache.cli.options import device_option
 def compare(**options):
     """Test whether two probes differ, metric by metric, on the images that the run is judged on.
 
-    The p value is that of the paired bootstrap over images; docs/scores.md has the formula.
+    The test is paired over images; docs/scores.md has the formula.
     """
     from featcache.probes.scores.compare import compare as run
     from featcache.reporting.table import comparison_rows, format_table

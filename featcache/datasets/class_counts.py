@@ -33,9 +33,10 @@ def describe_classes(data):
             )
     once = np.flatnonzero(sum(counts.values()) == 1)
     if len(once):
+        seen = "1 class is" if len(once) == 1 else f"{len(once):,} classes are"
         lines.append(
-            f"warning: {len(once):,} classes are seen only once in all splits, as lists that are read as names and "
-            f"misspelt names are: {_names(data.classes, once)}"
+            f"warning: {seen} seen only once in all splits: {_names(data.classes, once)} (is a name misspelt, or a list "
+            "of labels read as one name?)"
         )
     return lines
 

@@ -44,8 +44,8 @@ class Record:
 class Dataset:
     """A dataset: class names, the task, its splits in order, and how its protocol resizes images.
 
-    task: multi-label or single-label. resize: "squash" (to a square, the aspect not kept) or "crop"
-    (short side, then centre crop), see docs/preprocessing.md. size: the protocol's input side, None for
+    task: multi-label or single-label. resize: "squash" (to a square, the aspect not kept) or "crop" (the
+    weights' own rule, of most a centre crop), see docs/preprocessing.md. size: the protocol's input side, None for
     the backbone's own. augmentation: of its training protocol.
     """
 

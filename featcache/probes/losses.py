@@ -25,7 +25,8 @@ class LossFunction:
 
     def __call__(self, logits, labels):
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
-        prepare, function = LOSSES[self.loss.type]
+        single = self.loss.type == "ce" and labels.ndim == 1
+        prepare, function = (ce_single_targets, ce_single) if single else LOSSES[self.loss.type]
         # The slices of a stack come with the same labels one after another.
         if self._held[0] is not labels or self._held[1] != logits.dtype:
             self._held = labels, logits.dtype, prepare(self._read(labels), logits, self.loss, self.weights)
@@ -67,9 +68,8 @@ def bce_targets(labels, logits, loss, weights=None):
     The target is t = (1 - s) max(label, off) + s / C with off_label and label_smoothing s, both as in
     How-to-Probe.
     """
-    labels = _by_class(labels, logits)
     known = _shares(labels, logits)
-    targets = (labels > 0).to(logits.dtype)
+    targets = _present(labels, logits)
     if loss.off_label:
         classes = logits.shape[2]
         targets = targets.clamp_(min=1 / classes if loss.off_label == UNIFORM_TARGET else loss.off_label)
@@ -96,14 +96,11 @@ def bce(logits, targets, known, weights):
 
 
 def ce_targets(labels, logits, loss, weights=None):
-    """The targets of ce over the count of images [B, 1, C], their sums [B, 1, 1], and what is ignored [B, 1, C] or None.
+    """The targets of ce over the count of images [B, 1, C], their sums [B, 1, 1], what is ignored [B, 1, C] or None.
 
     A multi-label image spreads its target evenly over the classes present (Mahajan et al., ECCV 2018);
     ignored classes leave the softmax and get no smoothing; an image without a class adds nothing but counts.
     """
-    single = labels.ndim == 1
-    if single:
-        labels = F.one_hot(labels, logits.shape[2])
     present = (labels > 0).to(logits.dtype)
     targets = present / present.sum(1, keepdim=True).clamp(min=1)  # [B, C]
     some = present.amax(1, keepdim=True)  # [B, 1]
@@ -115,10 +112,10 @@ def ce_targets(labels, logits, loss, weights=None):
     if weights is not None:
         weights = weights.to(logits)
         targets = targets * weights
-        count, mass = (present @ weights).sum() if single else count, targets.sum(1, keepdim=True)
+        mass = targets.sum(1, keepdim=True)
     ignored = None
     # Not asked on a GPU, which would have to be waited for.
-    if not single and (labels.device.type != "cpu" or (labels < 0).any()):
+    if labels.device.type != "cpu" or (labels < 0).any():
         ignored = _classes_first(labels < 0)
     return _classes_first(targets / count), (mass / count).unsqueeze(2), ignored
 
@@ -126,7 +123,7 @@ def ce_targets(labels, logits, loss, weights=None):
 def ce(logits, targets, mass, ignored):
     """Softmax cross-entropy, torch's with label_smoothing and class weights w: -sum w_c t_c log(p_c) over classes.
 
-    The mean is over images, for single-label data with each image counted by the weight of its class.
+    The mean is over images.
     """
     if ignored is not None:
         logits = logits.masked_fill(ignored, IGNORED)
@@ -136,10 +133,36 @@ def ce(logits, targets, mass, ignored):
     return loss, logs.exp_().mul_(mass).sub_(targets)
 
 
+def ce_single_targets(labels, logits, loss, weights=None):
+    """As ce_targets, of single-label data, without a matrix: labels [1, 1, B], the target of each image's class
+    [1, 1, B], that of every class by label_smoothing [1, C, 1] or None, and their sums [1, 1, B].
+
+    Targets are over the count of images, each counted by the weight of its class.
+    """
+    smoothing, classes = loss.label_smoothing, logits.shape[2]
+    each = logits.new_ones(classes) if weights is None else weights.to(logits)
+    chosen = each[labels]
+    count = chosen.sum()
+    own, even = (1 - smoothing) * chosen / count, smoothing * each / classes / count
+    return labels.view(1, 1, -1), own.view(1, 1, -1), even.view(1, -1, 1) if smoothing else None, own + even.sum()
+
+
+def ce_single(logits, labels, own, even, mass):
+    """As ce, of single-label data."""
+    logs = logits.permute(1, 2, 0).log_softmax(dim=1)  # [P, C, B], as the logits lie in memory.
+    labels, own = labels.expand(len(logs), 1, -1), own.expand(len(logs), 1, -1)
+    loss = -(logs.gather(1, labels) * own).sum((1, 2))
+    if even is not None:
+        loss -= (logs * even).sum((1, 2))
+    gradient = logs.exp_().mul_(mass)
+    if even is not None:
+        gradient.sub_(even)
+    return loss, gradient.scatter_add_(1, labels, -own).permute(2, 0, 1)
+
+
 def focal_targets(labels, logits, loss, weights=None):
     """The signs of focal, what each label adds to the mean, both [B, 1, C], and gamma."""
-    labels = _by_class(labels, logits)
-    sign = (labels > 0).to(logits.dtype) * 2 - 1
+    sign = _present(labels, logits) * 2 - 1
     return sign, _shares(labels, logits) * (0.5 + (loss.alpha - 0.5) * sign), loss.gamma
 
 
@@ -155,8 +178,7 @@ def focal(logits, sign, share, gamma):
 
 def asymmetric_targets(labels, logits, loss, weights=None):
     """What is positive, what each label adds to the mean, both [B, 1, C], and the loss's numbers."""
-    labels = _by_class(labels, logits)
-    return labels > 0, _shares(labels, logits), loss
+    return _present(labels, logits) > 0, _shares(labels, logits), loss
 
 
 def asymmetric(logits, positive, share, loss):
@@ -171,9 +193,13 @@ def asymmetric(logits, positive, share, loss):
     return losses.mul_(share).sum((0, 2)), gradient.mul_(share)
 
 
-def _by_class(labels, logits):
-    """Labels as [B, 1, C]."""
-    return _classes_first(F.one_hot(labels, logits.shape[2]) if labels.ndim == 1 else labels)
+def _present(labels, logits):
+    """Which classes an image has, 1 or 0 in the logits' dtype, [B, 1, C]."""
+    if labels.ndim == 2:
+        return (_classes_first(labels) > 0).to(logits.dtype)
+    # Classes before images in memory, as logits lie.
+    present = logits.new_zeros(logits.shape[2], len(labels))
+    return present.scatter_(0, labels.unsqueeze(0), 1).t().unsqueeze(1)
 
 
 def _classes_first(values):
@@ -182,8 +208,10 @@ def _classes_first(values):
 
 
 def _shares(labels, logits):
-    """What each label adds to a mean over those that are not ignored: 0, or one over their number."""
-    known = (labels >= 0).to(logits.dtype)
+    """What each label adds to a mean over those that are not ignored: 0, or one over their number; [B, 1, C] or one."""
+    if labels.ndim == 1:
+        return logits.new_full((1, 1, 1), 1 / (len(labels) * logits.shape[2]))
+    known = (_classes_first(labels) >= 0).to(logits.dtype)
     return known.div_(known.sum().clamp(min=1))
 
 

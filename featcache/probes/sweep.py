@@ -142,7 +142,7 @@ class Sweep:
             self._validation = {(feature, pool): held}
         for chunk in self._validation[feature, pool] or read_chunks(self.store, names, feature, pool, device):
             tally.add(training.logits(chunk))
-        return gain(metric, tally.scores(only=metric)[metric][:, 0]).double().cpu()
+        return gain(metric, tally.scores(only=metric)[metric])
 
     def _drop(self, training, gone, why):
         """Take probes out of a block before their time."""

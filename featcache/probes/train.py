@@ -103,7 +103,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         if not leads:
             return None
         basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
-        return finish_run(folder, everything, opened, splits, basis, device, started)
+        return finish_run(folder, everything, opened, splits, basis, device, started, checked.intervals)
 
 
 def _begun(folder, basis):

@@ -274,7 +274,8 @@ def fit_block(specs, features, labels, classes):
 
 
 def _finite(weights):
-    return all(bool(torch.isfinite(w).all()) for w in weights.values())
+    # The largest and the smallest tell, in a fraction of the time of looking at each.
+    return all(bool(torch.isfinite(torch.stack(w.aminmax())).all()) for w in weights.values())
 
 
 def _under(prefix, tensors):

@@ -13,7 +13,12 @@ from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
 ROLES = ("train", "val", "test")
-TOP = ("store", "splits", "select", "search", "include", "probes", "exclude", "parity", "allow_overlap", "profiles")
+TOP = (
+    "store", "splits", "select", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
+    "profiles",
+)  # fmt: skip
+# What a probe scores on the images that it learned says little of others.
+INTERVALS = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Search:
 class Grid:
     """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by, if named.
 
-    Where no val is named and the split of that name has another role, splits has no val.
-    path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
+    intervals: roles whose scores get an interval. Where no val is named and the split of that name has another
+    role, splits has no val. path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
     applied. content: the grid with included files, groups that start from others and the profile's splits
     filled in, which reads as the same grid.
     """
@@ -48,6 +53,7 @@ class Grid:
     content: dict
     search: Search | None = None
     parity: str | None = None
+    intervals: tuple[str, ...] = INTERVALS
 
     def __repr__(self):
         return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
@@ -59,8 +65,9 @@ class Grid:
 
     @property
     def rules(self):
-        """What of the content, beside the groups, decides which probes are trained and how: {} if nothing does."""
-        return {key: self.content[key] for key in ("exclude", "search", "parity", "profiles") if key in self.content}
+        """What of the content, beside the groups, decides what a run holds: {} if nothing does."""
+        keys = ("intervals", "exclude", "search", "parity", "profiles")
+        return {key: self.content[key] for key in keys if key in self.content}
 
 
 def load_grid(grid, parity=None):
@@ -93,6 +100,7 @@ def parse_grid(content, path="grid", parity=None):
     written_splits = (content.get("splits", {}), at["splits"])
     splits = _splits([written_splits], parity is not None, errors)
     metric, split = _select(content.get("select", {}), splits, at["select"], errors)
+    intervals = _intervals(content.get("intervals", list(INTERVALS)), splits, at["intervals"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
     if store is not None and not isinstance(store, str):
@@ -115,7 +123,7 @@ def parse_grid(content, path="grid", parity=None):
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = chosen
-    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity)
+    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity, intervals)
 
 
 def refuse(path, errors):
@@ -188,6 +196,15 @@ def _select(value, splits, path, errors):
         there = [role for role in splits if role != "test"]
         errors.append(f"{path}.split: {shown(split)} is not one of {', '.join(there)}{nearest(split, there)}")
     return metric, split
+
+
+def _intervals(value, roles, path, errors):
+    """Return the roles whose scores get an interval."""
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in list(roles):
+            errors.append(f"{path}: {shown(name)} is not one of {', '.join(roles)}{nearest(name, roles)}")
+    return tuple(names)
 
 
 def _search(value, path, errors):

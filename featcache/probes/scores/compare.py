@@ -12,17 +12,15 @@ from featcache.errors import BadInput
 from featcache.probes.features import load_labels
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select, store_of
-from featcache.probes.scores.bootstrap import RESAMPLES, paired_test, resamples
+from featcache.probes.scores.jackknife import paired_test
 from featcache.probes.scores.scoring import load_predictors, tally
-
-COMPARED = 10 * RESAMPLES
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two probes on one metric: their scores, the difference first - second with its 95% interval, and its p value.
 
-    See bootstrap.paired_test for interval and p.
+    See jackknife.paired_test for interval and p.
     """
 
     probes: tuple[str, str]
@@ -37,7 +35,7 @@ class Comparison:
 
 @takes(runs=PATHS, probes=NAMES, rule=NAME)
 def compare(runs, probes=None, rule=None, stores=None, device=None):
-    """Compare two probes on the images that their runs are judged on, by a paired bootstrap.
+    """Compare two probes on the images that their runs are judged on, by how each image counts in both.
 
     runs: folder of a finished run that holds both, or of two, which then must be scored on the same
     images. probes: two ids, in the order of the runs; else those that `rule` selects (see
@@ -57,18 +55,16 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     if len(opened) == 2:
         _check_same_images(first, a, second, b)
     tallies = [_tally(run, store, probe, device) for (run, store), probe in zip(pairs[:2], chosen, strict=True)]
-    labels = tallies[0].labels
-    weights = resamples(len(labels), COMPARED)
-    tables = [_scores(each, weights) for each in tallies]
     if tallies[0].softmax != tallies[1].softmax:
         click.echo(
             "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
         )
+    tables = [each.influences() for each in tallies]
     result = []
     for metric in first.metrics:
-        scores, other = tables[0][metric], tables[1][metric]
-        values = (scores[0].item(), other[0].item())
-        result.append(Comparison(tuple(chosen), split, metric, values, *paired_test(scores, other)))
+        pair = [(scores.item(), influences[0]) for scores, influences in (table[metric] for table in tables)]
+        values = tuple(score for score, _ in pair)
+        result.append(Comparison(tuple(chosen), split, metric, values, *paired_test(*pair)))
     return result
 
 
@@ -120,9 +116,3 @@ def _tally(run, store, probe, device):
     spec, names = load_probe(run.path, probe).spec, run.summary["splits"][run.judge]
     predictors = load_predictors(run.path, [[spec]], store, device)
     return tally(predictors, [[spec]], store, names, load_labels(store, names), device)[0]
-
-
-def _scores(tally, weights):
-    """Return {metric: float64 [1 + R]} of the one probe of a tally."""
-    parts = [tally.scores(part) for part in weights.split(RESAMPLES, dim=1)]
-    return {m: torch.cat([values[0, :1], *(part[m][0, 1:] for part in parts)]) for m, values in parts[0].items()}

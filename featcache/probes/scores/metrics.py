@@ -1,5 +1,7 @@
 """The metrics of a task by name, their direction, and what chance scores. How they are computed: tally.py."""
 
+import torch
+
 # The first of a task is the one that probes are chosen by, unless the grid names another.
 TASK_METRICS = {
     "multi-label": (
@@ -10,6 +12,8 @@ TASK_METRICS = {
 }  # fmt: skip
 METRICS = tuple(dict.fromkeys(metric for metrics in TASK_METRICS.values() for metric in metrics))
 LOWER_IS_BETTER = ("nll", "ece")
+# The others lie between 0 and 1.
+UNBOUNDED = ("nll",)
 
 
 def gain(metric, value):
@@ -30,9 +34,9 @@ def chance(metric, labels, classes):
     if metric != "map":
         return None
     expected = []
-    for column in labels.t():
-        n, positives = int((column >= 0).sum()), int((column == 1).sum())
+    harmonics = (1 / torch.arange(1, len(labels) + 1, dtype=torch.float64)).cumsum(0).tolist()
+    for n, positives in zip((labels >= 0).sum(0).tolist(), (labels == 1).sum(0).tolist(), strict=True):
         if positives:
-            harmonic = sum(1 / i for i in range(1, n + 1))
+            harmonic = harmonics[n - 1]
             expected.append((harmonic + (n - harmonic) * (positives - 1) / max(n - 1, 1)) / n)
     return sum(expected) / len(expected) if expected else None

@@ -18,7 +18,7 @@ from featcache.atomic import write_whole
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.probe_file import find_probes, load_probes
 from featcache.probes.run import FILE, SCORE_COLUMNS, open_run
-from featcache.probes.scores.bootstrap import intervals, resamples
+from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
@@ -47,16 +47,16 @@ class Scored:
     bins: torch.Tensor
 
 
-def finish_run(folder, specs, store, splits, basis, device, started):
+def finish_run(folder, specs, store, splits, basis, device, started, intervals=None):
     """Score a run's probes, write the tables of scores, then run.json, which makes it a finished run.
 
     specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
     run.json: the store's id and path, `select`, {metric, split}, the `key` that marks it finished. started:
-    time.monotonic() of the beginning. Returns the Run.
+    time.monotonic() of the beginning. intervals: roles whose scores get one, by default all. Returns the Run.
     """
     metrics = TASK_METRICS[store.task]
     labels = {role: load_labels(store, names) for role, names in splits.items()}
-    scored = _score(folder, specs, store, splits, labels, device)
+    scored = _score(folder, specs, store, splits, labels, device, splits if intervals is None else intervals)
     history, diverged, scores = [], [], []
     # Without their weights, which would not all fit into memory.
     trained = {probe.spec.id: replace(probe, weights={}) for probe in load_probes(folder, [s.id for s in specs])}
@@ -138,7 +138,7 @@ def tally(predictors, group, store, splits, labels, device):
     return tallies
 
 
-def _score(folder, specs, store, splits, labels, device):
+def _score(folder, specs, store, splits, labels, device, intervals):
     """Return {(probe id, role): Scored}."""
     scored = {}
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
@@ -147,10 +147,9 @@ def _score(folder, specs, store, splits, labels, device):
             for some in _passes(folder, group, kept):
                 predictors = load_predictors(folder, some, store, device)
                 for role, parts in splits.items():
-                    weights = resamples(len(labels[role]))
                     tallies = tally(predictors, some, store, parts, labels[role], device)
                     for block, each in zip(some, tallies, strict=True):
-                        for spec, result in zip(block, _scored(each, weights), strict=True):
+                        for spec, result in zip(block, _scored(each, role in intervals), strict=True):
                             scored[spec.id, role] = result
                         progress.update(len(block))
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
@@ -171,16 +170,22 @@ def _passes(folder, group, kept):
     return result
 
 
-def _scored(tally, weights):
-    """Yield the Scored of every probe of a tally."""
-    scores, bins = tally.scores(weights), tally.calibration()
-    classes = [None] * len(bins)
-    if isinstance(tally, MultiLabelTally):
-        broken = ~tally.finite.cpu().unsqueeze(1)
-        classes = tally.average_precisions()[:, :, 0].cpu().masked_fill(broken, torch.nan)
-    values = {metric: intervals(table) for metric, table in scores.items()}
+def _scored(tally, with_intervals):
+    """Yield the Scored of every probe of a tally. Without intervals low and high are NaN."""
+    if with_intervals:
+        values = {metric: _rows(metric, *found) for metric, found in tally.estimates().items()}
+    else:
+        values = {metric: [(v, math.nan, math.nan) for v in found.tolist()] for metric, found in tally.scores().items()}
+    bins = tally.calibration()
+    classes = tally.average_precisions() if isinstance(tally, MultiLabelTally) else [None] * len(bins)
     for p in range(len(bins)):
         yield Scored({metric: rows[p] for metric, rows in values.items()}, classes[p], bins[p])
+
+
+def _rows(metric, scores, deviations, counts):
+    """[(score, low, high)] of scores [P]. See Tally.estimates."""
+    low, high = interval(metric, scores, deviations, counts)
+    return list(zip(scores.tolist(), low.tolist(), high.tolist(), strict=True))
 
 
 def _series(probe, metric):
