@@ -1,10 +1,12 @@
 """Maps against captum and the backbone; EPG by hand."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from captum.attr import InputXGradient, LayerGradCam
 from torch import nn
 from torchvision.models import resnet18
@@ -243,3 +245,28 @@ def test_damaged_results_are_named(run, command, tmp_path):
         code, _, err = command("report", "--run", tmp_path / "r", "--out", tmp_path / "page.html")
         assert code == 2 and f"damaged {'maps' if 'npz' in name else 'run'} " in err
         assert not (tmp_path / "page.html").exists()
+
+
+def test_the_default_rule_is_that_of_the_task(scenes, checkpoint, tmp_path, command):
+    """A single-label run with boxes, from extract to report without options."""
+    data, rows = read_dataset("voc", scenes), []
+    for split, records in data.splits.items():
+        for record in records:
+            name = data.classes[record.box_classes[0]]
+            boxes = [{"box": record.boxes[0].tolist(), "label": name}]
+            rows.append({"path": str(record.image), "label": name, "split": split, "boxes": boxes})
+    manifest, store, grid = tmp_path / "single.jsonl", tmp_path / "s.zarr", tmp_path / "g.yaml"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--backbone", checkpoint, "--dataset", "manifest", "--root", manifest, "--size", 64, "--workers", 0]
+    code, _, err = command("extract", *words, "--features", "pooled,spatial", "--store", store)
+    assert code == 0, err
+    grid.write_text(yaml.safe_dump({"probes": GRID["probes"][:1]}))
+    run = tmp_path / "r"
+    code, out, err = command("train-probes", "--grid", grid, "--store", store, "--run", run)
+    assert code == 0 and "val top-1 %" in out, err
+    code, out, err = command("attribute", "--run", run)
+    assert code == 0, err
+    chosen = select(featcache.open_run(run), "best top1 per loss")
+    assert len(chosen) == 2 and all(probe in out for probe in chosen)
+    code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
+    assert code == 0 and "Localisation" in (tmp_path / "page.html").read_text(), err

@@ -1,6 +1,7 @@
 """featcache export: files that plain torch loads, with nothing of featcache there."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -362,7 +363,10 @@ def test_refusals_are_one_clear_line(run, probes, checkpoint, tmp_path, command)
 
 
 def test_a_diverged_probe_has_nothing_to_export(store, checkpoint, tmp_path):
-    probes = [{**GRID["probes"][0], "optimizer": {"type": "sgd", "lr": 1e38}}]
+    probes = [{**GRID["probes"][0], "optimizer": {"type": "sgd", "lr": 1e38}, "batch_size": 8}]
     run = featcache.train_probes({"probes": probes}, store=store, run=tmp_path / "r")
-    with pytest.raises(BadInput, match="diverged in epoch"):
+    probe = load_probe(run.path, run.summary["diverged"][0])
+    epoch = next(n for n, loss in enumerate(probe.losses, 1) if not math.isfinite(loss))
+    assert probe.diverged + 1 > epoch, "a step is no epoch"
+    with pytest.raises(BadInput, match=f"diverged in epoch {epoch}, and"):
         featcache.export(run=run.path, probe=run.summary["diverged"][0], backbone=checkpoint, to=tmp_path / "x.pth")

@@ -248,6 +248,35 @@ def test_all_that_does_not_fit_the_store_is_said_at_once(store, tmp_path):
         featcache.train_probes(GRID | {"splits": {"val": "a", "test": "b"}}, store=store, run=tmp_path / "r")
 
 
+def test_a_run_prints_as_one_line(run, store):
+    opened = featcache.open_store(store)
+    plan = featcache.plan_probes(GRID, store)
+    for value in (run, opened, opened["val"], opened["val"]["pooled"], opened.manifest, plan, plan.grid):
+        assert len(repr(value)) < 150
+    assert repr(run) == f"Run({str(run.path)!r}, 9 probes, scored on test)"
+    assert len(repr(load_probe(run.path, run.scores[0]["probe"]))) < 150
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/r", "file:///tmp/r"])
+def test_a_url_is_no_place_for_what_is_written(run, store, command, tmp_path, monkeypatch, place):
+    """Only stores lie at URLs: no folder called `s3:` is made."""
+    grid = write_grid(tmp_path / "g.yaml")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for option, words in (
+        ("--run", ["train-probes", "--grid", grid, "--store", store, "--run", place]),
+        ("--run", ["attribute", "--run", place]),
+        ("--run", ["compare", "--run", place, "--select", "best map"]),
+        ("--run", ["import-probes", "x.pth", "--store", store, "--loss", "bce", "--run", place]),
+        ("--out", ["report", "--run", run.path, "--out", f"{place}.html"]),
+        ("--to", ["export", "x.pth", "--to", f"{place}.pth"]),
+        ("--out", ["demo", "--data-only", "--out", place]),
+    ):
+        code, _, err = command(*words)
+        assert code == 2 and f"{option} {place}" in err and "is a URL, where only stores can lie" in err, err
+        assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_run_is_a_path():
     with pytest.raises(BadInput, match="run: expected the path of a folder, not 5"):
         featcache.open_run(5)
