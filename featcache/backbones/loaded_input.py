@@ -42,8 +42,11 @@ def _customs(architecture, network, encoder, path):
         published = bare and _has_classifier(architecture, network, encoder.tensors)
         size = architecture.size if architecture.infer else None
         return loaded_input(name, size, published, path)
-    if "visual" in words and name.startswith(("vit_", "timm:")) and "." not in name:
+    if {"visual", "trunk"} <= set(words) and name.startswith(("vit_", "timm:")) and "." not in name:
         return _open_clip(architecture, encoder.tensors)
+    if "visual" in words and name.startswith("vit_"):
+        fields = IMAGENET | {"short_side": architecture.size, "interpolation": "bilinear"}
+        return fields, dict.fromkeys(fields, "a guess: as of SLIP, whose layout this is")
     if encoder.method and name.startswith("vit_"):
         # The methods' own evaluations; of these ViTs MoCo v3's alone is not bicubic.
         how = {"interpolation": "bilinear"} if "base_encoder" in words else {}
