@@ -20,7 +20,7 @@ def with_input(architecture, network, encoder, path, content):
             stated.pop(field, None), where.pop(field, None)
     if "size" in stated and "short_side" not in stated:
         # A short side goes with the size it was made for.
-        fields = {f: value for f, value in fields.items() if f != "short_side"} | {"short_side": None}
+        fields, said = fields | {"short_side": None}, said | {"short_side": None}
     said = {f: words for f, words in (architecture.said | said | where).items() if words}
     note = "; ".join(line for line in (architecture.note, *notices) if line)
     return replace(architecture, **fields | stated, said=said, note=note)
