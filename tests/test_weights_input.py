@@ -239,6 +239,13 @@ def test_a_guess_is_said_and_the_user_ends_it(tmp_path):
     assert (found.mean, found.interpolation, found.short) == (IMAGENET[0], "bilinear", 73) and "mean" not in said
 
 
+def test_slip_is_no_clip(tmp_path):
+    """SLIP's ViTs lie under visual.*, as OpenAI's CLIP, but are timm's, trained with ImageNet's mean."""
+    found, said = input_of(saved(tmp_path, {f"visual.{k}": v for k, v in small_vit(embed_dim=384).items()}))
+    assert (found.mean, found.std, found.short, found.interpolation) == (*IMAGENET, 64, "bilinear")
+    assert "a guess: as of SLIP" in said
+
+
 TIMM = {
     "architecture": "vit_tiny", "num_classes": 0,
     "pretrained_cfg": {
@@ -343,6 +350,10 @@ def test_the_checkpoints_own_meta(tmp_path):
     mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([1.0, 1.0, 2.0])
     expected = (pixels.flip(1) - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(found.normalise(pixels), expected, rtol=1e-5, atol=1e-4)
+    # OpenMixup's form, of pixels in 0..1.
+    text = "train = dict(pipeline=[dict(type='Normalize', mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])])"
+    found, _ = input_of(saved(tmp_path, {"meta": {"config": text}, "state_dict": tensors}))
+    assert (found.mean, found.std, found.bgr) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), False)
     # What is beside goes after what is inside, and differing is said.
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     backbone = load_backbone(saved(tmp_path, {"meta": {"cfg": MMPRETRAIN}, "state_dict": tensors}), resize=OWN)

@@ -20,7 +20,7 @@ def with_input(architecture, network, encoder, path, content):
             stated.pop(field, None), where.pop(field, None)
     if "size" in stated and "short_side" not in stated:
         # A short side goes with the size it was made for.
-        fields = {f: value for f, value in fields.items() if f != "short_side"} | {"short_side": None}
+        fields, said = fields | {"short_side": None}, said | {"short_side": None}
     said = {f: words for f, words in (architecture.said | said | where).items() if words}
     note = "; ".join(line for line in (architecture.note, *notices) if line)
     return replace(architecture, **fields | stated, said=said, note=note)
@@ -42,8 +42,11 @@ def _customs(architecture, network, encoder, path):
         published = bare and _has_classifier(architecture, network, encoder.tensors)
         size = architecture.size if architecture.infer else None
         return loaded_input(name, size, published, path)
-    if "visual" in words and name.startswith(("vit_", "timm:")) and "." not in name:
+    if {"visual", "trunk"} <= set(words) and name.startswith(("vit_", "timm:")) and "." not in name:
         return _open_clip(architecture, encoder.tensors)
+    if "visual" in words and name.startswith("vit_"):
+        fields = IMAGENET | {"short_side": architecture.size, "interpolation": "bilinear"}
+        return fields, dict.fromkeys(fields, "a guess: as of SLIP, whose layout this is")
     if encoder.method and name.startswith("vit_"):
         # The methods' own evaluations; of these ViTs MoCo v3's alone is not bicubic.
         how = {"interpolation": "bilinear"} if "base_encoder" in words else {}

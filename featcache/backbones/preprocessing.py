@@ -180,17 +180,17 @@ def preprocessing_of(architecture, **given):
     Returns (Preprocessing, lines for people on where what is the weights' own is from, or what is a guess).
     """
     given = {field: value for field, value in given.items() if value is not None}
-    said = {field: words for field, words in architecture.said.items() if field not in given}
-    if given.get("resize") == OWN:
-        given["resize"] = architecture.resize
+    rule = given.setdefault("resize", Preprocessing.resize)
+    if rule == OWN:
+        rule = given["resize"] = architecture.resize
+        chosen = given.keys() - {"resize"}
     else:
-        said.pop("resize", None)
-    rule = given.get("resize", Preprocessing.resize)
-    if rule != "crop":
-        said.pop("short_side", None)
-    elif architecture.short_side is not None and "short_side" not in given:
+        chosen = given.keys()
+    unused = set() if rule == "crop" else {"short_side"}
+    if rule == "crop" and architecture.short_side is not None:
         size = given.get("size", architecture.size)
-        given["short_side"] = round(size * architecture.short_side / architecture.size)
+        given = {"short_side": round(size * architecture.short_side / architecture.size)} | given
+    said = {field: words for field, words in architecture.said.items() if field not in chosen | unused}
     return Preprocessing(**_own(architecture) | given), tuple(_lines(said))
 
 

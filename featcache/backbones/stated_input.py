@@ -83,7 +83,9 @@ def _from_meta(meta):
     named, normalisation = _normalisation(tree)
     if not normalisation:
         return {}, []
-    mean, std = (_three([v / 255 for v in normalisation[k]], k) for k in ("mean", "std"))
+    # OpenMixup normalises pixels in 0..1, the others in 0..255.
+    unit = 255 if max((*normalisation["mean"], *normalisation["std"])) > 1 else 1
+    mean, std = (_three([v / unit for v in normalisation[k]], k) for k in ("mean", "std"))
     # mmcv reads images as blue, green, red, and a data_preprocessor leaves them so unless it is told; mean and std
     # are in the order that the network sees.
     bgr = not normalisation.get("to_rgb", normalisation.get("bgr_to_rgb", not named))
