@@ -299,7 +299,7 @@ def test_a_store_says_what_its_precision_did(scenes, checkpoint, tmp_path, comma
     assert code == 0 and manifest.identity["precision"] == "bf16"
     assert manifest.compute["folded"] is True and 0.99 < manifest.compute["cosine"] < 1
     said = "precision: bf16, batch norms folded; on the first image every feature's cosine to float32 is at least"
-    assert f"{said} {manifest.compute['cosine']:.6f}\n" in err and "warning" not in err
+    assert f"{said} {manifest.compute['cosine']:.6f}\n" in err and "warning: a cosine" not in err
     exact = featcache.extract(
         checkpoint, "voc", root=scenes, splits=["val"], size=64, dtype="float32", workers=0, batch_size=8,
         store=tmp_path / "exact.zarr",
