@@ -82,6 +82,16 @@ def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monke
         assert (tmp_path / "r" / name).read_bytes() == (run.path / name).read_bytes()
 
 
+def test_intervals_on_the_train_split_are_made_on_request(run, store, tmp_path):
+    assert {r["split"] for r in run.scores if r["low"] is not None} == {"val", "test"}
+    assert all(r["low"] <= r["value"] <= r["high"] for r in run.scores if r["low"] is not None)
+    few = {"probes": [GRID["probes"][0] | {"loss": "bce", "epochs": 1}], "intervals": ["train"]}
+    asked = featcache.train_probes(few, store=store, run=tmp_path / "r")
+    assert {r["split"] for r in asked.scores if r["low"] is not None} == {"train"}
+    with pytest.raises(BadInput, match="intervals: 'tran' is not one of train, val, test; did you mean 'train'?"):
+        featcache.train_probes(few | {"intervals": ["tran"]}, store=store, run=tmp_path / "r")
+
+
 def test_seeds(run):
     rows = table(run, "seeds.csv")
     assert len(rows) == 5 * 3 * 9

@@ -47,7 +47,9 @@ def heading(metric):
 def _with_interval(value, low, high, scale, pattern):
     if value is None or math.isnan(value):
         return "-"
-    interval = "" if low is None or math.isnan(low) else f" [{pattern.format(scale * low)}, {pattern.format(scale * high)}]"
+    if low is None or math.isnan(low):
+        return pattern.format(scale * value)
+    interval = f" [{pattern.format(scale * low)}, {pattern.format(scale * high)}]"
     return pattern.format(scale * value) + interval
 
 

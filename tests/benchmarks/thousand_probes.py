@@ -6,7 +6,7 @@
 
 The probes are linear and differ in loss, optimiser, rate, decay, bias and seed, 30 epochs each. The plain loop is
 nn.Linear, a DataLoader that shuffles, autograd and torch.optim; then scikit-learn's average precision on the three
-splits and torch.save. train-probes scores by nine metrics with bootstrap intervals, calibration and seeds.
+splits and torch.save. train-probes scores by nine metrics with intervals, calibration and seeds.
 """
 
 import argparse

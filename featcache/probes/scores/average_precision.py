@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-# Scores that are sorted at a time: on a CPU what passes over them stays in the cache, on a GPU a step costs its launches.
+# Scores that are sorted at a time: on a CPU they stay in the cache, on a GPU a step costs its launches.
 AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
