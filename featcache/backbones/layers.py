@@ -1,12 +1,14 @@
 """`featcache layers`: what a network yields where, and in which ways it may be reduced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from featcache.arguments import CHECKPOINT, NAME, takes, whole
+from featcache.arguments import CHECKPOINT, NAME, is_path, takes, whole
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.backbones.outputs import outputs
 from featcache.feature import WORDS
+
+OR_LOADED = replace(CHECKPOINT, fits=lambda value: is_path(value) or isinstance(value, Backbone))
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Layer:
     reductions: tuple[str, ...]
 
 
-@takes(backbone=CHECKPOINT, arch=NAME, size=whole(1), seed=whole(), weights_key=NAME)
+@takes(backbone=OR_LOADED, arch=NAME, size=whole(1), seed=whole(), weights_key=NAME)
 def layers(backbone, arch=None, size=None, seed=0, weights_key=None):
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 

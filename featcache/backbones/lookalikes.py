@@ -1,16 +1,13 @@
 """timm's networks that compute something else on tensors of the same names and shapes as one of ours.
 
-They load as ours without an error, so that the report names them. tests/test_lookalikes.py compares these tables with
-timm's networks; nothing of timm is imported to use them.
+They load as ours without an error, so that the report names those with published weights. tests/test_lookalikes.py
+compares these tables with timm's networks; nothing of timm is imported to use them.
 """
 
 from featcache.backbones.timm_models import PREFIX
 
 # Pooling or a blur in place of strides; an input that is not turned to -1..1.
-FIXED = {
-    "resnet18": ("resnetblur18",), "resnet50": ("resnetaa50", "resnetblur50"),
-    "inception_v3": ("inception_v3.gluon_in1k",),
-}  # fmt: skip
+FIXED = {"resnet50": ("resnetaa50", "resnetblur50"), "inception_v3": ("inception_v3.gluon_in1k",)}
 # What the tensors of a vision transformer have, and the networks by width and depth; patch and input are in the name.
 VITS = (
     # QuickGELU for GELU.
