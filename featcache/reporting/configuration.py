@@ -12,12 +12,14 @@ def naming(run, probes=None):
     """Return {short name of a field: function of a row of scores.csv to its text}, for what tells probes apart.
 
     Head and loss, whatever else differs between these probes (by default all of the run), and the seed last.
-    A field that the type of a section does not have, such as the momentum of adam, is a dash.
+    A field that the type of a section does not have, such as the momentum of adam, is a dash. What the head tells,
+    as its group's features and optimizer often are, is left out.
     """
     rows = {row["probe"]: row for row in run.scores if probes is None or row["probe"] in probes}.values()
     names = short_names(run.fields)
     # A probe that was trained elsewhere has nothing but its name; its source is a hash.
-    varying = [field for field in run.fields if field not in (*NAMED, "source", "seed") and _varies(field, rows)]
+    others = [field for field in run.fields if field not in (*NAMED, "source", "seed")]
+    varying = [field for field in others if _varies(field, rows) and not _told_by_head(field, rows)]
     varying += ["seed"] if _varies("seed", rows) else []
     texts = {HEAD: describe_head, LOSS: lambda row: row["loss.type"]}
     return texts | {names[field]: lambda row, field=field: _shortened(_own(row, field)) for field in varying}
@@ -60,6 +62,14 @@ def _varies(field, rows):
         if value is not None:
             seen.setdefault(describe_head(row) if field.startswith("head.") else None, set()).add(value)
     return any(len(values) > 1 for values in seen.values())
+
+
+def _told_by_head(field, rows):
+    """Whether all probes of a head agree in a field. Only said of heads that have several probes."""
+    seen = {}
+    for row in rows:
+        seen.setdefault(describe_head(row), set()).add(_own(row, field))
+    return 2 * len(seen) <= len(rows) and all(len(values) == 1 for values in seen.values())
 
 
 def _own(row, field):
