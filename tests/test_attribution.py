@@ -20,6 +20,7 @@ from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
+from featcache.reporting.localisation import _mean_with_interval
 from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
@@ -128,6 +129,20 @@ def test_a_uniform_map_scores_the_boxes_share():
 
 def attribute_words(run, *more):
     return ["attribute", "--run", run, *more]
+
+
+def test_the_interval_of_epg_holds_its_mean_and_that_of_other_images():
+    """Of images with one to three maps each, whose energies go together."""
+    random, rows = np.random.default_rng(0), []
+    for _ in range(400):
+        images = [(i, random.beta(2, 3)) for i in range(60) for _ in range(random.integers(1, 4))]
+        rows.append(_mean_with_interval([{"id": i, "epg": (epg + i % 2) / 2} for i, epg in images]))
+    mean, low, high = np.array(rows).T
+    truth = (0.4 + 0.5) / 2
+    assert ((0 <= low) & (low <= mean) & (mean <= high) & (high <= 1)).all()
+    assert 0.92 <= ((low <= truth) & (truth <= high)).mean()
+    one = _mean_with_interval([{"id": "a", "epg": 0.5}])
+    assert one[0] == 0.5 and one[2] - one[1] > 0.7
 
 
 def test_gradcam_needs_the_store_alone(run, scenes, command, tmp_path):

@@ -46,7 +46,7 @@ def fraction_interval(values, deviation, count):
 
 
 def interval(metric, values, deviation, count):
-    """Return (low, high), the 95% interval of scores of a metric: fraction_interval, but of nll v +- half_width from 0 up."""
+    """Return (low, high), the 95% interval of a metric's scores: fraction_interval, or of nll v +- half_width, cut at 0."""
     if metric in UNBOUNDED:
         half = half_width(deviation, count)
         return (values - half).clamp(min=0), values + half

@@ -84,7 +84,7 @@ class Tally:
         return {metric: tuple(columns) for metric, columns in table.items()}
 
     def _found(self, leave_out, only):
-        """Yield (metric, (scores [p], without each image [p, N], what they are shares of [p])) of some probes at a time."""
+        """Yield (metric, columns) of some probes at a time: what _of_sums gives."""
         if only in (None, self.class_mean):
             for probes in self._batches(len(self.labels)):
                 yield self.class_mean, self._class_mean(probes, leave_out)
@@ -93,7 +93,7 @@ class Tally:
                 yield from self._of_sums(probes, leave_out).items()
 
     def _batches(self, numbers):
-        """Slices of the probes, `numbers` for each: of one kind of probability, as many as are passed over at a time."""
+        """Slices of the probes, each of one kind of probability. numbers: how many are passed over for a probe."""
         size = max(AT_ONCE[self.labels.device.type] // numbers, 1)
         starts = [p for p, kind in enumerate(self.softmax) if p == 0 or kind != self.softmax[p - 1]]
         for first, end in itertools.pairwise([*starts, len(self.softmax)]):
@@ -128,8 +128,15 @@ class Tally:
         return gaps
 
 
+def _or_nan(counts):
+    """Counts as float64, NaN for 0: where no class is left, rounding must not make a score of what is over it."""
+    return counts.double().masked_fill(counts == 0, torch.nan)
+
+
 def _ratio(upper, lower, leave_out, least=0):
-    """The sums of upper over those of lower, both [p, n]: of all images [p], without each of them [p, n], and the latter sums.
+    """The sums of upper over those of lower, both [p, n].
+
+    Returns that of all images [p], without each of them [p, n] or None, and the sums of lower.
 
     least: 1 where lower sums whole numbers, which turns 0 / 0 into 0.
     """
@@ -217,7 +224,7 @@ class SingleLabelTally(Tally):
         fewer = images[self.labels] - 1
         without = (found[:, self.labels] - hits) / fewer.clamp(min=1)
         left_out = total.unsqueeze(1) - recalls[:, self.labels] + without
-        return total / count, left_out / (count - (fewer == 0).long()), None
+        return total / count, left_out / _or_nan(count - (fewer == 0).long()), None
 
 
 class MultiLabelTally(Tally):
@@ -338,7 +345,7 @@ class MultiLabelTally(Tally):
             return total / count, None, None
         # Without its only positive a class is not there.
         alone = ((self.labels == 1) & (positives == 1)).sum(1)
-        return total / count, (total.unsqueeze(1) + changes) / (count - alone), None
+        return total / count, (total.unsqueeze(1) + changes) / _or_nan(count - alone), None
 
 
 # Of whole numbers, so that the clamps only turn 0 / 0 into 0.
