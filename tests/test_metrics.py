@@ -85,6 +85,13 @@ def kinds(seed, images, classes, ties=False):
     yield SingleLabelTally, logits, np.random.default_rng(seed).integers(0, classes, images)
 
 
+def drawn_in(whole, without, labels):
+    """mAP without an image, in which a class of K > 1 positives has moved by sqrt(1 - 1 / K) of the way."""
+    positives = torch.from_numpy((labels == 1).sum(0)).double()
+    share = torch.where(positives > 1, 1 - 1 / positives, 1).sqrt()
+    return (whole + share * (without - whole)).nanmean(1)
+
+
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 7), st.booleans())
@@ -94,10 +101,14 @@ def test_scores_without_an_image_are_those_of_the_other_images(loss, seed, image
         patch.setattr(ap_module, "AT_ONCE", {"cpu": 40})
         patch.setattr(tally_module, "AT_ONCE", {"cpu": 40})
         for kind, logits, labels in kinds(seed, images, classes, ties):
-            got = tallied(kind, logits, labels, [loss] * 3).influences()
+            tally = tallied(kind, logits, labels, [loss] * 3)
+            got = tally.influences()
             for i in range(images):
                 rest = np.arange(images) != i
-                without = tallied(kind, logits[:, rest], labels[rest], [loss] * 3).scores()
+                others = tallied(kind, logits[:, rest], labels[rest], [loss] * 3)
+                without = others.scores()
+                if kind is MultiLabelTally:
+                    without["map"] = drawn_in(tally.average_precisions(), others.average_precisions(), labels)
                 for metric, (scores, found) in got.items():
                     expected = (scores - without[metric]) * (images - 1) / images
                     torch.testing.assert_close(found[:, i], expected, rtol=0, atol=1e-11, equal_nan=True, msg=metric)
@@ -309,8 +320,9 @@ def test_the_paired_test_finds_no_difference_where_there_is_none(kind):
             pair = [(score.item(), influence) for score, influence in zip(scores, each, strict=True)]
             p.setdefault(metric, []).append(paired_test(*pair)[3] < 0.05)
     for metric, found in p.items():
-        # ECE near 0, its sign unsure, differs less than its deviation says.
-        assert (0 if metric == "ece" else 0.03) <= np.mean(found) <= 0.065, (metric, np.mean(found))
+        # ECE near 0, its sign unsure, differs less than its deviation says, and so do means over small classes.
+        low = {"ece": 0, "map": 0.04, "top1": 0.04}.get(metric, 0.03)
+        assert low <= np.mean(found) <= 0.065, (metric, np.mean(found))
 
 
 def test_chance_is_what_a_random_ranking_scores():

@@ -327,10 +327,16 @@ class MultiLabelTally(Tally):
         return self._precisions.cpu().masked_fill(~self.finite.cpu().unsqueeze(1), torch.nan)
 
     def _class_mean(self, probes, leave_out):
-        """The mean over the classes that have a positive image: of probes, and without each image."""
+        """The mean over the classes that have a positive image: of probes, and without each image.
+
+        What a class of K positives changes without an image is drawn in by sqrt(1 - 1 / K): average precision is a
+        mean over the positives, of whose variance the jackknife says K / (K - 1) times as much.
+        """
         if self._precisions is None:
             self._precisions = self._logits.new_full((len(self._logits), self.classes), torch.nan, dtype=torch.float64)
         positives = (self.labels == 1).sum(0)
+        # Without its only positive a class is gone altogether.
+        drawn_in = torch.where(positives > 1, 1 - 1 / positives.double(), 1).sqrt()
         changes = self._logits.new_zeros(len(self._logits[probes]), len(self.labels), dtype=torch.float64)
         for c in positives.nonzero()[:, 0].tolist():
             labels, scores = self._by_class[c], self._logits[probes, c]
@@ -339,6 +345,7 @@ class MultiLabelTally(Tally):
             scores, labels = (scores, labels) if everywhere else (scores[:, known], labels[known])
             self._precisions[probes, c], change = average_precision(scores, labels == 1, leave_out)
             if leave_out:
+                change *= drawn_in[c]
                 changes = changes.add_(change) if everywhere else changes.index_add_(1, known, change)
         count, total = (positives > 0).sum(), self._precisions[probes].nansum(1)
         if not leave_out:
