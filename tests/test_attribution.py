@@ -20,11 +20,11 @@ from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
-from featcache.reporting.localisation import _mean_with_interval
 from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import select
+from featcache.reporting.localisation import _mean_with_interval
 
 GRID = {
     "probes": [

@@ -38,9 +38,9 @@ class Grid:
     """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by, if named.
 
     intervals: roles whose scores get an interval. Where no val is named and the split of that name has another
-    role, splits has no val. path: of its file. groups: of each of the specs the one that it is of. parity: name of the profile that was
-    applied. content: the grid with included files, groups that start from others and the profile's splits
-    filled in, which reads as the same grid.
+    role, splits has no val. path: of its file. groups: of each of the specs the one that it is of. parity: name
+    of the profile that was applied. content: the grid with included files, groups that start from others and
+    the profile's splits filled in, which reads as the same grid.
     """
 
     path: object
@@ -100,7 +100,7 @@ def parse_grid(content, path="grid", parity=None):
     written_splits = (content.get("splits", {}), at["splits"])
     splits = _splits([written_splits], parity is not None, errors)
     metric, split = _select(content.get("select", {}), splits, at["select"], errors)
-    intervals = _intervals(content.get("intervals", list(INTERVALS)), splits, at["intervals"], errors)
+    intervals = _intervals(content.get("intervals", list(INTERVALS)), at["intervals"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
     if store is not None and not isinstance(store, str):
@@ -198,12 +198,12 @@ def _select(value, splits, path, errors):
     return metric, split
 
 
-def _intervals(value, roles, path, errors):
-    """Return the roles whose scores get an interval."""
+def _intervals(value, path, errors):
+    """Return the roles whose scores get an interval, of those that the grid has."""
     names = value if isinstance(value, list) else [value]
     for name in names:
-        if name not in list(roles):
-            errors.append(f"{path}: {shown(name)} is not one of {', '.join(roles)}{nearest(name, roles)}")
+        if name not in list(ROLES):
+            errors.append(f"{path}: {shown(name)} is not one of {', '.join(ROLES)}{nearest(name, ROLES)}")
     return tuple(names)
 
 
