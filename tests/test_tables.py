@@ -23,7 +23,7 @@ def old(tmp_path, monkeypatch):
 def test_one_of_two_names(tmp_path, monkeypatch):
     for size in (10, 2000, 10):
         monkeypatch.setattr("featcache.probes.tables.LARGE", 1000)
-        write_table(tmp_path, "a.csv", "x\n" * (size // 2))
+        write_table(tmp_path, "a.csv", b"x\n" * (size // 2))
         (path,) = tmp_path.iterdir()
         assert path == find_table(tmp_path, "a.csv") and path.suffix == (".gz" if size > 1000 else ".csv")
         with open_table(tmp_path, "a.csv") as file:

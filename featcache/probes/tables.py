@@ -1,7 +1,6 @@
 """The tables of a run folder: CSV files, of which large ones are compressed."""
 
 import gzip
-import io
 from pathlib import Path
 
 from featcache.atomic import write_whole
@@ -10,9 +9,8 @@ from featcache.atomic import write_whole
 LARGE = 8 << 20
 
 
-def write_table(folder, name, text):
-    """Write CSV text as `name`, or as name.gz if it is large, in the place of either."""
-    data = text.encode()
+def write_table(folder, name, data):
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either."""
     plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
     path, other = (packed, plain) if len(data) > LARGE else (plain, packed)
     # Without a time in it, so that the same table is the same bytes.
@@ -29,4 +27,5 @@ def find_table(folder, name):
 def open_table(folder, name):
     """Open a table for reading, as text for the csv module. Raises OSError."""
     path = find_table(folder, name)
-    return io.TextIOWrapper(gzip.open(path), newline="") if path.suffix == ".gz" else open(path, newline="")
+    opened = gzip.open if path.suffix == ".gz" else open
+    return opened(path, "rt", encoding="utf-8", newline="")

@@ -69,13 +69,17 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
-    rows = [scores, over_seeds(scores), history, _calibration(scored)]
-    if store.task == "multi-label":
-        rows.append(_per_class(scored, store.classes, labels))
-    for name, table in zip(_tables(store.task), rows, strict=True):
-        write_table(folder, name, _to_csv(table, TABLES[name]))
-    # Of thousands of probes they would not fit beside those that are read again.
-    del scored, scores, rows, table
+    # One table after another: those of thousands of probes are large.
+    rows = {
+        "scores.csv": lambda: scores,
+        "seeds.csv": lambda: over_seeds(scores),
+        "history.csv": lambda: history,
+        "calibration.csv": lambda: _calibration(scored),
+        "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
+    }
+    for name in _tables(store.task):
+        write_table(folder, name, _to_csv(rows[name](), TABLES[name]))
+    scored, scores = None, None
     identity = store.manifest.identity
     summary = basis | {
         "arch": identity["arch"],
@@ -218,13 +222,15 @@ def _calibration(scored):
 
 
 def _to_csv(rows, first):
-    """CSV text with the columns `first`, then all others in order of appearance. NaN is an empty field."""
+    """CSV, as bytes, with the columns `first`, then all others in order of appearance. NaN is an empty field."""
     rows = list(rows)
     columns = list(dict.fromkeys([*first, *itertools.chain(*dict.fromkeys(map(tuple, rows)))]))
-    text = io.StringIO()
+    # Not StringIO, which takes four bytes a letter.
+    data = io.BytesIO()
+    text = io.TextIOWrapper(data, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         # What is not equal to itself is NaN.
         writer.writerow([value if value == value else "" for value in map(row.get, columns)])
-    return text.getvalue()
+    return data.getvalue()
