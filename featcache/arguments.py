@@ -91,6 +91,5 @@ def takes(**kinds):
 
 
 def _named(value):
-    """A value for people in one line, or its type where that would be the inside of an object."""
-    text = shown(value)
-    return f"a {type(value).__qualname__}" if "\n" in text or text.startswith("<") else text
+    """A plain value for people in one line; of any other object its type."""
+    return shown(value) if type(value).__module__ == "builtins" else f"a {type(value).__qualname__}"

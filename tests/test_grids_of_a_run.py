@@ -225,3 +225,11 @@ def test_a_store_without_val_has_nothing_to_choose_on(checkpoint, scenes, tmp_pa
     assert run.chosen_on is None and run.judge == "test"
     with pytest.raises(BadInput, match=r"no split to choose between .*store .* has train, test\)"):
         featcache.train_probes(GRID, store=store, run=tmp_path / "q")
+
+
+def test_intervals_that_an_earlier_grid_asked_for_stay(store, tmp_path):
+    featcache.train_probes(SEEDS | {"intervals": ["train"]}, store=store, run=tmp_path / "r")
+    more = {**SEEDS, "probes": [SEEDS["probes"][0] | {"seed": 3}]}
+    run = featcache.train_probes(more, store=store, run=tmp_path / "r")
+    made = {row["split"] for row in run.scores if row["low"] is not None}
+    assert made == {"train", "test"} and len({row["probe"] for row in run.scores}) == 4

@@ -98,13 +98,16 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
                 )
             # How features were read decides the order of the rows, so a begun run stays with it.
             basis |= {"buffers": planned | begun.get("buffers", {}), "grids": grids}
+            # What an earlier grid asked for stays.
+            asked_for = {*checked.intervals, *begun.get("intervals", ())}
+            basis["intervals"] = [role for role in splits if role in asked_for]
             grids[key] = _begin(folder, basis, grids.get(key), key, resolved)
         judge = (found.metric, found.split)
         train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
         if not leads:
             return None
         basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
-        return finish_run(folder, everything, opened, splits, basis, device, started, checked.intervals)
+        return finish_run(folder, everything, opened, splits, basis, device, started, basis["intervals"])
 
 
 def _begun(folder, basis):
