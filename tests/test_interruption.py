@@ -58,7 +58,7 @@ def kill_often(scenes, checkpoint, folder, undisturbed, moments, seconds):
         if 0 < seen[-1]:
             assert all("missing" in finding.what for finding in verify(path)), "a marker is wrong"
         if seen[-1] < total:
-                # Before the manifest is written there is a folder with nothing but a lock in it.
+            # Before the manifest is written there is a folder with nothing but a lock in it.
             with pytest.raises(BadInput, match="incomplete|not found|it has no manifest.json"):
                 featcache.open_store(path)
         elif target < total:
