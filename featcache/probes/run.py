@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import ChainMap, Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +79,7 @@ class Run:
         try:
             with open_table(self.path, name) as file:
                 return list(csv.DictReader(file))
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise BadInput(f"damaged run {self.path}: {name}: {getattr(error, 'strerror', None) or error}") from None
 
     @property
@@ -123,7 +124,7 @@ def open_run(folder):
             scores = _read_scores(file)
         if not scores:
             raise ValueError("it ends before the first score")
-    except (OSError, EOFError, KeyError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
         raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
     return Run(Path(folder), summary, scores)
 

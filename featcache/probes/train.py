@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import time
+import zlib
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -137,7 +138,7 @@ def _others(folder, specs):
     if not others:
         return []
     names = {}
-    with suppress(OSError, EOFError, KeyError), open_table(folder, "scores.csv") as file:
+    with suppress(OSError, EOFError, zlib.error, KeyError), open_table(folder, "scores.csv") as file:
         names = {row["probe"]: row["name"] for row in csv.DictReader(file)}
     order = {probe: place for place, probe in enumerate(names)}
     found = sorted(load_specs(folder, others), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
