@@ -87,7 +87,8 @@ def test_every_network_is_recognised_as_itself(name):
     assert find_architecture(name, tensors).name == name
     bare = {k: v for k, v in tensors.items() if not k.startswith(told.classifier)}
     assert recognise(bare, "x.pth").name == twins[0]
-    size, presets = told.size, ARCHITECTURES[name]
+    # By its name or without it, the input is the same; test_weights_input.py says which.
+    size, presets = told.size, find_architecture(name, tensors)
     assert (size, told.mean, told.std) == (presets.size, presets.mean, presets.std)
 
 
