@@ -109,7 +109,7 @@ def test_kill_and_resume_gives_the_same_bytes(scenes, checkpoint, tmp_path):
         process = subprocess.Popen([*start, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while markers() < target and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02 if target else 3))
+        time.sleep(moments.uniform(0, 0.02 if target else 1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append(markers())
