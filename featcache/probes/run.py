@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import sys
 import zlib
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from featcache.arguments import is_path
 from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.overlap import Overlap
@@ -98,7 +98,7 @@ class Run:
 
 def read_summary(folder):
     """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
-    if not isinstance(folder, str | os.PathLike):
+    if not is_path(folder):
         raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
     path = local_path(folder, "--run")
     try:

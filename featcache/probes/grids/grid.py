@@ -1,9 +1,9 @@
 """A grid: any field of a group may be a list or a range, and they multiply; rules drop or change some probes."""
 
 import itertools
-import os
 from dataclasses import dataclass
 
+from featcache.arguments import is_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.expand import all_specs, check_known, sections
 from featcache.probes.grids.fields import SEARCH, SECTIONS
@@ -74,7 +74,7 @@ def load_grid(grid, parity=None):
     """Check a grid that is given as the path of a YAML file, or as its content. Raises BadInput."""
     if isinstance(grid, dict):
         return parse_grid(grid, parity=parity)
-    if not isinstance(grid, str | os.PathLike):
+    if not is_path(grid):
         raise BadInput(f"grid: expected the path of a YAML file, or its content as a dict, not {shown(grid)}")
     return read_grid(grid, parity)
 
