@@ -18,7 +18,7 @@ NO_MEMORY = (
     "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory", "bad_alloc",
     "could not create a memory object", "could not create a primitive", "can't start new thread",
 )  # fmt: skip
-NO_FILES = ("too many open files", "ancdata")
+NO_FILES = ("too many open files", "ancdata", f"exit code {errno.EMFILE}")
 NO_SHARED_MEMORY = ("shared memory", "</torch_")
 KILLED = "dataloader worker (pid"
 
