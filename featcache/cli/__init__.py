@@ -14,7 +14,7 @@ from featcache.cli.convert import convert
 from featcache.cli.demo import demo
 from featcache.cli.export import export
 from featcache.cli.extract import extract
-from featcache.cli.faults import explain
+from featcache.cli.faults import explain, scarcity
 from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.layers import layers
@@ -105,14 +105,15 @@ def _ended(error, noted):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    if isinstance(error, click.ClickException):
+    line = scarcity(error, noted["options"])
+    if line is None and isinstance(error, click.ClickException):
         usage = isinstance(error, click.UsageError) and error.ctx
         if usage:
             click.echo(f"{usage.get_usage()}\nTry '{usage.command_path} --help' for help.\n", err=True)
         # One line each, where there are several.
         said = error.message if isinstance(error, BadInput) else one_line(error.format_message())
         return _say(said, error.exit_code)
-    line = explain(error, noted["options"])
+    line = line or explain(error)
     if line is not None:
         drop_output()
         return _say(one_line(line), BAD_INPUT)
