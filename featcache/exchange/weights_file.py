@@ -62,24 +62,21 @@ def write_program(path, trace, meta):
     )
 
 
-class _Patient(io.RawIOBase):
+class _Patient(io.FileIO):
     """A file whose first error waits until the end: torch's writers, which are C++, abort the process at one."""
 
-    def __init__(self, file):
-        self._file, self.error = file, None
-
-    def writable(self):
-        """Whether it can be written to: yes."""
-        return True
+    error = None
 
     def write(self, data):
         """Write bytes, or drop them once a write has failed. Returns their number."""
-        if self.error is None:
-            try:
-                return self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
+        left = memoryview(data).cast("B")
+        length = len(left)
+        try:
+            while len(left) and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return length
 
 
 def _write(path, put, reads_back):
@@ -87,7 +84,7 @@ def _write(path, put, reads_back):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            patient = _Patient(file)
+            patient = _Patient(file.fileno(), "wb", closefd=False)
             put(patient)
             if patient.error:
                 raise patient.error
