@@ -49,8 +49,7 @@ def convert(store, format=None, out=None, compression=None):
                 first, end = manifest.rows_of(split, shard)
                 marker = read_marker(source.folder, source.manifest, split, shard)
                 features = {
-                    name: _rows(source.folder, source.manifest, split, name, shard)
-                    for name in manifest.features
+                    name: _rows(source.folder, source.manifest, split, name, shard) for name in manifest.features
                 }
                 ids = source[split].ids[first:end]
                 put_shard(target, manifest, split, shard, ids, features, digests_of(marker))
