@@ -167,7 +167,7 @@ def read_file(folder, manifest, name):
     except FileNotFoundError:
         raise BadInput(f"missing file {folder}/{name}; {remedy(folder)}") from None
     if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
-        raise BadInput(f"damaged file {folder}/{name}: it does not fit its checksum; {remedy(folder)}")
+        raise BadInput(f"damaged file {folder}/{name}; {remedy(folder)}")
     return data
 
 
