@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 from collections import OrderedDict
+from threading import Thread
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from featcache.store.zarr_format import crc_of
 
 # Each mapping holds a file handle; a store may have more shards than a process may have handles.
 MAPPED_SHARDS = 128
+# Fewer bytes are not worth a thread.
+ASIDE_BYTES = 8 << 20
 
 
 def open_source(folder, manifest, split, feature, ids=None, checked=None):
@@ -168,13 +171,20 @@ class MappedShards(_Shards):
     def take_range(self, start, stop):
         """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         out = np.empty((stop - start, *self.row), dtype=self.dtype)
-        for shard, chunk, first, end in self._chunks(start, stop):
-            base, shard_end = self.manifest.rows_of(self.split, shard)
-            rows = chunk_of(self.view(shard), chunk, self.chunk_rows, shard_end - base)
-            # The checksum reads the chunk into the processor's cache, from which it is then copied.
-            self._fits(shard, chunk, rows)
-            low, high = max(start, first), min(stop, end)
-            out[low - start : high - start] = rows[low - first : high - first]
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if stop > start else 0):
+            base, end = self.manifest.rows_of(self.split, shard)
+            low, high = max(start, base), min(stop, end)
+            view, target = self.view(shard), out[low - start : high - start]
+            # A copy waits for memory, so that a second thread computes checksums meanwhile.
+            copy = Thread(target=_copy, args=(view, low - base, target))
+            aside = target.nbytes >= ASIDE_BYTES and not all(self._known(shard))
+            copy.start() if aside else copy.run()
+            try:
+                for _, chunk, *_ in self._chunks(low, high):
+                    self._fits(shard, chunk, chunk_of(view, chunk, self.chunk_rows, end - base))
+            finally:
+                if aside:
+                    copy.join()
         return out
 
     def take(self, indices, check=False):
@@ -191,6 +201,23 @@ class MappedShards(_Shards):
             blocks, within = np.divmod(local[here], view.shape[1])
             out[here] = view[blocks, within]
         return out
+
+
+def _copy(view, start, out):
+    """Copy rows from `start` on of a view [blocks, rows of a block, ...] of a shard into out [n, ...]."""
+    row, block_rows = 0, view.shape[1]
+    while row < len(out):
+        block, within = divmod(start + row, block_rows)
+        whole = (len(out) - row) // block_rows
+        if within == 0 and whole:
+            # All whole blocks in one strided copy.
+            count = whole * block_rows
+            target = out[row : row + count].reshape(whole, *view.shape[1:])
+            np.copyto(target, view[block : block + whole])
+        else:
+            count = min(len(out) - row, block_rows - within)
+            out[row : row + count] = view[block, within : within + count]
+        row += count
 
 
 class DecodedShards(_Shards):
