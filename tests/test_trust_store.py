@@ -2,21 +2,24 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from conftest import tree_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_extract import options
 from test_store import write_store
 
+import featcache
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.manifest_fields import check_names
 from featcache.store.reader import open_store
 from featcache.store.sealed import seal, unseal
 from featcache.store.verify import verify
-from featcache.store.writer import check_whole
+from featcache.store.writer import check_whole, put_shard
 
 KINDS = {"zarr": "x.zarr", "hdf5": "x.hdf5", "zstd": "z.zarr"}
 
@@ -333,3 +336,43 @@ def test_what_is_gone_at_the_end_is_said(stored):
     shutil.rmtree(path)
     with pytest.raises(BadInput, match="not found"):
         check_whole(folder, manifest)
+
+
+def test_nothing_is_trained_on_damage(store, tmp_path, command):
+    """Another best probe was the smallest of the harms that one bit did."""
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    file = next(copy.glob("train/*.pooled/c/0/0"))
+    data = bytearray(file.read_bytes())
+    data[5] ^= 64
+    file.write_bytes(data)
+    grid = "probes: [{features: last:pooled, head: linear, loss: bce, optimizer: {type: sgd, lr: 1.0}, epochs: 1}]"
+    (tmp_path / "grid.yaml").write_text(grid)
+    words = ("train-probes", "--grid", tmp_path / "grid.yaml", "--store", copy, "--run", tmp_path / "run")
+    code, _, err = command(*words)
+    assert code == 2 and f"{file.relative_to(copy)}: damaged rows 0 to" in err and "--repair" in err, err
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    shutil.copytree(store, copy, dirs_exist_ok=True)
+    shutil.copy(copy / "val/labels/c/0/0", copy / "test/labels/c/0/0")
+    code, _, err = command(*words)
+    assert code == 2 and "damaged file" in err and "test/labels" in err, err
+
+
+@pytest.mark.parametrize("gone", ["", "commits", "manifest.json", "val/labels/c/0/0", "commits/train/000000.json"])
+def test_a_store_that_goes_while_it_is_written(scenes, checkpoint, tmp_path, monkeypatch, command, gone):
+    path, real, done = tmp_path / "s.zarr", put_shard, []
+
+    def deleting(*arguments):
+        real(*arguments)
+        if not done:
+            done.append(True)
+            shutil.rmtree(path / gone) if (path / gone).is_dir() else (path / gone).unlink()
+
+    monkeypatch.setattr(sys.modules[featcache.extract.__module__], "put_shard", deleting)
+    words = ["extract", *options(scenes, checkpoint, path, features="pooled")]
+    code, _, err = command(*words)
+    assert code == 2 and "store: " not in err, err
+    if "--repair" in err:
+        command("verify", path, "--repair")
+    code, _, err = command(*words)
+    assert code == 0 and verify(path) == [], err
