@@ -1,6 +1,7 @@
 """Opening a store: its splits, their features and records."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property, partial
 
 import numpy as np
@@ -33,9 +34,10 @@ def open_store(path):
                 f"store {path} is incomplete: split {split} lacks {total - len(there)} of {total} shards, "
                 f"the first is shard {missing} (rows {first} to {end - 1}); run the same extract again to finish it"
             )
-    # In threads, since at a URL each file is a request.
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for _ in pool.map(lambda name: len(read_file(store.folder, store.manifest, name)), store.manifest.files):
+    # Threads where each file is a request; on this machine, starting them takes longer than reading.
+    with ThreadPoolExecutor(FILES_AT_ONCE) if store.folder.remote else nullcontext() as pool:
+        look = pool.map if pool else map
+        for _ in look(lambda name: len(read_file(store.folder, store.manifest, name)), store.manifest.files):
             pass
     for split in store.manifest.splits:
         store[split].labels  # noqa: B018 -- to see whether they are labels of its classes
