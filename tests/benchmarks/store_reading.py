@@ -141,7 +141,9 @@ def reading(folder, rows, batches, repeats):
         epoch = {
             "numpy.memmap": lambda: [mapped[b] for b in every],
             **{
-                f"featcache {f}, batches(256, shuffle=True), checked": lambda o=o: list(o().batches(BATCH, shuffle=True))
+                f"featcache {f}, batches(256, shuffle=True), checked": lambda o=o: list(
+                    o().batches(BATCH, shuffle=True)
+                )
                 for f, o in ours.items()
             },
         }
