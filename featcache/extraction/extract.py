@@ -31,6 +31,7 @@ from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
     check_same,
+    check_whole,
     create_store,
     discard_if_empty,
     missing_files,
@@ -129,6 +130,7 @@ def extract(
     if FILE in folder.names():
         begun = _begun(folder, identity, storage, arrays)
         if not missing_shards(folder, begun) and not missing_files(folder, begun):
+            check_whole(folder, begun)
             say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
             return str(folder)
     manifest = plan(
@@ -167,6 +169,9 @@ def extract(
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
                 say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)
                 _fill(folder, manifest, model, images, wanted, ranks.alone(), left, workers, device)
+            if leads:
+                # Something may have deleted or moved the store while it was written.
+                check_whole(folder, manifest)
         except BaseException:
             if ranks.size == 1:
                 discard_if_empty(folder, manifest)

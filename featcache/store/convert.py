@@ -7,12 +7,11 @@ from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
 from featcache.store.manifest import FILE, stored_as
-from featcache.store.marker import digests_of, read_marker, remedy
+from featcache.store.marker import digests_of, read_marker
 from featcache.store.reader import open_store
 from featcache.store.records import with_axes
 from featcache.store.sources import open_source
-from featcache.store.writer import check_same, create_store, missing_shards, put_shard
-from featcache.store.zarr_format import crc_of
+from featcache.store.writer import check_same, check_whole, create_store, missing_shards, put_shard
 
 
 def convert(store, format=None, out=None, compression=None):
@@ -50,29 +49,18 @@ def convert(store, format=None, out=None, compression=None):
                 first, end = manifest.rows_of(split, shard)
                 marker = read_marker(source.folder, source.manifest, split, shard)
                 features = {
-                    name: _checked(source.folder, source.manifest, split, name, shard, marker)
-                    for name in manifest.features
+                    name: _rows(source.folder, source.manifest, split, name, shard) for name in manifest.features
                 }
                 ids = source[split].ids[first:end]
                 put_shard(target, manifest, split, shard, ids, features, digests_of(marker))
                 for name in manifest.features:
-                    _checked(target, manifest, split, name, shard, marker)
+                    _rows(target, manifest, split, name, shard)
                 progress.update(end - first)
+        check_whole(target, manifest)
     click.echo(f"store: {target} (id {manifest.id[:8]}, all rows checked)", err=True)
     return str(target)
 
 
-def _checked(folder, manifest, split, name, shard, marker):
+def _rows(folder, manifest, split, name, shard):
     """Read the rows of a shard, as they are stored. Raises BadInput if they do not fit the marker."""
-    first, end = manifest.rows_of(split, shard)
-    rows, step = (
-        open_source(folder, manifest, split, name).take_range(first, end),
-        manifest.features[name]["chunk_rows"],
-    )
-    for number, crc in enumerate(marker["files"][name]["rows_crc32c"]):
-        if crc_of(rows[number * step : (number + 1) * step]) != crc:
-            at = first + number * step
-            raise BadInput(
-                f"damaged rows {at} to {min(at + step, end) - 1} of {folder}/{split}/{name}; {remedy(folder)}"
-            )
-    return rows
+    return open_source(folder, manifest, split, name).take_range(*manifest.rows_of(split, shard))

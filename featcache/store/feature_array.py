@@ -13,10 +13,15 @@ class FeatureArray:
     """A feature of a split, [N, ...]; nothing is read before it is asked for.
 
     Slices, integers, integer arrays and boolean masks index the rows as numpy does and return
-    numpy arrays (copies); bfloat16 comes as float32, exactly. Only the rows asked for are read. Safe with forked and spawned worker processes. Raises BadInput for damage.
+    numpy arrays (copies); bfloat16 comes as float32, exactly. Only the rows asked for are read. Safe
+    with forked and spawned worker processes.
+
+    Slices and whatever reads rows in order check each chunk that they touch against its checksum, once
+    in a process, and raise BadInput for damage. Rows picked by number or mask are not checked, since a
+    chunk is up to 256 rows; `take(numbers, check=True)` does.
     """
 
-    def __init__(self, folder, manifest, split, feature):
+    def __init__(self, folder, manifest, split, feature, ids=None, checked=None):
         spec = manifest.features[str(feature)]
         self.feature = feature
         self.stored_dtype = spec["dtype"]
@@ -25,7 +30,7 @@ class FeatureArray:
         self.ndim = len(self.shape)
         self.chunk_rows = spec["chunk_rows"]
         self._row_bytes = manifest.row_bytes(feature)
-        self._source = open_source(folder, manifest, split, feature)
+        self._source = open_source(folder, manifest, split, feature, ids, checked)
 
     def __repr__(self):
         return f"FeatureArray({str(self.feature)!r}, {list(self.shape)}, {self.stored_dtype})"
@@ -66,10 +71,18 @@ class FeatureArray:
         start, stop, step = rows.indices(len(self))
         if step == 1:
             return widen(self._source.take_range(start, max(start, stop)), self.stored_dtype)
-        return self._take(np.arange(start, stop, step))
+        return self._take(np.arange(start, stop, step), check=True)
 
-    def _take(self, numbers):
-        return widen(self._source.take(numbers), self.stored_dtype)
+    def take(self, numbers, check=False):
+        """Rows by their numbers, int [n], negative ones from the end: [n, ...], as they are read.
+
+        check: compare the chunks of these rows with their checksums first, unless this process has done
+        so; otherwise damage in them may go unnoticed. Raises IndexError, and BadInput for damage.
+        """
+        return self._take(np.arange(len(self))[np.asarray(numbers, dtype=np.int64)], check)
+
+    def _take(self, numbers, check=False):
+        return widen(self._source.take(numbers, check), self.stored_dtype)
 
     def to_torch(self, device="cpu", dtype=None):
         """All rows as a torch tensor, by default of the stored dtype, bfloat16 included.

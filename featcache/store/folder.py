@@ -3,10 +3,12 @@
 Both kinds have the same methods; names are relative, with "/". A file appears whole or not at all.
 """
 
+import errno
 import fcntl
 import io
 import os
 import shutil
+import stat
 import uuid
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -17,6 +19,7 @@ import click
 from featcache.arguments import is_path
 from featcache.atomic import PARTIAL, replacing, sync_folder
 from featcache.errors import BadInput, shown
+from featcache.names import path_within
 
 
 def open_folder(place):
@@ -41,14 +44,36 @@ class LocalFolder:
     def __str__(self):
         return self.shown
 
+    def _within(self, name):
+        """The path of a name in the store. Raises BadInput if it, or a link on the way, leads out of the store."""
+        path = self.path / path_within(name, "file") if name else self.path
+        if not self._leads_within(path):
+            raise BadInput(f"{self}/{name} leads out of the store through a link; put the file itself in its place")
+        return path
+
+    def _leads_within(self, path):
+        root = os.path.realpath(self.path)
+        return os.path.join(os.path.realpath(path), "").startswith(os.path.join(root, ""))
+
+    def file(self, name):
+        """The path of a file. Raises FileNotFoundError if there is none, or a folder or a device in its place."""
+        path = self._within(name)
+        try:
+            if stat.S_ISREG(os.stat(path).st_mode):
+                return path
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+
     def read(self, name):
         """Return a file's bytes. Raises FileNotFoundError."""
-        return (self.path / name).read_bytes()
+        return self.file(name).read_bytes()
 
     def names(self, name=""):
         """Names of what lies directly in a folder; empty if there is no such folder."""
         try:
-            return {entry.name for entry in os.scandir(self.path / name)}
+            return {entry.name for entry in os.scandir(self._within(name))}
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
@@ -61,37 +86,61 @@ class LocalFolder:
     def size(self, name):
         """Length of a file in bytes, None if it is not there."""
         try:
-            return os.stat(self.path / name).st_size
-        except (FileNotFoundError, NotADirectoryError):
+            return os.stat(self.file(name)).st_size
+        except FileNotFoundError:
             return None
 
     @contextmanager
     def writing(self, name):
         """Yield a binary file that appears under `name`, whole and durable, when the block ends well."""
-        path = self.path / name
+        path = self._within(name)
         fresh = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes that write the same file must not write into the same partial file.
-        with replacing(path, tag=f".{uuid.uuid4().hex[:8]}") as file:
-            yield file
+        with self._free_way(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Two processes that write the same file must not write into the same partial file.
+            with replacing(path, tag=f".{uuid.uuid4().hex[:8]}") as file:
+                yield file
         for folder in fresh:
             sync_folder(folder.parent)
 
+    @contextmanager
+    def _free_way(self, name):
+        """Turn into one line that a folder lies in a file's place, or a file in a folder's."""
+        try:
+            yield
+        except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise BadInput(
+                f"{self}/{name} cannot be written, since something else is in its place ({error.strerror}: "
+                f"{error.filename}); run featcache verify {self} --repair, then the same command again"
+            ) from None
+
     def delete(self, name):
-        """Delete a file, durably; it is no error if it is not there."""
-        path = self.path / name
-        path.unlink(missing_ok=True)
-        if path.parent.exists():
+        """Delete a file, durably, or whatever lies in its place or in that of a folder above it.
+
+        It is no error if nothing is there. Nothing outside the store is touched: of a link, only the link goes.
+        """
+        path, above = self.path, path_within(name, "file").count("/")
+        for number, part in enumerate(name.split("/")):
+            path = path / part
+            if not os.path.lexists(path):
+                return
+            if path.is_dir() and (not path.is_symlink() or (number < above and self._leads_within(path))):
+                continue
+            path.unlink()
             sync_folder(path.parent)
+            return
+        shutil.rmtree(path)
+        sync_folder(path.parent)
 
     def delete_all(self):
         """Delete the folder with all that is in it."""
-        shutil.rmtree(self.path)
+        shutil.rmtree(os.path.realpath(self.path))
 
     def sweep(self):
         """Delete what killed writers left behind; call only while no other process writes."""
         for leftover in self.path.rglob(f"*{PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_symlink() or not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, waiting):
@@ -129,9 +178,11 @@ class LocalFolder:
     @contextmanager
     def one_writer(self, name, number):
         """Hold byte `number` of the lock file `name`, so that different numbers do not wait for each other."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
+        path = self._within(name)
+        with self._free_way(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")  # noqa: SIM115
+        with file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
             except OSError:
@@ -198,7 +249,7 @@ class RemoteFolder:
         return self._find()[0]
 
     def _place(self, name):
-        return f"{self._root}/{name}".rstrip("/")
+        return f"{self._root}/{path_within(name, 'file')}" if name else str(self._root).rstrip("/")
 
     @_plainly
     def read(self, name):

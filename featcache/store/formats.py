@@ -13,3 +13,9 @@ def choose_format(name, place):
     if name not in FORMATS:
         raise BadInput(f"unknown format {name!r} (known: {', '.join(FORMATS)})")
     return name
+
+
+def shard_file(manifest, split, shard, feature):
+    """Name of the file that holds a feature of a shard."""
+    axes = 1 + len(manifest.features[feature]["shape"])
+    return FORMATS[manifest.storage["format"]].shard_name(split, feature, shard, axes)

@@ -89,15 +89,25 @@ def view_shard(data, entry, spec, shard_rows, rows):
     return np.ndarray(shape, STORED[spec["dtype"]], buffer=data, offset=entry["offset"])
 
 
-def read_array(folder, split, name):
-    """Read one of the small arrays. Raises ValueError if it is damaged."""
+def read_array(read, split, name):
+    """Read one of the small arrays. Raises ValueError if it is damaged.
+
+    read: a function from the name of a file to its bytes.
+    """
     import h5py
 
     try:
-        # No lock: NFS may have none, and nobody writes to a file that is there.
-        with h5py.File(folder.path / INDEX, "r", locking=False) as file:
-            return file[split][name][()]
-    except (OSError, KeyError, RuntimeError) as error:
+        with h5py.File(io.BytesIO(read(INDEX)), "r") as file:
+            dataset = file
+            for part in (split, name):
+                # A link, as a dataset that lies elsewhere, may lead to any file of this machine.
+                if not isinstance(dataset.get(part, getlink=True), h5py.HardLink):
+                    raise ValueError(f"{part} is not there, or a link")
+                dataset = dataset[part]
+            if dataset.is_virtual or dataset.external:
+                raise ValueError("its values lie in another file")
+            return dataset[()]
+    except (OSError, KeyError, RuntimeError, AttributeError) as error:
         raise ValueError(str(error)) from None
 
 

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, shown
 from featcache.feature import Feature, parse_feature
 from featcache.store.dtype import STORED
 from featcache.store.folder import open_folder
+from featcache.store.manifest_fields import check_fields, check_names
 from featcache.store.sealed import seal, unseal
 
 FILE = "manifest.json"
@@ -103,6 +105,7 @@ def plan(identity, rows, shapes, dtype, aliases, classes, task, compute, storage
     splits = {
         split: {"rows": count, "shard_rows": min(full, -(-count // unit) * unit)} for split, count in rows.items()
     }
+    check_names(splits, features)
     return Manifest(identity, splits, features, dict(aliases), list(classes), task, compute, storage, {})
 
 
@@ -117,6 +120,8 @@ def read_manifest(place):
         data = folder.read(FILE)
     except (FileNotFoundError, NotADirectoryError):
         entries = folder.names()
+        if FILE in entries:
+            raise BadInput(f"damaged manifest {folder}/{FILE}: it is no file; {remedy(folder)}") from None
         if "commits" in entries:
             raise BadInput(
                 f"store {folder} has lost its {FILE}: run the same extract again, which makes it anew"
@@ -133,19 +138,42 @@ def parse_manifest(data, folder):
     try:
         content = unseal(data)
     except ValueError as error:
-        raise BadInput(f"damaged manifest {where}: {error}; see featcache verify {folder}") from None
+        raise BadInput(f"damaged manifest {where}: {error}; {remedy(folder)}") from None
     if content.get("format") != FORMAT:
         raise BadInput(f"damaged manifest {where}: it does not say format {FORMAT!r}")
     if content.get("version") != VERSION:
         raise BadInput(
-            f"store {folder} has format version {content.get('version')}; this featcache reads version {VERSION}"
+            f"store {folder} has format version {shown(content.get('version'))}; this featcache reads version {VERSION}"
         )
     if content.keys() != {"format", "version", "id"} | {field.name for field in fields(Manifest)}:
         raise BadInput(f"damaged manifest {where}: its fields are not those of version {VERSION}")
+    try:
+        check_fields(content)
+    except BadInput as error:
+        raise BadInput(f"manifest {where} is not one that featcache wrote: {error.message}") from None
     manifest = Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
     if manifest.id != content["id"]:
         raise BadInput(f"damaged manifest {where}: its identity does not hash to its id")
     return manifest
+
+
+def read_file(folder, manifest, name):
+    """Return the bytes of a file that the manifest names. Raises BadInput if it is gone or damaged."""
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise BadInput(f"the manifest of store {folder} does not name {shown(name)}")
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        raise BadInput(f"missing file {folder}/{name}; {remedy(folder)}") from None
+    if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
+        raise BadInput(f"damaged file {folder}/{name}; {remedy(folder)}")
+    return data
+
+
+def remedy(folder):
+    """What to do about damage, for the end of an error's line."""
+    return f"run featcache verify {folder} --repair, then the same extract again"
 
 
 def difference(old, new, prefix=""):

@@ -1,7 +1,8 @@
 """Opening a store: its splits, their features and records."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -9,18 +10,19 @@ from featcache.errors import BadInput, nearest
 from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
-from featcache.store.manifest import read_manifest, split_of, view_group
-from featcache.store.marker import committed, digests_of, read_marker, remedy
-from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of
+from featcache.store.manifest import read_file, read_manifest, remedy, split_of, view_group
+from featcache.store.marker import committed, digests_of, ids_sha256_of, read_marker
+from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of, wrong_with
 
-MARKERS_AT_ONCE = 16
+FILES_AT_ONCE = 16
 
 
 def open_store(path):
     """Open a finished store for reading: `open_store(p)["train"]["last:pooled"][:]`.
 
-    path: a folder, or a URL such as s3://bucket/x.zarr. Raises BadInput if there is no store, it is
-    damaged, or shards are missing (named).
+    path: a folder, or a URL such as s3://bucket/x.zarr. All files but the shards are compared with the
+    manifest's checksums now, shards when they are read, see FeatureArray. Raises BadInput if there is no
+    store, it is damaged, or shards are missing (named).
     """
     store = Store(path)
     for split in store.manifest.splits:
@@ -32,6 +34,13 @@ def open_store(path):
                 f"store {path} is incomplete: split {split} lacks {total - len(there)} of {total} shards, "
                 f"the first is shard {missing} (rows {first} to {end - 1}); run the same extract again to finish it"
             )
+    # Threads where each file is a request; on this machine, starting them takes longer than reading.
+    with ThreadPoolExecutor(FILES_AT_ONCE) if store.folder.remote else nullcontext() as pool:
+        look = pool.map if pool else map
+        for _ in look(lambda name: len(read_file(store.folder, store.manifest, name)), store.manifest.files):
+            pass
+    for split in store.manifest.splits:
+        store[split].labels  # noqa: B018 -- to see whether they are labels of its classes
     return store
 
 
@@ -74,6 +83,12 @@ class Split:
     def __init__(self, store, name):
         self.store = store
         self.name = name
+        # {feature: which of its chunks were found to fit their checksums}, for all arrays of a feature.
+        self._checked = {}
+
+    def __getstate__(self):
+        # Another process looks again at what it reads.
+        return self.__dict__ | {"_checked": {}}
 
     def __repr__(self):
         return f"Split({self.name!r} of store {self.store.path!r}, {len(self)} images)"
@@ -83,7 +98,16 @@ class Split:
 
     def __getitem__(self, feature):
         manifest = self.store.manifest
-        return FeatureArray(self.store.folder, manifest, self.name, manifest.feature(feature))
+        feature = manifest.feature(feature)
+        checked = self._checked.setdefault(str(feature), {})
+        return FeatureArray(self.store.folder, manifest, self.name, feature, self._ids_sha256, checked)
+
+    @cached_property
+    def _ids_sha256(self):
+        """ids_sha256 of each shard, as its marker must have it."""
+        manifest = self.store.manifest
+        rows = [manifest.rows_of(self.name, shard) for shard in range(manifest.shards(self.name))]
+        return ids_sha256_of(self._array("ids"), rows)
 
     @property
     def views(self):
@@ -103,12 +127,17 @@ class Split:
         return RECORD_ARRAYS if split_of(self.name) == self.name else VIEW_ARRAYS
 
     def _array(self, name):
-        folder = self.store.folder
+        folder, manifest = self.store.folder, self.store.manifest
         group = self.name if name in self._names else split_of(self.name)
         try:
-            return FORMATS[self.store.manifest.storage["format"]].read_array(folder, group, name)
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"damaged array {group}/{name} of store {folder}: {error}; {remedy(folder)}") from None
+            read = partial(read_file, folder, manifest)
+            array = FORMATS[manifest.storage["format"]].read_array(read, group, name)
+            wrong = wrong_with(name, array, len(self), len(self.store.classes), self.store.task)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            wrong = error
+        if wrong is not None:
+            raise BadInput(f"damaged array {group}/{name} of store {folder}: {wrong}; {remedy(folder)}")
+        return array
 
     def arrays(self):
         """The small arrays of the split, {name: array}."""
@@ -117,14 +146,18 @@ class Split:
     @cached_property
     def ids(self):
         """Ids of the rows: list of str."""
-        return ids_of(self._array("ids"))
+        try:
+            return ids_of(self._array("ids"))
+        except UnicodeDecodeError as error:
+            folder = self.store.folder
+            raise BadInput(f"damaged array {self.name}/ids of store {folder}: {error}; {remedy(folder)}") from None
 
     @cached_property
     def digests(self):
         """uint8 [N, 16] that tell the images by the bytes of their files; None if a shard was written without."""
         folder, manifest = self.store.folder, self.store.manifest
         # In threads, since at a URL each marker is a request.
-        with ThreadPoolExecutor(MARKERS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             shards = range(manifest.shards(self.name))
             markers = list(pool.map(lambda shard: read_marker(folder, manifest, self.name, shard), shards))
         known = [digests_of(marker) for marker in markers]
@@ -150,6 +183,9 @@ class Split:
     @cached_property
     def boxes(self):
         """For each row (boxes float32 [M, 4] as x0 y0 x1 y1 in pixels, classes [M], difficult bool [M])."""
-        bounds = self._array("box_offsets")[1:-1]
+        offsets, folder = self._array("box_offsets"), self.store.folder
         columns = [self._array("boxes"), self._array("box_classes"), self._array("box_difficult").astype(bool)]
+        if any(len(column) != offsets[-1] for column in columns):
+            raise BadInput(f"damaged boxes of split {self.name} of store {folder}: not {offsets[-1]}; {remedy(folder)}")
+        bounds = offsets[1:-1]
         return list(zip(*(np.split(column, bounds) for column in columns), strict=True))

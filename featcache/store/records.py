@@ -44,6 +44,39 @@ def view_arrays(arrays, augmentation):
     return {"ids": arrays["ids"], "labels": arrays["labels"], "augmentation": augmentation}
 
 
+def wrong_with(name, array, rows, classes, task):
+    """What is wrong with a small array of a split of so many rows and classes; None if nothing is."""
+    several = task == "multi-label"
+    dtype, shape = {
+        "ids": ("u1", (rows, None)),
+        "labels": ("i1", (rows, classes)) if several else ("i8", (rows,)),
+        "sizes": ("i4", (rows, 2)),
+        "image_bytes": ("i8", (rows,)),
+        "boxes": ("f4", (None, 4)),
+        "box_classes": ("i8", (None,)),
+        "box_difficult": ("u1", (None,)),
+        "box_offsets": ("i8", (rows + 1,)),
+        "augmentation": ("i4", (rows, 5)),
+    }[name]
+    fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != np.dtype(dtype) or not fits:
+        return f"it is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {[n or 'any' for n in shape]}"
+    ranges = {
+        "labels": (-1, 1) if several else (0, classes - 1),
+        "box_classes": (0, classes - 1),
+        "box_difficult": (0, 1),
+    }
+    if name in ranges and array.size:
+        least, most = ranges[name]
+        if array.min() < least or array.max() > most:
+            return f"it holds {array.max() if array.max() > most else array.min()}, not {least} to {most}"
+    if name == "boxes" and not np.isfinite(array).all():
+        return "it holds a number that is not finite"
+    if name == "box_offsets" and (array[0] != 0 or (np.diff(array) < 0).any()):
+        return "it does not count up from 0"
+    return None
+
+
 def ids_of(array):
     """The ids of an array uint8 [N, L], list of str."""
     return [bytes(row).rstrip(b"\0").decode() for row in array]

@@ -12,10 +12,13 @@ def seal(content):
 
 def unseal(data):
     """Return the dict of sealed bytes. Raises ValueError unless they are just what `seal` made."""
-    content = json.loads(data)
-    if not isinstance(content, dict) or "crc32" not in content:
-        raise ValueError("no JSON object with a checksum")
-    del content["crc32"]
-    if seal(content) != data:
-        raise ValueError("its checksum does not fit its content")
+    try:
+        content = json.loads(data)
+        if not isinstance(content, dict) or "crc32" not in content:
+            raise ValueError("no JSON object with a checksum")
+        del content["crc32"]
+        if seal(content) != data:
+            raise ValueError("its checksum does not fit its content")
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     return content

@@ -3,34 +3,52 @@
 import errno
 import mmap
 import os
-import zlib
 from collections import OrderedDict
+from threading import Thread
 
 import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
-from featcache.store.formats import FORMATS
-from featcache.store.manifest import feature_of
-from featcache.store.marker import marker_name, read_marker, remedy
+from featcache.store.formats import FORMATS, shard_file
+from featcache.store.manifest import feature_of, read_file, remedy
+from featcache.store.marker import marker_name, read_marker
+from featcache.store.zarr_format import crc_of
 
 # Each mapping holds a file handle; a store may have more shards than a process may have handles.
 MAPPED_SHARDS = 128
+# Fewer bytes are not worth a thread.
+ASIDE_BYTES = 8 << 20
 
 
-def open_source(folder, manifest, split, feature):
-    """Return the source of a feature's rows, with `take_range(start, stop)`, `take(indices)` and `release()`."""
+def open_source(folder, manifest, split, feature, ids=None, checked=None):
+    """Return the source of a feature's rows, with `take_range`, `take`, `check` and `release`.
+
+    ids: the ids_sha256 of each shard, which its marker must have; None if that is not to be looked at.
+    checked: a dict in which it is remembered which chunks are known to fit their checksums.
+    """
     kind = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
-    return kind(folder, manifest, split, str(feature))
+    return kind(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
+
+
+def chunk_of(view, number, step, rows):
+    """The rows of a chunk from a view [blocks, rows of a block, ...] of a shard of so many rows; step: chunk_rows."""
+    block, start = divmod(number * step, view.shape[1])
+    return view[block, start : start + min(step, rows - number * step)]
 
 
 class _Shards:
-    def __init__(self, folder, manifest, split, feature):
+    def __init__(self, folder, manifest, split, feature, ids, checked):
         self.folder, self.manifest, self.split, self.feature = folder, manifest, split, feature
         self.spec = manifest.features[feature]
         self.row = tuple(self.spec["shape"])
         self.dtype = STORED[self.spec["dtype"]]
-        self.shard_rows = manifest.splits[split]["shard_rows"]
+        self.shard_rows, self.chunk_rows = manifest.splits[split]["shard_rows"], self.spec["chunk_rows"]
+        self._ids, self._checked, self._entries = ids, checked, {}
+
+    def __getstate__(self):
+        # Another process looks again at what it reads.
+        return self.__dict__ | {"_checked": {}, "_entries": {}}
 
     @property
     def layout(self):
@@ -39,18 +57,66 @@ class _Shards:
 
     def name(self, shard):
         """Name of a shard's file."""
-        return self.layout.shard_name(self.split, self.feature, shard, 1 + len(self.row))
+        return shard_file(self.manifest, self.split, shard, self.feature)
 
     def entry(self, shard):
-        """What the marker says of a shard's file. Raises BadInput if there is no marker."""
-        marker = read_marker(self.folder, self.manifest, self.split, shard)
-        if marker is None:
-            raise BadInput(f"{self.folder}/{marker_name(self.split, shard)} is gone: the shard is not committed")
-        return marker["files"][self.feature]
+        """What the marker says of a shard's file. Raises BadInput if there is no marker, or one for other ids."""
+        if shard not in self._entries:
+            name = f"{self.folder}/{marker_name(self.split, shard)}"
+            marker = read_marker(self.folder, self.manifest, self.split, shard)
+            if marker is None:
+                raise BadInput(f"{name} is gone: the shard is not committed; {remedy(self.folder)}")
+            if self._ids is not None and marker["ids_sha256"] != self._ids[shard]:
+                raise BadInput(f"marker {name} was made for other ids; {remedy(self.folder)}")
+            self._entries[shard] = marker["files"][self.feature]
+        return self._entries[shard]
 
     def damaged(self, shard, reason):
         """The error for a shard file that cannot be used."""
         return BadInput(f"damaged shard file {self.folder}/{self.name(shard)}: {reason}; {remedy(self.folder)}")
+
+    def _chunks(self, start, stop):
+        """Yield (shard, chunk within the shard, first row, end row) of all chunks that rows start to stop touch."""
+        row = start
+        while row < stop:
+            shard, local = divmod(row, self.shard_rows)
+            chunk = local // self.chunk_rows
+            end = min(self.shard_rows, (chunk + 1) * self.chunk_rows) + shard * self.shard_rows
+            yield shard, chunk, shard * self.shard_rows + chunk * self.chunk_rows, min(end, len(self))
+            row = end
+
+    def __len__(self):
+        return self.manifest.splits[self.split]["rows"]
+
+    def _known(self, shard):
+        """For each chunk of a shard, whether it is known to fit its checksum: bytearray."""
+        # What was found out about another file of that name does not hold for this one.
+        key = shard, self._stamp(shard)
+        if key not in self._checked:
+            self._checked[key] = bytearray(len(self.entry(shard)["rows_crc32c"]))
+        return self._checked[key]
+
+    def _stamp(self, shard):
+        """What tells a shard's file from another one of the same name."""
+        return None
+
+    def _fits(self, shard, chunk, rows):
+        """Compare a chunk's rows with the marker's checksum, once. Raises BadInput that names the rows."""
+        known = self._known(shard)
+        if not known[chunk]:
+            if crc_of(rows) != self.entry(shard)["rows_crc32c"][chunk]:
+                first = shard * self.shard_rows + chunk * self.chunk_rows
+                raise self.damaged(shard, f"damaged rows {first} to {first + len(rows) - 1} of split {self.split}")
+            known[chunk] = 1
+
+    def _check_chunks(self, indices):
+        """Check the chunks of rows by their numbers, int [n]."""
+        # A chunk never reaches into the next shard, since shard_rows is a multiple of chunk_rows.
+        for number in np.unique(indices // self.chunk_rows).tolist():
+            shard, local = divmod(number * self.chunk_rows, self.shard_rows)
+            if not self._known(shard)[local // self.chunk_rows]:
+                start = number * self.chunk_rows
+                self.take_range(start, min(start + self.chunk_rows, len(self)))
 
 
 class MappedShards(_Shards):
@@ -58,10 +124,10 @@ class MappedShards(_Shards):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._views = OrderedDict()
+        self._views, self._stamps = OrderedDict(), {}
 
     def __getstate__(self):
-        return self.__dict__ | {"_views": OrderedDict()}
+        return super().__getstate__() | {"_views": OrderedDict(), "_stamps": {}}
 
     def release(self):
         """Let go of all mappings, so that their pages no longer count as this process's memory."""
@@ -80,8 +146,8 @@ class MappedShards(_Shards):
     def _map(self, shard):
         entry = self.entry(shard)
         try:
-            with open(self.folder.path / self.name(shard), "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open(self.folder.file(self.name(shard)), "rb") as file:
+                data, status = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno())
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.EMFILE:
                 if self._views:
@@ -91,35 +157,40 @@ class MappedShards(_Shards):
             raise self.damaged(shard, f"cannot be read ({error})") from None
         if len(data) != entry["bytes"]:
             raise self.damaged(shard, f"{len(data)} bytes, its marker says {entry['bytes']}")
+        self._stamps[shard] = (status.st_ino, status.st_size, status.st_mtime_ns)
         first, end = self.manifest.rows_of(self.split, shard)
         try:
             return self.layout.view_shard(data, entry, self.spec, self.shard_rows, end - first)
         except ValueError as error:
             raise self.damaged(shard, error) from None
 
+    def _stamp(self, shard):
+        self.view(shard)
+        return self._stamps[shard]
+
     def take_range(self, start, stop):
-        """Copy rows start to stop."""
+        """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         out = np.empty((stop - start, *self.row), dtype=self.dtype)
-        row = start
-        while row < stop:
-            shard, local = divmod(row, self.shard_rows)
-            view = self.view(shard)
-            block_rows = view.shape[1]
-            block, within = divmod(local, block_rows)
-            whole = min(stop - row, self.shard_rows - local) // block_rows
-            if within == 0 and whole:
-                # All whole blocks of the shard in one strided copy.
-                count = whole * block_rows
-                target = out[row - start : row - start + count].reshape(whole, block_rows, *self.row)
-                np.copyto(target, view[block : block + whole])
-            else:
-                count = min(stop - row, block_rows - within)
-                out[row - start : row - start + count] = view[block, within : within + count]
-            row += count
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if stop > start else 0):
+            base, end = self.manifest.rows_of(self.split, shard)
+            low, high = max(start, base), min(stop, end)
+            view, target = self.view(shard), out[low - start : high - start]
+            # A copy waits for memory, so that a second thread computes checksums meanwhile.
+            copy = Thread(target=_copy, args=(view, low - base, target))
+            aside = target.nbytes >= ASIDE_BYTES and not all(self._known(shard))
+            copy.start() if aside else copy.run()
+            try:
+                for _, chunk, *_ in self._chunks(low, high):
+                    self._fits(shard, chunk, chunk_of(view, chunk, self.chunk_rows, end - base))
+            finally:
+                if aside:
+                    copy.join()
         return out
 
-    def take(self, indices):
-        """Copy rows by their numbers, int [n]."""
+    def take(self, indices, check=False):
+        """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""
+        if check:
+            self._check_chunks(indices)
         out = np.empty((len(indices), *self.row), dtype=self.dtype)
         shards, local = np.divmod(indices, self.shard_rows)
         for shard in np.unique(shards):
@@ -132,15 +203,35 @@ class MappedShards(_Shards):
         return out
 
 
+def _copy(view, start, out):
+    """Copy rows from `start` on of a view [blocks, rows of a block, ...] of a shard into out [n, ...]."""
+    row, block_rows = 0, view.shape[1]
+    while row < len(out):
+        block, within = divmod(start + row, block_rows)
+        whole = (len(out) - row) // block_rows
+        if within == 0 and whole:
+            # All whole blocks in one strided copy.
+            count = whole * block_rows
+            target = out[row : row + count].reshape(whole, *view.shape[1:])
+            np.copyto(target, view[block : block + whole])
+        else:
+            count = min(len(out) - row, block_rows - within)
+            out[row : row + count] = view[block, within : within + count]
+        row += count
+
+
 class DecodedShards(_Shards):
-    """Compressed or remote shards, read through zarr-python, which checks every chunk's crc32c."""
+    """Compressed or remote shards, read through zarr-python.
+
+    It checks that a chunk fits its own crc32c; that it is the chunk that was written here, the marker says.
+    """
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._array, self._process, self._checked = None, None, set()
+        self._array, self._process, self._there = None, None, set()
 
     def __getstate__(self):
-        return self.__dict__ | {"_array": None, "_process": None}
+        return super().__getstate__() | {"_array": None, "_process": None, "_there": set()}
 
     def release(self):
         """Nothing is held."""
@@ -148,11 +239,11 @@ class DecodedShards(_Shards):
     def _look(self, rows):
         """Raise BadInput if a shard is missing: zarr would show it as NaN."""
         for shard in np.unique(rows // self.shard_rows).tolist():
-            if shard not in self._checked:
+            if shard not in self._there:
                 size, expected = self.folder.size(self.name(shard)), self.entry(shard)["bytes"]
                 if size != expected:
                     raise self.damaged(shard, "it is missing" if size is None else f"{size} bytes, not {expected}")
-                self._checked.add(shard)
+                self._there.add(shard)
 
     def _open(self):
         """The zarr array."""
@@ -160,17 +251,16 @@ class DecodedShards(_Shards):
             import zarr
 
             name = f"{self.split}/{feature_of(self.feature).folder}"
-            described = f"{name}/zarr.json"
             # With another dtype or shape in it, zarr would read other values.
-            if self.folder.size(described) is None:
-                raise BadInput(f"missing file {self.folder}/{described}; {remedy(self.folder)}")
-            if zlib.crc32(self.folder.read(described)) != self.manifest.files[described]["crc32"]:
-                raise BadInput(f"damaged file {self.folder}/{described}; {remedy(self.folder)}")
+            read_file(self.folder, self.manifest, f"{name}/zarr.json")
             if self.folder.remote:
                 place = zarr.storage.FsspecStore.from_url(f"{self.folder}/{name}", read_only=True)
             else:
                 place = self.folder.path / name
-            self._array, self._process = zarr.open_array(place, mode="r"), os.getpid()
+            array = zarr.open_array(place, mode="r")
+            if array.shape != (len(self), *self.row) or array.dtype != self.dtype:
+                raise ValueError(f"{name} is an array {array.dtype} {list(array.shape)}, not as the manifest says")
+            self._array, self._process = array, os.getpid()
         return self._array
 
     def _read(self, rows, select):
@@ -188,20 +278,27 @@ class DecodedShards(_Shards):
         first = values.reshape(len(values), -1)[:, 0]
         if (np.isnan(first) | (first == hole(self.spec["dtype"]))).any():
             # A shard may have gone since it was looked at.
-            self._checked.clear()
+            self._there.clear()
             self._look(rows)
         return values
 
     def take_range(self, start, stop):
-        """Copy rows start to stop."""
+        """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         if start == stop:
             return np.empty((0, *self.row), self.dtype)
-        return self._read(np.arange(start, stop), lambda array: array[start:stop])
+        chunks = list(self._chunks(start, stop))
+        low, high = chunks[0][2], chunks[-1][3]
+        rows = self._read(np.arange(low, high), lambda array: array[low:high])
+        for shard, chunk, first, end in chunks:
+            self._fits(shard, chunk, rows[first - low : end - low])
+        return rows[start - low : stop - low]
 
-    def take(self, indices):
-        """Copy rows by their numbers, int [n]."""
+    def take(self, indices, check=False):
+        """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""
         if not len(indices):
             return np.empty((0, *self.row), self.dtype)
+        if check:
+            self._check_chunks(indices)
         # Sorted and once each, so that no chunk is decoded twice.
         once, back = np.unique(indices, return_inverse=True)
         return self._read(once, lambda array: array.oindex[once])[back]

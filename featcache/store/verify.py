@@ -2,17 +2,19 @@
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
-from featcache.store.formats import FORMATS
-from featcache.store.manifest import FILE, parse_manifest, read_manifest
-from featcache.store.marker import ids_sha256, marker_name, read_marker
+from featcache.store.formats import FORMATS, shard_file
+from featcache.store.manifest import FILE, parse_manifest, read_file, read_manifest
+from featcache.store.manifest_fields import COMMITS
+from featcache.store.marker import LOCK, ids_sha256, marker_name, read_marker
 from featcache.store.records import ids_of
 from featcache.store.sealed import unseal
-from featcache.store.writer import COMMITS, drop_shard
+from featcache.store.sources import chunk_of
 from featcache.store.zarr_format import bad_chunks, crc_of
 
 
@@ -37,17 +39,28 @@ def verify(store, repair=False):
     try:
         manifest = parse_manifest(folder.read(FILE), folder)
     except FileNotFoundError:
-        if COMMITS not in folder.names():
+        if not folder.names() & {COMMITS, FILE}:
             read_manifest(folder)
-        return [Finding(FILE, "missing; the same extract again makes it anew")]
+        if repair:
+            folder.delete(FILE)
+        return [Finding(FILE, "missing; the same extract again makes it anew, and checks all that is there")]
     except BadInput as error:
         if _sealed(folder):
             raise
         if repair:
             folder.delete(FILE)
         return [Finding(FILE, f"{error.message}; without it nothing else can be checked")]
+    other = _other_store(folder, manifest)
+    if other:
+        if repair:
+            folder.delete(FILE)
+        return [Finding(FILE, f"it is the manifest of store {manifest.id[:8]}, all markers are of store {other[:8]}")]
     findings = [*_check_files(folder, manifest, repair)]
     lost = {finding.where for finding in findings}
+    if "lock" in folder.names(COMMITS) and folder.size(LOCK) is None:
+        if repair:
+            folder.delete(LOCK)
+        findings.append(Finding(LOCK, "it is no file"))
     total = sum(entry["bytes"] for entry in manifest.files.values()) or 1
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for split in manifest.splits:
@@ -65,8 +78,23 @@ def _sealed(folder):
         return False
 
 
+def _other_store(folder, manifest):
+    """The id of another store if all markers are of that one; None otherwise."""
+    ids = set()
+    for split in sorted(folder.names(COMMITS) - {"lock"}):
+        for name in sorted(folder.names(f"{COMMITS}/{split}")):
+            try:
+                ids.add(unseal(folder.read(f"{COMMITS}/{split}/{name}")).get("store"))
+            except (FileNotFoundError, ValueError, BadInput):
+                continue
+            if manifest.id in ids or len(ids) > 1:
+                return None
+    other = ids.pop() if ids else None
+    return other if isinstance(other, str) else None
+
+
 def _read_ids(folder, manifest, split):
-    return FORMATS[manifest.storage["format"]].read_array(folder, split, "ids")
+    return FORMATS[manifest.storage["format"]].read_array(partial(read_file, folder, manifest), split, "ids")
 
 
 def _check_files(folder, manifest, repair):
@@ -74,8 +102,11 @@ def _check_files(folder, manifest, repair):
     for name, entry in manifest.files.items():
         try:
             data = folder.read(name)
-        except FileNotFoundError:
-            yield Finding(name, "missing")
+        except (FileNotFoundError, BadInput) as error:
+            if repair:
+                # A folder may lie in its place.
+                folder.delete(name)
+            yield Finding(name, error.message if isinstance(error, BadInput) else "missing")
             continue
         if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
             if repair:
@@ -93,14 +124,14 @@ def _check_shard(folder, manifest, split, shard, ids, repair, progress):
             drop_shard(folder, manifest, split, shard, ())
         return [Finding(marker_name(split, shard), f"{here}: {error.message.split(';')[0]}")]
     if marker is None:
+        if repair:
+            drop_shard(folder, manifest, split, shard, ())
         return [Finding(marker_name(split, shard), f"{here} is missing")]
     findings, bad = [], []
     if ids is not None and ids_sha256(ids[first:end]) != marker["ids_sha256"]:
         findings.append(Finding(marker_name(split, shard), f"{here}: it was made for other ids"))
     for feature, entry in marker["files"].items():
-        name = FORMATS[manifest.storage["format"]].shard_name(
-            split, feature, shard, 1 + len(manifest.features[feature]["shape"])
-        )
+        name = shard_file(manifest, split, shard, feature)
         progress.total = max(progress.total, progress.n + entry["bytes"])
         what = _wrong_with(folder, manifest, split, shard, feature, name, entry)
         progress.update(entry["bytes"])
@@ -118,6 +149,8 @@ def _wrong_with(folder, manifest, split, shard, feature, name, entry):
         data = folder.read(name)
     except FileNotFoundError:
         return "the file is missing"
+    except BadInput as error:
+        return error.message
     if len(data) != entry["bytes"]:
         return f"{len(data)} bytes, its marker says {entry['bytes']}"
     if zlib.crc32(data) == entry["crc32"]:
@@ -131,7 +164,7 @@ def _wrong_with(folder, manifest, split, shard, feature, name, entry):
         else:
             view = FORMATS[manifest.storage["format"]].view_shard(data, entry, spec, shard_rows, end - first)
             chunks = [
-                n for n, crc in enumerate(entry["rows_crc32c"]) if crc_of(_chunk(view, n, step, end - first)) != crc
+                n for n, crc in enumerate(entry["rows_crc32c"]) if crc_of(chunk_of(view, n, step, end - first)) != crc
             ]
     except ValueError as error:
         return str(error)
@@ -139,7 +172,8 @@ def _wrong_with(folder, manifest, split, shard, feature, name, entry):
     return f"damaged rows {rows}" if rows else "its bytes do not fit its marker's checksum"
 
 
-def _chunk(view, number, step, rows):
-    """The rows of a chunk from a view [blocks, rows of a block, ...] of a shard."""
-    block, start = divmod(number * step, view.shape[1])
-    return view[block, start : start + min(step, rows - number * step)]
+def drop_shard(folder, manifest, split, shard, names):
+    """Take a shard out of a store: first its marker, then the files of the features `names`."""
+    folder.delete(marker_name(split, shard))
+    for name in names:
+        folder.delete(shard_file(manifest, split, shard, name))

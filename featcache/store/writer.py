@@ -3,18 +3,20 @@
 import io
 import mmap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from featcache.atomic import PARTIAL
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
-from featcache.store.formats import FORMATS
-from featcache.store.manifest import FILE, difference, identity_hash, read_manifest
-from featcache.store.marker import committed, marker_name, read_marker, write_marker
+from featcache.store.formats import FORMATS, shard_file
+from featcache.store.manifest import FILE, difference, identity_hash, read_file, read_manifest, remedy
+from featcache.store.manifest_fields import COMMITS
+from featcache.store.marker import LOCK, committed, marker_name, read_marker, write_marker
+from featcache.store.verify import verify
 from featcache.store.zarr_format import crc_of
 
-COMMITS = "commits"
-LOCK = f"{COMMITS}/lock"
+FILES_AT_ONCE = 16
 
 
 def create_store(place, manifest, arrays):
@@ -51,6 +53,9 @@ def create_store(place, manifest, arrays):
             )
         with folder.writing(name) as file:
             file.write(files[name])
+    if COMMITS in entries and FILE not in entries:
+        # Without a manifest nobody could look at the shards.
+        verify(folder, repair=True)
     return manifest
 
 
@@ -70,8 +75,45 @@ def check_same(folder, identity, storage):
 
 
 def missing_files(folder, manifest):
-    """Return the names of the files beside the shards that are lost or have another length."""
-    return [name for name, entry in manifest.files.items() if folder.size(name) != entry["bytes"]]
+    """Return the names of the files beside the shards that are lost or damaged."""
+
+    def lacks(name):
+        try:
+            read_file(folder, manifest, name)
+        except BadInput:
+            return True
+        return False
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return [name for name, lost in zip(manifest.files, pool.map(lacks, manifest.files), strict=True) if lost]
+
+
+def check_whole(folder, manifest):
+    """Look at what is there at the end of a work: the manifest, every file, every marker and its shard's files.
+
+    Lengths only of the files of shards, whose bytes are compared when they are read. Raises BadInput for the first
+    thing that is gone or another than it was.
+    """
+    if read_manifest(folder).to_bytes() != manifest.to_bytes():
+        raise BadInput(f"{folder}/{FILE} was replaced by another one; {remedy(folder)}")
+    for name in missing_files(folder, manifest):
+        raise BadInput(f"{folder}/{name} is gone or damaged; {remedy(folder)}")
+
+    def look(place):
+        marker = read_marker(folder, manifest, *place)
+        if marker is None:
+            return f"{marker_name(*place)} is gone"
+        for feature, entry in marker["files"].items():
+            name = shard_file(manifest, *place, feature)
+            size = folder.size(name)
+            if size != entry["bytes"]:
+                return f"{name} is gone" if size is None else f"{name} has {size} bytes, not {entry['bytes']}"
+        return None
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for found in pool.map(look, manifest.all_shards()):
+            if found:
+                raise BadInput(f"{folder}/{found}; {remedy(folder)}")
 
 
 def missing_shards(folder, manifest):
@@ -105,7 +147,7 @@ def put_shard(folder, manifest, split, shard, ids, features, digests=None):
             )
         files = {}
         for name, rows in features.items():
-            with folder.writing(layout.shard_name(split, name, shard, rows.ndim)) as file:
+            with folder.writing(shard_file(manifest, split, shard, name)) as file:
                 geometry, compression = manifest.splits[split]["shard_rows"], manifest.storage["compression"]
                 offset = layout.write_shard(file, rows, manifest.features[name], geometry, compression)
                 length, crc = _measure(file)
@@ -138,11 +180,3 @@ def discard_if_empty(folder, manifest):
         return
     if not any(committed(folder, manifest, split) for split in manifest.splits):
         folder.delete_all()
-
-
-def drop_shard(folder, manifest, split, shard, names):
-    """Take a shard out of a store: first its marker, then the files of the features `names`."""
-    folder.delete(marker_name(split, shard))
-    for name in names:
-        axes = 1 + len(manifest.features[name]["shape"])
-        folder.delete(FORMATS[manifest.storage["format"]].shard_name(split, name, shard, axes))

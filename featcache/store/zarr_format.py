@@ -165,13 +165,16 @@ def bad_chunks(data, spec, shard_rows):
     return [n for n, (chunk, crc) in enumerate(zip(chunks, crcs, strict=True)) if chunk[-CRC_BYTES:] != crc]
 
 
-def read_array(folder, split, name):
-    """Read one of the small arrays: a single chunk with its crc32c. Raises ValueError if it is damaged."""
-    described = json.loads(folder.read(f"{split}/{name}/zarr.json"))
+def read_array(read, split, name):
+    """Read one of the small arrays: a single chunk with its crc32c. Raises ValueError if it is damaged.
+
+    read: a function from the name of a file to its bytes.
+    """
+    described = json.loads(read(f"{split}/{name}/zarr.json"))
     shape, dtype = tuple(described["shape"]), np.dtype(described["data_type"])
     if 0 in shape:
         return np.empty(shape, dtype)
-    data = folder.read("/".join([split, name, "c", *["0"] * len(shape)]))
+    data = read("/".join([split, name, "c", *["0"] * len(shape)]))
     if google_crc32c.value(data[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != data[-CRC_BYTES:]:
         raise ValueError("its checksum does not fit")
     return np.frombuffer(data[:-CRC_BYTES], dtype.newbyteorder("<")).reshape(shape).copy()

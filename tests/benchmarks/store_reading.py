@@ -136,7 +136,18 @@ def reading(folder, rows, batches, repeats):
         seconds = compare(shuffled, repeats)
         # Too slow for as many batches: fewer, scaled.
         seconds |= {name: s * len(many) / len(few) for name, s in compare(slow, 1).items()}
-        table("shuffled batches of 256 rows", seconds, many.size * rows[0].nbytes)
+        table("shuffled batches of 256 rows, picked by number and not checked", seconds, many.size * rows[0].nbytes)
+        every = np.array_split(order, -(-len(order) // BATCH))
+        epoch = {
+            "numpy.memmap": lambda: [mapped[b] for b in every],
+            **{
+                f"featcache {f}, batches(256, shuffle=True), checked": lambda o=o: list(
+                    o().batches(BATCH, shuffle=True)
+                )
+                for f, o in ours.items()
+            },
+        }
+        table("an epoch of shuffled batches of 256 rows", compare(epoch, repeats), rows.nbytes)
 
 
 def opening(folder):

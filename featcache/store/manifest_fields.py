@@ -1,0 +1,141 @@
+"""What the fields of a manifest may hold. A store may come from anyone, and names in it become files here."""
+
+import math
+import re
+import unicodedata
+
+from featcache.errors import BadInput, shown
+from featcache.feature import Feature, parse_feature
+from featcache.names import file_name, path_within
+from featcache.store.dtype import STORED
+
+COMMITS = "commits"
+# What lies beside the splits, in either format.
+TAKEN = (COMMITS, "manifest.json", "zarr.json", "index.h5")
+TASKS = ("multi-label", "single-label")
+COMPRESSIONS = {"zarr": (None, "zstd", "blosc"), "hdf5": (None,)}
+# Far beyond any store (128 TB); a larger number is no size but an attempt to fill the memory.
+MOST_SHARDS = 10**6
+MOST_BYTES = 1 << 50
+
+
+def check_fields(content):
+    """Check types, ranges and names of all fields of a manifest, a dict of JSON values. Raises BadInput."""
+    _dict(content["identity"], "identity")
+    _dict(content["identity"].get("preprocessing", {}), "identity.preprocessing")
+    dataset = _dict(content["identity"].get("dataset", {}), "identity.dataset")
+    _dict(dataset.get("splits", {}), "identity.dataset.splits")
+    _check_features(content["features"])
+    for split, geometry in _dict(content["splits"], "splits").items():
+        where = f"split {shown(split)}"
+        _keys(geometry, {"rows", "shard_rows"}, where)
+        _whole(geometry["rows"], f"rows of {where}", 0, MOST_BYTES)
+        size = _whole(geometry["shard_rows"], f"shard_rows of {where}", 1, MOST_BYTES)
+        if geometry["rows"] > size * MOST_SHARDS:
+            raise BadInput(f"{where} has more than {MOST_SHARDS} shards")
+        if any(size % feature["chunk_rows"] for feature in content["features"].values()):
+            raise BadInput(f"the shards of {where} are not whole chunks")
+    check_names(content["splits"], content["features"])
+    for alias, layer in _dict(content["aliases"], "aliases").items():
+        _text(layer, f"alias {shown(alias)}")
+    if not isinstance(content["classes"], list):
+        raise BadInput(f"classes is {shown(content['classes'])}, not a list")
+    for name in content["classes"]:
+        _text(name, "a class")
+    if content["task"] not in TASKS:
+        raise BadInput(f"task is {shown(content['task'])}, not one of {', '.join(TASKS)}")
+    _check_compute(_dict(content["compute"], "compute"))
+    storage = _keys(content["storage"], {"format", "compression"}, "storage")
+    if not isinstance(storage["format"], str) or storage["compression"] not in COMPRESSIONS.get(storage["format"], ()):
+        raise BadInput(f"storage is {shown(storage)}")
+    for name, entry in _dict(content["files"], "files").items():
+        _keys(entry, {"bytes", "crc32"}, f"file {shown(name)}")
+        _whole(entry["bytes"], f"bytes of file {shown(name)}", 0, MOST_BYTES)
+        check_crc(entry["crc32"], f"crc32 of file {shown(name)}")
+        first = path_within(name, "file").partition("/")[0]
+        if first in (COMMITS, "manifest.json") or first not in (*TAKEN, *content["splits"]):
+            raise BadInput(f"file {shown(name)} belongs to no split")
+
+
+def check_names(splits, features):
+    """Check the names of splits, views and features, which become folders. Raises BadInput."""
+    for split in splits:
+        base, at, view = split.partition("@")
+        file_name(base, "split", TAKEN)
+        if at and (base not in splits or not re.fullmatch("[1-9][0-9]{0,5}", view)):
+            raise BadInput(f"split {shown(split)}: `@` is kept for the views of a split; give it another name")
+    _told_apart(splits, "splits")
+    for name in features:
+        layer, _, reduction = name.rpartition(":")
+        if not layer or str(parse_feature(name, {})) != name:
+            raise BadInput(f"feature {shown(name)} is not LAYER:REDUCTION")
+        file_name(Feature(layer, reduction).folder, "feature", TAKEN)
+    _told_apart([Feature(*name.rsplit(":", 1)).folder for name in features], "features")
+
+
+def _told_apart(names, what):
+    """Some file systems take two names for one that differ only by case, or by how an accent is written."""
+    seen = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name).casefold()
+        if key in seen:
+            raise BadInput(
+                f"{what} {shown(seen[key])} and {shown(name)} are one file on some file systems; rename one of them"
+            )
+        seen[key] = name
+
+
+def _check_features(features):
+    if not _dict(features, "features"):
+        raise BadInput("it names no features")
+    for name, spec in features.items():
+        where = f"feature {shown(name)}"
+        _keys(spec, {"shape", "dtype", "chunk_rows"}, where)
+        if not isinstance(spec["dtype"], str) or spec["dtype"] not in STORED:
+            raise BadInput(f"dtype of {where} is {shown(spec['dtype'])}")
+        if not isinstance(spec["shape"], list) or not 1 <= len(spec["shape"]) <= 8:
+            raise BadInput(f"shape of {where} is {shown(spec['shape'])}")
+        for size in spec["shape"]:
+            _whole(size, f"shape of {where}", 1, MOST_BYTES)
+        _whole(spec["chunk_rows"], f"chunk_rows of {where}", 1, MOST_BYTES)
+        if math.prod(spec["shape"]) * spec["chunk_rows"] > MOST_BYTES:
+            raise BadInput(f"a chunk of {where} is larger than any memory")
+
+
+def _check_compute(compute):
+    _text(compute.get("device", ""), "compute.device")
+    if compute.get("threads") is not None:
+        _whole(compute["threads"], "compute.threads", 1, 1 << 20)
+    _whole(compute.get("batch_size", 1), "compute.batch_size", 1, 1 << 30)
+    if not isinstance(compute.get("folded", False), bool):
+        raise BadInput(f"compute.folded is {shown(compute['folded'])}")
+    if not isinstance(compute.get("cosine", 1.0), int | float):
+        raise BadInput(f"compute.cosine is {shown(compute['cosine'])}")
+
+
+def check_crc(value, where):
+    """Check that a value is a checksum of 32 bits. Raises BadInput."""
+    return _whole(value, where, 0, (1 << 32) - 1)
+
+
+def _whole(value, where, least, most):
+    if type(value) is not int or not least <= value <= most:
+        raise BadInput(f"{where} is {shown(value)}, not a whole number from {least} to {most}")
+    return value
+
+
+def _text(value, where):
+    if not isinstance(value, str):
+        raise BadInput(f"{where} is {shown(value)}, not text")
+
+
+def _dict(value, where):
+    if not isinstance(value, dict):
+        raise BadInput(f"{where} is {shown(value)}, not an object")
+    return value
+
+
+def _keys(value, keys, where):
+    if _dict(value, where).keys() != keys:
+        raise BadInput(f"{where} has the fields {shown(sorted(value))}, not {', '.join(sorted(keys))}")
+    return value
