@@ -21,7 +21,15 @@ class Kind:
 
 def is_path(value):
     """Whether a value can be the path of something."""
-    return isinstance(value, str | os.PathLike)
+    return isinstance(value, str | os.PathLike) and not _unusable(value)
+
+
+def _unusable(path):
+    """Why a text cannot be a path, or an empty string. What reads tensors takes no path that is not UTF-8."""
+    text = os.fsdecode(path)
+    if "\0" in text:
+        return "which has a zero byte in it"
+    return "which is not UTF-8" if any("\ud800" <= c <= "\udfff" for c in text) else ""
 
 
 def listed(paths):
@@ -92,4 +100,6 @@ def takes(**kinds):
 
 def _named(value):
     """A plain value for people in one line; of any other object its type."""
+    if isinstance(value, str | os.PathLike) and _unusable(value):
+        return f"{shown(os.fsdecode(value))}, {_unusable(value)}"
     return shown(value) if type(value).__module__ == "builtins" else f"a {type(value).__qualname__}"

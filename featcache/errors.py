@@ -74,12 +74,13 @@ def one_line(text):
     for most in WORDS:
         if len(line) <= LONGEST_LINE:
             return line
-        line = " ".join(_without_middle(word, most) for word in line.split(" "))
+        line = " ".join(without_middle(word, most) for word in line.split(" "))
     if len(line) <= LONGEST_LINE:
         return line
     first, last = line[: 2 * LONGEST_LINE // 3 - 5], line[-LONGEST_LINE // 3 :]
     return f"{first.rpartition(' ')[0]} ... {last.partition(' ')[2]}"
 
 
-def _without_middle(word, most):
+def without_middle(word, most):
+    """A word of at most that many characters: its beginning and its end, if it is longer."""
     return word if len(word) <= most else f"{word[: most // 2 - 2]}...{word[1 - most // 2 :]}"

@@ -2,10 +2,11 @@
 
 import base64
 import io
+import warnings
 
 import numpy as np
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, printable, without_middle
 from featcache.probes.scores.metrics import gain
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
 from featcache.reporting.table import heading, scored
@@ -24,13 +25,30 @@ MARKERS = "osD^vP*X"
 # Of the plot of learning rates.
 MOST_LINES = 12
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache"}
+# Names are of data: a dollar sign begins no formula.
+STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache",
+    "text.parse_math": False,
+}  # fmt: skip
+# Longer names are drawn without their middle, those beside a map too.
+LONGEST_NAME, BESIDE_MAP = 60, 24
 
 
-def _embed(figure, kind):
+def _drawn(name, most=LONGEST_NAME):
+    """A name as it can be drawn: on one line, not too long, and in a legend, which leaves out "_x"."""
+    text = without_middle(printable(name), most)
+    return f" {text}" if text.startswith("_") else text
+
+
+def _embed(figure, kind, pad=None):
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=110, metadata=metadata)
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        if pad is not None:
+            figure.tight_layout(pad=pad)
+        figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=110, metadata=metadata)
     plt.close(figure)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -59,7 +77,7 @@ def learning_rates(runs, metric):
         implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
         texts = {name: text for name, text in texts.items() if name not in implied}
         for row in members:
-            losses.setdefault(name := recipe(row, texts), row["loss.type"])
+            losses.setdefault(name := _drawn(recipe(row, texts)), row["loss.type"])
             points = lines.setdefault(name, {}).setdefault((number, head), {})
             points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
     order = sorted(lines, key=lambda name: -_height(lines[name], metric))
@@ -74,7 +92,7 @@ def learning_rates(runs, metric):
             level = run.summary["chance"][run.chosen_on][metric]
             if level is not None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")
-            axis.set_title(f"{run.path.name}: {titles[panel]}", fontsize=10)
+            axis.set_title(f"{_drawn(run.path.name)}: {titles[panel]}", fontsize=10)
             axis.set_xscale("log")
             rates = sorted({rate for points in lines.values() for rate in points.get(panel, ())})
             axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
@@ -146,11 +164,11 @@ def class_bars(run, probes):
         for number, probe in enumerate(probes):
             places = np.arange(len(names)) + 0.4 - height * (number + 0.5)
             bars = [values[probe, name] for name in names]
-            axis.barh(places, bars, 0.9 * height, color=colours[probe], label=texts[probe])
+            axis.barh(places, bars, 0.9 * height, color=colours[probe], label=_drawn(texts[probe]))
         axis.plot(
             [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
         )
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), map(_drawn, names))
         axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.judge} AP, %")
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -174,11 +192,11 @@ def reliability(runs, choose):
                 x, y = (np.array([100 * float(r[k]) for r in bins]) for k in ("confidence", "outcome"))
                 pairs = np.array([int(r["pairs"]) for r in bins])
                 error = scored("ece", run.value(probe, "ece", run.judge)["value"])
-                axis.plot(x, y, color=colours[probe], linewidth=1, label=f"{texts[probe]}: ECE {error}%")
+                axis.plot(x, y, color=colours[probe], linewidth=1, label=f"{_drawn(texts[probe])}: ECE {error}%")
                 sizes = 4 + 60 * np.sqrt(pairs / pairs.sum())
                 axis.scatter(x, y, sizes, color=colours[probe], alpha=0.8, linewidth=0)
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
-            axis.set_title(run.path.name, fontsize=10)
+            axis.set_title(_drawn(run.path.name), fontsize=10)
             axis.legend(loc="upper left", frameon=False, fontsize=8)
         axes[0][0].set_ylabel(f"{runs[0].judge}: share that is so, %")
         return _embed(figure, "svg")
@@ -219,7 +237,7 @@ def heatmaps(run, kept):
             for side in axis.spines.values():
                 side.set_visible(False)
         for axis, (method, probe) in zip(axes[0][1:], columns, strict=True):
-            axis.set_title(f"{method}\n{texts[probe]}", fontsize=8)
+            axis.set_title(f"{method}\n{_drawn(texts[probe])}", fontsize=8)
         axes[0][0].set_title("image, boxes", fontsize=8)
         for line, (image_id, label) in zip(axes, lines, strict=True):
             number = ids.index(image_id)
@@ -230,7 +248,7 @@ def heatmaps(run, kept):
             ]
             picture = kept["images"][number] if "images" in kept else np.full((size, size, 3), 230, np.uint8)
             line[0].imshow(picture)
-            line[0].set_ylabel(f"{image_id}\n{label}", fontsize=8)
+            line[0].set_ylabel(f"{_drawn(image_id, BESIDE_MAP)}\n{_drawn(label, BESIDE_MAP)}", fontsize=8)
             _draw_boxes(line[0], boxes)
             for panel, values in panels:
                 if (panel["id"], panel["class"]) == (image_id, label):
@@ -241,8 +259,7 @@ def heatmaps(run, kept):
                     axis.set_xlabel(
                         "no positive energy" if epg != epg else f"EPG {100 * epg:.0f}%", fontsize=7, labelpad=2
                     )
-        figure.tight_layout(pad=0.4)
-        return _embed(figure, "png")
+        return _embed(figure, "png", pad=0.4)
 
 
 def _draw_map(axis, picture, values):

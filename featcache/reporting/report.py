@@ -61,7 +61,8 @@ def report(runs, out="report.html"):
     source = resources.files("featcache.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, environment.from_string(source).render(page))
+        # Half a surrogate pair, which JSON may hold, has no bytes.
+        write_whole(out, environment.from_string(source).render(page).encode(errors="backslashreplace"))
     except OSError as error:
         raise BadInput(f"cannot write {out}: {of_the_system(error)}") from None
     return out

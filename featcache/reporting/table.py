@@ -2,6 +2,7 @@
 
 import math
 
+from featcache.errors import printable
 from featcache.probes.scores.metrics import gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.reporting.configuration import naming
@@ -15,6 +16,7 @@ METRIC_NAMES = {
 
 def format_table(columns, rows):
     """Lay out rows of strings under their columns, numbers to the right. Returns text."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     cells = [columns, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     right = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
