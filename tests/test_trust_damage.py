@@ -3,7 +3,10 @@
 A silent difference is the failure that this looks for; a traceback is another.
 """
 
+import itertools
 import random
+import re
+import shutil
 
 import pytest
 import trust
@@ -50,11 +53,15 @@ def uses(run):
 
 
 def cases_of(folder, count, most=None):
-    """{name: Harm} of all files of a folder; with `most`, a sample in which every kind of harm and file has its chance."""
-    cases = {str(h): h for file in trust.files_of(folder) for h in trust.harms(folder, file, count)}
+    """{name: Harm} of all files of a folder; with `most`, a sample that takes turns among the roles that files have."""
+    harms = [h for file in trust.files_of(folder) for h in trust.harms(folder, file, count)]
     if most:
-        cases = {name: cases[name] for name in random.Random(0).sample(sorted(cases), most)}
-    return trust.chosen(cases)
+        chance, roles = random.Random(0), {}
+        for harm in chance.sample(harms, len(harms)):
+            roles.setdefault(re.sub(r"\d+|train|val|test", "", harm.file), []).append(harm)
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*roles.values()))
+        harms = list(itertools.islice(filter(None, turns), most))
+    return trust.chosen({str(harm): harm for harm in harms})
 
 
 def harm_store(whole, images, place, cases):
@@ -74,7 +81,7 @@ def harm_store(whole, images, place, cases):
         wrong += mended(copy, before, lambda: trust.write_store(images, copy, compression=KINDS[kind][1]), tree_hash)
         if wrong:
             failures[case] = "; ".join(wrong)
-        trust.shutil.rmtree(place / str(number))
+        shutil.rmtree(place / str(number))
     return failures
 
 
@@ -82,8 +89,7 @@ def mended(folder, before, again, content):
     """What is wrong about verify, its repair, and the same command again, as a list of lines."""
     found = trust.outcome(lambda: featcache.verify(folder))
     if found.kind != "value":
-        # A folder that cannot be told for a store any more is an error of verify as well.
-        return [] if found.kind == "line" else [f"verify: {found.said}"]
+        return [f"verify: {found.said}"]
     if not found.value:
         return ["verify: FINDS NOTHING"]
     repaired = trust.outcome(lambda: featcache.verify(folder, repair=True))
@@ -103,4 +109,116 @@ def test_a_damaged_store_is_never_used(whole, images, tmp_path):
 @pytest.mark.slow
 def test_every_file_of_a_store_in_every_way(whole, images, tmp_path):
     cases = cases_of(whole[1], 6)
-    trust.judged(harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_every_file_of_a_store_in_every_way")
+    trust.judged(
+        harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_every_file_of_a_store_in_every_way"
+    )
+
+
+@pytest.mark.slow
+def test_every_byte_of_the_small_files_of_a_store(whole, tmp_path):
+    """A flipped bit in each byte of manifest and markers: the store does not open, and verify says so."""
+    kind, store, _, _ = whole
+    copy, failures = trust.copied(store, tmp_path / store.name), {}
+    small = [n for n in trust.files_of(store) if n == "manifest.json" or n.startswith("commits/")]
+    cases = trust.chosen(
+        {f"{name} byte {at}": (name, at) for name in small for at in range((store / name).stat().st_size)}
+    )
+    for case, (name, at) in cases.items():
+        data = (store / name).read_bytes()
+        (copy / name).write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        got = trust.outcome(lambda: trust.reading(copy)), trust.outcome(lambda: featcache.verify(copy))
+        if got[0].kind != "line" or not (got[1].kind == "line" or got[1].value):
+            failures[case] = f"read: {got[0].kind} {got[0].said}; verify: {got[1].kind} {got[1].value or got[1].said}"
+        (copy / name).write_bytes(data)
+    trust.judged(failures, cases, f"{__file__}::test_every_byte_of_the_small_files_of_a_store")
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """(store, run with maps, what every action on the run gives)."""
+    folder = tmp_path_factory.mktemp("finished")
+    store, run = folder / "s.zarr", folder / "run"
+    trust.quietly(lambda: (trust.write_store(images, store), trust.train(store, run), featcache.attribute(run)))
+    return store, run, expected_of(run, store, folder)
+
+
+@pytest.fixture(scope="module")
+def unfinished(finished, tmp_path_factory):
+    """The same for a run that was stopped while states of its blocks lay on the disk."""
+    store, whole, _ = finished
+    run = tmp_path_factory.mktemp("unfinished") / "run"
+    trust.quietly(lambda: trust.train_and_stop(store, run))
+    assert list(run.glob("partial/*.safetensors"))
+    return store, run, {"train": trust.Outcome("value", trust.trained_files(whole))}
+
+
+def expected_of(run, store, folder):
+    expected = {}
+    for name, action in run_uses(store).items():
+        copy = trust.copied(run, folder / f"copy-{name}/run")
+        expected[name] = trust.outcome(lambda a=action, c=copy: a(c))
+    assert {found.kind for found in expected.values()} == {"value"}, expected
+    return expected
+
+
+def run_uses(store):
+    """What users do with a run, {name: action(run)}. Each gets a copy of its own."""
+    return {
+        "open": lambda run: trust.opened(run),
+        "train": lambda run: (trust.train(store, run), trust.trained_files(run))[1],
+        "attribute": lambda run: trust.explain(run),
+        "compare": lambda run: featcache.compare(run, rule="best map per loss"),
+        "export": lambda run: trust.exported(run),
+        "report": lambda run: trust.page(run),
+    }
+
+
+def harm_run(kind, place, cases):
+    """Return {case: what is wrong about it}."""
+    store, run, expected = kind
+    failures = {}
+    for number, (case, harm) in enumerate(cases.items()):
+        wrong = []
+        for name in expected:
+            copy = trust.copied(run, place / f"{number}/{name}/run")
+            harm(copy)
+            got = trust.outcome(lambda n=name, c=copy: run_uses(store)[n](c))
+            if got.kind == "fault":
+                wrong.append(f"{name}: {got.said}")
+            elif (
+                got.kind == "value" and got.value != expected[name].value and not trust.told(harm.file, name, got.said)
+            ):
+                wrong.append(f"{name}: SILENT DIFFERENCE{trust.differing(expected[name].value, got.value)}")
+        copy = trust.copied(run, place / f"{number}/mend/run")
+        harm(copy)
+        maps = "attribute" in expected
+        before = trust.run_files(run) if maps else expected["train"].value
+        wrong += mended(
+            copy, before, lambda c=copy: (trust.train(store, c), maps and featcache.attribute(c)), trust.run_files
+        )
+        if wrong:
+            failures[case] = "; ".join(wrong)
+        shutil.rmtree(place / str(number))
+    return failures
+
+
+def test_a_damaged_run_is_never_used(finished, tmp_path):
+    cases = cases_of(finished[1], 3, SLICE)
+    trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_run_is_never_used")
+
+
+@pytest.mark.slow
+def test_every_file_of_a_run_in_every_way(finished, tmp_path):
+    cases = cases_of(finished[1], 12)
+    trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_every_file_of_a_run_in_every_way")
+
+
+def test_a_damaged_state_is_trained_again(unfinished, tmp_path):
+    cases = cases_of(unfinished[1], 3, SLICE)
+    trust.judged(harm_run(unfinished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_state_is_trained_again")
+
+
+@pytest.mark.slow
+def test_every_state_in_every_way(unfinished, tmp_path):
+    cases = cases_of(unfinished[1], 60)
+    trust.judged(harm_run(unfinished, tmp_path, cases), cases, f"{__file__}::test_every_state_in_every_way")

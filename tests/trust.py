@@ -11,7 +11,7 @@ import shlex
 import shutil
 import traceback
 import warnings
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import nn
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes import sweep
 from featcache.store import manifest
 
 SIZE = 16
@@ -74,7 +75,15 @@ def write_store(images, path, **more):
         patch.setattr(manifest, "CHUNK_ROWS", 2)
         patch.setattr(manifest, "SHARD_BYTES", 700)
         return featcache.extract(
-            "random", "manifest", root=images, arch="trust:network", size=SIZE, workers=0, batch_size=8, store=path, **more
+            "random",
+            "manifest",
+            root=images,
+            arch="trust:network",
+            size=SIZE,
+            workers=0,
+            batch_size=8,
+            store=path,
+            **more,
         )
 
 
@@ -107,7 +116,9 @@ def outcome(action):
     except (BadInput, SystemExit) as error:
         line = getattr(error, "message", str(error))
         fine = len(line) <= MOST_CHARACTERS and len(line.splitlines()) == 1 and line.isprintable()
-        return Outcome("line" if fine else "fault", said=line if fine else f"an error line that is none: {line[:700]!r}")
+        return Outcome(
+            "line" if fine else "fault", said=line if fine else f"an error line that is none: {line[:700]!r}"
+        )
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
@@ -126,7 +137,9 @@ def judged(failures, cases, test):
         first = next(iter(failures))
         lines = [f"{name}: {what}" for name, what in list(failures.items())[:30]]
         again = f"TRUST_CASE={shlex.quote(first)} pytest -m '' {test}"
-        pytest.fail(f"{len(failures)} of {len(cases)} cases fail\n" + "\n".join(lines) + f"\nAgain: {again}", pytrace=False)
+        pytest.fail(
+            f"{len(failures)} of {len(cases)} cases fail\n" + "\n".join(lines) + f"\nAgain: {again}", pytrace=False
+        )
 
 
 def positions(size, count, chance):
@@ -187,7 +200,9 @@ def harms(folder, file, count):
     yield Harm(file, "gone", lambda p: p.unlink())
     yield Harm(file, "a folder", lambda p: (p.unlink(), p.mkdir()))
     yield Harm(file, "a full folder", lambda p: (p.unlink(), p.mkdir(), (p / "x").write_text("x")))
-    like = [n for n in files_of(folder) if n.split(".")[-1] == file.split(".")[-1] and (folder / n).read_bytes() != data]
+    like = [
+        n for n in files_of(folder) if n.split(".")[-1] == file.split(".")[-1] and (folder / n).read_bytes() != data
+    ]
     for name in chance.sample(like, min(2, len(like))):
         yield Harm(file, f"now {name}", lambda p, n=name: shutil.copy(folder / n, p))
     if file.endswith(".json"):
@@ -223,7 +238,9 @@ def reading(store):
         found[f"{split} ids"] = "\n".join(data.ids)
         found[f"{split} labels"] = data.labels.tobytes()
         found[f"{split} sizes"] = data.sizes.tobytes()
-        found[f"{split} boxes"] = b"|".join(np.concatenate([a.ravel() for a in image]).tobytes() for image in data.boxes)
+        found[f"{split} boxes"] = b"|".join(
+            np.concatenate([a.ravel() for a in image]).tobytes() for image in data.boxes
+        )
         for feature in opened.manifest.features:
             found[f"{split} {feature}"] = data[feature][:].tobytes()
     return found
@@ -254,7 +271,7 @@ def tensors(store):
 def run_files(run):
     """The files of a run folder, {name: content}, without what differs from one training to the next: times and places."""
     found = {name: (Path(run) / name).read_bytes() for name in files_of(run)}
-    grid = [line for line in found["grid.yaml"].splitlines() if not line.startswith(b"store:")]
+    grid = [line for line in found.get("grid.yaml", b"").splitlines() if not line.startswith(b"store:")]
     summary = json.loads(found["run.json"])
     summary = {key: value for key, value in summary.items() if key not in DIFFERS}
     return found | {"grid.yaml": grid, "run.json": summary}
@@ -269,3 +286,61 @@ def train(store, run):
 def explain(run, **more):
     """Attribute and return the rows as text, in which one NaN equals another."""
     return repr(featcache.attribute(run, **more))
+
+
+def train_and_stop(store, run):
+    """Train until states of blocks were written, then stop as a kill would: nothing is tidied up."""
+
+    class Stopped(BaseException):
+        pass
+
+    written = sweep.Sweep.save
+
+    def save(self, trainings):
+        written(self, trainings)
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(sweep, "SAVE_SECONDS", -1)
+        patch.setattr(sweep.Sweep, "save", save)
+        featcache.train_probes(GRID, store=store, run=run)
+
+
+def opened(run):
+    """What a run says from Python."""
+    found = featcache.open_run(run)
+    return [list(map(dict, found.scores))] + [
+        found.table(name) for name in ("seeds.csv", "calibration.csv", "history.csv")
+    ]
+
+
+def trained_files(run):
+    """The files of a run that train-probes writes."""
+    return {name: content for name, content in run_files(run).items() if not name.startswith("attribution")}
+
+
+def exported(run):
+    """The bytes of every probe of a run, merged with the backbone."""
+    files = {}
+    for probe in sorted({row["probe"] for row in featcache.open_run(run).scores}):
+        target = run.parent / f"{probe}.safetensors"
+        featcache.export(to=target, run=run, probe=probe, backbone="random", arch="trust:network")
+        files[probe] = target.read_bytes()
+    return files
+
+
+def page(run):
+    """The report on a run, without the place that it is written to."""
+    return Path(featcache.report(run, run.parent / "page.html")).read_text()
+
+
+def differing(before, after):
+    """Names of what differs, if both are dicts."""
+    if not isinstance(before, dict):
+        return ""
+    return f" in {', '.join(sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k)))}"[:200]
+
+
+def told(file, action, said):
+    """Whether a page without maps is one that says so: maps can be lost, and the report on the rest is still right."""
+    return action == "report" and file.startswith("attribution") and file in said
