@@ -4,8 +4,10 @@ What is to do is drawn piece by piece from a counter, so that a slow process doe
 nothing waits for all, so that a dead one hangs nobody.
 """
 
+import hashlib
 import json
 import os
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +18,48 @@ from featcache.errors import BadInput
 PATIENCE_SECONDS = 60
 # The leader may wait for another run of the same command, for as long as that takes.
 FOREVER = timedelta(days=30)
+# How long processes wait for each other at the start: on one machine, where they start together, and on several,
+# where a scheduler may start one of them late.
+MEETING = {True: timedelta(seconds=45), False: timedelta(minutes=10)}
+POLL_SECONDS = 1
+
+# The Ranks that this process is of, once it has met the others.
+_joined = []
 
 
 def join_ranks():
-    """Return the Ranks that torchrun's environment describes, or Alone."""
+    """Return the Ranks that torchrun's environment describes, or Alone. Raises BadInput if the others do not come."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
-    return Ranks()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _follow_launcher()
+    _joined[:] = [Ranks()]
+    return _joined[0]
+
+
+def first_to_say(line):
+    """Whether no other process has asked this of the same line yet; alone, nobody has."""
+    return not _joined or _joined[0].first_to_say(line)
+
+
+def _follow_launcher():
+    """End this process when torchrun, which started it and looks after it, has died.
+
+    By a thread: no signal interrupts the C++ in which processes wait for each other.
+    """
+    launcher = os.getppid()
+
+    def follow():
+        while os.getppid() == launcher:
+            time.sleep(POLL_SECONDS)
+        try:
+            rank = os.environ.get("RANK")
+            os.write(2, f"Error: process {rank}: torchrun has died; run the same command again\n".encode())
+        finally:
+            # As after a kill, which nothing whole is lost by.
+            os._exit(BadInput.exit_code)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class Alone:
@@ -65,15 +102,17 @@ class Ranks(Alone):
     """This process among WORLD_SIZE, which talk through torch's key-value store."""
 
     def __init__(self):
-        from torch.distributed import rendezvous
-
         super().__init__()
-        self._store, self.rank, self.size = next(iter(rendezvous("env://")))
+        self._store, self.rank, self.size = _meet()
         self._store.set_timeout(FOREVER)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         # A group that torchrun starts anew must not read what the last one left.
         self._prefix = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+    def first_to_say(self, line):
+        """Whether no other process has asked this of the same line yet."""
+        return self._add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1, 1) == 1
 
     def _key(self, word):
         return f"{self._prefix}/{word}"
@@ -121,3 +160,20 @@ class Ranks(Alone):
                 return left
             time.sleep(0.2)
         return []
+
+
+def _meet():
+    """Return (store, rank, world size) once all processes are there. Raises BadInput if that takes too long."""
+    from torch.distributed import rendezvous
+
+    size = int(os.environ["WORLD_SIZE"])
+    patience = MEETING[int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == size]
+    try:
+        return next(iter(rendezvous("env://", timeout=patience)))
+    except (RuntimeError, ValueError) as error:
+        # A variable that is missing or a port that is taken is told at once, and is as much the launcher's matter.
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise BadInput(
+            f"process {os.environ.get('RANK')}: the {size} processes did not meet within {patience.seconds} s at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); run the same command again"
+        ) from None

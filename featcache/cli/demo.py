@@ -21,5 +21,6 @@ def demo(context, out, scale, data_only):
 
     if data_only:
         return make_data(out, scale)
-    group = context.parent.command
-    return run_demo(lambda words: group.main(words, prog_name="featcache", standalone_mode=False), out, scale)
+    from featcache.cli import run
+
+    return run_demo(lambda words: run(words, context.obj), out, scale)

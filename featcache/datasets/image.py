@@ -1,5 +1,6 @@
 """From an image source of a record to its pixels."""
 
+import errno
 import hashlib
 import os
 from contextlib import contextmanager
@@ -62,6 +63,9 @@ def _naming(source):
         raise BadInput(f"unreadable image {source}: {reason}") from None
     # What PIL's decoders raise on a damaged file is anything from OSError to struct.error.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            # The image is not to blame.
+            raise
         raise BadInput(f"unreadable image {source}: {error or type(error).__name__}") from None
 
 

@@ -31,8 +31,8 @@ def wrong_layout(root, problem, tree, *places):
     if packed:
         more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
         problem += f"; unpack {packed[0]}{more}"
-    drawn = "".join(f"\n    {line}" for line in tree.strip("\n").split("\n"))
-    return BadInput(f"{problem}; expected this layout:\n  {root}/{drawn}")
+    drawn = [f"  {line}" for line in tree.strip("\n").split("\n")]
+    return BadInput(f"{problem}; expected this layout:", f"{root}/", *drawn)
 
 
 def archives(folder):

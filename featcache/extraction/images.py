@@ -1,9 +1,15 @@
 """Decoding images in worker processes, in batches that never straddle a shard."""
 
 import math
+import os
 import sys
+import threading
+from multiprocessing import connection, parent_process
+from multiprocessing.queues import Queue
 
+import click
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from featcache.backbones.preprocessing import OPENCV, import_opencv
@@ -89,13 +95,20 @@ def _collate(items):
     for item in items:
         if isinstance(item, str):
             return item
+    digests = np.array([np.frombuffer(digest, np.uint8) for _, digest in items])
     # [S, S, 3] is how the pixels lie: the one copy goes straight into memory that the processes share,
     # and what arrives is channels_last, as the backbone wants it.
-    pixels = default_collate([pixels.permute(1, 2, 0) for pixels, _ in items]).permute(0, 3, 1, 2)
-    return pixels, np.array([np.frombuffer(digest, np.uint8) for _, digest in items])
+    pixels = [pixels.permute(1, 2, 0) for pixels, _ in items]
+    try:
+        return default_collate(pixels), digests
+    except RuntimeError:
+        # Too little memory can be shared, 64 MB in Docker's containers: as an array the batch goes through a pipe.
+        return torch.stack(pixels).numpy(), digests
 
 
-def _hang_up_quietly(_worker):
+def _begin_worker(_number):
+    """Make a worker end with the main process, and never without its noticing."""
+
     # A main process that is stopped while it fetches a batch hangs up, and the thread of the worker that hands
     # batches over would print that as a traceback of its own, below the one line that says it was stopped.
     def hook(kind, error, traceback):
@@ -103,23 +116,56 @@ def _hang_up_quietly(_worker):
             sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
+    # That thread would else drop a batch that it cannot hand over, and the main process would wait for it forever.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, _batch: os._exit(getattr(error, "errno", None) or 1))
+
+    def follow():
+        connection.wait([parent_process().sentinel])
+        # Not sys.exit, which waits for batches to be read that nobody reads any more.
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def image_batches(images, batches, workers, pin_memory=False):
     """Yield (uint8 [B, 3, S, S], channels_last, and digests uint8 [B, 16]) for each batch, a list of keys of Images.
 
-    Raises BadInput for the first image that cannot be used, naming its path.
+    Where the machine has too little for workers, or for handing batches over in shared memory, a notice says so,
+    and the same batches come more slowly. Raises BadInput for the first image that cannot be used, naming its path.
     """
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_hang_up_quietly,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )
+
+    def begin(workers):
+        return iter(
+            DataLoader(
+                images,
+                batch_sampler=batches,
+                num_workers=workers,
+                collate_fn=_collate,
+                worker_init_fn=_begin_worker,
+                pin_memory=pin_memory,
+                prefetch_factor=4 if workers else None,
+            )
+        )
+
+    try:
+        loader = begin(workers)
+    except OSError as error:
+        if not workers:
+            raise
+        # No semaphore in a full /dev/shm, or no process more.
+        click.echo(f"notice: no worker can be started ({error.strerror}); images are decoded without workers", err=True)
+        loader = begin(0)
+    shared = True
     for batch in loader:
         if isinstance(batch, str):
             raise BadInput(batch)
-        yield batch
+        pixels, digests = batch
+        if isinstance(pixels, np.ndarray):
+            if shared:
+                click.echo(
+                    "notice: shared memory (/dev/shm) is too small for batches of images; they go through pipes, which "
+                    "is slower. docker run --shm-size 2g gives a container more",
+                    err=True,
+                )
+            shared, pixels = False, torch.from_numpy(pixels)
+        yield pixels.permute(0, 3, 1, 2), digests

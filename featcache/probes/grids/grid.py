@@ -129,9 +129,10 @@ def parse_grid(content, path="grid", parity=None):
 def refuse(path, errors):
     """Raise BadInput that lists the errors of a grid, each once, if there are any."""
     errors = list(dict.fromkeys(errors))
+    if len(errors) == 1:
+        raise BadInput(f"grid {path}: {errors[0]}")
     if errors:
-        head = f"grid {path}: " if len(errors) == 1 else f"grid {path} has {len(errors)} errors:\n  "
-        raise BadInput(head + "\n  ".join(errors))
+        raise BadInput(f"grid {path} has {len(errors)} errors:", *errors)
 
 
 def _profiles(value, parity, path, errors):
