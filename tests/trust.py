@@ -28,10 +28,12 @@ from featcache.probes import sweep
 from featcache.store import manifest
 
 SIZE = 16
+# Failing cases that a message shows.
+MOST_SHOWN = 3000
 CLASSES = ("ant", "bee", "cat")
 ROWS = {"train": 20, "val": 10, "test": 10}
-# The longest line that an error may have.
-MOST_CHARACTERS = 500
+# The longest line that an error may have, and how many lines below the first there may be where there is more to say.
+MOST_CHARACTERS, MOST_LINES = 500, 22
 TRAIN = {"epochs": 2, "batch_size": 8, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.5}}
 GRID = {
     "probes": [
@@ -113,12 +115,11 @@ def outcome(action):
     try:
         value, said = quietly(action)
         return Outcome("value", value, said)
-    except (BadInput, SystemExit) as error:
-        line = getattr(error, "message", str(error))
-        fine = len(line) <= MOST_CHARACTERS and len(line.splitlines()) == 1 and line.isprintable()
-        return Outcome(
-            "line" if fine else "fault", said=line if fine else f"an error line that is none: {line[:700]!r}"
-        )
+    except BadInput as error:
+        lines = error.message.splitlines()
+        fine = 0 < len(lines) <= MOST_LINES and all(len(x) <= MOST_CHARACTERS and x.isprintable() for x in lines)
+        said = error.message if fine else f"an error line that is none: {error.message[:700]!r}"
+        return Outcome("line" if fine else "fault", said=said)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
@@ -135,7 +136,7 @@ def judged(failures, cases, test):
     """Fail with what went wrong, at most 30 of it, and with what to type to see a case again."""
     if failures:
         first = next(iter(failures))
-        lines = [f"{name}: {what}" for name, what in list(failures.items())[:30]]
+        lines = [f"{name}: {what}" for name, what in list(failures.items())[:MOST_SHOWN]]
         again = f"TRUST_CASE={shlex.quote(first)} pytest -m '' {test}"
         pytest.fail(
             f"{len(failures)} of {len(cases)} cases fail\n" + "\n".join(lines) + f"\nAgain: {again}", pytrace=False
