@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from layouts import save
 from torch import nn
 
@@ -50,6 +49,17 @@ def network():
     )  # fmt: skip
 
 
+# The name of the layer in named_network.
+LAYER = "conv"
+
+
+def named_network():
+    """A backbone whose only convolution has the name that LAYER says: --arch trust:named_network."""
+    whole = nn.Sequential()
+    whole.add_module(LAYER, nn.Conv2d(3, 4, 5, 4, 2))
+    return whole
+
+
 def write_images(root):
     """Write images with boxes and a manifest of them; return what --root must be."""
     rows, number = [], 0
@@ -76,17 +86,8 @@ def write_store(images, path, **more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "CHUNK_ROWS", 2)
         patch.setattr(manifest, "SHARD_BYTES", 700)
-        return featcache.extract(
-            "random",
-            "manifest",
-            root=images,
-            arch="trust:network",
-            size=SIZE,
-            workers=0,
-            batch_size=8,
-            store=path,
-            **more,
-        )
+        given = {"arch": "trust:network", "size": SIZE, "workers": 0, "batch_size": 8} | more
+        return featcache.extract("random", "manifest", root=images, store=path, **given)
 
 
 def quietly(action):
