@@ -26,7 +26,7 @@ from featcache.errors import BadInput
 from featcache.probes import sweep
 from featcache.store import manifest
 
-SIZE = 16
+SIZE = 32
 # Failing cases that a message shows.
 MOST_SHOWN = 3000
 CLASSES = ("ant", "bee", "cat")
@@ -45,7 +45,7 @@ GRID = {
 def network():
     """A backbone of two convolutions: --arch trust:network."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 5, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(3, 4, 5, 8, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(),
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ LAYER = "conv"
 def named_network():
     """A backbone whose only convolution has the name that LAYER says: --arch trust:named_network."""
     whole = nn.Sequential()
-    whole.add_module(LAYER, nn.Conv2d(3, 4, 5, 4, 2))
+    whole.add_module(LAYER, nn.Conv2d(3, 4, 5, 8, 2))
     return whole
 
 
