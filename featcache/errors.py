@@ -1,6 +1,7 @@
 """The one exception for input that the user can mend, and how what it says stays a line."""
 
 import difflib
+import errno
 import re
 from reprlib import Repr
 
@@ -13,6 +14,13 @@ LONGEST_LINE = 490
 # Words of a line that is too long are cut to the first of these lengths with which it fits.
 WORDS = (240, 120, 60, 40)
 MOST_LINES = 20
+MORE_SPACE = "free some space, and run the same command again"
+REMEDIES = {
+    errno.ENOSPC: MORE_SPACE,
+    errno.EDQUOT: MORE_SPACE,
+    errno.EFBIG: "raise the largest size of a file (ulimit -f), or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+}
 
 
 class BadInput(click.ClickException):
@@ -28,6 +36,12 @@ class BadInput(click.ClickException):
         if more > 0:
             lines = (*lines[:MOST_LINES], f"... and {more} more")
         super().__init__("\n  ".join(map(one_line, (message, *lines))))
+
+
+def of_the_system(error):
+    """What the system says of an OSError, and what to do about it where that is known."""
+    remedy = REMEDIES.get(error.errno)
+    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
 
 
 def nearest(word, known):

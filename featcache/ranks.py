@@ -12,7 +12,9 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 
-from featcache.errors import BadInput
+import click
+
+from featcache.errors import BadInput, shown
 
 # How long the leader waits, without any progress, for what others have drawn.
 PATIENCE_SECONDS = 60
@@ -20,7 +22,8 @@ PATIENCE_SECONDS = 60
 FOREVER = timedelta(days=30)
 # How long processes wait for each other at the start: on one machine, where they start together, and on several,
 # where a scheduler may start one of them late.
-MEETING = {True: timedelta(seconds=45), False: timedelta(minutes=10)}
+MEETING = {True: 40, False: 600}
+TELL_SECONDS = 5
 POLL_SECONDS = 1
 
 # The Ranks that this process is of, once it has met the others.
@@ -29,12 +32,21 @@ _joined = []
 
 def join_ranks():
     """Return the Ranks that torchrun's environment describes, or Alone. Raises BadInput if the others do not come."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _number("WORLD_SIZE", 1) == 1:
         return Alone()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _follow_launcher()
     _joined[:] = [Ranks()]
     return _joined[0]
+
+
+def _number(variable, default):
+    """A whole number of the environment. Raises BadInput."""
+    text = os.environ.get(variable, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(f"the environment's {variable} is {shown(text)}, and must be a whole number") from None
 
 
 def first_to_say(line):
@@ -45,7 +57,7 @@ def first_to_say(line):
 def _follow_launcher():
     """End this process when torchrun, which started it and looks after it, has died.
 
-    By a thread: no signal interrupts the C++ in which processes wait for each other.
+    A thread sees to it, since no signal interrupts the C++ in which processes wait for each other.
     """
     launcher = os.getppid()
 
@@ -105,8 +117,8 @@ class Ranks(Alone):
         super().__init__()
         self._store, self.rank, self.size = _meet()
         self._store.set_timeout(FOREVER)
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.local_rank = _number("LOCAL_RANK", self.rank)
+        self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         # A group that torchrun starts anew must not read what the last one left.
         self._prefix = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
@@ -166,14 +178,26 @@ def _meet():
     """Return (store, rank, world size) once all processes are there. Raises BadInput if that takes too long."""
     from torch.distributed import rendezvous
 
-    size = int(os.environ["WORLD_SIZE"])
-    patience = MEETING[int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == size]
-    try:
-        return next(iter(rendezvous("env://", timeout=patience)))
-    except (RuntimeError, ValueError) as error:
-        # A variable that is missing or a port that is taken is told at once, and is as much the launcher's matter.
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise BadInput(
-            f"process {os.environ.get('RANK')}: the {size} processes did not meet within {patience.seconds} s at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); run the same command again"
-        ) from None
+    size, rank = _number("WORLD_SIZE", 1), os.environ.get("RANK")
+    patience = MEETING[_number("LOCAL_WORLD_SIZE", 0) == size]
+    met = []
+
+    def meet():
+        try:
+            met.append(next(iter(rendezvous("env://", timeout=FOREVER))))
+        except (RuntimeError, ValueError) as error:
+            met.append(error)
+
+    # torch takes twice the time that it is given, and no signal ends it: what waits with an eye on the clock is this.
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join(TELL_SECONDS)
+    if not met:
+        click.echo(f"waiting: process {rank} of {size} for the others, for {patience} s at most", err=True)
+        meeting.join(patience - TELL_SECONDS)
+    if met and isinstance(met[0], tuple):
+        return met[0]
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # A variable that is missing or a port that is taken is told at once.
+    reason = str(met[0]).split("\n")[0].split(". ")[0] if met else f"they did not come within {patience} s"
+    raise BadInput(f"process {rank} of {size} cannot meet the others at {place}: {reason}; start all of them again")

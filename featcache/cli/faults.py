@@ -4,14 +4,9 @@ import errno
 import os
 import re
 
+from featcache.errors import of_the_system
+
 AGAIN = "and run the same command again"
-MORE_SPACE = f"free some space, {AGAIN}"
-DISK = {
-    errno.ENOSPC: MORE_SPACE,
-    errno.EDQUOT: MORE_SPACE,
-    errno.EFBIG: f"raise the largest size of a file (ulimit -f) or choose another place, {AGAIN}",
-    errno.EROFS: "choose a place that can be written to",
-}
 # What options of a command can do for want of memory.
 SMALLER = {"batch_size": "a smaller --batch-size", "workers": "fewer --workers", "memory": "less --memory"}
 # torch, and what it calls, have no exceptions of their own for these; the words are lower case.
@@ -33,8 +28,7 @@ def explain(error):
         # A full disk, a folder without permission: the path and the system's word.
         path = error.filename
         place = os.fsdecode(path) if isinstance(path, str | bytes) else "input or output"
-        remedy = f"; {DISK[error.errno]}" if error.errno in DISK else ""
-        return f"{place}: {error.strerror or error}{remedy}"
+        return f"{place}: {of_the_system(error)}"
     return None
 
 

@@ -45,7 +45,19 @@ def make_scenes(root, counts, seed=0):
     digits, photographs = _load_sources()
     building = root.with_name(root.name + PARTIAL)
     shutil.rmtree(building, ignore_errors=True)
-    home = building / "VOCdevkit" / "VOC2007"
+    try:
+        _write_scenes(building / "VOCdevkit" / "VOC2007", counts, seed, digits, photographs)
+        write_whole(building / "scenes.json", recipe)
+        os.rename(building, root)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        # A write to a full disk does not say where.
+        error.filename = error.filename or str(building)
+        raise
+    return True
+
+
+def _write_scenes(home, counts, seed, digits, photographs):
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (home / folder).mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -62,9 +74,6 @@ def make_scenes(root, counts, seed=0):
                 (home / "Annotations" / f"{ids[-1]}.xml").write_text(_annotation(ids[-1], objects))
                 progress.update()
             (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
-    write_whole(building / "scenes.json", recipe)
-    os.rename(building, root)
-    return True
 
 
 def _load_sources():

@@ -15,7 +15,7 @@ from featcache.atomic import local_path, write_whole
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, of_the_system
 from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import parse_feature
 from featcache.probes.grids.fields import OFFSET
@@ -65,7 +65,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
         # Without a key, and so not finished, until all is written.
         write_whole(folder / FILE, json.dumps(basis | {"imported": earlier}, indent=1) + "\n")
     except OSError as error:
-        raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
+        raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
     for probe, path in probes.values():
         save_probes(folder, [probe], opened.id)
         click.echo(f"imported: {probe.spec.id} from {path}", err=True)

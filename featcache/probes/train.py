@@ -15,7 +15,7 @@ import yaml
 from featcache.arguments import PATH, takes, whole
 from featcache.atomic import local_path, write_whole
 from featcache.device import choose_device
-from featcache.errors import BadInput, shown
+from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.grids.grid import load_grid
 from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.resolve import resolve, undecided
@@ -161,5 +161,5 @@ def _begin(folder, basis, name, key, resolved):
         write_whole(folder / FILE, json.dumps(basis | {"grids": grids}, indent=1) + "\n")
         write_whole(folder / name, text)
     except OSError as error:
-        raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
+        raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
     return name

@@ -7,7 +7,7 @@ import numpy as np
 
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
-from featcache.errors import BadInput
+from featcache.errors import BadInput, of_the_system
 from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
@@ -63,7 +63,7 @@ def report(runs, out="report.html"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, environment.from_string(source).render(page))
     except OSError as error:
-        raise BadInput(f"cannot write {out}: {error.strerror}") from None
+        raise BadInput(f"cannot write {out}: {of_the_system(error)}") from None
     return out
 
 
