@@ -19,7 +19,7 @@ import layouts
 import numpy as np
 import torch
 import yaml
-from layouts import LAYOUTS, encoded, write_batch, write_tar
+from layouts import encoded, write_tar
 
 # What may stand in the place of any value of a JSON or YAML file, as it is written there.
 TOKENS = {

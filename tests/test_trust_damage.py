@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 import shutil
+from functools import partial
 
 import pytest
 import trust
@@ -31,8 +32,8 @@ def whole(request, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     store, run = folder / name, folder / "run"
     trust.quietly(lambda: trust.write_store(images, store, compression=compression))
-    trust.quietly(lambda: (trust.train(store, run), featcache.attribute(run)))
-    expected = {name: trust.outcome(lambda a=action: a(store, folder / name)) for name, action in uses(run).items()}
+    trust.quietly(lambda: trust.train_and_explain(store, run))
+    expected = {use: trust.outcome(action, store, folder / use) for use, action in uses(run).items()}
     assert {found.kind for found in expected.values()} == {"value"}, expected
     return request.param, store, run, expected
 
@@ -73,12 +74,13 @@ def harm_store(whole, images, place, cases):
         harm(copy)
         wrong = []
         for name, action in uses(run).items():
-            got = trust.outcome(lambda a=action, n=name: a(copy, place / f"{number}/{n}"))
+            got = trust.outcome(action, copy, place / f"{number}/{name}")
             if got.kind == "fault":
                 wrong.append(f"{name}: {got.said}")
             elif got.kind == "value" and got.value != expected[name].value:
                 wrong.append(f"{name}: SILENT DIFFERENCE")
-        wrong += mended(copy, before, lambda: trust.write_store(images, copy, compression=KINDS[kind][1]), tree_hash)
+        again = partial(trust.write_store, images, copy, compression=KINDS[kind][1])
+        wrong += mended(copy, before, again, tree_hash)
         if wrong:
             failures[case] = "; ".join(wrong)
         shutil.rmtree(place / str(number))
@@ -87,7 +89,7 @@ def harm_store(whole, images, place, cases):
 
 def mended(folder, before, again, content):
     """What is wrong about verify, its repair, and the same command again, as a list of lines."""
-    found = trust.outcome(lambda: featcache.verify(folder))
+    found = trust.outcome(featcache.verify, folder)
     if found.kind != "value":
         return [f"verify: {found.said}"]
     if not found.value:
@@ -109,9 +111,7 @@ def test_a_damaged_store_is_never_used(whole, images, tmp_path):
 @pytest.mark.slow
 def test_many_ways_to_damage_a_store(whole, images, tmp_path):
     cases = cases_of(whole[1], 6, MOST)
-    trust.judged(
-        harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_store"
-    )
+    trust.judged(harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_store")
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_every_byte_of_the_small_files_of_a_store(whole, tmp_path):
     for case, (name, at) in cases.items():
         data = (store / name).read_bytes()
         (copy / name).write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-        got = trust.outcome(lambda: trust.reading(copy)), trust.outcome(lambda: featcache.verify(copy))
+        got = trust.outcome(trust.reading, copy), trust.outcome(featcache.verify, copy)
         if got[0].kind != "line" or not (got[1].kind == "line" or got[1].value):
             failures[case] = f"read: {got[0].kind} {got[0].said}; verify: {got[1].kind} {got[1].value or got[1].said}"
         (copy / name).write_bytes(data)
@@ -138,7 +138,7 @@ def finished(images, tmp_path_factory):
     """(store, run with maps, what every action on the run gives)."""
     folder = tmp_path_factory.mktemp("finished")
     store, run = folder / "s.zarr", folder / "run"
-    trust.quietly(lambda: (trust.write_store(images, store), trust.train(store, run), featcache.attribute(run)))
+    trust.quietly(lambda: (trust.write_store(images, store), trust.train_and_explain(store, run)))
     return store, run, expected_of(run, store, folder)
 
 
@@ -156,7 +156,7 @@ def expected_of(run, store, folder):
     expected = {}
     for name, action in run_uses(store).items():
         copy = trust.copied(run, folder / f"copy-{name}/run")
-        expected[name] = trust.outcome(lambda a=action, c=copy: a(c))
+        expected[name] = trust.outcome(action, copy)
     assert {found.kind for found in expected.values()} == {"value"}, expected
     return expected
 
@@ -182,20 +182,17 @@ def harm_run(kind, place, cases):
         for name in expected:
             copy = trust.copied(run, place / f"{number}/{name}/run")
             harm(copy)
-            got = trust.outcome(lambda n=name, c=copy: run_uses(store)[n](c))
+            got, good = trust.outcome(run_uses(store)[name], copy), expected[name].value
             if got.kind == "fault":
                 wrong.append(f"{name}: {got.said}")
-            elif (
-                got.kind == "value" and got.value != expected[name].value and not trust.told(harm.file, name, got.said)
-            ):
-                wrong.append(f"{name}: SILENT DIFFERENCE{trust.differing(expected[name].value, got.value)}")
+            elif got.kind == "value" and got.value != good and not trust.told(harm.file, name, got.said):
+                wrong.append(f"{name}: SILENT DIFFERENCE{trust.differing(good, got.value)}")
         copy = trust.copied(run, place / f"{number}/mend/run")
         harm(copy)
-        maps = "attribute" in expected
-        before = trust.run_files(run) if maps else expected["train"].value
-        wrong += mended(
-            copy, before, lambda c=copy: (trust.train(store, c), maps and featcache.attribute(c)), trust.run_files
-        )
+        if "attribute" in expected:
+            wrong += mended(copy, trust.run_files(run), partial(trust.train_and_explain, store, copy), trust.run_files)
+        else:
+            wrong += mended(copy, expected["train"].value, partial(trust.train, store, copy), trust.trained_files)
         if wrong:
             failures[case] = "; ".join(wrong)
         shutil.rmtree(place / str(number))

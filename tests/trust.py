@@ -111,10 +111,10 @@ class Outcome:
     said: str = ""
 
 
-def outcome(action):
+def outcome(action, *given):
     """Run `action` as a user would, and return the Outcome."""
     try:
-        value, said = quietly(action)
+        value, said = quietly(lambda: action(*given))
         return Outcome("value", value, said)
     except BadInput as error:
         lines = error.message.splitlines()
@@ -283,6 +283,12 @@ def train(store, run):
     """Train the harnesses' grid, or go on with it; return the run's files."""
     featcache.train_probes(GRID, store=store, run=run)
     return run_files(run)
+
+
+def train_and_explain(store, run):
+    """Train, and write maps too."""
+    train(store, run)
+    featcache.attribute(run)
 
 
 def explain(run, **more):
