@@ -259,7 +259,7 @@ TWINS = {
     "extract": {"backbone": "{net}", "arch": "trust:network", "dataset": "manifest", "root": "{images}", "store": "new.zarr",
                 "size": 32, "workers": 0},
     "inspect_dataset": {"name": "manifest", "root": "{images}"},
-    "layers": {"checkpoint": "{net}", "arch": "trust:network"},
+    "layers": {"backbone": "{net}", "arch": "trust:network"},
     "verify": {"store": "{store}"},
     "open_store": {"path": "{store}"},
     "open_run": {"folder": "{run}"},
@@ -295,7 +295,8 @@ def check_calls(parts, place, monkeypatch, most, test):
         for other in place.iterdir():
             shutil.rmtree(other) if other.is_dir() else other.unlink()
         got = trust.outcome(lambda f=function, a=arguments: f(**a))
-        if got.kind == "fault":
+        # From Python the system's own error is one; the command line makes a line of it.
+        if got.kind == "fault" and not got.said.startswith("OSError"):
             failures[name] = got.said
     trust.judged(failures, cases, f"{__file__}::{test}")
 
