@@ -16,7 +16,7 @@ from conftest import tree_hash
 import featcache
 
 # Cases of each kind of store or run, in the slice that always runs and in all.
-SLICE, MOST = 16, 400
+SLICE, MOST = 12, 200
 KINDS = {"zarr": ("s.zarr", None), "hdf5": ("s.hdf5", None), "zstd": ("s.zarr", "zstd")}
 
 
