@@ -96,7 +96,7 @@ def in_child(words, kill_after=None, kill_at=None):
         sys.argv, count = ["featcache", *words], [0]
 
         def hook(event, arguments):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.link") and "work" in str(arguments[0]):
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.link") and "struck" in str(arguments[0]):
                 count[0] += 1
                 if count[0] == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +131,7 @@ def strike(place, seed, rounds, jobs):
     probe = write_parts(parts)
     for job in jobs:
         line, content, needs = JOBS[job]
-        whole = place / "work" / f"{job} whole"
+        whole = place / "struck" / f"{job} whole"
         whole.parent.mkdir(exist_ok=True)
         prepare(whole, parts, needs)
         words = [word.format(parts=parts, folder=whole, probe=probe) for word in line.split()]
@@ -139,12 +139,12 @@ def strike(place, seed, rounds, jobs):
         assert finish(job, words, parts, whole)[0], f"{job} fails undisturbed"
         seconds, expected = time.monotonic() - begun, content(whole)
         for number in range(rounds):
-            chance, folder = random.Random(f"{seed} {job} {number}"), place / "work" / f"{job} {number}"
+            chance, folder = random.Random(f"{seed} {job} {number}"), place / "struck" / f"{job} {number}"
             prepare(folder, parts, needs)
             words, moments = [word.format(parts=parts, folder=folder, probe=probe) for word in line.split()], []
             for _ in range(chance.randint(1, MOST_KILLS) if rounds > 1 else 1):
                 at = chance.choice(("after", "at"))
-                moment = chance.uniform(0, seconds) if at == "after" else chance.randint(1, 120)
+                moment = chance.uniform(0, seconds) if at == "after" else chance.randint(1, 60)
                 moments.append(f"{at} {moment:.4g}")
                 kills += in_child(words, **{f"kill_{at}": moment}) == -signal.SIGKILL
             fine, code = finish(job, words, parts, folder)
