@@ -25,7 +25,7 @@ from featcache.store import manifest
 
 SEED = 0
 # What one round always does, and how many rounds of all jobs are slow.
-SLICE, ROUNDS = ("extract zarr", "train", "convert", "export"), 12
+SLICE, ROUNDS = ("extract zarr", "train", "convert", "export"), 6
 MOST_KILLS = 3
 EXTRACT = "extract --backbone random --arch trust:network --dataset manifest --root {parts}/images/list.csv --size 32 --workers 0 --batch-size 8"
 SEARCH = {
@@ -121,7 +121,8 @@ def finish(job, words, parts, folder):
     code = in_child(words)
     if job != "repair":
         return code == 0, code
-    code = in_child((EXTRACT + " --store {folder}/s.zarr").format(parts=parts, folder=folder).split())
+    line = EXTRACT + " --store {folder}/s.zarr"
+    code = in_child([word.format(parts=parts, folder=folder) for word in line.split()])
     return code == 0, code
 
 
