@@ -27,6 +27,8 @@ SEED = 0
 # What one round always does, and how many rounds of all jobs are slow.
 SLICE, ROUNDS = ("extract zarr", "train", "convert", "export"), 6
 MOST_KILLS = 3
+# A child that takes longer hangs.
+MOST_SECONDS, HANGS = 60, 98
 EXTRACT = "extract --backbone random --arch trust:network --dataset manifest --root {parts}/images/list.csv --size 32 --workers 0 --batch-size 8"
 SEARCH = {
     "search": {"type": "halving", "factor": 2, "first": 0.25},
@@ -113,7 +115,14 @@ def in_child(words, kill_after=None, kill_at=None):
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for _ in range(100 * MOST_SECONDS):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return HANGS
 
 
 def finish(job, words, parts, folder):
