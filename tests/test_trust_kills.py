@@ -130,8 +130,8 @@ def finish(job, words, parts, folder):
     code = in_child(words)
     if job != "repair":
         return code == 0, code
-    line = EXTRACT + " --store {folder}/s.zarr"
-    code = in_child([word.format(parts=parts, folder=folder) for word in line.split()])
+    extract, *_ = JOBS["extract zarr"]
+    code = in_child([word.format(parts=parts, folder=folder) for word in extract.split()])
     return code == 0, code
 
 
