@@ -14,7 +14,7 @@ from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.lbfgs import CHUNK_ROWS
+from featcache.probes.convex import CHUNK_ROWS
 from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
 from featcache.probes.stack import LBFGS_BYTES, stack_key
