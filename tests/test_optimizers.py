@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from featcache.errors import BadInput
-from featcache.probes.grids.grid import parse_grid
 from featcache.probes.convex import fit_convex
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.losses import class_weights
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule

@@ -27,8 +27,10 @@ class LossFunction:
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
         # The slices of a stack come with the same labels one after another.
         if self._held[0] is not labels or self._held[1] != logits.dtype:
-            self._held = labels, logits.dtype, self._formula(labels)[0](
-                self._read(labels), logits, self.loss, self.weights
+            self._held = (
+                labels,
+                logits.dtype,
+                self._formula(labels)[0](self._read(labels), logits, self.loss, self.weights),
             )
         return self._formula(labels)[1](logits, *self._held[2])
 
