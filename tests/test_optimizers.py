@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from featcache.errors import BadInput
+from featcache.probes.convex import fit_convex
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.lbfgs import fit_lbfgs
 from featcache.probes.losses import class_weights
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
@@ -159,7 +159,7 @@ def test_lbfgs_finds_scikit_learns_solution(problem):
     decays = (0.1, 1e-2, 1e-3)
     balanced = Loss("ce", class_weights="balanced")
     wanted = [lbfgs(loss, decay) for decay in decays for loss in (Loss("ce"), balanced)]
-    fitted, losses, _ = fit_lbfgs(wanted, features, single, 4)
+    fitted, losses, _ = fit_convex(wanted, features, single, 4)
     for spec, weights, history in zip(wanted, fitted, losses, strict=True):
         decay, x = spec.optimizer.weight_decay, features.double().numpy()
         weigh = "balanced" if spec.loss is balanced else None
@@ -179,7 +179,7 @@ def test_lbfgs_finds_torchs_optimum(problem, loss):
     features, multi, _ = problem
     multi = multi.masked_fill(torch.rand(multi.shape, generator=torch.Generator().manual_seed(0)) < 0.1, -1)
     spec = lbfgs(loss, 1e-2)
-    (fitted,), *_ = fit_lbfgs([spec], features, multi, 4)
+    (fitted,), *_ = fit_convex([spec], features, multi, 4)
     own = {"fc0.weight": nn.Parameter(torch.zeros(4, 12).double()), "fc0.bias": nn.Parameter(torch.zeros(4).double())}
     optimizer = torch.optim.LBFGS(
         own.values(), max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -208,10 +208,10 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
         Loss("asymmetric", gamma_neg=2.0),
     ]
     wanted = [lbfgs(loss, 10.0**-n, iterations=(30, 200)[n % 2], temperature=0.5) for n, loss in enumerate(losses)]
-    together, histories, _ = fit_lbfgs(wanted, features, multi, 4)
-    monkeypatch.setattr("featcache.probes.lbfgs.CHUNK_ROWS", 64)
+    together, histories, _ = fit_convex(wanted, features, multi, 4)
+    monkeypatch.setattr("featcache.probes.convex.CHUNK_ROWS", 64)
     for n, spec in enumerate(wanted):
-        (alone,), (history,), _ = fit_lbfgs([spec], features, multi, 4)
+        (alone,), (history,), _ = fit_convex([spec], features, multi, 4)
         assert_near(together[n], alone, 1e-4)
         assert history[:10] == pytest.approx(histories[n][:10], rel=1e-9)
         assert len(history) <= spec.optimizer.iterations + 1
@@ -222,7 +222,7 @@ def test_lbfgs_says_whose_iterations_ended_too_early(problem):
     """Of probes side by side, one alone has too few; the others converge after it has stopped."""
     features, multi, _ = problem
     wanted = [lbfgs(Loss("bce"), 0.1), lbfgs(Loss("bce"), 0.1, 2), lbfgs(Loss("ce"), 0.1)]
-    assert fit_lbfgs(wanted, features, multi, 4)[2] == [False, True, False]
+    assert fit_convex(wanted, features, multi, 4)[2] == [False, True, False]
 
 
 def optimum(spec, weights, features, labels):
@@ -249,10 +249,10 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
     features, multi, single = problem
     features, labels = scale * features, single if loss.type == "ce" else multi
     wanted = [lbfgs(loss, 10.0**-n) for n in range(1, 9)]
-    together, _, short = fit_lbfgs(wanted, features, labels, 4)
+    together, _, short = fit_convex(wanted, features, labels, 4)
     assert short == [False] * 8
     for n, spec in enumerate(wanted):
-        (alone,), *_ = fit_lbfgs([spec], features, labels, 4)
+        (alone,), *_ = fit_convex([spec], features, labels, 4)
         best = optimum(spec, alone, features, labels)["fc0.weight"]
         for found in (alone, together[n]):
             assert (found["fc0.weight"] - best).norm() < 1.1e-5 * best.norm()
@@ -261,16 +261,16 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
 def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.lbfgs.RESOLUTION", 0.0)
+    monkeypatch.setattr("featcache.probes.convex.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
-    assert fit_lbfgs(wanted, features, multi, 4)[2] == [True, False]
+    assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 
 
 def test_lbfgs_marks_what_is_not_finite(problem):
     features, multi, _ = problem
     features = features.clone()
     features[3, 2] = torch.inf
-    fitted, *_ = fit_lbfgs([lbfgs(Loss("bce"), 0.1)], features, multi, 4)
+    fitted, *_ = fit_convex([lbfgs(Loss("bce"), 0.1)], features, multi, 4)
     assert fitted[0]["fc0.weight"].isnan().all()
 
 
@@ -313,6 +313,6 @@ def test_a_block_of_lbfgs_probes_trains(problem):
     wanted = [lbfgs(Loss("bce"), decay) for decay in (0.1, 0.01)]
     (block,) = blocks(wanted, 12, 1, 4)
     trained = train_block(block, features, multi, 4, 0)
-    fitted, losses, _ = fit_lbfgs(block, features, multi, 4)
+    fitted, losses, _ = fit_convex(block, features, multi, 4)
     assert [t.spec for t in trained] == block and [t.losses for t in trained] == losses
     assert all(torch.equal(t.weights["fc0.weight"], w["fc0.weight"]) for t, w in zip(trained, fitted, strict=True))

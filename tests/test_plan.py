@@ -50,22 +50,21 @@ def test_stacks_are_those_that_train(store):
         base | {"name": "l", "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 1.0], "iterations": [10, 1000]}},
     ]
     plan = plan_probes({"probes": groups}, store=store, device="cpu")
-    assert [(s.optimizer, s.precision, s.iterations, s.probes, s.blocks) for s in plan.stacks] == [
-        ("sgd", "float32", 0, 2, 1),
-        ("sgd", "bf16", 0, 2, 1),
-        ("sgd", "float32", 0, 2, 1),
-        ("sgd", "float32", 0, 2, 1),
-        ("sgd", "float32", 0, 2, 1),
-        ("lbfgs", "float32", 10, 2, 1),
-        ("lbfgs", "float32", 1000, 2, 1),
+    assert [(s.optimizer, s.precision, s.probes, s.blocks) for s in plan.stacks] == [
+        ("sgd", "float32", 2, 1),
+        ("sgd", "bf16", 2, 1),
+        ("sgd", "float32", 2, 1),
+        ("sgd", "float32", 2, 1),
+        ("sgd", "float32", 2, 1),
+        ("lbfgs", "float32", 2, 1),
+        ("lbfgs", "float32", 2, 1),
     ]
     opened = featcache.open_store(store)
     found = resolve(load_grid({"probes": groups}), opened, torch.device("cpu"))
     ((trained, *_),) = work(found.specs, opened, torch.device("cpu"))
     assert [[len(block) for block in trained]] == [[s.probes for s in plan.stacks]]
     few, many = plan.stacks[-2:]
-    assert many.flops == 100 * few.flops
-    assert many.activation_bytes < 40 * 4096 * 8
+    assert many.flops == few.flops, "both end when they have converged"
 
 
 def test_what_does_not_fit_is_streamed(store):

@@ -137,10 +137,8 @@ def test_blocks_hold_what_fits_and_lose_nobody():
 
 
 def test_blocks_of_heavy_probes_fit_into_memory():
-    """The two histories of lbfgs, and the weights of attention, whatever the map's size."""
+    """Attention has many weights, whatever the size of the map."""
     room = room_of(torch.device("cpu"))
-    made = blocks(specs(200, LINEAR, "lbfgs"), 2048, 1, 20)
-    assert len(made) > 1 and max(map(len, made)) * 20 * 8 * 2048 * 20 < room.activations
     made = blocks(specs(200, Head("attentive", heads=8)), 768, 196, 20)
     assert len(made) > 1 and max(map(len, made)) * 4 * 4 * 768**2 <= room.activations
 

@@ -67,7 +67,7 @@ def _print_plan(plan):
             "head": describe_head({f"head.{k}": v for k, v in vars(s.head).items()}),
             "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
             "optimiser": s.optimizer,
-            "epochs": f"{s.iterations} iterations at most" if s.iterations else str(s.epochs),
+            "epochs": "full batch" if s.optimizer == "lbfgs" else str(s.epochs),
             "precision": s.precision,
             "batch": str(s.batch_size),
             "probes": str(s.probes),
@@ -75,7 +75,7 @@ def _print_plan(plan):
             "data": _bytes(s.feature_bytes) + " streamed" * s.streamed,
             "memory": _bytes(s.weight_bytes + s.activation_bytes),
             "GFLOP": f"{s.flops / 1e9:.3g}",
-            "about": "at most " * bool(s.iterations) + _duration(s.seconds),
+            "about": _duration(s.seconds),
         }
         for s in plan.stacks
     ]

@@ -25,12 +25,23 @@ class LossFunction:
 
     def __call__(self, logits, labels):
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
-        single = self.loss.type == "ce" and labels.ndim == 1
-        prepare, function = (ce_single_targets, ce_single) if single else LOSSES[self.loss.type]
         # The slices of a stack come with the same labels one after another.
         if self._held[0] is not labels or self._held[1] != logits.dtype:
-            self._held = labels, logits.dtype, prepare(self._read(labels), logits, self.loss, self.weights)
-        return function(logits, *self._held[2])
+            self._held = (
+                labels,
+                logits.dtype,
+                self._formula(labels)[0](self._read(labels), logits, self.loss, self.weights),
+            )
+        return self._formula(labels)[1](logits, *self._held[2])
+
+    def targets(self, labels, dtype):
+        """What the loss makes of labels, as its function of targets returns it."""
+        like = torch.zeros(len(labels), 1, self.classes, dtype=dtype, device=labels.device)
+        return self._formula(labels)[0](self._read(labels), like, self.loss, self.weights)
+
+    def _formula(self, labels):
+        single = self.loss.type == "ce" and labels.ndim == 1
+        return (ce_single_targets, ce_single) if single else LOSSES[self.loss.type]
 
     def count(self, labels):
         """What the mean over these labels divides by, so that means of parts can be put together."""

@@ -14,16 +14,18 @@ from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.lbfgs import CHUNK_ROWS
 from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
-from featcache.probes.stack import LBFGS_BYTES, stack_key
+from featcache.probes.stack import FULL_BATCH_BYTES, stack_key
 from featcache.probes.sweep import input_name, plan_buffers
 from featcache.store.reader import open_store
 
-# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers;
-# of lbfgs as many of float32's size.
-COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": LBFGS_BYTES // 4}
+# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers.
+COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": FULL_BATCH_BYTES // 4}
+# About how often full-batch training goes over the images for a probe, by weight decays of 1e-8 to 0.1.
+PASSES = 150
+# What it keeps of each image: its features in both precisions, and logits, targets and their like.
+ROTATED_BYTES, LOGITS_BYTES = 12, 8 * 10
 # Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
 ACTIVATIONS = 4
 GEMM_SECONDS = 0.03
@@ -33,9 +35,9 @@ GEMM_SECONDS = 0.03
 class PlannedStack:
     """Probes that train on the same mini-batches, in blocks that fit the cache: those of one stack.stack_key.
 
-    loss: how many probes have which. iterations: of lbfgs, the most that it makes, else 0. precision: of the products.
-    flops: of the whole training, of all probes. seconds: about, at the rate of the stack's own matrix product; of lbfgs
-    both are those of all its iterations, the most that it takes. weight_bytes: weights, gradients and the optimiser's
+    loss: how many probes have which. precision: of the products. flops: of the whole training, of all probes, and
+    only about so many where the optimiser (lbfgs) goes on until it has converged. seconds: about, at the rate of the
+    stack's own matrix product. weight_bytes: weights, gradients and the optimiser's
     memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as
     they are kept; streamed: they do not fit into the memory for features.
     """
@@ -44,7 +46,6 @@ class PlannedStack:
     head: object
     loss: dict
     optimizer: str
-    iterations: int
     precision: str
     epochs: int
     batch_size: int
@@ -154,13 +155,17 @@ def _stack(blocks, feature, shape, size, streamed, device, rates):
     specs = [spec for block in blocks for spec in block]
     first, largest = specs[0], max(len(block) for block in blocks)
     lbfgs = first.optimizer.type == "lbfgs"
-    # L-BFGS goes over all rows once an iteration, and sometimes a second time, in float64.
-    passes = first.optimizer.iterations if lbfgs else first.epochs
-    flops = len(specs) * passes * rows * probe_flops(first.head, dim, positions, classes)
+    passes = PASSES if lbfgs else first.epochs
+    # Full-batch training sees no more directions than images.
+    width = min(rows, dim) if lbfgs else dim
+    flops = len(specs) * passes * rows * probe_flops(first.head, width, positions, classes)
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
     weights, outputs = footprint(first.head, dim, classes, positions)
-    batch = min(CHUNK_ROWS if lbfgs else first.batch_size, rows)
-    product = (largest * max(weights // dim, 1), dim, batch * positions, "float64" if lbfgs else first.precision)
+    batch = rows if lbfgs else min(first.batch_size, rows)
+    product = ((1 if lbfgs else largest) * max(weights // dim, 1), dim, batch * positions, first.precision)
+    activations = ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers
+    if lbfgs:
+        activations = rows * (ROTATED_BYTES * width + LOGITS_BYTES * classes)
     if product not in rates:
         rates[product] = gemm_rate(*product, device)
     return PlannedStack(
@@ -168,7 +173,6 @@ def _stack(blocks, feature, shape, size, streamed, device, rates):
         head=first.head,
         loss=dict(Counter(s.loss.type for s in specs)),
         optimizer=first.optimizer.type,
-        iterations=first.optimizer.iterations,
         precision=first.precision,
         epochs=first.epochs,
         batch_size=first.batch_size,
@@ -177,7 +181,7 @@ def _stack(blocks, feature, shape, size, streamed, device, rates):
         flops=flops,
         seconds=flops / rates[product],
         weight_bytes=COPIES[first.optimizer.type] * 4 * largest * numbers,
-        activation_bytes=ACTIVATIONS * (8 if lbfgs else 4) * largest * outputs * batch * first.head.layers,
+        activation_bytes=activations,
         feature_bytes=size,
         streamed=streamed,
     )
@@ -188,9 +192,8 @@ def gemm_rate(outputs, inputs, columns, precision, device):
 
     Sizes beyond a few thousand make no difference and are cut, so that this takes a few hundredths of a second.
     """
-    dtype = torch.float64 if precision == "float64" else torch.float32
-    left = torch.ones(min(outputs, 4096), min(inputs, 2048), device=device, dtype=dtype)
-    right = torch.ones(min(inputs, 2048), min(columns, 1024), device=device, dtype=dtype)
+    left = torch.ones(min(outputs, 4096), min(inputs, 2048), device=device)
+    right = torch.ones(min(inputs, 2048), min(columns, 1024), device=device)
     with multiplying("tf32" if precision == "tf32" else "float32"):
         _wait(multiply(left, right, precision))
         started, times = time.perf_counter(), 0

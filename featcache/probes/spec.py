@@ -79,11 +79,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """sgd, adam, adamw, lars or lbfgs; see optimizers.py and lbfgs.py for the update rules.
+    """sgd, adam, adamw, lars or lbfgs; see optimizers.py and convex.py for the update rules.
 
     lr is None for lbfgs; momentum is 0 for all but sgd and lars. clip: largest norm of the probe's gradient,
     0 for any. lr_base: 0, or the batch size that lr is meant for (ProbeSpec.rate). trust: of lars.
-    iterations: the most that lbfgs makes.
+    iterations: the most Newton steps that lbfgs takes.
 
     imported: the probe was trained elsewhere; all numbers are None, for a file of weights tells none.
     """

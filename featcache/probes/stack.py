@@ -34,8 +34,8 @@ class Room:
 CPU_ROOM = Room(24 << 20, 256 << 20, 2 << 20)
 # On a GPU a step costs its launches, so it should be one for all: as much as leaves room for features on a small one.
 GPU_ROOM = Room(512 << 20, 512 << 20, 256 << 20)
-# What lbfgs keeps of each weight: ten steps and changes of the gradient, and some in passing, in float64.
-LBFGS_BYTES = 8 * 28
+# What full-batch training keeps of each weight of a probe until all of a block are trained: it, twice, in float32.
+FULL_BATCH_BYTES = 2 * 4
 
 
 def room_of(device):
@@ -94,7 +94,7 @@ def blocks(specs, dim, positions, classes, room=CPU_ROOM):
         fit = (room.weights if cached else room.activations) // (4 * weights)
         fit = min(fit, room.activations // (4 * activations * rows_at_once(batch_size, positions)))
         if optimizer.type == "lbfgs":
-            fit = min(fit, room.activations // (LBFGS_BYTES * weights))
+            fit = min(fit, room.activations // (FULL_BATCH_BYTES * weights))
         count = -(-len(members) // max(fit, 1))
         size = -(-len(members) // count)
         result += [members[i : i + size] for i in range(0, len(members), size)]

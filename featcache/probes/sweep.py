@@ -163,7 +163,7 @@ class Sweep:
                 )
             elif probe.stopped == "iterations":
                 click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} iterations of lbfgs; "
+                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps (lbfgs); "
                     "give it more optimizer.iterations, or more weight_decay",
                     err=True,
                 )

@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 
 from featcache.device import multiplying
+from featcache.probes.convex import fit_convex
 from featcache.probes.features import epoch_order
 from featcache.probes.heads.head import STACKS
 from featcache.probes.heads.weights import stacked_weights
-from featcache.probes.lbfgs import fit_lbfgs
 from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
@@ -259,7 +259,7 @@ def train_block(specs, features, labels, classes, order_seed):
 
 def fit_block(specs, features, labels, classes):
     """As train_block, for probes whose optimiser sees all images at once: lbfgs."""
-    fitted = zip(specs, *fit_lbfgs(specs, features, labels, classes), strict=True)
+    fitted = zip(specs, *fit_convex(specs, features, labels, classes), strict=True)
     return [
         TrainedProbe(
             spec,
