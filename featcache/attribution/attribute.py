@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
-from featcache.atomic import write_whole
+from featcache.atomic import remove, write_whole
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
@@ -24,7 +24,10 @@ from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import best, open_run, select, store_of
+from featcache.probes.tables import checksum
+from featcache.probes.verify import ATTRIBUTION
 from featcache.store.manifest import difference
+from featcache.store.sealed import seal
 
 # Methods, and whether they run the backbone.
 METHODS = {"gradcam": False, "input_x_gradient": True}
@@ -221,7 +224,7 @@ def _write(run, rows, panels, data, kept, pictures, preprocessing):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
-    write_whole(run / "attribution.csv", text.getvalue())
+    table = text.getvalue().encode()
     names = np.array(data.store.classes)
     size, drawn = preprocessing.size, []
     for number, row in enumerate(kept):
@@ -244,4 +247,11 @@ def _write(run, rows, panels, data, kept, pictures, preprocessing):
         arrays["images"] = np.stack([pictures(row).permute(1, 2, 0).numpy() for row in kept]) if kept else np.empty(0)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_whole(run / "attribution.npz", buffer.getvalue())
+    files = {"attribution.csv": table, "attribution.npz": buffer.getvalue()}
+    # Until both are there and their checksums too, there are none.
+    remove(run / ATTRIBUTION)
+    for name, content in files.items():
+        if (run / name).is_dir():
+            remove(run / name)
+        write_whole(run / name, content)
+    write_whole(run / ATTRIBUTION, seal({"files": {name: checksum(content) for name, content in files.items()}}))

@@ -27,6 +27,7 @@ from featcache.probes.scores.scoring import finish_run
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
 from featcache.store.reader import open_store
+from featcache.store.sealed import seal
 
 ROLES = ("train", "val", "test")
 # Of all of How-to-Probe's heads.
@@ -63,7 +64,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     try:
         (folder / "probes").mkdir(parents=True, exist_ok=True)
         # Without a key, and so not finished, until all is written.
-        write_whole(folder / FILE, json.dumps(basis | {"imported": earlier}, indent=1) + "\n")
+        write_whole(folder / FILE, seal(basis | {"imported": earlier}))
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
     for probe, path in probes.values():

@@ -1,20 +1,18 @@
 """Trained probes as files: probes/*.safetensors, one for the probes of a block that were done together."""
 
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
 from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.spec import spec_from_dict, spec_to_dict
 from featcache.probes.stack import TrainedProbe, block_name
+from featcache.probes.tensor_file import DAMAGE, open_tensors, pack_tensors
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ def save_probes(folder, probes, store_id):
         for probe in probes
     ]
     weights = {name: torch.stack([probe.weights[name] for probe in probes]) for name in probes[0].weights}
-    # One metadata key: safetensors does not keep the order of several, and the bytes should not vary.
-    content = json.dumps({"store_id": store_id, "probes": entries}, separators=(",", ":"))
-    data = safetensors.torch.save(weights, metadata={"featcache": content})
+    data = pack_tensors(weights, {"store_id": store_id, "probes": entries})
     write_whole(Path(folder) / "probes" / f"{block_name([p.spec for p in probes])}.safetensors", data)
 
 
@@ -54,6 +50,19 @@ def find_probes(folder):
         ids = _ids(path, status.st_mtime_ns, status.st_size)
         found |= dict.fromkeys(ids, Place(path, status.st_size // len(ids)))
     return found
+
+
+def check_probes(path):
+    """Compare a file of probes with its checksum, its name and the ids of its specs. Raises BadInput."""
+    with _opened(path) as (_, entries):
+        specs = [spec_from_dict(entry["spec"]) for _, entry in entries.values()]
+        if [spec.id for spec in specs] != list(entries) or path.stem not in (block_name(specs), specs[0].id):
+            raise ValueError("it holds other probes than its name and their ids say")
+
+
+def remedy(run):
+    """What to do about damage of a run, for the end of an error's line."""
+    return f"run featcache verify {run} --repair, then the same train-probes again"
 
 
 def load_probe(folder, probe_id):
@@ -86,6 +95,7 @@ def _read(folder, ids, make):
 # What a file holds stays as it is, and is asked for often.
 @lru_cache(maxsize=1 << 14)
 def _ids(path, modified, size):
+    check_probes(path)
     with _opened(path) as (_, entries):
         return tuple(entries)
 
@@ -94,16 +104,15 @@ def _ids(path, modified, size):
 def _opened(path):
     """Open a file of probes: yield it, and {id: (row in its tensors, what it says of the probe)}."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()["featcache"])
+        with open_tensors(path) as (file, content):
             if "probes" in content:
                 entries = {entry["id"]: (row, entry) for row, entry in enumerate(content["probes"])}
             else:
                 # Of an older run: one probe, after which the file is called.
                 entries = {path.stem: (..., content)}
             yield file, entries
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"damaged probe {path}: {error}; delete it and run the same train-probes again") from None
+    except DAMAGE as error:
+        raise BadInput(f"damaged probe file {path}: {error}; {remedy(path.parent.parent)}") from None
 
 
 def _probe(file, row, entry):

@@ -14,11 +14,15 @@ from featcache.arguments import is_path
 from featcache.atomic import local_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.overlap import Overlap
+from featcache.probes.probe_file import remedy
 from featcache.probes.scores.metrics import gain
-from featcache.probes.tables import open_table
+from featcache.probes.tables import damaged_files, find_table, open_table
 from featcache.store.reader import open_store
+from featcache.store.sealed import unseal
 
 FILE = "run.json"
+# In a run.json that has a checksum.
+SEAL = b'\n "crc32": '
 # Of scores.csv, before the fields of the probe.
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
@@ -74,8 +78,16 @@ class Run:
     def _rows(self):
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
 
+    def check(self, name):
+        """Compare a table with its checksum, if the run has any. Raises BadInput."""
+        path = find_table(self.path, name)
+        known = self.summary.get("files", {})
+        for damaged, what in damaged_files(self.path, {path.name: known[path.name]} if path.name in known else {}):
+            raise BadInput(f"damaged run {self.path}: {damaged}: {what}; {remedy(self.path)}")
+
     def table(self, name):
         """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
+        self.check(name)
         try:
             with open_table(self.path, name) as file:
                 return list(csv.DictReader(file))
@@ -102,13 +114,21 @@ def read_summary(folder):
         raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
     path = local_path(folder, "--run")
     try:
-        summary = json.loads((path / FILE).read_text())
-        if not isinstance(summary, dict):
-            raise ValueError
-        return summary
-    except (OSError, ValueError):
+        data = (path / FILE).read_bytes()
+    except OSError:
         there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
         raise BadInput(f"run {folder} {there}") from None
+    try:
+        # Runs of older versions are not sealed.
+        summary = unseal(data) if SEAL in data else json.loads(data)
+        if not isinstance(summary, dict):
+            raise ValueError("it is no table")
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"damaged run {folder}: {FILE}: {error}; featcache verify {folder} --repair drops it, and the same command "
+            "that made the run makes it anew"
+        ) from None
+    return summary
 
 
 def open_run(folder):
@@ -119,6 +139,8 @@ def open_run(folder):
     lacking = [field for field in ("store", "store_id", "splits", "select", "rows", "chance") if field not in summary]
     if lacking:
         raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
+    found = Run(Path(folder), summary, [])
+    found.check("scores.csv")
     try:
         with open_table(folder, "scores.csv") as file:
             scores = _read_scores(file)

@@ -4,18 +4,16 @@ What a run folder lacks is trained; a run that was killed goes on from the last 
 and ends with the same bits.
 """
 
-import json
 import math
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import click
-import safetensors
 import torch
 from tqdm import tqdm
 
-from featcache.atomic import write_whole
+from featcache.atomic import remove, write_whole
 from featcache.device import free_bytes, sent
 from featcache.errors import BadInput, shown
 from featcache.probes.features import (
@@ -35,6 +33,7 @@ from featcache.probes.scores.scoring import work
 from featcache.probes.scores.tally import TALLIES
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import held_bytes
+from featcache.probes.tensor_file import DAMAGE, open_tensors
 from featcache.probes.training import Training, fit_block
 
 PARTIAL = "partial"
@@ -363,10 +362,11 @@ def _begun(folder, missing):
     found = []
     for path in sorted((Path(folder) / PARTIAL).glob("*.safetensors")):
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                specs = [spec_from_dict(s) for s in json.loads(file.metadata()["featcache"])["specs"]]
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"damaged state {path}: {error}; delete it and run the same train-probes again") from None
+            specs = check_state(path)
+        except DAMAGE as error:
+            click.echo(f"notice: damaged state {path}: {error}; its probes are trained from the beginning", err=True)
+            remove(path)
+            continue
         if {s.id for s in specs} <= missing:
             found.append((path, specs))
         elif not {s.id for s in specs} & missing:
@@ -375,6 +375,12 @@ def _begun(folder, missing):
             # Killed while the finished probes of this block were being saved: the rest follows from the state.
             found.append((path, specs))
     return found
+
+
+def check_state(path):
+    """The specs of the state of a block. Raises one of DAMAGE unless it is as it was written, under its own name."""
+    with open_tensors(path) as (_, content):
+        return [spec_from_dict(s) for s in content["specs"]]
 
 
 def _rate_of(spec):

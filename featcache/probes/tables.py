@@ -1,21 +1,41 @@
 """The tables of a run folder: CSV files, of which large ones are compressed."""
 
 import gzip
+import zlib
 from pathlib import Path
 
-from featcache.atomic import write_whole
+from featcache.atomic import remove, write_whole
+from featcache.names import path_within
 
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
 
 
 def write_table(folder, name, data):
-    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either."""
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either; return {file: its checksum}."""
     plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
     path, other = (packed, plain) if len(data) > LARGE else (plain, packed)
     # Without a time in it, so that the same table is the same bytes.
-    write_whole(path, gzip.compress(data, 5, mtime=0) if path is packed else data)
-    other.unlink(missing_ok=True)
+    data = gzip.compress(data, 5, mtime=0) if path is packed else data
+    for place in (path, other) if path.is_dir() else (other,):
+        remove(place)
+    write_whole(path, data)
+    return {path.name: checksum(data)}
+
+
+def checksum(data):
+    """What run.json says of a file's bytes."""
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def damaged_files(folder, files):
+    """Yield (name, what is wrong) of files of a folder. files: {name: their checksum}."""
+    for name, expected in files.items():
+        try:
+            if checksum((Path(folder) / path_within(name, "file")).read_bytes()) != expected:
+                yield name, "its bytes do not fit its checksum"
+        except OSError as error:
+            yield name, error.strerror
 
 
 def find_table(folder, name):

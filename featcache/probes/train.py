@@ -7,6 +7,7 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -23,9 +24,11 @@ from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.scores.scoring import finish_run, is_whole
 from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.probes.tables import open_table
+from featcache.probes.verify import drop_damaged_probes
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
+from featcache.store.sealed import seal
 
 # Of a run's first grid; later ones have the beginning of their key in the name.
 GRID = "grid.yaml"
@@ -83,6 +86,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         everything = specs
         if leads:
             begun = _begun(folder, basis)
+            drop_damaged_probes(folder, partial(click.echo, err=True))
             grids = _grids(begun)
             whole = is_whole(folder, specs, opened.task) and begun.get("probes") == len(find_probes(folder))
             if "key" in begun and key in grids and whole:
@@ -158,7 +162,7 @@ def _begin(folder, basis, name, key, resolved):
             first = folder / GRID
             name = GRID if not first.exists() or first.read_text() == text else f"grid-{key[:8]}.yaml"
         grids = basis["grids"] | {key: name}
-        write_whole(folder / FILE, json.dumps(basis | {"grids": grids}, indent=1) + "\n")
+        write_whole(folder / FILE, seal(basis | {"grids": grids}))
         write_whole(folder / name, text)
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None

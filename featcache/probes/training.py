@@ -1,11 +1,8 @@
 """The probes of one block while they train: weights, optimiser, and what is known of each."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
 from featcache.device import multiplying
@@ -18,6 +15,7 @@ from featcache.probes.optimizers import OPTIMIZERS
 from featcache.probes.schedules import factors
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import TrainedProbe, block_name, padded, predict, room_of
+from featcache.probes.tensor_file import open_tensors, pack_tensors
 
 
 class Training:
@@ -219,15 +217,12 @@ class Training:
             "epoch": self.epoch,
             "counts": self._counts(self._optimizer),
         }
-        return safetensors.torch.save(
-            {n: t.contiguous() for n, t in tensors.items()}, metadata={"featcache": json.dumps(content)}
-        )
+        return pack_tensors({n: t.contiguous() for n, t in tensors.items()}, content)
 
     @classmethod
     def restored(cls, path, dim, classes, labels):
         """The Training whose state a file holds. Raises what safetensors, json and torch raise for damage."""
-        with safetensors.safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()["featcache"])
+        with open_tensors(path) as (file, content):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         made = cls([spec_from_dict(s) for s in content["specs"]], dim, classes, labels)
         made.name, made.epoch = Path(path).stem, content["epoch"]

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -14,15 +13,17 @@ from tqdm import tqdm
 
 import featcache
 from featcache.atomic import write_whole
+from featcache.errors import BadInput
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.probe_file import find_probes, load_probes
-from featcache.probes.run import FILE, SCORE_COLUMNS, open_run
+from featcache.probes.run import FILE, SCORE_COLUMNS, open_run, read_summary
 from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks, room_of
-from featcache.probes.tables import find_table, write_table
+from featcache.probes.tables import checksum, damaged_files, find_table, write_table
+from featcache.store.sealed import seal
 
 # The tables of a run, and the columns that come first in each.
 TABLES = {
@@ -77,8 +78,11 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
         "calibration.csv": lambda: _calibration(scored),
         "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
     }
+    files = {}
     for name in _tables(store.task):
-        write_table(folder, name, _to_csv(rows[name](), TABLES[name]))
+        files |= write_table(folder, name, _to_csv(rows[name](), TABLES[name]))
+    for name in basis.get("grids", {}).values():
+        files[name] = checksum((folder / name).read_bytes())
     scored, scores = None, None
     identity = store.manifest.identity
     summary = basis | {
@@ -95,13 +99,18 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    write_whole(folder / FILE, json.dumps(summary, indent=1) + "\n")
-    return open_run(folder)
+    write_whole(folder / FILE, seal(summary | {"files": files}))
+    # The end is looked at: what is said to be there has to be.
+    finished = open_run(folder)
+    if lost := {spec.id for spec in specs} - find_probes(folder).keys():
+        raise BadInput(f"run {folder} has lost {len(lost)} of its probes while it was written; run the same again")
+    return finished
 
 
 def is_whole(folder, specs, task):
     """Whether a run folder holds all of these probes, and the tables of a task."""
     tables = all(find_table(folder, name).is_file() for name in _tables(task))
+    tables = tables and not any(damaged_files(folder, read_summary(folder).get("files", {})))
     return tables and find_probes(folder).keys() >= {spec.id for spec in specs}
 
 
