@@ -1,7 +1,6 @@
 """A run folder that several grids were trained into, and grids in which nothing is chosen."""
 
 import csv
-import json
 import shutil
 
 import pytest
@@ -95,9 +94,9 @@ def test_killed_amid_the_second_grid(first, second, store, tmp_path, capsys):
     done = featcache.train_probes({"probes": [OTHER["probes"][0] | {"seed": 1}]}, store=store, run=tmp_path / "some")
     for file in (done.path / "probes").iterdir():
         shutil.copy(file, run / "probes")
-    summary = json.loads((run / "run.json").read_text())
+    summary = unseal((run / "run.json").read_bytes())
     del summary["key"]
-    (run / "run.json").write_text(json.dumps(summary))
+    (run / "run.json").write_bytes(seal(summary))
     before = {path: path.stat().st_mtime_ns for path in (run / "probes").iterdir()}
     assert_union(featcache.train_probes(GRID, store=store, run=run), first, done)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -112,9 +111,9 @@ def test_probes_that_an_older_version_dropped_from_the_scores_come_back(first, s
         shutil.copy(file, run / "probes")
     for name in (*TABLES, "grid.yaml"):
         shutil.copy(second.path / name, run)
-    summary = json.loads((second.path / "run.json").read_text())
+    summary = unseal((second.path / "run.json").read_bytes())
     del summary["grids"]
-    (run / "run.json").write_text(json.dumps(summary))
+    (run / "run.json").write_bytes(seal(summary))
     assert_union(featcache.train_probes(OTHER, store=store, run=run), second, first)
 
 

@@ -24,8 +24,7 @@ from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import best, open_run, select, store_of
-from featcache.probes.tables import checksum
-from featcache.probes.verify import ATTRIBUTION
+from featcache.probes.tables import ATTRIBUTION, checksum
 from featcache.store.manifest import difference
 from featcache.store.sealed import seal
 

@@ -60,9 +60,9 @@ def check_probes(path):
             raise ValueError("it holds other probes than its name and their ids say")
 
 
-def remedy(run):
-    """What to do about damage of a run, for the end of an error's line."""
-    return f"run featcache verify {run} --repair, then the same train-probes again"
+def remedy(run, maker="train-probes"):
+    """What to do about damage of a run, for the end of an error's line. maker: the command that made what is damaged."""
+    return f"run featcache verify {run} --repair, then the same {maker} again"
 
 
 def load_probe(folder, probe_id):

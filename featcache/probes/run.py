@@ -7,8 +7,10 @@ import sys
 import zlib
 from collections import ChainMap, Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+
+import click
 
 from featcache.arguments import is_path
 from featcache.atomic import local_path
@@ -16,13 +18,11 @@ from featcache.errors import BadInput, nearest, shown
 from featcache.probes.overlap import Overlap
 from featcache.probes.probe_file import remedy
 from featcache.probes.scores.metrics import gain
-from featcache.probes.tables import damaged_files, find_table, open_table
+from featcache.probes.tables import ATTRIBUTION, attribution_files, damaged_files, find_table, open_table
 from featcache.store.reader import open_store
 from featcache.store.sealed import unseal
 
 FILE = "run.json"
-# In a run.json that has a checksum.
-SEAL = b'\n "crc32": '
 # Of scores.csv, before the fields of the probe.
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
@@ -80,10 +80,12 @@ class Run:
 
     def check(self, name):
         """Compare a table with its checksum, if the run has any. Raises BadInput."""
-        path = find_table(self.path, name)
-        known = self.summary.get("files", {})
+        path, maker = find_table(self.path, name), "attribute" if name.startswith("attribution") else "train-probes"
+        known = attribution_files(self.path) if maker == "attribute" else self.summary.get("files", {})
+        if path.name not in known and ATTRIBUTION in known:
+            path = self.path / ATTRIBUTION
         for damaged, what in damaged_files(self.path, {path.name: known[path.name]} if path.name in known else {}):
-            raise BadInput(f"damaged run {self.path}: {damaged}: {what}; {remedy(self.path)}")
+            raise BadInput(f"damaged run {self.path}: {damaged}: {what}; {remedy(self.path, maker)}")
 
     def table(self, name):
         """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
@@ -115,14 +117,18 @@ def read_summary(folder):
     path = local_path(folder, "--run")
     try:
         data = (path / FILE).read_bytes()
+    except IsADirectoryError:
+        data = b""
     except OSError:
         there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
         raise BadInput(f"run {folder} {there}") from None
     try:
         # Runs of older versions are not sealed.
-        summary = unseal(data) if SEAL in data else json.loads(data)
+        summary = json.loads(data)
         if not isinstance(summary, dict):
             raise ValueError("it is no table")
+        if "crc32" in summary:
+            summary = unseal(data)
     except (ValueError, RecursionError) as error:
         raise BadInput(
             f"damaged run {folder}: {FILE}: {error}; featcache verify {folder} --repair drops it, and the same command "
@@ -139,6 +145,10 @@ def open_run(folder):
     lacking = [field for field in ("store", "store_id", "splits", "select", "rows", "chance") if field not in summary]
     if lacking:
         raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
+    if not _fits(summary):
+        raise BadInput(f"damaged run {folder}: the fields of run.json are not those of a run; {remedy(folder)}")
+    if "files" not in summary:
+        _say_unsealed(folder)
     found = Run(Path(folder), summary, [])
     found.check("scores.csv")
     try:
@@ -149,6 +159,27 @@ def open_run(folder):
     except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
         raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
     return Run(Path(folder), summary, scores)
+
+
+@lru_cache(maxsize=1 << 10)
+def _say_unsealed(folder):
+    """Once for each run."""
+    click.echo(
+        f"notice: run {folder} is of an older version, without checksums: its files are taken as they are", err=True
+    )
+
+
+def _fits(summary):
+    """Whether the fields of a run.json are of their kinds, and speak of the same roles."""
+    names = summary["splits"], summary["select"], summary["rows"], summary["chance"], summary.get("files", {})
+    if not all(isinstance(table, dict) for table in names) or not isinstance(summary["store"], str):
+        return False
+    roles = summary["splits"].keys()
+    lists = all(isinstance(splits, list) and all(isinstance(s, str) for s in splits) for splits in names[0].values())
+    same = roles == summary["rows"].keys() == summary["chance"].keys()
+    role = summary["select"].get("split")
+    judged = "test" in roles or role in roles
+    return lists and same and judged and "metric" in summary["select"] and (role is None or role in roles)
 
 
 def _read_scores(file):

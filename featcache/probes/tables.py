@@ -6,7 +6,10 @@ from pathlib import Path
 
 from featcache.atomic import remove, write_whole
 from featcache.names import path_within
+from featcache.store.sealed import unseal
 
+# Holds the checksums of the files of attributions, which are made after the run.
+ATTRIBUTION = "attribution.json"
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
 
@@ -49,3 +52,13 @@ def open_table(folder, name):
     path = find_table(folder, name)
     opened = gzip.open if path.suffix == ".gz" else open
     return opened(path, "rt", encoding="utf-8", newline="")
+
+
+def attribution_files(run):
+    """Checksums of the files of attributions, {name: checksum}, {} if there are none. Raises nothing: damage is damage."""
+    try:
+        return unseal((Path(run) / ATTRIBUTION).read_bytes())["files"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, KeyError, ValueError):
+        return {ATTRIBUTION: None}

@@ -23,7 +23,7 @@ from featcache.probes.resolve import resolve, undecided
 from featcache.probes.run import FILE, open_run, read_summary
 from featcache.probes.scores.scoring import finish_run, is_whole
 from featcache.probes.sweep import plan_buffers, train_missing
-from featcache.probes.tables import open_table
+from featcache.probes.tables import checksum, open_table
 from featcache.probes.verify import drop_damaged_probes
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
@@ -106,7 +106,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
             # What an earlier grid asked for stays.
             asked_for = {*checked.intervals, *begun.get("intervals", ())}
             basis["intervals"] = [role for role in splits if role in asked_for]
-            grids[key] = _begin(folder, basis, grids.get(key), key, resolved)
+            grids[key] = _begin(folder, basis, grids.get(key), key, resolved, begun.get("files", {}))
         judge = (found.metric, found.split)
         train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
         if not leads:
@@ -149,10 +149,10 @@ def _others(folder, specs):
     return [replace(spec, name=names.get(spec.id, spec.name)) for spec in found]
 
 
-def _begin(folder, basis, name, key, resolved):
+def _begin(folder, basis, name, key, resolved, files):
     """Make the run folder; its run.json has no key, and so is unfinished, until all is written.
 
-    name: of the grid's file, None for a grid that is new here. Returns it.
+    name: of the grid's file, None for a grid that is new here. files: checksums of what was there. Returns the name.
     """
     text = yaml.safe_dump(resolved, sort_keys=False)
     try:
@@ -162,7 +162,9 @@ def _begin(folder, basis, name, key, resolved):
             first = folder / GRID
             name = GRID if not first.exists() or first.read_text() == text else f"grid-{key[:8]}.yaml"
         grids = basis["grids"] | {key: name}
-        write_whole(folder / FILE, seal(basis | {"grids": grids}))
+        # Tables are written last; those of before are not those of this run any more.
+        files = {n: known for n, known in files.items() if n in grids.values()} | {name: checksum(text.encode())}
+        write_whole(folder / FILE, seal(basis | {"grids": grids, "files": files}))
         write_whole(folder / name, text)
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None

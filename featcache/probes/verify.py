@@ -8,14 +8,12 @@ from featcache.atomic import remove
 from featcache.errors import BadInput
 from featcache.probes.probe_file import check_probes, find_probes
 from featcache.probes.run import FILE, read_summary
+from featcache.probes.scores.scoring import TABLES
 from featcache.probes.sweep import PARTIAL, check_state
-from featcache.probes.tables import damaged_files
-from featcache.probes.tensor_file import DAMAGE, is_sealed
-from featcache.store.sealed import unseal
+from featcache.probes.tables import attribution_files, damaged_files
+from featcache.probes.tensor_file import DAMAGE
 from featcache.store.verify import Finding
 from featcache.store.verify import verify as verify_store
-
-ATTRIBUTION = "attribution.json"
 
 
 def verify(path, repair=False):
@@ -57,11 +55,11 @@ def _verify_run(run, repair):
     except BadInput as error:
         if repair:
             # Nothing else says with which seed and on which splits the probes were trained.
-            for name in (FILE, "probes", PARTIAL):
+            for name in (FILE, "probes", PARTIAL, *_ours(run)):
                 remove(run / name)
         return [Finding(FILE, f"{error.message}; without it nothing says how the probes were trained")]
     found = drop_damaged_probes(run, say)
-    for path in sorted((run / PARTIAL).glob(f"*{'.safetensors'}")):
+    for path in sorted((run / PARTIAL).glob("*.safetensors")):
         try:
             check_state(path)
         except DAMAGE as error:
@@ -80,19 +78,7 @@ def _verify_run(run, repair):
     return found
 
 
-def is_run_sealed(run):
-    """Whether all files of a finished run have checksums, which those of older versions have not."""
-    files = list((Path(run) / "probes").glob("*.safetensors"))
-    return "files" in read_summary(run) and all(
-        is_sealed(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files
-    )
-
-
-def attribution_files(run):
-    """Checksums of the files of attributions, {name: checksum}, {} if there are none. Raises nothing: damage is damage."""
-    try:
-        return unseal((Path(run) / ATTRIBUTION).read_bytes())["files"]
-    except FileNotFoundError:
-        return {}
-    except (OSError, KeyError, ValueError):
-        return {ATTRIBUTION: None}
+def _ours(run):
+    """Names of the files that lie in a run folder beside run.json and the probes."""
+    kinds = ("grid*.yaml", "attribution.*", *TABLES, *(f"{name}.gz" for name in TABLES))
+    return [path.name for kind in kinds for path in run.glob(kind)]

@@ -11,6 +11,7 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
+from featcache.probes.tables import ATTRIBUTION
 from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import localisation_rows
 from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
@@ -53,7 +54,7 @@ def report(runs, out="report.html"):
             if "map" in run.metrics
         ],
         "reliability": plots.reliability(opened, _pictured),
-        "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
+        "localisation": [_localisation(run, plots) for run in opened if is_explained(run.path)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
     }
@@ -103,9 +104,15 @@ def _measured(run):
         yield run.path.name, name, cells
 
 
+def is_explained(run):
+    """Whether attributions of a run's probes were made."""
+    return (run / "attribution.csv").is_file() or (run / ATTRIBUTION).exists()
+
+
 def _localisation(run, plots):
     columns, rows = localisation_rows(run.path)
     picture, maps = None, run.path / "attribution.npz"
+    run.check(maps.name)
     if maps.is_file():
         try:
             with open(maps, "rb") as file, np.load(file, allow_pickle=False) as kept:
