@@ -45,7 +45,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, command):
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3 GiB is free"
         )
 
-    monkeypatch.setattr("featcache.store.verify.verify", allocate)
+    monkeypatch.setattr("featcache.probes.verify.verify", allocate)
     code, _, err = command("verify", "s.zarr")
     assert code == 2
     assert err == (
