@@ -14,7 +14,7 @@ _TWINS = {
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
-    "verify": "featcache.store.verify",
+    "verify": "featcache.probes.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",

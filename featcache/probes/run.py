@@ -1,24 +1,20 @@
 """A finished run folder, and the choice of probes from it."""
 
-import csv
-import json
+import os
 import re
 import sys
-import zlib
 from collections import ChainMap, Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from featcache.arguments import is_path
-from featcache.atomic import local_path
-from featcache.errors import BadInput, nearest, shown
+from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
+from featcache.probes.run_file import ATTRIBUTION, FILE, maker, read_file, read_summary
 from featcache.probes.scores.metrics import gain
-from featcache.probes.tables import open_table
+from featcache.probes.tables import read_table
 from featcache.store.reader import open_store
 
-FILE = "run.json"
 # Of scores.csv, before the fields of the probe.
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
@@ -67,20 +63,39 @@ class Run:
         return [column for column in self.scores[0] if column == "name" or column not in SCORE_COLUMNS]
 
     def value(self, probe_id, metric, split):
-        """Return the row of scores.csv for a probe, metric and split."""
-        return self._rows[probe_id, metric, split]
+        """Return the row of scores.csv for a probe, metric and split. Raises BadInput if there is none."""
+        try:
+            return self._rows[probe_id, metric, split]
+        except KeyError:
+            raise self.damaged("scores.csv", f"no {metric} of {probe_id} on {split}") from None
 
     @cached_property
     def _rows(self):
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
 
-    def table(self, name):
-        """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
+    def table(self, name, **kinds):
+        """Read another table of the run, such as calibration.csv: a list of dicts. Raises BadInput for damage.
+
+        kinds: {column: type} of columns that must be there, and are not left as strings; an empty float is None.
+        """
         try:
-            with open_table(self.path, name) as file:
-                return list(csv.DictReader(file))
-        except (OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"damaged run {self.path}: {name}: {getattr(error, 'strerror', None) or error}") from None
+            rows = list(read_table(self.path, name, self.summary.get("files")))
+            return [row | {k: _as(kind, row[k]) for k, kind in kinds.items()} for row in rows]
+        except KeyError as error:
+            raise self.damaged(name, f"it has no column {error}") from None
+        except ValueError as error:
+            raise self.damaged(name, error) from None
+
+    def read(self, name):
+        """Return the bytes of a file of the run that is no table. Raises BadInput for damage."""
+        try:
+            return read_file(self.path, name, self.summary.get("files"))
+        except ValueError as error:
+            raise self.damaged(name, error) from None
+
+    def damaged(self, name, reason):
+        """Return the BadInput for damage to a file of the run."""
+        return _damaged(self.path, name, reason, self.summary)
 
     @property
     def caution(self):
@@ -96,60 +111,73 @@ class Run:
         return "; ".join(said) or None
 
 
-def read_summary(folder):
-    """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
-    if not is_path(folder):
-        raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
-    path = local_path(folder, "--run")
-    try:
-        summary = json.loads((path / FILE).read_text())
-        if not isinstance(summary, dict):
-            raise ValueError
-        return summary
-    except (OSError, ValueError):
-        there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
-        raise BadInput(f"run {folder} {there}") from None
-
-
 def open_run(folder):
-    """Open a finished run. Raises BadInput if there is none, or it is not finished."""
+    """Open a finished run. Raises BadInput if there is none, it is not finished, or it is damaged."""
     summary = read_summary(folder)
     if "key" not in summary:
         raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
-    lacking = [field for field in ("store", "store_id", "splits", "select", "rows", "chance") if field not in summary]
-    if lacking:
-        raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
     try:
-        with open_table(folder, "scores.csv") as file:
-            scores = _read_scores(file)
+        scores = _read_scores(read_table(folder, "scores.csv", summary.get("files")))
         if not scores:
             raise ValueError("it ends before the first score")
-    except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
-        raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
+    except KeyError as error:
+        raise _damaged(folder, "scores.csv", f"it has no column {error}", summary) from None
+    except ValueError as error:
+        raise _damaged(folder, "scores.csv", error, summary) from None
     return Run(Path(folder), summary, scores)
 
 
-def _read_scores(file):
+def _damaged(folder, name, reason, summary):
+    command = "attribute" if name in ATTRIBUTION else maker(summary)
+    return BadInput(f"damaged run {folder}: {name}: {reason}; run the same {command} again, which makes it anew")
+
+
+def _as(kind, text):
+    return None if kind is float and not text else kind(text)
+
+
+def _read_scores(table):
     """Read the rows of scores.csv, a hundred thousand maybe: those of a probe share the fields that say what it is."""
     rows, probes = [], {}
-    for row in csv.DictReader(file):
-        if None in row or None in row.values():
-            raise ValueError("a row has other columns than the first")
+    for row in table:
         own = {column: sys.intern(row.pop(column)) for column in SCORE_COLUMNS if column != "name"}
         own |= {k: float(own[k]) if own[k] else None for k in ("value", "low", "high")}
+        if own["probe"] not in probes:
+            _check_fields(row)
         rows.append(ChainMap(own, probes.setdefault(own["probe"], row)))
     return rows
 
 
+def _check_fields(row):
+    """Raise KeyError or ValueError unless the fields that say what a probe is are there, and numbers where tables count."""
+    for column in ("name", "head.type", "loss.type", "optimizer.type", "seed"):
+        row[column]
+    for column in ("head.layers", "head.hidden"):
+        int(row[column])
+    float(row["optimizer.lr"] or 0)
+
+
 def store_of(run, path=None):
     """Open the store that a run was made from, at `path` if it was moved. Raises BadInput if that is another one."""
-    store = open_store(path or run.summary["store"])
+    store = open_store(path or _recorded_store(run))
     if store.id != run.summary["store_id"]:
         raise BadInput(
             f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
             f"(id {run.summary['store_id'][:8]})"
         )
     return store
+
+
+def _recorded_store(run):
+    """Where the store of a run lies. A relative path is that of the folder in which the run was made, often above it."""
+    store = run.summary["store"]
+    if "://" in store or os.path.isabs(store):
+        return store
+    places = [Path(store), *(parent / store for parent in run.path.resolve().parents)]
+    for place in places:
+        if place.exists():
+            return place
+    raise BadInput(f"run {run.path} was made from store {store}, which is not found from here; say where it is with --store")
 
 
 def short_names(fields):

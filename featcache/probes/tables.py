@@ -1,21 +1,35 @@
 """The tables of a run folder: CSV files, of which large ones are compressed."""
 
+import csv
 import gzip
+import io
+import zlib
 from pathlib import Path
 
 from featcache.atomic import write_whole
+from featcache.probes.run_file import entry_of, read_file
 
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
+# What unpacks to more times its size, or has longer lines, is no table but an attempt to fill the memory.
+MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
 
 
 def write_table(folder, name, data):
-    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either."""
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either.
+
+    Returns {name of the file: its entry in run.json}.
+    """
     plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
-    path, other = (packed, plain) if len(data) > LARGE else (plain, packed)
-    # Without a time in it, so that the same table is the same bytes.
-    write_whole(path, gzip.compress(data, 5, mtime=0) if path is packed else data)
+    path, other, held = plain, packed, data
+    if len(data) > LARGE:
+        # Without a time in it, so that the same table is the same bytes.
+        small = gzip.compress(data, 5, mtime=0)
+        if len(data) <= MOST_UNPACKED * len(small):
+            path, other, held = packed, plain, small
+    write_whole(path, held)
     other.unlink(missing_ok=True)
+    return {path.name: entry_of(held)}
 
 
 def find_table(folder, name):
@@ -24,8 +38,32 @@ def find_table(folder, name):
     return packed if packed.is_file() else Path(folder) / name
 
 
-def open_table(folder, name):
-    """Open a table for reading, as text for the csv module. Raises OSError."""
+def read_table(folder, name, files=None):
+    """Yield the rows of a table, as dicts of strings.
+
+    files: of run.json; the file must be the one that it lists. None for a run without checksums. Raises ValueError,
+    which says what is wrong.
+    """
     path = find_table(folder, name)
-    opened = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8", newline="")
+    if files is not None:
+        path = path.with_name(name if name in files else f"{name}.gz")
+    data = read_file(folder, path.name, files)
+    try:
+        reader = csv.DictReader(_lines(data, path.suffix == ".gz"))
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"row {reader.line_num} has other columns than the first")
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _lines(data, packed):
+    """Yield the lines of CSV, bytes, packed or not."""
+    file, most = io.BytesIO(data), MOST_UNPACKED * len(data)
+    text = io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8", newline="")
+    while line := text.readline(LONGEST_LINE):
+        most -= len(line)
+        if len(line) == LONGEST_LINE or (packed and most < 0):
+            raise ValueError("it is far larger than any table")
+        yield line

@@ -1,6 +1,8 @@
 """`featcache report`: one self-contained page over one or more runs."""
 
+import io
 import zipfile
+import zlib
 from importlib import resources
 
 import numpy as np
@@ -12,7 +14,7 @@ from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
 from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
-from featcache.reporting.localisation import localisation_rows
+from featcache.reporting.localisation import EXPLAINED, MAPS, explained, localisation_rows
 from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
 
 
@@ -53,7 +55,7 @@ def report(runs, out="report.html"):
             if "map" in run.metrics
         ],
         "reliability": plots.reliability(opened, _pictured),
-        "localisation": [_localisation(run, plots) for run in opened if (run.path / "attribution.csv").is_file()],
+        "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
     }
@@ -105,11 +107,12 @@ def _measured(run):
 
 def _localisation(run, plots):
     columns, rows = localisation_rows(run.path)
-    picture, maps = None, run.path / "attribution.npz"
-    if maps.is_file():
+    picture = None
+    if explained(run, MAPS):
+        data = io.BytesIO(run.read(MAPS))
         try:
-            with open(maps, "rb") as file, np.load(file, allow_pickle=False) as kept:
+            with np.load(data, allow_pickle=False) as kept:
                 picture = plots.heatmaps(run, dict(kept))
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-            raise BadInput(f"damaged maps {maps}: {error}; run the same attribute again") from None
+        except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise run.damaged(MAPS, error) from None
     return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}
