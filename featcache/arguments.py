@@ -52,12 +52,14 @@ def _are_numbers(value):
         return False
 
 
-def whole(least=None):
-    """The kind of whole numbers, from `least` on."""
+def whole(least=None, most=2**63 - 1):
+    """The kind of whole numbers, from `least` to `most`, which by default is the largest that torch takes."""
     words = "a whole number" if least is None else f"a whole number of at least {least}"
+    words += f" and at most {most}"
 
     def fits(value):
-        return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or value >= least)
+        low = -most if least is None else least
+        return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= most
 
     return Kind(words, fits)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def write_whole(path, data):
     """Write bytes or text to `path`, all or nothing."""
     with replacing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def remove(path):
+    """Delete what lies at a path, a folder with all that is in it; a link goes, not what it leads to."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ def choose_device(name=None, local_rank=0):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         # torch explains at length; its first sentence says what is wrong.
         reason = str(error).split("\n")[0].split(". ")[0]
         raise BadInput(f"--device {name}: cannot be used here ({reason})") from None

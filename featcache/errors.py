@@ -52,7 +52,11 @@ def nearest(word, known):
 
 def shown(value):
     """repr(value), cut short: input may be of any size, and what is wrong with it is to stay one line."""
-    return _repr.repr(value)
+    try:
+        return _repr.repr(value)
+    except ValueError:
+        # Python writes out no numbers of more than 4,300 digits.
+        return "a number of thousands of digits"
 
 
 def printable(text):

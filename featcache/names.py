@@ -3,6 +3,8 @@
 from featcache.atomic import PARTIAL
 from featcache.errors import BadInput, shown
 
+# What lies beside the splits of a store, in either format.
+BESIDE_SPLITS = ("commits", "manifest.json", "zarr.json", "index.h5")
 # File systems take 255 bytes; what is added to a name while its file is written needs some of them.
 MOST_BYTES = 200
 
@@ -19,6 +21,19 @@ def file_name(name, what, taken=()):
     if reason:
         raise BadInput(f"{what} {shown(name)} cannot be the name of a file: it {reason}; give it another name")
     return name
+
+
+def split_name(name):
+    """Return a name that can be that of a split, which becomes a folder of a store. Raises BadInput."""
+    if isinstance(name, str) and "@" in name:
+        raise BadInput(f"split {shown(name)}: `@` is kept for the views of a split; give it another name")
+    return file_name(name, "split", BESIDE_SPLITS)
+
+
+def is_text(value):
+    """Whether a value is text that any file can hold: not blank, without a zero byte or half a surrogate pair."""
+    whole = isinstance(value, str) and value.strip() and "\0" not in value
+    return bool(whole) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _why_not(name, taken):

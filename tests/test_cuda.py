@@ -49,5 +49,5 @@ def test_a_full_gpu_is_one_line(monkeypatch, command):
     code, _, err = command("verify", "s.zarr")
     assert code == 2
     assert err == (
-        "Error: CUDA out of memory. Tried to allocate 20.00 GiB; take smaller batches, less --memory, or --device cpu\n"
+        "Error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB): take a machine with more memory\n"
     )

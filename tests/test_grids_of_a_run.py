@@ -1,7 +1,6 @@
 """A run folder that several grids were trained into, and grids in which nothing is chosen."""
 
 import csv
-import json
 import shutil
 
 import pytest
@@ -13,7 +12,9 @@ from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.probe_file import find_probes
 from featcache.probes.run import best, open_run, select
+from featcache.probes.run_file import checksum
 from featcache.reporting.table import score_rows
+from featcache.store.sealed import seal, unseal
 
 OTHER = {
     "probes": [
@@ -93,9 +94,9 @@ def test_killed_amid_the_second_grid(first, second, store, tmp_path, capsys):
     done = featcache.train_probes({"probes": [OTHER["probes"][0] | {"seed": 1}]}, store=store, run=tmp_path / "some")
     for file in (done.path / "probes").iterdir():
         shutil.copy(file, run / "probes")
-    summary = json.loads((run / "run.json").read_text())
+    summary = unseal((run / "run.json").read_bytes())
     del summary["key"]
-    (run / "run.json").write_text(json.dumps(summary))
+    (run / "run.json").write_bytes(seal(summary))
     before = {path: path.stat().st_mtime_ns for path in (run / "probes").iterdir()}
     assert_union(featcache.train_probes(GRID, store=store, run=run), first, done)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -110,9 +111,9 @@ def test_probes_that_an_older_version_dropped_from_the_scores_come_back(first, s
         shutil.copy(file, run / "probes")
     for name in (*TABLES, "grid.yaml"):
         shutil.copy(second.path / name, run)
-    summary = json.loads((second.path / "run.json").read_text())
+    summary = unseal((second.path / "run.json").read_bytes())
     del summary["grids"]
-    (run / "run.json").write_text(json.dumps(summary))
+    (run / "run.json").write_bytes(seal(summary))
     assert_union(featcache.train_probes(OTHER, store=store, run=run), second, first)
 
 
@@ -134,6 +135,9 @@ def test_maps_of_probes_that_are_gone_are_left_out_with_a_notice(first, store, c
     for name in ("attribution.csv", "scores.csv"):
         lines = (run / name).read_text().splitlines(keepends=True)
         (run / name).write_text("".join(x for x in lines if name == "attribution.csv" or not x.startswith(gone)))
+    summary = unseal((run / "run.json").read_bytes())
+    summary["files"]["scores.csv"] = checksum((run / "scores.csv").read_bytes())
+    (run / "run.json").write_bytes(seal(summary))
     code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
     assert code == 0 and f"has 1 probes that the run does not have ({gone})" in err and "Traceback" not in err
     page = (tmp_path / "page.html").read_text()

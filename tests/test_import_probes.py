@@ -1,7 +1,6 @@
 """How-to-Probe's mmpretrain checkpoints as probes of a run: the same logits, and no invented training."""
 
 import csv
-import json
 import math
 import shutil
 import sys
@@ -28,6 +27,7 @@ from featcache.probes.heads.weights import initial_weights
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import select
 from featcache.probes.spec import Head, imported_spec
+from featcache.store.sealed import seal, unseal
 
 C, H = 10, 12
 
@@ -185,10 +185,10 @@ def test_the_run_is_one_like_any_other(run, ids, files, checkpoint, store, tmp_p
 
 def test_the_same_again_and_a_kill_in_between(run, files, store, tmp_path):
     shutil.copytree(run.path, tmp_path / "r")
-    summary = json.loads((tmp_path / "r/run.json").read_text())
+    summary = unseal((tmp_path / "r/run.json").read_bytes())
     del summary["key"]
     summary["imported"] = summary["imported"][:2]
-    (tmp_path / "r/run.json").write_text(json.dumps(summary))
+    (tmp_path / "r/run.json").write_bytes(seal(summary))
     with pytest.raises(BadInput, match="not finished"):
         featcache.open_run(tmp_path / "r")
     for names, loss in (([n for n in files if n != "std-3"], "bce"), (["std-3"], "ce")):

@@ -79,10 +79,12 @@ def test_many_classes_and_many_leaks_are_summed_up(tmp_path, command, monkeypatc
 
 
 def test_sources_without_files_are_looked_at_too(tmp_path):
-    shard = {"1.jpg": b"no image", "1.cls": b"0", "2.cls": b"1"}
+    shard = {"1.jpg": b"no image", "1.cls": b"0", "2.jpg": b"", "2.cls": b"1"}
     write_tar(tmp_path / "train-0000.tar", shard)
     found = featcache.inspect_dataset("webdataset", tmp_path)
-    assert found.splits["train"].bad == (("1", f"unreadable image {tmp_path}/train-0000.tar:1.jpg: not an image"),)
+    (first, reason), (second, empty) = found.splits["train"].bad
+    assert first == "1" and reason.startswith(f"unreadable image {tmp_path}/train-0000.tar:1.jpg: not an image")
+    assert second == "2" and empty.endswith("2.jpg: the file is empty")
 
 
 def test_a_store_or_a_dataset(tmp_path, command):

@@ -114,13 +114,13 @@ def test_inaturalist_annotations(tmp_path):
     path = tmp_path / "val2018.json"
     whole = json.loads(path.read_text())
     for change, message in (
-        ({"annotations": []}, r"val2018\.json: broken or missing entry 5"),
-        ({"annotations": [{"image_id": 5, "category_id": 7}]}, r"broken or missing entry 7"),
+        ({"annotations": []}, r"val2018\.json: image 5 has no annotation"),
+        ({"annotations": [{"image_id": 5, "category_id": 7}]}, r"annotation 0 has an unknown category_id: 7"),
         (
             {"categories": whole["categories"][:1] + [{"id": 1, "name": "Pica"}]},
             "its categories are not those of train",
         ),
-        ({"images": 3}, "broken or missing entry"),
+        ({"images": 3}, "'images' must be a list with entries"),
     ):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(BadInput, match=message):

@@ -65,7 +65,7 @@ def test_labels_of_several_kinds(tmp_path):
     assert label("json", b'{"label": 2}') == (("0", "1", "2"), [2])
     assert label("json", b'{"labels": ["b", "a"]}') == (("a", "b"), [[1, 1]])
     for suffix, content, message in (
-        ("json", b"{", r"1\.json: Expecting"),
+        ("json", b"{", r"1\.json, line 1: Expecting"),
         ("json", b"{}", "1 has no label"),
         ("png", b"", "1 has no label"),
         ("cls", b"\xff", "1.cls: 'utf-8'"),

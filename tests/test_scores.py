@@ -18,6 +18,7 @@ from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
 from featcache.probes.scores import scoring
 from featcache.reporting.table import score_rows
+from featcache.store.sealed import seal, unseal
 
 GRID = {
     "probes": [
@@ -72,7 +73,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
 
 def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monkeypatch):
     shutil.copytree(run.path, tmp_path / "r")
-    summary = json.loads((tmp_path / "r/run.json").read_text())
+    summary = unseal((tmp_path / "r/run.json").read_bytes())
     (tmp_path / "r/run.json").write_text(
         json.dumps({k: summary[k] for k in ("store_id", "seed", "splits", "select", "search")})
     )
@@ -155,8 +156,8 @@ def test_choosing_on_test_is_said_wherever_scores_are_shown(run, store, command,
 def test_report_chosen_by_nll(run, tmp_path):
     """A metric without chance, and for which lower is better."""
     shutil.copytree(run.path, tmp_path / "r")
-    summary = json.loads((tmp_path / "r/run.json").read_text())
-    (tmp_path / "r/run.json").write_text(json.dumps(summary | {"select": {"metric": "nll", "split": "val"}}))
+    summary = unseal((tmp_path / "r/run.json").read_bytes())
+    (tmp_path / "r/run.json").write_bytes(seal(summary | {"select": {"metric": "nll", "split": "val"}}))
     page = featcache.report([tmp_path / "r"], tmp_path / "r.html").read_text()
     assert "<td>chance</td>" not in page and page.count("<img") == 3 and "val NLL" in page
     with pytest.raises(BadInput, match="different metrics do not fit one page: map, nll"):
@@ -203,8 +204,8 @@ def test_compare_refuses_what_cannot_be_compared(run, store, command, tmp_path):
         code, _, err = command("compare", "--run", run.path, *words)
         assert code == 2 and message in err, err
     shutil.copytree(run.path, tmp_path / "r")
-    summary = json.loads((tmp_path / "r/run.json").read_text())
+    summary = unseal((tmp_path / "r/run.json").read_bytes())
     summary["splits"] |= {"test": ["val"]}
-    (tmp_path / "r/run.json").write_text(json.dumps(summary))
+    (tmp_path / "r/run.json").write_bytes(seal(summary))
     code, _, err = command("compare", "--run", run.path, "--run", tmp_path / "r", "--select", "best map")
     assert code == 2 and "their test splits hold other images" in err

@@ -179,6 +179,8 @@ def test_top_k_run(tmp_path):
         for marker in (tmp_path / f"s.zarr/commits/{split}").iterdir():
             marker.write_bytes(seal(unseal(marker.read_bytes()) | {"split": split, "store": manifest["id"]}))
         manifest["splits"][split] = manifest["splits"]["train"]
+        named = {name: entry for name, entry in manifest["files"].items() if name.startswith("train/")}
+        manifest["files"] |= {name.replace("train", split, 1): entry for name, entry in named.items()}
     file.write_bytes(seal(manifest))
     run = featcache.train_probes(
         {"probes": GRID["probes"][:1]}, store=tmp_path / "s.zarr", run=tmp_path / "r", allow_overlap=True
@@ -334,7 +336,7 @@ def test_arguments_that_make_no_sense(store, tmp_path, given, message):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("text, message", [("[]", "is not a run folder"), ('{"key": "a"}', "run.json lacks store")])
+@pytest.mark.parametrize("text, message", [("[]", "run.json: it is no JSON object"), ('{"key": "a"}', "run.json: it lacks store")])
 def test_a_run_json_that_is_something_else(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(BadInput, match=message):

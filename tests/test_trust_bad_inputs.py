@@ -260,7 +260,7 @@ TWINS = {
                 "size": 32, "workers": 0},
     "inspect_dataset": {"name": "manifest", "root": "{images}"},
     "layers": {"backbone": "{net}", "arch": "trust:network"},
-    "verify": {"store": "{store}"},
+    "verify": {"path": "{store}"},
     "open_store": {"path": "{store}"},
     "open_run": {"folder": "{run}"},
     "convert": {"store": "{store}", "out": "new.hdf5"},

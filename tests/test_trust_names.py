@@ -217,7 +217,7 @@ def craft_a_run(place, images, name):
     with place.watched() as inside:
         store = trust.quietly(lambda: trust.write_store(images, inside / "s.zarr"))[0]
         trust.quietly(lambda: trust.train(store, inside / "whole"))
-        summary = json.loads((inside / "whole/run.json").read_text())
+        summary = unseal((inside / "whole/run.json").read_bytes())
         key = next(iter(summary["grids"]))
         for change in (
             {"grids": {key: name}},
@@ -229,7 +229,7 @@ def craft_a_run(place, images, name):
             {"files": {name: {"bytes": 1, "crc32": 0}}},
         ):
             run = trust.copied(inside / "whole", inside / "run")
-            (run / "run.json").write_text(json.dumps(summary | change))
+            (run / "run.json").write_bytes(seal(summary | change))
             use(lambda r=run: featcache.attribute(r, limit=1))
             use(lambda r=run: featcache.verify(r))
             use(lambda r=run: featcache.verify(r, repair=True))

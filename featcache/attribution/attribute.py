@@ -23,7 +23,7 @@ from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import find_probes, load_probes
 from featcache.probes.run import best, open_run, select, store_of
-from featcache.probes.run_file import ATTRIBUTION, entry_of, seal_files
+from featcache.probes.run_file import ATTRIBUTION, seal_files, write_file
 from featcache.store.folder import open_folder
 from featcache.store.manifest import difference
 
@@ -250,7 +250,4 @@ def _write(run, rows, panels, data, kept, pictures, preprocessing):
     with place.locked(f"waiting: another process is training into {run}"):
         # Until both are there, run.json knows of neither.
         seal_files(run, dict.fromkeys(written))
-        for name, data in written.items():
-            with place.writing(name) as file:
-                file.write(data)
-        seal_files(run, {name: entry_of(data) for name, data in written.items()})
+        seal_files(run, {name: write_file(run, name, data) for name, data in written.items()})

@@ -57,6 +57,11 @@ class Encoder:
     others: tuple[str, ...]
 
 
+# What weights, and what counters, may be saved as.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool)
+
+
 def find_encoder(content, signatures, known, path, weights_key=None, arch=None):
     """Find the one encoder in the content of a checkpoint.
 
@@ -65,7 +70,10 @@ def find_encoder(content, signatures, known, path, weights_key=None, arch=None):
     take, such as "teacher" or "state_dict_ema". arch: the architecture's name, if --arch gave it. Raises BadInput if
     there is none, or more than one and no rule to choose.
     """
-    flat = {name: tensor for name, tensor in _tensors(content, ())}
+    try:
+        flat = {name: tensor for name, tensor in _tensors(content, ())}
+    except RecursionError:
+        raise BadInput(f"checkpoint {path} holds dicts within dicts without end; save its state_dict alone") from None
     if not flat:
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise BadInput(f"checkpoint {path} holds no tensors by name (it holds: {held[:200]})")
@@ -212,14 +220,16 @@ def load_strictly(network, tensors, classifier, path, arch):
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
-    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v)]
+    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
+    endless = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
     problems = [
         f"{name}: {_few(keys)}"
         for name, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
-            ("not plain numbers", odd),
+            ("not plain numbers of 16 bits or more", odd),
+            ("not finite", endless),
         )
         if keys
     ]
@@ -234,8 +244,15 @@ def load_strictly(network, tensors, classifier, path, arch):
     )
 
 
-def _is_odd(tensor):
-    return tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex()
+def _is_odd(tensor, wanted):
+    """Whether a tensor is of another kind than the network's own: whole numbers stand for weights in quantised files."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return True
+    return tensor.dtype not in FLOATS if wanted.is_floating_point() else tensor.dtype not in WHOLE
+
+
+def _is_finite(tensor):
+    return bool(torch.isfinite(torch.stack(tensor.float().aminmax())).all()) if tensor.numel() else True
 
 
 def _few(keys, most=8):

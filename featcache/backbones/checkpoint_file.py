@@ -19,7 +19,7 @@ import safetensors
 import torch
 
 from featcache.backbones.pickle_scan import Scan, StandIn, saved_module, scan_legacy, scan_pickle
-from featcache.errors import BadInput
+from featcache.errors import LONGEST_LINE, BadInput
 
 # A tensor may be larger than its storage if it repeats it; this much is no attack.
 SLACK_BYTES = 16 << 20
@@ -217,18 +217,19 @@ def _needs_code(path, scan):
         what = f"it holds a whole module, {name}{f', under {way!r}' if way else ''}"
     else:
         what = (foreign or sorted(scan.globals) or ["a reference to outside"])[0]
-    # Quotes and the like would end the line's own quotes.
-    source = path if not set(str(path)) & set("\"'$`\\!") else "in.pth"
-    code, place = CONVERSION.format(source=source), ""
+    code, place = CONVERSION, ""
     if packages := sorted({name.split(".")[0] for name in foreign} - sys.stdlib_module_names):
         place = f" that has {', '.join(packages)}"
     if local := [name.removeprefix("__main__.") for name in foreign if name.startswith("__main__.")]:
         # A pickle looks for such a class in the program that reads it.
         code = f"from your_script import {', '.join(local)}; {code}"
         place += f", next to the script that defines {', '.join(local)}, which is called your_script here"
+    # Quotes and the like would end the line's own quotes, and a long path would not leave it whole.
+    plain = not set(str(path)) & set("\"'$`\\!") and len(code) + len(str(path)) < LONGEST_LINE - 20
     return BadInput(
         f"checkpoint {path} needs code execution to load ({what}); featcache refuses that. If you trust the file, "
-        f'convert it in a sandbox{place}: python -c "{code}"'
+        f"convert it in a sandbox{place}{'' if plain else ', copied there as in.pth'}:",
+        f'python -c "{code.format(source=path if plain else "in.pth")}"',
     )
 
 

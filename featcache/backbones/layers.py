@@ -21,7 +21,7 @@ class Layer:
     reductions: tuple[str, ...]
 
 
-@takes(backbone=OR_LOADED, arch=NAME, size=whole(1), seed=whole(), weights_key=NAME)
+@takes(backbone=OR_LOADED, arch=NAME, size=whole(1, 100_000), seed=whole(), weights_key=NAME)
 def layers(backbone, arch=None, size=None, seed=0, weights_key=None):
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 

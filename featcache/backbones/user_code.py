@@ -32,18 +32,19 @@ def user_architecture(name):
 def _build(name):
     path, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        # Last, so that a file here, such as a zarr.py, does not stand in for a package.
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         raise BadInput(f"--arch {name}: {error} (looked in the current directory and the installed packages)") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--arch {name}: importing {path} fails: {_line(error)}") from None
     if not hasattr(module, function):
         raise BadInput(f"--arch {name}: {path} has no {function!r}{nearest(function, dir(module))}")
     try:
         network = getattr(module, function)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--arch {name}: calling {function}() fails: {_line(error)}") from None
     if not isinstance(network, nn.Module):
         raise BadInput(f"--arch {name}: {function}() returns {type(network).__name__}, not a torch.nn.Module")

@@ -40,7 +40,9 @@ from featcache.cli.options import (
     help="The network's arithmetic: float32, tf32, bf16 or fp16.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
-@click.option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: half the cores, at most 8]")
+@click.option(
+    "--workers", type=click.IntRange(0, 1024), help="Decoding processes.  [default: half the cores, at most 8]"
+)
 @device_option
 @click.option(
     "--views",

@@ -58,7 +58,9 @@ def _scarce(error, options):
             f"{AGAIN}; it goes on where it stopped"
         )
     if any(word in text for word in NO_SHARED_MEMORY):
-        return f"no room in shared memory, /dev/shm: give it more (docker run --shm-size 2g) or take --workers 0, {AGAIN}"
+        return (
+            f"no room in shared memory, /dev/shm: give it more (docker run --shm-size 2g) or take --workers 0, {AGAIN}"
+        )
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(word in text for word in NO_MEMORY):
         remedies = [SMALLER[name] for name in SMALLER if name in options]
         if "device" in options and "cuda" in text:

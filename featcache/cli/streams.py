@@ -34,7 +34,9 @@ def prepare_streams():
     # What another program has put in its place is left alone.
     if sys.stderr is sys.__stderr__ or sys.__stderr__ is None:
         raw = _Deaf(2, "w", closefd=False)
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", write_through=True)
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", write_through=True
+        )
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 

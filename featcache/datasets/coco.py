@@ -11,14 +11,16 @@ import numpy as np
 from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.datasets.layout import (
     archives,
+    check_references,
     known_splits,
+    read_entries,
     read_flag,
     read_json,
     require_folder,
     wrong_layout,
 )
 from featcache.datasets.record import Dataset, Record
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 SPLITS = ("train", "val")
 # The input side with which the reference project probes COCO.
@@ -124,23 +126,9 @@ def _open(path):
     from pycocotools.coco import COCO
 
     parsed = read_json(path)
-    for key, fields in FIELDS.items():
-        entries = parsed.get(key) if isinstance(parsed, dict) else None
-        if not isinstance(entries, list) or not (entries or key == "annotations"):
-            raise BadInput(f"annotation {path}: {key!r} must be a list with entries")
-        seen = set()
-        for n, entry in enumerate(entries):
-            for field, kind in fields.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
-                    raise BadInput(f"annotation {path}: {key} entry {n} lacks {field!r}, or it is no {kind.__name__}")
-            if entry["id"] in seen:
-                raise BadInput(f"annotation {path}: {key} id {entry['id']} comes twice")
-            seen.add(entry["id"])
-    images, categories = ({entry["id"] for entry in parsed[key]} for key in ("images", "categories"))
-    for found in parsed["annotations"]:
-        for field, known in (("image_id", images), ("category_id", categories)):
-            if found[field] not in known:
-                raise BadInput(f"annotation {path}: annotation {found['id']} has an unknown {field}: {found[field]}")
+    entries = read_entries(parsed, FIELDS, path)
+    images, categories = ({entry["id"] for entry in entries[key]} for key in ("images", "categories"))
+    check_references(entries["annotations"], {"image_id": images, "category_id": categories}, path)
     coco = COCO()
     coco.dataset = parsed
     # It prints its progress.
@@ -193,9 +181,10 @@ def _flag(found, name, path):
         return read_flag(found.get(name))
     except ValueError:
         raise BadInput(
-            f"annotation {path}: {name} of annotation {found['id']} is {found[name]!r}, expected 0 or 1"
+            f"annotation {path}: {name} of annotation {found['id']} is {shown(found[name])}, expected 0 or 1"
         ) from None
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    # No float32 is as large as 1e300, nor any number that float() does not take.
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)

@@ -1,18 +1,25 @@
 """From the records as a layout lists them to complete ones: sizes measured, boxes and ids checked."""
 
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import click
 import numpy as np
 from tqdm import tqdm
 
 from featcache.datasets.image import measure_image
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
+from featcache.names import is_text
 
 # Threads, since they wait for the disk. A task is a run of images, for one would be all overhead.
 THREADS = 16
 TASK = 64
+# Every row of a store has room for the longest id.
+MOST_ID_BYTES = 4096
+# As large as JPEG and PNG allow, and more.
+MOST_PIXELS = 2**31 - 1
 
 
 def completed(dataset):
@@ -21,13 +28,39 @@ def completed(dataset):
     Reads the header of every image whose size no annotation gives, in threads. Raises BadInput for an image that
     is missing or has no header, for an id that comes twice, and for a box that lies outside its image.
     """
-    splits = {}
+    splits, cut = {}, 0
+    for name in dataset.classes:
+        if not is_text(name):
+            raise BadInput(f"{dataset.name}: a class has the name {shown(name)}, which is not text that can be written")
     for split, records in dataset.splits.items():
+        where = f"{dataset.name}, split {split}"
         for image_id in repeated_ids(records)[:1]:
-            raise BadInput(f"{dataset.name}, split {split}: id {image_id!r} comes twice")
+            raise BadInput(f"{where}: id {shown(image_id)} comes twice")
+        _check_records(records, dataset, where)
         words = f"sizes of {split}"
         splits[split] = tuple(over_threads(_complete_record, records, words, "img", THREADS))
+        cut += sum(int((a.boxes != b.boxes).any(1).sum()) for a, b in zip(records, splits[split], strict=True))
+    if cut:
+        click.echo(f"notice: {cut:,} boxes hang over the edges of their images and were cut there", err=True)
     return replace(dataset, splits=splits)
+
+
+def _check_records(records, dataset, where):
+    """Raise BadInput for a record whose id, size, labels or boxes cannot be stored as they are."""
+    classes = len(dataset.classes)
+    for record in records:
+        here = f"{where}, image {shown(record.id)}"
+        if not is_text(record.id) or len(record.id.encode()) > MOST_ID_BYTES:
+            raise BadInput(f"{here}: its id is not text of at most {MOST_ID_BYTES:,} bytes that can be written")
+        if isinstance(record.image, str) and not is_text(record.image):
+            raise BadInput(f"{here}: its path {shown(record.image)} is none")
+        for side in (record.height, record.width):
+            if side is not None and (type(side) is not int or not 1 <= side <= MOST_PIXELS):
+                raise BadInput(f"{here}: {shown(side)} is no height or width in pixels")
+        if dataset.task == "single-label" and not 0 <= record.labels < classes:
+            raise BadInput(f"{here}: label {shown(record.labels)} is out of range, there are {classes} classes")
+        if len(record.boxes) and not np.isfinite(record.boxes).all():
+            raise BadInput(f"{here}: a box has a corner that is no finite number")
 
 
 def repeated_ids(records):
@@ -78,6 +111,11 @@ def clip_boxes(record, height, width):
 def file_length(path):
     """Length of a file in bytes. Raises BadInput if there is none."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except FileNotFoundError:
         raise BadInput(f"image not found: {path}") from None
+    except OSError as error:
+        raise BadInput(f"image {shown(path)} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadInput(f"image {path} is not a file")
+    return found.st_size

@@ -46,6 +46,8 @@ def read_huggingface(root, splits=None):
     require_folder(root)
     loaded = _load(root)
     named = loaded if isinstance(loaded, dict) else {ONE_SPLIT: loaded}
+    if not named:
+        raise BadInput(f"the Hugging Face dataset {root} has no splits")
     features = next(iter(named.values())).features
     image, label = _columns(root, features)
     rows = [(split, row) for split in named for row in range(len(named[split]))]

@@ -11,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from featcache.datasets.sources import open_source
 from featcache.errors import BadInput
 
+# Those that docs/datasets.md lists. PIL knows others, and hands some of them to programs outside, such as Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # Enough that two images of any dataset share a digest only if they are the same.
 DIGEST_BYTES = 16
 
@@ -30,7 +32,7 @@ def read_image(source, reduce=1):
     be the same, is the first 16 bytes of the sha256 of the encoded file.
     Raises BadInput, naming the source, when it is no readable image.
     """
-    with _naming(source), open_source(source) as file, Image.open(file) as image:
+    with _naming(source), open_source(source) as file, Image.open(file, formats=FORMATS) as image:
         if reduce > 1:
             image.draft("RGB", (image.width // reduce, image.height // reduce))
         image.load()
@@ -46,7 +48,7 @@ def measure_image(source):
 
     Raises BadInput, naming the source, when it has no header of an image.
     """
-    with _naming(source), open_source(source) as file, Image.open(file) as image:
+    with _naming(source), open_source(source) as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         return file.seek(0, os.SEEK_END), height, width
 
@@ -59,7 +61,7 @@ def _naming(source):
         raise BadInput(f"image not found: {source}") from None
     except UnidentifiedImageError:
         with open_source(source) as file:
-            reason = "not an image" if file.read(1) else "the file is empty"
+            reason = f"not an image of a known kind ({', '.join(FORMATS)})" if file.read(1) else "the file is empty"
         raise BadInput(f"unreadable image {source}: {reason}") from None
     # What PIL's decoders raise on a damaged file is anything from OSError to struct.error.
     except Exception as error:

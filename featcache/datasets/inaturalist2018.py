@@ -3,7 +3,9 @@
 import os
 
 from featcache.datasets.layout import (
+    check_references,
     known_splits,
+    read_entries,
     read_json,
     require_folder,
     wrong_layout,
@@ -12,6 +14,12 @@ from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 
 SPLITS = ("train", "val")
+# What every entry must have, for what is read here.
+FIELDS = {
+    "images": {"id": int, "file_name": str},
+    "categories": {"id": int, "name": str},
+    "annotations": {"image_id": int, "category_id": int},
+}
 TREE = """
 train2018.json
 val2018.json
@@ -28,16 +36,15 @@ def read_inaturalist2018(root, splits=None):
         if not path.is_file() or not (root / "train_val2018").is_dir():
             missing = "train_val2018" if path.is_file() else path.name
             raise wrong_layout(root, f"no {missing} in {root}", TREE)
-        parsed = read_json(path)
-        try:
-            names = {c["id"]: str(c["name"]) for c in parsed["categories"]}
-            index = {category: n for n, category in enumerate(sorted(names))}
-            labels = {a["image_id"]: index[a["category_id"]] for a in parsed["annotations"]}
-            read[split] = tuple(
-                _record(root, image, labels) for image in sorted(parsed["images"], key=lambda i: i["id"])
-            )
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"annotation {path}: broken or missing entry {error}") from None
+        entries = read_entries(read_json(path), FIELDS, path)
+        names = {category["id"]: category["name"] for category in entries["categories"]}
+        images = {image["id"]: image for image in entries["images"]}
+        check_references(entries["annotations"], {"image_id": images, "category_id": names}, path)
+        index = {category: n for n, category in enumerate(sorted(names))}
+        labels = {found["image_id"]: index[found["category_id"]] for found in entries["annotations"]}
+        for unlabelled in sorted(images.keys() - labels.keys())[:1]:
+            raise BadInput(f"annotation {path}: image {unlabelled} has no annotation")
+        read[split] = tuple(_record(root, images[image], labels) for image in sorted(images))
         if classes not in (None, names):
             raise BadInput(f"{path}: its categories are not those of {SPLITS[0]}2018.json")
         classes = names

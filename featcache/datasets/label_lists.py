@@ -5,7 +5,7 @@ import json
 import re
 from functools import partial
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 # In this order; None is white space.
 SEPARATORS = {"semicolon": ";", "comma": ",", "bar": "|", "space": None}
@@ -62,7 +62,7 @@ def _read_list(text, where, n):
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         pass
-    raise BadInput(f'{where(n)}: {text!r} is no list as JSON or Python write it; write ["a", "b"]')
+    raise BadInput(f'{where(n)}: {shown(text)} is no list as JSON or Python write it; write ["a", "b"]')
 
 
 def _separator(texts, several):

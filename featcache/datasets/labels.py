@@ -6,9 +6,10 @@ import click
 import numpy as np
 
 from featcache.datasets.label_lists import split_texts
-from featcache.datasets.layout import known_splits
+from featcache.datasets.layout import known_splits, whole_number
 from featcache.datasets.record import Dataset
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
+from featcache.names import split_name
 
 # No dataset has more classes; a larger index is some other number, such as an id.
 MOST_CLASSES = 1_000_000
@@ -41,7 +42,7 @@ def index_labels(values, where, place, names=None, rule="label", advice=()):
     for n, labels in enumerate(lists):
         for label in labels:
             if label not in index:
-                raise BadInput(f"{where(n)}: label {label!r} is out of range, there are {len(names)} classes")
+                raise BadInput(f"{where(n)}: label {shown(label)} is out of range, there are {len(names)} classes")
     if not several:
         return tuple(names), "single-label", [index[label] for (label,) in lists]
     rows = []
@@ -55,6 +56,11 @@ def group_splits(name, classes, task, rows, splits, place):
     """A Dataset from rows (split, Record): of the splits asked for, else of all. place: for messages."""
     found = {}
     for split, record in rows:
+        if split not in found:
+            try:
+                split_name(split)
+            except BadInput as error:
+                raise BadInput(f"{place}: {error.message}") from None
         found.setdefault(split, []).append(record)
     chosen = known_splits(splits, tuple(found), place)
     return Dataset(
@@ -70,9 +76,9 @@ def _plain(label, where, n):
     if isinstance(label, numbers.Integral) and not isinstance(label, bool):
         return int(label)
     if isinstance(label, str) and label.strip():
-        label = label.strip()
-        return int(label) if label.removeprefix("-").isdecimal() else label
-    raise BadInput(f"{where(n)}: label {label!r} is neither a class index nor a name")
+        number = whole_number(label)
+        return label.strip() if number is None else number
+    raise BadInput(f"{where(n)}: label {shown(label)} is neither a class index nor a name")
 
 
 def _names(found, lists, where):
@@ -80,11 +86,11 @@ def _names(found, lists, where):
     if indices and indices != found:
         name = min(found - indices)
         n = next(n for n, labels in enumerate(lists) if name in labels)
-        raise BadInput(f"{where(n)}: label {name!r} is a name, where other images have class indices")
+        raise BadInput(f"{where(n)}: label {shown(name)} is a name, where other images have class indices")
     if not indices:
         return sorted(found)
     for n, labels in enumerate(lists):
         for label in labels:
             if not 0 <= label < MOST_CLASSES:
-                raise BadInput(f"{where(n)}: label {label} is out of range; class indices count from 0")
+                raise BadInput(f"{where(n)}: label {shown(label)} is out of range; class indices count from 0")
     return [str(n) for n in range(max(indices) + 1)]

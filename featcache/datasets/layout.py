@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 # As torchvision's ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -127,22 +127,73 @@ def read_list(path, separator=None):
     rows = []
     for number, line in read_lines(path):
         image, *label = line.rsplit(separator, 1)
-        if label and not label[0].strip().isdecimal():
-            raise BadInput(f"{path} line {number}: {label[0]!r} is no class index")
-        rows.append((number, image.strip(), int(label[0]) if label else None))
+        index = whole_number(label[0]) if label else None
+        if label and index is None:
+            raise BadInput(f"{path} line {number}: {shown(label[0])} is no class index")
+        rows.append((number, image.strip(), index))
     return rows
+
+
+def whole_number(text):
+    """The whole number that a text of plain digits is, with a minus sign maybe; None if it is none of 64 bits."""
+    text = text.strip()
+    digits = text.removeprefix("-")
+    # Eighteen digits always fit, and int() reads no more than 4,300.
+    return int(text) if digits.isascii() and digits.isdecimal() and len(digits) <= 18 else None
 
 
 def read_json(path):
     """Parse a JSON file. Raises BadInput with the line of a syntax error."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path), f"broken JSON in {path}")
     except FileNotFoundError:
         raise BadInput(f"annotation not found: {path}") from None
+
+
+def parse_json(text, where, line=None):
+    """Parse JSON. where: begins the error. line: of a file, where the text is one of its lines. Raises BadInput for what is none, or cannot be read by Python."""
+    at = f", line {line}" if line else ""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"broken JSON in {path}, line {error.lineno}: {error.msg}") from None
-    except RecursionError as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
+        raise BadInput(f"{where}, line {line or error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise BadInput(f"{where}{at}: it is nested too deeply") from None
+    except ValueError:
+        # All that is left: Python reads no numbers of more than 4,300 digits.
+        raise BadInput(f"{where}{at}: a number has too many digits") from None
+
+
+def read_entries(parsed, fields, path):
+    """The lists of entries of a parsed annotation file, {list: entries}, each an object with the fields that it needs.
+
+    fields: {list: {field: type}}; ids are told apart. Raises BadInput, which names the list and the entry.
+    """
+    for key, needed in fields.items():
+        entries = parsed.get(key) if isinstance(parsed, dict) else None
+        if not isinstance(entries, list) or not (entries or key == "annotations"):
+            raise BadInput(f"annotation {path}: {key!r} must be a list with entries")
+        seen = set()
+        for n, entry in enumerate(entries):
+            for field, kind in needed.items():
+                value = entry.get(field) if isinstance(entry, dict) else None
+                if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+                    raise BadInput(f"annotation {path}: {key} entry {n} lacks {field!r}, or it is no {kind.__name__}")
+            if "id" in needed and entry["id"] in seen:
+                raise BadInput(f"annotation {path}: {key} id {shown(entry['id'])} comes twice")
+            seen.add(entry.get("id"))
+    return {key: parsed[key] for key in fields}
+
+
+def check_references(found, known, path):
+    """Raise BadInput unless what annotations refer to is there. known: {field: ids}."""
+    for n, annotation in enumerate(found):
+        for field, ids in known.items():
+            if annotation[field] not in ids:
+                which = annotation.get("id", n)
+                raise BadInput(
+                    f"annotation {path}: annotation {shown(which)} has an unknown {field}: {shown(annotation[field])}"
+                )
 
 
 def read_flag(value):
@@ -152,7 +203,7 @@ def read_flag(value):
     """
     word = "" if value is None else str(value).strip().lower()
     if word not in FLAGS:
-        raise ValueError(f"{value!r} is no flag")
+        raise ValueError(f"{shown(value)} is no flag")
     return FLAGS[word]
 
 

@@ -1,16 +1,16 @@
 """A manifest: one CSV, JSONL or Parquet file that lists images and their labels."""
 
 import csv
-import json
+import math
 import os
 
 import numpy as np
 
 from featcache.datasets.label_lists import SEPARATORS
 from featcache.datasets.labels import group_splits, index_labels
-from featcache.datasets.layout import read_flag
+from featcache.datasets.layout import parse_json, read_flag
 from featcache.datasets.record import Record
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, shown
 
 ONE_SPLIT = "all"
 # Names of the columns of labels, and how their texts are read, see split_texts.
@@ -42,15 +42,19 @@ def read_manifest_file(path, splits=None):
     for n, row in enumerate(values):
         image = row["path"].strip()
         boxes = _boxes(row.get("boxes"), classes, where, n)
-        image_id, split = _cell(row, "id", image), _cell(row, "split", ONE_SPLIT)
+        image_id, split = _cell(row, "id", image, where, n), _cell(row, "split", ONE_SPLIT, where, n)
         record = Record(id=image_id, image=os.path.join(path.parent, image), labels=labels[n], **boxes)
         records.append((split, record))
     return group_splits("manifest", classes, task, records, splits, path)
 
 
-def _cell(row, column, default):
+def _cell(row, column, default, where, n):
     value = row.get(column)
-    return default if value in (None, "") else str(value).strip()
+    if value is None or value == "":
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadInput(f"{where(n)}: {column} {shown(value)} is neither text nor a whole number")
+    return str(value).strip()
 
 
 def _read_rows(path):
@@ -88,10 +92,7 @@ def _read_jsonl(path):
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise BadInput(f"broken JSON in {path}, line {number}: {error.msg}") from None
+            rows.append((number, parse_json(line, f"broken JSON in {path}", number)))
             if not isinstance(rows[-1][1], dict):
                 raise BadInput(f"{path} line {number}: not an object")
     return rows
@@ -137,17 +138,35 @@ def _labels(path, rows, where):
 
 def _boxes(value, classes, where, n):
     """A Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": may be missing}]."""
-    if value in (None, ""):
+    if value is None or value == "":
         return {}
+    entries = parse_json(value, f"{where(n)}: boxes are broken JSON") if isinstance(value, str) else value
     try:
-        entries = json.loads(value) if isinstance(value, str) else value
-        boxes = np.array([e["box"] for e in entries], np.float32).reshape(-1, 4)
-        names = [e["label"] if isinstance(e["label"], int) else classes.index(e["label"]) for e in entries]
+        if not isinstance(entries, list):
+            raise TypeError(f"{shown(entries)} is no list")
+        boxes = np.array([_corners(e["box"]) for e in entries], np.float32).reshape(-1, 4)
+        names = [_class_of(e["label"], classes) for e in entries]
         difficult = np.array([read_flag(e.get("difficult")) for e in entries], bool)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadInput(
             f'{where(n)}: boxes must be a list of {{"box": [x0, y0, x1, y1], "label": a class}}: {error}'
         ) from None
     if any(not 0 <= label < len(classes) for label in names):
         raise BadInput(f"{where(n)}: a box's label is out of range, there are {len(classes)} classes")
     return {"boxes": boxes, "box_classes": np.array(names, np.int64), "box_difficult": difficult}
+
+
+def _corners(box):
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        raise ValueError(f"{shown(box)} is no four numbers")
+    return box
+
+
+def _class_of(label, classes):
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise TypeError(f"{shown(label)} is no class")
+    if isinstance(label, int):
+        return label
+    if label not in classes:
+        raise ValueError(f"{shown(label)} is not one of the classes{nearest(label, classes)}")
+    return classes.index(label)

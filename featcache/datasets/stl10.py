@@ -11,7 +11,8 @@ from featcache.datasets.layout import (
 )
 from featcache.datasets.record import Dataset, Record
 from featcache.datasets.sources import Pixels
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
+from featcache.names import is_text
 
 SIDE = 96
 SPLITS = ("train", "test")
@@ -32,6 +33,9 @@ def read_stl10(root, splits=None):
     if home is None:
         raise wrong_layout(root, f"no class_names.txt in {root}", TREE)
     classes = tuple(line for _, line in read_lines(home / "class_names.txt"))
+    for name in classes:
+        if not is_text(name):
+            raise BadInput(f"{home / 'class_names.txt'}: {shown(name)} is no name of a class")
     return Dataset(
         name="stl10",
         classes=classes,

@@ -1,5 +1,6 @@
 """PASCAL VOC 2007 and 2012 in their VOCdevkit layout (Everingham et al., IJCV 2010)."""
 
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from featcache.datasets.augmentation import MULTI_LABEL
-from featcache.datasets.layout import read_flag, read_text, require_folder, wrong_layout
+from featcache.datasets.image import FORMATS
+from featcache.datasets.layout import read_flag, read_text, require_folder, whole_number, wrong_layout
 from featcache.datasets.record import Dataset, Record
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
+from featcache.names import file_name
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -56,7 +59,7 @@ class VocMasks:
 
 def _read_indices(path, size):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode not in ("P", "L"):
                 raise BadInput(f"segmentation mask {path} is no palette image but {image.mode}")
             if image.size != size[::-1]:
@@ -131,12 +134,12 @@ def _read_ids(home, split):
     except FileNotFoundError:
         there = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
         raise BadInput(f"split file not found: {path} (splits there: {', '.join(there) or 'none'})") from None
-    ids = [line.split()[0] for line in lines if line.strip()]
+    ids = [file_name(line.split()[0], f"id in {path}:") for line in lines if line.strip()]
     if not ids:
         raise BadInput(f"split file is empty: {path}")
     if len(set(ids)) < len(ids):
         repeated = next(i for n, i in enumerate(ids) if i in ids[:n])
-        raise BadInput(f"split file {path} lists {repeated!r} twice")
+        raise BadInput(f"split file {path} lists {shown(repeated)} twice")
     return ids
 
 
@@ -145,7 +148,7 @@ def _parse(path):
         return ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise BadInput(f"annotation not found: {path}") from None
-    except (ElementTree.ParseError, UnicodeDecodeError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, RecursionError, ValueError) as error:
         raise BadInput(f"broken XML in {path}: {error}") from None
     except OSError as error:
         raise BadInput(f"cannot read annotation {path}: {error}") from None
@@ -161,20 +164,35 @@ def _read_annotation(home, image_id):
         try:
             return kind(text)
         except (TypeError, ValueError):
-            there = "is missing" if text is None else f"is {text.strip()!r}"
+            there = "is missing" if text is None else f"is {shown(text.strip())}"
             raise BadInput(f"annotation {path}: <{name.replace('/', '><')}>{of} {there}, expected {what}") from None
 
-    size = (field(root, "size/height", int, "a whole number"), field(root, "size/width", int, "a whole number"))
+    size = tuple(field(root, f"size/{side}", _pixels, "a whole number of pixels") for side in ("height", "width"))
     objects = []
     for number, item in enumerate(root.findall("object"), 1):
         of = f" of object {number}"
-        box = [field(item, f"bndbox/{edge}", float, "a number", of) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        box = [field(item, f"bndbox/{edge}", _number, "a number", of) for edge in ("xmin", "ymin", "xmax", "ymax")]
         name = field(item, "name", _word, "the name of a class", of)
         if not (box[0] <= box[2] and box[1] <= box[3]):
-            raise BadInput(f"annotation {path}: box of {name!r} has xmax < xmin or ymax < ymin")
+            raise BadInput(f"annotation {path}: box of {shown(name)} has xmax < xmin or ymax < ymin")
         difficult = field(item, "difficult", read_flag, "0, 1, true, false or Unspecified", of)
         objects.append({"name": name, "difficult": difficult, "box": box})
     return size, objects
+
+
+def _pixels(text):
+    number = whole_number(text or "")
+    if number is None or number < 1:
+        raise ValueError("no size")
+    return number
+
+
+def _number(text):
+    number = float(text)
+    # Python reads 1_0 as 10, which no other program does.
+    if "_" in text or not math.isfinite(number):
+        raise ValueError("no number")
+    return number
 
 
 def _word(text):

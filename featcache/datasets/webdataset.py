@@ -1,6 +1,5 @@
 """WebDataset: images and labels as neighbours in tar shards, read with the standard library."""
 
-import json
 import re
 import tarfile
 from collections import Counter
@@ -9,12 +8,13 @@ from featcache.datasets.labels import group_splits, index_labels
 from featcache.datasets.layout import (
     IMAGE_SUFFIXES,
     folders_in,
+    parse_json,
     require_folder,
     wrong_layout,
 )
 from featcache.datasets.record import Record
 from featcache.datasets.sources import TarMember
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 TREE = """
 SPLIT/*.tar            (or SPLIT-0000.tar ... directly in ROOT)
@@ -68,7 +68,8 @@ def _index(path):
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if not member.isreg():
+                # Of a sparse file the bytes do not lie one after another.
+                if not member.isreg() or member.issparse():
                     continue
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
@@ -88,6 +89,9 @@ def _index(path):
         raise BadInput(f"{path} is no whole, uncompressed tar: {error}") from None
     if not whole:
         raise BadInput(f"{path} is cut off: the end of a tar is missing")
+    without = [key for key, (image, label) in samples.items() if image is None and label]
+    if without:
+        raise BadInput(f"{path}: {len(without)} samples have a label and no image, the first is {shown(without[0])}")
     for key, (image, label) in samples.items():
         if image is not None:
             yield key, image, _label(f"{path}:{key}", label)
@@ -99,8 +103,8 @@ def _label(name, found):
             continue
         try:
             text = found[suffix].decode("utf-8-sig").strip()
-            value = json.loads(text) if suffix == "json" else text
-        except ValueError as error:
+            value = parse_json(text, f"{name}.json") if suffix == "json" else text
+        except UnicodeDecodeError as error:
             raise BadInput(f"{name}.{suffix}: {error}") from None
         if suffix != "json":
             return value

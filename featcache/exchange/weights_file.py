@@ -92,7 +92,9 @@ def _write(path, put, reads_back):
         raise BadInput(f"cannot write {path}: {of_the_system(error)}") from None
     if not reads_back():
         path.unlink(missing_ok=True)
-        raise BadInput(f"{path} does not read back as it was written; look after the disk, and run the same export again")
+        raise BadInput(
+            f"{path} does not read back as it was written; look after the disk, and run the same export again"
+        )
     click.echo(f"export: {path}", err=True)
 
 

@@ -39,14 +39,16 @@ from featcache.store.writer import (
     put_shard,
 )
 
+# Beyond these are no sizes and no machines, but slips.
+MOST_SIDE, MOST_WORKERS = 100_000, 1024
 # Below this the features of a precision are not those of the network any more.
 TRUSTED_COSINE = 0.99
 
 
 @takes(
     backbone=CHECKPOINT, dataset=NAME, root=PATH, splits=NAMES, store=PATH, format=NAME, compression=NAME, arch=NAME,
-    weights_key=NAME, size=whole(), resize=NAME, short_side=whole(), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
-    precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0), seed=whole(), views=whole(), crop_scale=NUMBERS,
+    weights_key=NAME, size=whole(1, MOST_SIDE), resize=NAME, short_side=whole(1, MOST_SIDE), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
+    precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0, MOST_WORKERS), seed=whole(), views=whole(), crop_scale=NUMBERS,
     decoder=NAME,
 )  # fmt: skip
 def extract(

@@ -7,7 +7,18 @@ import click
 
 from featcache.errors import BadInput
 from featcache.probes.probe_file import check_files, read_origin
-from featcache.probes.run_file import ATTRIBUTION, FILE, GRID_FILE, PARTIAL, PROBES, entry_of, identity, maker, read_file
+from featcache.probes.run_file import (
+    ATTRIBUTION,
+    FILE,
+    GRID_FILE,
+    PARTIAL,
+    PROBES,
+    SEALED_FILE,
+    checksum,
+    identity,
+    maker,
+    read_file,
+)
 from featcache.probes.scores.scoring import tables_of
 from featcache.probes.tables import find_table
 from featcache.store.folder import open_folder
@@ -31,6 +42,9 @@ def damage(folder, summary):
             read_file(folder, name, files)
         except ValueError as error:
             yield name, str(error)
+    if folder.is_dir():
+        odd = (path.name for path in folder.iterdir() if path.is_dir() and SEALED_FILE.fullmatch(path.name))
+        yield from ((name, "it is no file") for name in sorted(odd) if name not in (files or ()))
     if summary and files is None and "key" in summary:
         multi = any("map" in values for values in summary["chance"].values())
         for name in tables_of("multi-label" if multi else "single-label"):
@@ -103,7 +117,7 @@ def kept_files(folder, summary, own=None):
     if files is None:
         there = [path for path in _files(folder) if path.parent.name == PROBES and read_origin(path) is None]
         there += [path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or path.name in ATTRIBUTION]
-        files = {p.relative_to(folder).as_posix(): entry_of(p.read_bytes()) for p in sorted(there) if p.is_file()}
+        files = {p.relative_to(folder).as_posix(): checksum(p.read_bytes()) for p in sorted(there) if p.is_file()}
     stay = (name for name in files if name in ATTRIBUTION or GRID_FILE.fullmatch(name) or name.startswith(PROBES))
     return {name: files[name] for name in stay if name != own}
 

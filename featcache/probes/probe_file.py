@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def check_file(path, summary):
 
 
 def read_origin(path):
-    """Return (Origin, feature and pooling as input_name says them) of a sealed file; None for one without a checksum."""
+    """Return (Origin, input_name of what its probes read) of a file with a checksum; None for one without."""
     content = read_content(path)
     if "crc32" not in content:
         return None
@@ -222,8 +222,11 @@ def _check_all(path, known):
     room, specs = path.parent.name, _specs(content, path)
     if not sealed:
         _check_unsealed(path, content, specs, known)
-    elif content.keys() != {"store_id", "run", "buffer"} | _OWN[room]:
+    elif content.keys() != {field.name for field in fields(Origin)} | _OWN[room]:
         raise ValueError(f"it has the fields {shown(sorted(content))}")
+    if known and room == PARTIAL and not sealed:
+        # Of an earlier version: what it is of, only its place says.
+        content["store_id"] = known["store_id"]
     if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
         raise ValueError("it is of another run")
     read = input_name(*input_of(specs[0]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
-from featcache.probes.run_file import ATTRIBUTION, FILE, maker, read_file, read_summary
+from featcache.probes.run_file import ATTRIBUTION, maker, read_file, read_summary
 from featcache.probes.scores.metrics import gain
 from featcache.probes.tables import read_table
 from featcache.store.reader import open_store

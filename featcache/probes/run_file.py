@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from featcache.arguments import is_path
-from featcache.atomic import local_path, write_whole
+from featcache.atomic import local_path, remove, write_whole
 from featcache.errors import BadInput, of_the_system, shown
 from featcache.store.sealed import seal, unseal
 
@@ -44,7 +44,7 @@ def identity(summary):
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def entry_of(data):
+def checksum(data):
     """What run.json says of a file of these bytes."""
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
@@ -62,9 +62,18 @@ def read_file(folder, name, files):
         raise ValueError("it is missing") from None
     except OSError as error:
         raise ValueError(of_the_system(error)) from None
-    if files is not None and files[name] != entry_of(data):
+    if files is not None and files[name] != checksum(data):
         raise ValueError("its checksum does not fit its content")
     return data
+
+
+def write_file(folder, name, data):
+    """Write a file of a run, bytes, whole or not at all, in the place of whatever is there. Returns its checksum."""
+    path = Path(folder) / name
+    if path.is_dir():
+        remove(path)
+    write_whole(path, data)
+    return checksum(data)
 
 
 def holds_run(folder):
@@ -74,8 +83,8 @@ def holds_run(folder):
 
 
 def write_summary(folder, summary):
-    """Write run.json: summary, a dict of JSON values, whose `files` are {name: entry_of(its bytes)}."""
-    write_whole(Path(folder) / FILE, seal(summary))
+    """Write run.json: summary, a dict of JSON values, whose `files` are {name: checksum(its bytes)}."""
+    write_file(folder, FILE, seal(summary))
 
 
 def read_summary(folder):

@@ -6,8 +6,8 @@ import io
 import zlib
 from pathlib import Path
 
-from featcache.atomic import write_whole
-from featcache.probes.run_file import entry_of, read_file
+from featcache.atomic import remove
+from featcache.probes.run_file import read_file, write_file
 
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
@@ -27,9 +27,9 @@ def write_table(folder, name, data):
         small = gzip.compress(data, 5, mtime=0)
         if len(data) <= MOST_UNPACKED * len(small):
             path, other, held = packed, plain, small
-    write_whole(path, held)
-    other.unlink(missing_ok=True)
-    return {path.name: entry_of(held)}
+    written = write_file(folder, path.name, held)
+    remove(other)
+    return {path.name: written}
 
 
 def find_table(folder, name):

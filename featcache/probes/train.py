@@ -10,7 +10,7 @@ import click
 import yaml
 
 from featcache.arguments import PATH, takes, whole
-from featcache.atomic import local_path, write_whole
+from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.grids.grid import load_grid
@@ -18,7 +18,7 @@ from featcache.probes.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.resolve import resolve, undecided
 from featcache.probes.run import open_run
-from featcache.probes.run_file import PROBES, entry_of, holds_run, identity, read_summary, write_summary
+from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
 from featcache.probes.scores.scoring import finish_run
 from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.probes.tables import read_table
@@ -180,10 +180,10 @@ def _begin(folder, basis, name, key, resolved):
             name = GRID if not first.exists() or _same(first, data) else f"grid-{key[:8]}.yaml"
         # The file is not listed before it is written.
         write_summary(folder, basis | {"grids": basis["grids"] | {key: name}})
-        write_whole(folder / name, data)
+        own = {name: write_file(folder, name, data)}
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
-    return name, {name: entry_of(data)}
+    return name, own
 
 
 def _same(path, data):

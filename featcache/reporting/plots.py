@@ -30,8 +30,8 @@ STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache",
     "text.parse_math": False,
 }  # fmt: skip
-# Longer names are drawn without their middle, those beside a map too.
-LONGEST_NAME, BESIDE_MAP = 60, 24
+# Longer names are drawn without their middle. What tells recipes apart may be anywhere in them.
+LONGEST_NAME, LONGEST_RECIPE, BESIDE_MAP = 60, 400, 24
 
 
 def _drawn(name, most=LONGEST_NAME):
@@ -77,7 +77,7 @@ def learning_rates(runs, metric):
         implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
         texts = {name: text for name, text in texts.items() if name not in implied}
         for row in members:
-            losses.setdefault(name := _drawn(recipe(row, texts)), row["loss.type"])
+            losses.setdefault(name := recipe(row, texts), row["loss.type"])
             points = lines.setdefault(name, {}).setdefault((number, head), {})
             points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
     order = sorted(lines, key=lambda name: -_height(lines[name], metric))
@@ -88,7 +88,7 @@ def learning_rates(runs, metric):
             run = runs[panel[0]]
             for name, style in styles.items():
                 if panel in lines[name]:
-                    _rate_line(axis, lines[name][panel], name, style)
+                    _rate_line(axis, lines[name][panel], _drawn(name, LONGEST_RECIPE), style)
             level = run.summary["chance"][run.chosen_on][metric]
             if level is not None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")

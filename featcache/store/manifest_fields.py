@@ -6,12 +6,10 @@ import unicodedata
 
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_feature
-from featcache.names import file_name, path_within
+from featcache.names import BESIDE_SPLITS, file_name, path_within
 from featcache.store.dtype import STORED
 
 COMMITS = "commits"
-# What lies beside the splits, in either format.
-TAKEN = (COMMITS, "manifest.json", "zarr.json", "index.h5")
 TASKS = ("multi-label", "single-label")
 COMPRESSIONS = {"zarr": (None, "zstd", "blosc"), "hdf5": (None,)}
 # Far beyond any store (128 TB); a larger number is no size but an attempt to fill the memory.
@@ -53,7 +51,7 @@ def check_fields(content):
         _whole(entry["bytes"], f"bytes of file {shown(name)}", 0, MOST_BYTES)
         check_crc(entry["crc32"], f"crc32 of file {shown(name)}")
         first = path_within(name, "file").partition("/")[0]
-        if first in (COMMITS, "manifest.json") or first not in (*TAKEN, *content["splits"]):
+        if first in (COMMITS, "manifest.json") or first not in (*BESIDE_SPLITS, *content["splits"]):
             raise BadInput(f"file {shown(name)} belongs to no split")
 
 
@@ -61,7 +59,7 @@ def check_names(splits, features):
     """Check the names of splits, views and features, which become folders. Raises BadInput."""
     for split in splits:
         base, at, view = split.partition("@")
-        file_name(base, "split", TAKEN)
+        file_name(base, "split", BESIDE_SPLITS)
         if at and (base not in splits or not re.fullmatch("[1-9][0-9]{0,5}", view)):
             raise BadInput(f"split {shown(split)}: `@` is kept for the views of a split; give it another name")
     _told_apart(splits, "splits")
@@ -69,7 +67,7 @@ def check_names(splits, features):
         layer, _, reduction = name.rpartition(":")
         if not layer or str(parse_feature(name, {})) != name:
             raise BadInput(f"feature {shown(name)} is not LAYER:REDUCTION")
-        file_name(Feature(layer, reduction).folder, "feature", TAKEN)
+        file_name(Feature(layer, reduction).folder, "feature", BESIDE_SPLITS)
     _told_apart([Feature(*name.rsplit(":", 1)).folder for name in features], "features")
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, shard_file
-from featcache.store.manifest import FILE, parse_manifest, read_file, read_manifest
+from featcache.store.manifest import FILE, FORMAT, parse_manifest, read_file, read_manifest
 from featcache.store.manifest_fields import COMMITS
 from featcache.store.marker import LOCK, ids_sha256, marker_name, read_marker
 from featcache.store.records import ids_of
@@ -64,7 +64,7 @@ def verify(store, repair=False):
     total = sum(entry["bytes"] for entry in manifest.files.values()) or 1
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for split in manifest.splits:
-            ids = None if lost else ids_of(_read_ids(folder, manifest, split))
+            ids = None if lost else _read_ids(folder, manifest, split)
             for shard in range(manifest.shards(split)):
                 findings += _check_shard(folder, manifest, split, shard, ids, repair, progress)
     return findings
@@ -73,7 +73,7 @@ def verify(store, repair=False):
 def _sealed(folder):
     """Whether the manifest's bytes are those that were written, and so of another version rather than damaged."""
     try:
-        return bool(unseal(folder.read(FILE)))
+        return unseal(folder.read(FILE)).get("format") == FORMAT
     except ValueError:
         return False
 
@@ -94,7 +94,13 @@ def _other_store(folder, manifest):
 
 
 def _read_ids(folder, manifest, split):
-    return FORMATS[manifest.storage["format"]].read_array(partial(read_file, folder, manifest), split, "ids")
+    """The ids of a split, None where the files that should hold them are whole, and hold none."""
+    try:
+        return ids_of(
+            FORMATS[manifest.storage["format"]].read_array(partial(read_file, folder, manifest), split, "ids")
+        )
+    except (BadInput, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_files(folder, manifest, repair):

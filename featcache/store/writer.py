@@ -31,7 +31,11 @@ def create_store(place, manifest, arrays):
     entries = {name for name in folder.names() if not (name.startswith(FILE) and name.endswith(PARTIAL))}
     files = None
     if FILE in entries:
-        manifest = check_same(folder, manifest.identity, manifest.storage)
+        there = check_same(folder, manifest.identity, manifest.storage)
+        rows = [{split: geometry["rows"] for split, geometry in m.splits.items()} for m in (there, manifest)]
+        if rows[0] != rows[1] or there.features.keys() != manifest.features.keys():
+            raise BadInput(f"{folder}: its manifest has other splits or features than its id stands for; delete it")
+        manifest = there
         folder.sweep()
     elif entries and COMMITS not in entries:
         raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")

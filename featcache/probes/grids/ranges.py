@@ -52,6 +52,7 @@ def spread(value, integer):
         raise ValueError(f"{name}: how many must be a whole number from 2 to {MOST_POINTS}, not {shown(given[2])}")
     if name == "log" and (low <= 0 or high <= 0):
         raise ValueError("log: expected [lowest, highest, how many], with lowest and highest above 0")
+    _check_width(name, given, low, high)
     shares = [i / (count - 1) for i in range(int(count))]
     points = [low * (high / low) ** s if name == "log" else low + (high - low) * s for s in shares]
     return list(dict.fromkeys(_rounded(point, integer) for point in points))
@@ -63,6 +64,7 @@ def ends(value):
     low, high = _numbers(given, 2, f"{name}: expected [lowest, highest]")
     if low > high or (name == "loguniform" and low <= 0):
         raise ValueError(f"{name}: {shown(given)} is not [lowest, highest]{', above 0' * (name == 'loguniform')}")
+    _check_width(name, given, low, high)
     return low, high
 
 
@@ -85,6 +87,11 @@ def choices(value, field, draw):
         raise ValueError(f"{name}: expected a list of values")
     numbered = list(enumerate(items))
     return [numbered[int(draw.fraction(field) * len(items))]] if draw else numbered
+
+
+def _check_width(name, given, low, high):
+    if not math.isfinite(high / low if name.startswith("log") else high - low):
+        raise ValueError(f"{name}: {shown(given)} is wider than numbers go")
 
 
 def _numbers(given, count, expected):

@@ -33,7 +33,7 @@ class Comparison:
     p: float
 
 
-@takes(runs=PATHS, probes=NAMES, rule=NAME)
+@takes(runs=PATHS, probes=NAMES, rule=NAME, stores=PATHS)
 def compare(runs, probes=None, rule=None, stores=None, device=None):
     """Compare two probes on the images that their runs are judged on, by how each image counts in both.
 
@@ -43,7 +43,7 @@ def compare(runs, probes=None, rule=None, stores=None, device=None):
     Returns a Comparison for every metric. Raises BadInput.
     """
     opened = [open_run(run) for run in listed(runs)]
-    stores = stores or [None] * len(opened)
+    stores = listed(stores) if stores else [None] * len(opened)
     if len(opened) > 2 or len(stores) != len(opened):
         raise BadInput("compare takes one or two runs, and as many stores if any")
     chosen = _two_probes(opened, probes, rule)
