@@ -87,9 +87,7 @@ def _specs(folder, imported):
     there = find_probes(folder)
     lost = [entry for entry in imported if entry["probe"] not in there]
     if lost:
-        raise BadInput(
-            f"run {folder} has lost probe {lost[0]['probe']}: name its checkpoint too, {lost[0]['file']}"
-        )
+        raise BadInput(f"run {folder} has lost probe {lost[0]['probe']}: name its checkpoint too, {lost[0]['file']}")
     found = {spec.id: spec for spec in load_specs(folder, [entry["probe"] for entry in imported], there)}
     return [found[entry["probe"]] for entry in imported]
 

@@ -177,7 +177,9 @@ def _recorded_store(run):
     for place in places:
         if place.exists():
             return place
-    raise BadInput(f"run {run.path} was made from store {store}, which is not found from here; say where it is with --store")
+    raise BadInput(
+        f"run {run.path} was made from store {store}, which is not found from here; say where it is with --store"
+    )
 
 
 def short_names(fields):
