@@ -285,3 +285,16 @@ def test_the_default_rule_is_that_of_the_task(scenes, checkpoint, tmp_path, comm
     assert len(chosen) == 2 and all(probe in out for probe in chosen)
     code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
     assert code == 0 and "Localisation" in (tmp_path / "page.html").read_text(), err
+
+
+def test_maps_are_not_drawn_from_damaged_features(run, store, tmp_path, command):
+    shutil.copytree(run.path, tmp_path / "r")
+    shutil.copytree(store, tmp_path / "s.zarr")
+    shard = tmp_path / "s.zarr/test/layer4.spatial/c/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[1] ^= 1
+    shard.write_bytes(data)
+    words = [*attribute_words(tmp_path / "r", "--limit", 3), "--store", tmp_path / "s.zarr"]
+    code, _, err = command(*words)
+    assert code == 2 and "damaged shard file" in err and "--repair" in err
+    assert not (tmp_path / "r/attribution.csv").exists()

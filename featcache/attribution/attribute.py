@@ -200,7 +200,7 @@ def _gradcams(data, features, heads, batch, size, device):
     """Yield maps [len(batch), size, size] for each head, from the store."""
     rows, classes = [t.row for t in batch], torch.tensor([t.label for t in batch], device=device)
     for feature, head in zip(features, heads, strict=True):
-        maps = torch.from_numpy(data[str(feature)][rows]).float().to(device)
+        maps = torch.from_numpy(data[str(feature)].take(rows, check=True)).float().to(device)
         yield upsample(gradcam(head, maps, classes), size).cpu()
 
 
