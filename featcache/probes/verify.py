@@ -41,7 +41,8 @@ def _findings(folder):
     try:
         summary = read_summary(folder.path)
     except BadInput as error:
-        yield Finding(FILE, error.message.partition(";")[0]), True
+        # It begins with the run and the file, which the finding names itself.
+        yield Finding(FILE, error.message.partition(";")[0].rpartition(f"{FILE}: ")[2]), True
     wrong = list(damage(folder.path, summary))
     yield from ((Finding(name, reason), True) for name, reason in wrong)
     if summary is None:

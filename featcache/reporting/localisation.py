@@ -52,7 +52,7 @@ def explained(run, name):
     if files is None or there == (name in files):
         return there
     click.echo(
-        f"notice: {name} of run {run.path} {'was not finished' if there else 'is missing'}; it is left out, attribute again",
+        f"notice: {name} of run {run.path} {'has no checksum in run.json' if there else 'is missing'}; it is left out, attribute again",
         err=True,
     )
     return False
