@@ -12,7 +12,7 @@ from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.probe_file import find_probes
 from featcache.probes.run import best, open_run, select
-from featcache.probes.tables import checksum
+from featcache.probes.run_file import checksum
 from featcache.reporting.table import score_rows
 from featcache.store.sealed import seal, unseal
 

@@ -12,13 +12,14 @@ import yaml
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.probe_file import find_probes, load_probe, load_probes, save_probes
+from featcache.probes.probe_file import Origin, find_probes, load_probe, load_probes, save_probes
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.stack import TrainedProbe
 
 SPEC = ProbeSpec(
     "x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1, 0.9), Schedule("step", (3.0, 0.6)), 4, 16, 0
 )
+ORIGIN = Origin("store", "run")
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def test_probes_of_a_block_lie_in_one_file(tmp_path):
     probes = [trained(0), trained(1, stopped="patience"), trained(2)]
     nan = {n: torch.full_like(w, torch.nan) for n, w in probes[0].weights.items()}
     probes[2] = replace(probes[2], weights=nan, losses=[0.5, float("inf")], diverged=7)
-    save_probes(tmp_path, probes, "store")
-    save_probes(tmp_path, [trained(3)], "store")
+    save_probes(tmp_path, probes, ORIGIN)
+    save_probes(tmp_path, [trained(3)], ORIGIN)
     assert len(list((tmp_path / "probes").iterdir())) == 2 and len(find_probes(tmp_path)) == 4
     probes[2].losses[1] = float("nan")  # As JSON has it.
     for probe in probes[:2]:
@@ -63,7 +64,7 @@ def test_probes_of_a_block_lie_in_one_file(tmp_path):
 def test_a_file_opens_with_safetensors_alone(tmp_path):
     (tmp_path / "probes").mkdir()
     probes = [trained(n) for n in range(4)]
-    save_probes(tmp_path, probes, "store")
+    save_probes(tmp_path, probes, ORIGIN)
     (path,) = (tmp_path / "probes").iterdir()
     with safetensors.safe_open(path, "pt") as file:
         assert torch.equal(file.get_tensor("fc0.weight"), torch.stack([p.weights["fc0.weight"] for p in probes]))
@@ -72,7 +73,7 @@ def test_a_file_opens_with_safetensors_alone(tmp_path):
 def test_thousands_of_tiny_probes_take_little(tmp_path):
     (tmp_path / "probes").mkdir()
     probes = [trained(n) for n in range(3000)]
-    save_probes(tmp_path, probes, "store")
+    save_probes(tmp_path, probes, ORIGIN)
     size = sum(path.stat().st_size for path in (tmp_path / "probes").iterdir())
     assert size < 3000 * 1000
     assert {p.spec.seed for p in load_probes(tmp_path, find_probes(tmp_path))} == set(range(3000))
@@ -81,8 +82,8 @@ def test_thousands_of_tiny_probes_take_little(tmp_path):
 def test_what_is_in_two_files_is_one_probe(tmp_path):
     """As after a kill between the saving of a block and the next states."""
     (tmp_path / "probes").mkdir()
-    save_probes(tmp_path, [trained(0), trained(1)], "store")
-    save_probes(tmp_path, [trained(1)], "store")
+    save_probes(tmp_path, [trained(0), trained(1)], ORIGIN)
+    save_probes(tmp_path, [trained(1)], ORIGIN)
     assert len(find_probes(tmp_path)) == 2
     assert_same(trained(1), load_probe(tmp_path, trained(1).spec.id))
 

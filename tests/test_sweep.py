@@ -19,10 +19,10 @@ from featcache.errors import BadInput
 from featcache.probes.features import MiniBatches, Streamed, epoch_order
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import find_probes, load_probe, load_probes
+from featcache.probes.probe_file import Origin, find_probes, load_probe, load_probes
 from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
 from featcache.probes.sweep import rung_epoch, rungs
-from featcache.probes.training import Training, train_block
+from featcache.probes.training import Training, state_path, train_block
 from featcache.store import manifest
 
 LINEAR = {
@@ -242,8 +242,9 @@ def test_a_restored_state_goes_on_to_the_same_bits(tmp_path, optimizer):
     for epoch in range(3):
         run_epoch(training, features, labels)
         training.validated(torch.rand(4, generator=torch.Generator().manual_seed(epoch), dtype=torch.float64))
-    (tmp_path / "s.safetensors").write_bytes(training.state())
-    other = Training.restored(tmp_path / "s.safetensors", 12, 3, labels)
+    (tmp_path / "partial").mkdir()
+    training.save(tmp_path, Origin("store", "run"))
+    other = Training.restored(state_path(tmp_path, training.name), 12, 3, labels)
     for t in (training, other):
         for _ in range(2):
             run_epoch(t, features, labels)

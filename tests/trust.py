@@ -296,7 +296,7 @@ def explain(run, **more):
     return repr(featcache.attribute(run, **more))
 
 
-def train_and_stop(store, run):
+def train_and_stop(store, run, **more):
     """Train until states of blocks were written, then stop as a kill would: nothing is tidied up."""
 
     class Stopped(BaseException):
@@ -311,7 +311,7 @@ def train_and_stop(store, run):
     with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
         patch.setattr(sweep, "SAVE_SECONDS", -1)
         patch.setattr(sweep.Sweep, "save", save)
-        featcache.train_probes(GRID, store=store, run=run)
+        featcache.train_probes(GRID, store=store, run=run, **more)
 
 
 def opened(run):

@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
-from featcache.atomic import remove, write_whole
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
@@ -22,11 +21,11 @@ from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
+from featcache.probes.probe_file import find_probes, load_probes
 from featcache.probes.run import best, open_run, select, store_of
-from featcache.probes.tables import ATTRIBUTION, checksum
+from featcache.probes.run_file import ATTRIBUTION, seal_files, write_file
+from featcache.store.folder import open_folder
 from featcache.store.manifest import difference
-from featcache.store.sealed import seal
 
 # Methods, and whether they run the backbone.
 METHODS = {"gradcam": False, "input_x_gradient": True}
@@ -85,7 +84,8 @@ def attribute(
         )
     opened = store_of(finished, store)
     device = choose_device(device)
-    trained = [load_probe(run, probe) for probe in dict.fromkeys(_chosen(finished, probes, rule))]
+    chosen, there = dict.fromkeys(_chosen(finished, probes, rule)), find_probes(finished.path)
+    trained = [probe for name in chosen for probe in load_probes(finished.path, [name], there)]
     heads = [Head(p.spec, p.weights).to(device) for p in trained]
     features = [_map_of(p.spec, opened.manifest.feature(p.spec.features)) for p in trained]
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
@@ -223,7 +223,6 @@ def _write(run, rows, panels, data, kept, pictures, preprocessing):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
-    table = text.getvalue().encode()
     names = np.array(data.store.classes)
     size, drawn = preprocessing.size, []
     for number, row in enumerate(kept):
@@ -246,11 +245,9 @@ def _write(run, rows, panels, data, kept, pictures, preprocessing):
         arrays["images"] = np.stack([pictures(row).permute(1, 2, 0).numpy() for row in kept]) if kept else np.empty(0)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    files = {"attribution.csv": table, "attribution.npz": buffer.getvalue()}
-    # Until both are there and their checksums too, there are none.
-    remove(run / ATTRIBUTION)
-    for name, content in files.items():
-        if (run / name).is_dir():
-            remove(run / name)
-        write_whole(run / name, content)
-    write_whole(run / ATTRIBUTION, seal({"files": {name: checksum(content) for name, content in files.items()}}))
+    written = dict(zip(ATTRIBUTION, (text.getvalue().encode(), buffer.getvalue()), strict=True))
+    place = open_folder(run)
+    with place.locked(f"waiting: another process is training into {run}"):
+        # Until both are there, run.json knows of neither.
+        seal_files(run, dict.fromkeys(written))
+        seal_files(run, {name: write_file(run, name, data) for name, data in written.items()})

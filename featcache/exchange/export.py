@@ -21,6 +21,7 @@ from featcache.exchange.merged import Merged, as_own_network, as_program, exampl
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run
+from featcache.probes.run_file import FILE
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
@@ -98,7 +99,7 @@ def _backbone_meta(backbone, checkpoint, preprocessing):
 
 def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
     summary = run.summary
-    if "preprocessing" not in summary:
+    if not summary.keys() >= {"preprocessing", "arch", "weights_sha256"}:
         raise BadInput(
             f"run {run.path} was made by an older featcache and does not hold what the images went through; "
             "run the same train-probes again with another --run"
@@ -107,8 +108,12 @@ def _export_probe(run, probe_id, checkpoint, arch, weights_key, target):
     if probe.diverged is not None:
         epoch = probe.diverged_epoch
         raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {epoch}, and has no weights")
+    try:
+        preprocessing = Preprocessing(**summary["preprocessing"])
+    except TypeError as error:
+        raise run.damaged(FILE, f"preprocessing: {error}") from None
     architecture, network, report = load_network(checkpoint, arch or summary["arch"], weights_key=weights_key)
-    backbone = Backbone(architecture, network, Preprocessing(**summary["preprocessing"]), report)
+    backbone = Backbone(architecture, network, preprocessing, report)
     if backbone.weights_sha256 != summary["weights_sha256"]:
         raise BadInput(
             f"backbone {checkpoint} (weights sha256 {backbone.weights_sha256}) is not the one that run {run.path} was "

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from featcache.arguments import PATH, PATHS, listed, takes
-from featcache.atomic import local_path, write_whole
+from featcache.atomic import local_path
 from featcache.backbones.checkpoint_file import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
@@ -20,14 +20,15 @@ from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import parse_feature
 from featcache.probes.grids.fields import OFFSET
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe, save_probes
-from featcache.probes.run import FILE, read_summary
+from featcache.probes.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.probe_file import Origin, find_probes, load_specs, save_probes
+from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_summary
 from featcache.probes.scores.metrics import TASK_METRICS
 from featcache.probes.scores.scoring import finish_run
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
+from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
-from featcache.store.sealed import seal
 
 ROLES = ("train", "val", "test")
 # Of all of How-to-Probe's heads.
@@ -56,26 +57,39 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
         except ValueError as error:
             raise BadInput(f"--offset: {error}") from None
     folder = local_path(run, "--run")
-    earlier = _earlier(folder, opened)
-    probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
     roles = {role: list(names) for role, names in splits.items()}
+    select = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
     basis = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
+    probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
     started = time.monotonic()
-    try:
-        (folder / "probes").mkdir(parents=True, exist_ok=True)
-        # Without a key, and so not finished, until all is written.
-        write_whole(folder / FILE, seal(basis | {"imported": earlier}))
-    except OSError as error:
-        raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
-    for probe, path in probes.values():
-        save_probes(folder, [probe], opened.id)
-        click.echo(f"imported: {probe.spec.id} from {path}", err=True)
-    known = {entry["probe"] for entry in earlier}
-    basis["imported"] = earlier + [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]
-    basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    specs = [load_probe(folder, entry["probe"]).spec for entry in basis["imported"]]
-    basis["select"] = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
-    return finish_run(folder, specs, opened, splits, basis, device, started)
+    with open_folder(folder).locked(f"waiting: another process is writing into {folder}"):
+        earlier, files = _earlier(folder, opened, basis | {"select": select})
+        try:
+            (folder / PROBES).mkdir(exist_ok=True)
+            # Without a key, and so not finished, until all is written.
+            write_summary(folder, basis | {"select": select, "imported": earlier, "files": files})
+        except OSError as error:
+            raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
+        for probe, path in probes.values():
+            save_probes(folder, [probe], Origin(opened.id, identity(basis | {"select": select})))
+            click.echo(f"imported: {probe.spec.id} from {path}", err=True)
+        known = {entry["probe"] for entry in earlier}
+        new = [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]
+        basis["imported"] = earlier + new
+        basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+        specs = _specs(folder, basis["imported"])
+        basis |= {"select": select, "files": files}
+        return finish_run(folder, specs, opened, splits, basis, device, started)
+
+
+def _specs(folder, imported):
+    """The ProbeSpecs of imported probes. Raises BadInput if one is not there any more."""
+    there = find_probes(folder)
+    lost = [entry for entry in imported if entry["probe"] not in there]
+    if lost:
+        raise BadInput(f"run {folder} has lost probe {lost[0]['probe']}: name its checkpoint too, {lost[0]['file']}")
+    found = {spec.id: spec for spec in load_specs(folder, [entry["probe"] for entry in imported], there)}
+    return [found[entry["probe"]] for entry in imported]
 
 
 def _roles(store):
@@ -90,16 +104,28 @@ def _roles(store):
     return roles
 
 
-def _earlier(folder, store):
-    """What run.json says of the probes imported before. Raises BadInput if `folder` is another kind of run."""
-    if not folder.exists():
-        return []
-    there = read_summary(folder)
+def _earlier(folder, store, basis):
+    """What run.json says of the probes imported before, and of files that stay: (imported, files).
+
+    Raises BadInput if `folder` is another kind of run.
+    """
+    if not any(folder.iterdir()):
+        return [], {}
+    try:
+        there = read_summary(folder)
+    except BadInput as error:
+        if not holds_run(folder):
+            raise
+        without_summary(folder, basis, error.message)
+        drop_damaged(folder, basis | {"files": {}}, None)
+        names = {spec.id: spec.name for spec in load_specs(folder, find_probes(folder))}
+        return [{"probe": probe, "file": name} for probe, name in names.items()], {}
     if "imported" not in there:
         raise BadInput(f"run {folder} holds probes that were trained here; import into another --run")
     if there["store_id"] != store.id:
         raise BadInput(f"run {folder} was made on store id {there['store_id']}, not {store.id}; choose another --run")
-    return there["imported"]
+    drop_damaged(folder, there, None)
+    return there["imported"], kept_files(folder, there)
 
 
 def _read(path, store, loss, offset):

@@ -67,6 +67,11 @@ def input_of(spec):
     return spec.features, spec.head.pools_first and feature_of(spec.features).kind != "grid"
 
 
+def input_name(feature, pool):
+    """An input of probes, for people and for run.json."""
+    return f"{feature}, pooled first" if pool else feature
+
+
 def input_shape(store, feature, pool):
     """Width of a probe's input, and at how many positions it is read: D and S of [N, D, S]; S is 1 for [N, D]."""
     shape, kind = store.manifest.features[feature]["shape"], feature_of(feature).kind

@@ -9,7 +9,7 @@ import torch
 from featcache.arguments import PATH, takes
 from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
-from featcache.probes.features import feature_bytes, input_shape
+from featcache.probes.features import feature_bytes, input_name, input_shape
 from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
@@ -17,7 +17,7 @@ from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
 from featcache.probes.scores.scoring import work
 from featcache.probes.stack import FULL_BATCH_BYTES, stack_key
-from featcache.probes.sweep import input_name, plan_buffers
+from featcache.probes.sweep import plan_buffers
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers.

@@ -1,18 +1,25 @@
 """Trained probes as files: probes/*.safetensors, one for the probes of a block that were done together."""
 
+import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import safetensors
 import torch
 
-from featcache.atomic import write_whole
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
+from featcache.probes.features import input_name, input_of
+from featcache.probes.heads.weights import initial_weights
+from featcache.probes.run_file import FILE, PARTIAL, PROBES, identity, maker, read_file, read_summary
+from featcache.probes.sealed_tensors import read_content, unseal, write_sealed
 from featcache.probes.spec import spec_from_dict, spec_to_dict
 from featcache.probes.stack import TrainedProbe, block_name
-from featcache.probes.tensor_file import DAMAGE, open_tensors, pack_tensors
+
+# What is wrong with the description of a file that nobody but featcache writes.
+_ODD = (AttributeError, LookupError, TypeError, ValueError, BadInput)
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,20 @@ class Place:
     bytes: int
 
 
-def save_probes(folder, probes, store_id):
-    """Write trained probes of one shape as one file: weights side by side, and as metadata specs, losses and store."""
+@dataclass(frozen=True)
+class Origin:
+    """What a file of probes, or a state, is of: the store, the identity of its run, and how features were read.
+
+    buffer: rows of the shuffle buffer, None where features were in memory.
+    """
+
+    store_id: str
+    run: str
+    buffer: int | None = None
+
+
+def save_probes(folder, probes, origin):
+    """Write trained probes of one shape as one file: weights side by side, and as metadata origin, specs and losses."""
     entries = [
         {
             "id": probe.spec.id,
@@ -38,31 +57,21 @@ def save_probes(folder, probes, store_id):
         for probe in probes
     ]
     weights = {name: torch.stack([probe.weights[name] for probe in probes]) for name in probes[0].weights}
-    data = pack_tensors(weights, {"store_id": store_id, "probes": entries})
-    write_whole(Path(folder) / "probes" / f"{block_name([p.spec for p in probes])}.safetensors", data)
+    path = Path(folder) / PROBES / f"{block_name([p.spec for p in probes])}.safetensors"
+    write_sealed(path, weights, vars(origin) | {"probes": entries})
 
 
 def find_probes(folder):
-    """Return {id: Place} of the probes that a run folder holds. Raises BadInput for a damaged file."""
+    """Return {id: Place} of the probes that a run folder holds, by what the beginnings of its files say.
+
+    A file that cannot be read holds none. What is in a file is checked when its probes are loaded.
+    """
     found = {}
-    for path in sorted((Path(folder) / "probes").glob("*.safetensors")):
-        status = path.stat()
-        ids = _ids(path, status.st_mtime_ns, status.st_size)
-        found |= dict.fromkeys(ids, Place(path, status.st_size // len(ids)))
+    for path in _files(folder, PROBES):
+        stamp = _stamp(path)
+        if ids := _ids(path, stamp):
+            found |= dict.fromkeys(ids, Place(path, stamp.st_size // len(ids)))
     return found
-
-
-def check_probes(path):
-    """Compare a file of probes with its checksum, its name and the ids of its specs. Raises BadInput."""
-    with _opened(path) as (_, entries):
-        specs = [spec_from_dict(entry["spec"]) for _, entry in entries.values()]
-        if [spec.id for spec in specs] != list(entries) or path.stem not in (block_name(specs), specs[0].id):
-            raise ValueError("it holds other probes than its name and their ids say")
-
-
-def remedy(run, maker="train-probes"):
-    """What to do about damage of a run, for the end of an error's line. maker: the command that made what is damaged."""
-    return f"run featcache verify {run} --repair, then the same {maker} again"
 
 
 def load_probe(folder, probe_id):
@@ -70,49 +79,216 @@ def load_probe(folder, probe_id):
     return next(load_probes(folder, [probe_id]))
 
 
-def load_probes(folder, ids):
-    """Yield the TrainedProbes of these ids, file by file, in no order of theirs. Raises BadInput as load_probe."""
-    return _read(folder, ids, _probe)
+def load_probes(folder, ids, there=None):
+    """Yield the TrainedProbes of these ids, file by file, in no order of theirs. Raises BadInput as load_probe.
+
+    there: what find_probes(folder) gave, so that the folder is not listed again.
+    """
+    return _read(folder, ids, there, _probe)
 
 
-def load_specs(folder, ids):
+def load_specs(folder, ids, there=None):
     """Yield the ProbeSpecs of these ids, as load_probes does, without reading their weights."""
-    return _read(folder, ids, lambda file, row, entry: spec_from_dict(entry["spec"]))
+    return _read(folder, ids, there, lambda file, row, entry: spec_from_dict(entry["spec"]))
 
 
-def _read(folder, ids, make):
-    there, wanted = find_probes(folder), {}
+def check_files(folder, summary):
+    """Return [(path, what is wrong)] of the files of probes, and of the states, that are not whole, or of another run.
+
+    summary: of run.json, or None where it is lost.
+    """
+    wrong = []
+    for room in (PROBES, PARTIAL):
+        for path in _files(folder, room):
+            try:
+                check_file(path, summary)
+            except ValueError as error:
+                wrong.append((path, str(error)))
+    return wrong
+
+
+def check_file(path, summary):
+    """Check all of a file of probes, or a state. Raises ValueError unless it is whole, and of the run of a run.json.
+
+    It is read once per process, unless it changes.
+    """
+    known = None
+    if summary is not None:
+        name = f"{path.parent.name}/{path.name}"
+        files = summary.get("files")
+        known = {
+            "store_id": summary["store_id"],
+            "run": identity(summary),
+            "buffers": summary.get("buffers", {}),
+            # A file of an earlier version may have its checksum in run.json.
+            "files": files and {name: files[name]} if name in (files or ()) else files and {},
+        }
+    _check(path, _stamp(path), json.dumps(known))
+
+
+def read_origin(path):
+    """Return (Origin, input_name of what its probes read) of a file with a checksum; None for one without."""
+    content = read_content(path)
+    if "crc32" not in content:
+        return None
+    specs = _specs(content, path)
+    return Origin(content["store_id"], content["run"], content["buffer"]), input_name(*input_of(specs[0]))
+
+
+def _files(folder, room):
+    return sorted((Path(folder) / room).glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What of a file's status changes when the file does."""
+
+    st_ino: int = 0
+    st_size: int = 0
+    st_mtime_ns: int = 0
+    st_ctime_ns: int = 0
+
+
+def _stamp(path):
+    try:
+        status = path.stat()
+    except OSError:
+        return _Stamp()
+    return _Stamp(*(getattr(status, field) for field in _Stamp.__annotations__))
+
+
+def _read(folder, ids, there, make):
+    wanted, there = {}, find_probes(folder) if there is None else there
+    summary = read_summary(folder) if (Path(folder) / FILE).exists() else None
     for name in ids:
         if name not in there:
-            raise BadInput(f"run {folder} has no probe {name}")
+            raise BadInput(_not_there(folder, name, summary))
         wanted.setdefault(there[name].path, {})[name] = None
     for path, names in wanted.items():
-        with _opened(path) as (file, entries):
+        with _named(path, summary), safetensors.safe_open(path, "pt") as file:
+            check_file(path, summary)
+            entries = _entries(read_content(path), path)
             for name in names:
                 yield make(file, *entries[name])
 
 
-# What a file holds stays as it is, and is asked for often.
-@lru_cache(maxsize=1 << 14)
-def _ids(path, modified, size):
-    check_probes(path)
-    with _opened(path) as (_, entries):
-        return tuple(entries)
+def _not_there(folder, name, summary):
+    """Say that a run has no such probe, and which of its files are damaged, for the probe may be in one of them."""
+    damaged = check_files(folder, summary)
+    if not damaged:
+        return f"run {folder} has no probe {name}"
+    path, reason = damaged[0]
+    return f"run {folder} has no probe {name} that is whole: {_damaged(path, reason, summary)}"
 
 
 @contextmanager
-def _opened(path):
-    """Open a file of probes: yield it, and {id: (row in its tensors, what it says of the probe)}."""
+def _named(path, summary):
     try:
-        with open_tensors(path) as (file, content):
-            if "probes" in content:
-                entries = {entry["id"]: (row, entry) for row, entry in enumerate(content["probes"])}
-            else:
-                # Of an older run: one probe, after which the file is called.
-                entries = {path.stem: (..., content)}
-            yield file, entries
-    except DAMAGE as error:
-        raise BadInput(f"damaged probe file {path}: {error}; {remedy(path.parent.parent)}") from None
+        yield
+    except (safetensors.SafetensorError, OSError, RuntimeError, *_ODD) as error:
+        raise BadInput(_damaged(path, error, summary)) from None
+
+
+def _damaged(path, reason, summary):
+    return f"damaged probe file {path}: {reason}; run the same {maker(summary or {})} again, which makes it anew"
+
+
+# What a file holds stays as it is, and is asked for often.
+@lru_cache(maxsize=1 << 14)
+def _ids(path, stamp):
+    try:
+        return tuple(_entries(read_content(path), path))
+    except _ODD:
+        return ()
+
+
+@lru_cache(maxsize=1 << 14)
+def _outcome(path, stamp, known):
+    """What is wrong with a file, an empty string if nothing is. known: JSON of what run.json says, or of None."""
+    try:
+        _check_all(path, json.loads(known))
+    except (safetensors.SafetensorError, OSError, *_ODD) as error:
+        return str(error) if type(error) is ValueError else f"its description is odd ({type(error).__name__}: {error})"
+    return ""
+
+
+def _check(path, stamp, known):
+    if reason := _outcome(path, stamp, known):
+        raise ValueError(reason)
+
+
+def _check_all(path, known):
+    content, sealed = unseal(path)
+    room, specs = path.parent.name, _specs(content, path)
+    if not sealed:
+        _check_unsealed(path, content, specs, known)
+    elif content.keys() != {field.name for field in fields(Origin)} | _OWN[room]:
+        raise ValueError(f"it has the fields {shown(sorted(content))}")
+    if known and room == PARTIAL and not sealed:
+        # Of an earlier version: what it is of, only its place says.
+        content["store_id"] = known["store_id"]
+    if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
+        raise ValueError("it is of another run")
+    read = input_name(*input_of(specs[0]))
+    if known and sealed and content["buffer"] != known["buffers"].get(read):
+        raise ValueError(f"it is of a run that read {read} otherwise")
+    if room == PROBES:
+        _check_names(path, content, specs)
+    elif sealed and path.stem != content["name"]:
+        raise ValueError(f"it is the state {shown(content['name'])} under another name")
+
+
+# The fields of a file besides those of its origin, by the folder that it lies in.
+_OWN = {PROBES: {"probes"}, PARTIAL: {"name", "specs", "epoch", "counts"}}
+
+
+def _check_unsealed(path, content, specs, known):
+    """What can be known of a file from before there were checksums."""
+    if known and known["files"] is not None:
+        name = f"{path.parent.name}/{path.name}"
+        if name not in known["files"]:
+            raise ValueError("it has no checksum")
+        read_file(path.parents[1], name, known["files"])
+    if path.parent.name == PARTIAL:
+        known_fields = [_OWN[PARTIAL] - {"name"}]
+    else:
+        alone = {"spec", "losses", "diverged", "epoch", "scores", "stopped", "store_id"}
+        known_fields = [{"probes", "store_id"}, alone]
+    if content.keys() not in known_fields:
+        raise ValueError(f"it has the fields {shown(sorted(content))}")
+    if path.parent.name == PROBES:
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        # The names do not depend on the width of the features, and the number of classes.
+        if shapes.keys() != initial_weights(specs[0], specs[0].head.heads or 1, 2).keys():
+            raise ValueError(f"it has the tensors {', '.join(map(shown, shapes))}")
+        if "probes" in content and {shape[0] for shape in shapes.values()} != {len(specs)}:
+            raise ValueError(f"its tensors are not those of {len(specs)} probes")
+
+
+def _check_names(path, content, specs):
+    """Compare a file's ids with what they are hashes of, and its name with its ids."""
+    for spec, entry in zip(specs, content.get("probes", ()), strict="probes" in content):
+        if spec.id != entry["id"]:
+            raise ValueError(f"it calls {spec.id} {shown(entry['id'])}")
+    name = block_name(specs) if "probes" in content else specs[0].id
+    if path.stem != name:
+        raise ValueError(f"it is the file {name} under another name")
+
+
+def _specs(content, path):
+    """The ProbeSpecs that a file's dict tells of."""
+    if "specs" in content:
+        return [spec_from_dict(spec) for spec in content["specs"]]
+    return [spec_from_dict(entry["spec"]) for _, entry in _entries(content, path).values()]
+
+
+def _entries(content, path):
+    """{id: (row in the file's tensors, what it says of the probe)}."""
+    if "probes" in content:
+        return {entry["id"]: (row, entry) for row, entry in enumerate(content["probes"])}
+    # Of an older run: one probe, after which the file is called.
+    return {path.stem: (..., content)}
 
 
 def _probe(file, row, entry):

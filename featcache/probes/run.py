@@ -1,28 +1,20 @@
 """A finished run folder, and the choice of probes from it."""
 
-import csv
-import json
+import os
 import re
 import sys
-import zlib
 from collections import ChainMap, Counter
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
-import click
-
-from featcache.arguments import is_path
-from featcache.atomic import local_path
-from featcache.errors import BadInput, nearest, shown
+from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
-from featcache.probes.probe_file import remedy
+from featcache.probes.run_file import ATTRIBUTION, maker, read_file, read_summary
 from featcache.probes.scores.metrics import gain
-from featcache.probes.tables import ATTRIBUTION, attribution_files, damaged_files, find_table, open_table
+from featcache.probes.tables import read_table
 from featcache.store.reader import open_store
-from featcache.store.sealed import unseal
 
-FILE = "run.json"
 # Of scores.csv, before the fields of the probe.
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
@@ -71,30 +63,39 @@ class Run:
         return [column for column in self.scores[0] if column == "name" or column not in SCORE_COLUMNS]
 
     def value(self, probe_id, metric, split):
-        """Return the row of scores.csv for a probe, metric and split."""
-        return self._rows[probe_id, metric, split]
+        """Return the row of scores.csv for a probe, metric and split. Raises BadInput if there is none."""
+        try:
+            return self._rows[probe_id, metric, split]
+        except KeyError:
+            raise self.damaged("scores.csv", f"no {metric} of {probe_id} on {split}") from None
 
     @cached_property
     def _rows(self):
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
 
-    def check(self, name):
-        """Compare a table with its checksum, if the run has any. Raises BadInput."""
-        path, maker = find_table(self.path, name), "attribute" if name.startswith("attribution") else "train-probes"
-        known = attribution_files(self.path) if maker == "attribute" else self.summary.get("files", {})
-        if path.name not in known and ATTRIBUTION in known:
-            path = self.path / ATTRIBUTION
-        for damaged, what in damaged_files(self.path, {path.name: known[path.name]} if path.name in known else {}):
-            raise BadInput(f"damaged run {self.path}: {damaged}: {what}; {remedy(self.path, maker)}")
+    def table(self, name, **kinds):
+        """Read another table of the run, such as calibration.csv: a list of dicts. Raises BadInput for damage.
 
-    def table(self, name):
-        """Read another table of the run, such as calibration.csv: a list of dicts of strings. Raises BadInput."""
-        self.check(name)
+        kinds: {column: type} of columns that must be there, and are not left as strings; an empty float is None.
+        """
         try:
-            with open_table(self.path, name) as file:
-                return list(csv.DictReader(file))
-        except (OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"damaged run {self.path}: {name}: {getattr(error, 'strerror', None) or error}") from None
+            rows = list(read_table(self.path, name, self.summary.get("files")))
+            return [row | {k: _as(kind, row[k]) for k, kind in kinds.items()} for row in rows]
+        except KeyError as error:
+            raise self.damaged(name, f"it has no column {error}") from None
+        except ValueError as error:
+            raise self.damaged(name, error) from None
+
+    def read(self, name):
+        """Return the bytes of a file of the run that is no table. Raises BadInput for damage."""
+        try:
+            return read_file(self.path, name, self.summary.get("files"))
+        except ValueError as error:
+            raise self.damaged(name, error) from None
+
+    def damaged(self, name, reason):
+        """Return the BadInput for damage to a file of the run."""
+        return _damaged(self.path, name, reason, self.summary)
 
     @property
     def caution(self):
@@ -110,99 +111,75 @@ class Run:
         return "; ".join(said) or None
 
 
-def read_summary(folder):
-    """Read run.json, finished or not. Raises BadInput if `folder` is no run folder."""
-    if not is_path(folder):
-        raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
-    path = local_path(folder, "--run")
-    try:
-        data = (path / FILE).read_bytes()
-    except IsADirectoryError:
-        data = b""
-    except OSError:
-        there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
-        raise BadInput(f"run {folder} {there}") from None
-    try:
-        # Runs of older versions are not sealed.
-        summary = json.loads(data)
-        if not isinstance(summary, dict):
-            raise ValueError("it is no table")
-        if "crc32" in summary:
-            summary = unseal(data)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(
-            f"damaged run {folder}: {FILE}: {error}; featcache verify {folder} --repair drops it, and the same command "
-            "that made the run makes it anew"
-        ) from None
-    return summary
-
-
 def open_run(folder):
-    """Open a finished run. Raises BadInput if there is none, or it is not finished."""
+    """Open a finished run. Raises BadInput if there is none, it is not finished, or it is damaged."""
     summary = read_summary(folder)
     if "key" not in summary:
         raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
-    lacking = [field for field in ("store", "store_id", "splits", "select", "rows", "chance") if field not in summary]
-    if lacking:
-        raise BadInput(f"damaged run {folder}: run.json lacks {lacking[0]}")
-    if not _fits(summary):
-        raise BadInput(f"damaged run {folder}: the fields of run.json are not those of a run; {remedy(folder)}")
-    if "files" not in summary:
-        _say_unsealed(folder)
-    found = Run(Path(folder), summary, [])
-    found.check("scores.csv")
     try:
-        with open_table(folder, "scores.csv") as file:
-            scores = _read_scores(file)
+        scores = _read_scores(read_table(folder, "scores.csv", summary.get("files")))
         if not scores:
             raise ValueError("it ends before the first score")
-    except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
-        raise BadInput(f"damaged run {folder}: scores.csv: {error}") from None
+    except KeyError as error:
+        raise _damaged(folder, "scores.csv", f"it has no column {error}", summary) from None
+    except ValueError as error:
+        raise _damaged(folder, "scores.csv", error, summary) from None
     return Run(Path(folder), summary, scores)
 
 
-@lru_cache(maxsize=1 << 10)
-def _say_unsealed(folder):
-    """Once for each run."""
-    click.echo(
-        f"notice: run {folder} is of an older version, without checksums: its files are taken as they are", err=True
-    )
+def _damaged(folder, name, reason, summary):
+    command = "attribute" if name in ATTRIBUTION else maker(summary)
+    return BadInput(f"damaged run {folder}: {name}: {reason}; run the same {command} again, which makes it anew")
 
 
-def _fits(summary):
-    """Whether the fields of a run.json are of their kinds, and speak of the same roles."""
-    names = summary["splits"], summary["select"], summary["rows"], summary["chance"], summary.get("files", {})
-    if not all(isinstance(table, dict) for table in names) or not isinstance(summary["store"], str):
-        return False
-    roles = summary["splits"].keys()
-    lists = all(isinstance(splits, list) and all(isinstance(s, str) for s in splits) for splits in names[0].values())
-    same = roles == summary["rows"].keys() == summary["chance"].keys()
-    role = summary["select"].get("split")
-    judged = "test" in roles or role in roles
-    return lists and same and judged and "metric" in summary["select"] and (role is None or role in roles)
+def _as(kind, text):
+    return None if kind is float and not text else kind(text)
 
 
-def _read_scores(file):
+def _read_scores(table):
     """Read the rows of scores.csv, a hundred thousand maybe: those of a probe share the fields that say what it is."""
     rows, probes = [], {}
-    for row in csv.DictReader(file):
-        if None in row or None in row.values():
-            raise ValueError("a row has other columns than the first")
+    for row in table:
         own = {column: sys.intern(row.pop(column)) for column in SCORE_COLUMNS if column != "name"}
         own |= {k: float(own[k]) if own[k] else None for k in ("value", "low", "high")}
+        if own["probe"] not in probes:
+            _check_fields(row)
         rows.append(ChainMap(own, probes.setdefault(own["probe"], row)))
     return rows
 
 
+def _check_fields(row):
+    """Raise KeyError or ValueError unless the fields that say what a probe is are there, and numbers where tables count."""
+    for column in ("name", "head.type", "loss.type", "optimizer.type", "seed"):
+        row[column]
+    for column in ("head.layers", "head.hidden"):
+        int(row[column])
+    float(row["optimizer.lr"] or 0)
+
+
 def store_of(run, path=None):
     """Open the store that a run was made from, at `path` if it was moved. Raises BadInput if that is another one."""
-    store = open_store(path or run.summary["store"])
+    store = open_store(path or _recorded_store(run))
     if store.id != run.summary["store_id"]:
         raise BadInput(
             f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
             f"(id {run.summary['store_id'][:8]})"
         )
     return store
+
+
+def _recorded_store(run):
+    """Where the store of a run lies. A relative path is that of the folder in which the run was made, often above it."""
+    store = run.summary["store"]
+    if "://" in store or os.path.isabs(store):
+        return store
+    places = [Path(store), *(parent / store for parent in run.path.resolve().parents)]
+    for place in places:
+        if place.exists():
+            return place
+    raise BadInput(
+        f"run {run.path} was made from store {store}, which is not found from here; say where it is with --store"
+    )
 
 
 def short_names(fields):

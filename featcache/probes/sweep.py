@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+import safetensors
 import torch
 from tqdm import tqdm
 
-from featcache.atomic import remove, write_whole
 from featcache.device import free_bytes, sent
 from featcache.errors import BadInput, shown
 from featcache.probes.features import (
@@ -21,22 +21,23 @@ from featcache.probes.features import (
     Resident,
     Streamed,
     feature_bytes,
+    input_name,
     input_of,
     input_shape,
     load_labels,
     read_chunks,
     view_of_epoch,
 )
-from featcache.probes.probe_file import find_probes, load_probes, save_probes
+from featcache.probes.probe_file import Origin, find_probes, load_probes, save_probes
+from featcache.probes.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.scores.scoring import work
 from featcache.probes.scores.tally import TALLIES
+from featcache.probes.sealed_tensors import read_content
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import held_bytes
-from featcache.probes.tensor_file import DAMAGE, open_tensors
-from featcache.probes.training import Training, fit_block
+from featcache.probes.training import Training, fit_block, state_path
 
-PARTIAL = "partial"
 # States are written after an epoch, but not more often than this: a kill costs about as much.
 SAVE_SECONDS = 30
 TELL_SECONDS = 0.5
@@ -45,8 +46,9 @@ TELL_SECONDS = 0.5
 class Sweep:
     """The training of what a run folder lacks. See train_missing."""
 
-    def __init__(self, folder, specs, store, splits, device, seed, judge, ranks, progress):
+    def __init__(self, folder, specs, store, splits, device, seed, judge, ranks, progress, run):
         self.folder, self.store, self.splits, self.device, self.seed = Path(folder), store, splits, device, seed
+        self.run = run
         self.specs = {spec.id: spec for spec in specs}
         self.judge, self.ranks, self.progress = judge, ranks, progress
         self.labels = load_labels(store, splits["train"]).to(device)
@@ -54,7 +56,7 @@ class Sweep:
         self.judged = load_labels(store, splits[judge[1]]).to(device) if judge[1] else None
         self._saved_at = self._told_at = time.monotonic()
         self._untold = 0
-        self._validation = {}
+        self._validation, self._origins = {}, {}
 
     def tick(self, steps):
         """Count steps of probes, and now and then tell the others and the progress bar."""
@@ -74,21 +76,33 @@ class Sweep:
             return Resident(self.store, names, feature, pool, self.device)
         return Streamed(self.store, names, feature, pool, buffer_rows)
 
-    def open(self, blocks, feature, pool):
+    def open(self, blocks, feature, pool, buffer_rows):
         """The Trainings of a wave's blocks, new or from their states."""
         shape, found = (input_shape(self.store, feature, pool)[0], len(self.store.classes), self.labels), []
         for block in blocks:
             if isinstance(block, str):
-                found.append(Training.restored(self.folder / PARTIAL / block, *shape))
+                found.append(self._restored(block, shape))
                 # What the grid no longer has is not trained on.
                 found[-1].take_out(torch.tensor([spec.id not in self.specs for spec in found[-1].specs]))
             else:
                 found.append(Training([self.specs[name] for name in block], *shape))
+        self._origins |= dict.fromkeys((training.name for training in found), self._origin(buffer_rows))
         return found
+
+    def _restored(self, name, shape):
+        path = self.folder / PARTIAL / name
+        try:
+            return Training.restored(path, *shape)
+        except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            # It was whole a moment ago.
+            raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
+
+    def _origin(self, buffer_rows):
+        return Origin(self.store.id, self.run, buffer_rows)
 
     def fit(self, specs, source):
         """Train a block whose optimiser sees all images at once."""
-        self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)))
+        self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(s.epochs * -(-len(self.labels) // s.batch_size) for s in specs))
 
     def run_wave(self, trainings, source, feature, pool, until):
@@ -124,8 +138,8 @@ class Sweep:
             training.validated(self._validation_scores(training, feature, pool))
         self._drop(training, training.impatient() & (training.epoch < training.epochs), "patience")
         if training.specs and training.epoch == training.epochs:
-            self._keep(training.finish())
-            self.state_path(training).unlink(missing_ok=True)
+            self._keep(training.finish(), self._origins[training.name])
+            state_path(self.folder, training.name).unlink(missing_ok=True)
             training.specs = []
 
     def _validation_scores(self, training, feature, pool):
@@ -146,13 +160,13 @@ class Sweep:
     def _drop(self, training, gone, why):
         """Take probes out of a block before their time."""
         self.tick((training.epochs - training.epoch) * training.steps * int(gone.sum()))
-        self._keep(training.take_out(gone, why))
+        self._keep(training.take_out(gone, why), self._origins[training.name])
         if not training.specs:
-            self.state_path(training).unlink(missing_ok=True)
+            state_path(self.folder, training.name).unlink(missing_ok=True)
 
-    def _keep(self, probes):
+    def _keep(self, probes, origin):
         if probes:
-            save_probes(self.folder, probes, self.store.id)
+            save_probes(self.folder, probes, origin)
         for probe in probes:
             if probe.diverged is not None:
                 click.echo(
@@ -167,16 +181,11 @@ class Sweep:
                     err=True,
                 )
 
-    def state_path(self, training):
-        """Where the state of a block lies: a name from the probes that it began with."""
-        return self.folder / PARTIAL / f"{training.name}.safetensors"
-
     def save(self, trainings):
         """Write the states of blocks."""
         for training in trainings:
-            path = self.state_path(training)
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, training.state())
+            (self.folder / PARTIAL).mkdir(exist_ok=True)
+            training.save(self.folder, self._origins[training.name])
         self._saved_at = time.monotonic()
 
     def cut(self, trainings, fraction, factor):
@@ -184,8 +193,9 @@ class Sweep:
 
         All of the grid that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
         """
-        done = self.specs.keys() & find_probes(self.folder).keys()
-        scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in load_probes(self.folder, done)}
+        there = find_probes(self.folder)
+        done = load_probes(self.folder, self.specs.keys() & there.keys(), there)
+        scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in done}
         for training in trainings:
             scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
         reached = {}
@@ -216,16 +226,16 @@ def rungs(search):
     return fractions
 
 
-def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search, ranks):
+def train_missing(folder, specs, store, splits, device, seed, judge, buffers, search, ranks, run):
     """Train the probes that a run folder lacks and save them there.
 
     judge: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
     read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading
-    one returns when all is there. Raises BadInput.
+    one returns when all is there. run: identity of the run, which the files are marked with. Raises BadInput.
     """
     todo = ranks.share(_plan(folder, specs, store, buffers, device)) if ranks.rank == 0 else ranks.shared()
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
-        sweep = Sweep(folder, specs, store, splits, device, seed, judge, ranks, progress)
+        sweep = Sweep(folder, specs, store, splits, device, seed, judge, ranks, progress, run)
         missing = _missing(folder, specs)
         progress.total = sum(s.epochs * -(-len(sweep.labels) // s.batch_size) for s in missing)
         if search:
@@ -251,13 +261,13 @@ def _train(sweep, waves):
         if specs and specs[0].optimizer.type == "lbfgs":
             sweep.fit(specs, source)
             continue
-        trainings = sweep.open(blocks, feature, pool)
+        trainings = sweep.open(blocks, *read)
         sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in trainings))
         sweep.run_wave(trainings, source, feature, pool, lambda t: t.epochs)
 
 
 def _search(sweep, waves, search):
-    waves = [(sweep.open(blocks, feature, pool), feature, pool, rows) for blocks, feature, pool, rows in waves]
+    waves = [(sweep.open(blocks, *read), *read) for blocks, *read in waves]
     everyone = [t for trainings, *_ in waves for t in trainings]
     sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in everyone))
     for fraction in [*rungs(search), 1.0]:
@@ -330,11 +340,6 @@ def plan_buffers(specs, store, splits, memory, device, processes=1):
     return buffers
 
 
-def input_name(feature, pool):
-    """An input of probes, for people and for run.json."""
-    return f"{feature}, pooled first" if pool else feature
-
-
 def _waves(group, store, feature, pool, buffers, device):
     """Divide the blocks of one input into those that train on the same pass over the data.
 
@@ -361,26 +366,13 @@ def _begun(folder, missing):
     """Return [(path, specs)] of the states that a killed run left; those of no use are removed."""
     found = []
     for path in sorted((Path(folder) / PARTIAL).glob("*.safetensors")):
-        try:
-            specs = check_state(path)
-        except DAMAGE as error:
-            click.echo(f"notice: damaged state {path}: {error}; its probes are trained from the beginning", err=True)
-            remove(path)
-            continue
-        if {s.id for s in specs} <= missing:
+        specs = [spec_from_dict(spec) for spec in read_content(path)["specs"]]
+        if {s.id for s in specs} & missing:
+            # Of some there may be finished probes: killed while those of this block were being saved.
             found.append((path, specs))
-        elif not {s.id for s in specs} & missing:
-            path.unlink()
         else:
-            # Killed while the finished probes of this block were being saved: the rest follows from the state.
-            found.append((path, specs))
+            path.unlink()
     return found
-
-
-def check_state(path):
-    """The specs of the state of a block. Raises one of DAMAGE unless it is as it was written, under its own name."""
-    with open_tensors(path) as (_, content):
-        return [spec_from_dict(s) for s in content["specs"]]
 
 
 def _rate_of(spec):

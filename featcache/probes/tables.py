@@ -1,44 +1,35 @@
 """The tables of a run folder: CSV files, of which large ones are compressed."""
 
+import csv
 import gzip
+import io
 import zlib
 from pathlib import Path
 
-from featcache.atomic import remove, write_whole
-from featcache.names import path_within
-from featcache.store.sealed import unseal
+from featcache.atomic import remove
+from featcache.probes.run_file import read_file, write_file
 
-# Holds the checksums of the files of attributions, which are made after the run.
-ATTRIBUTION = "attribution.json"
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
+# What unpacks to more times its size, or has longer lines, is no table but an attempt to fill the memory.
+MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
 
 
 def write_table(folder, name, data):
-    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either; return {file: its checksum}."""
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either.
+
+    Returns {name of the file: its entry in run.json}.
+    """
     plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
-    path, other = (packed, plain) if len(data) > LARGE else (plain, packed)
-    # Without a time in it, so that the same table is the same bytes.
-    data = gzip.compress(data, 5, mtime=0) if path is packed else data
-    for place in (path, other) if path.is_dir() else (other,):
-        remove(place)
-    write_whole(path, data)
-    return {path.name: checksum(data)}
-
-
-def checksum(data):
-    """What run.json says of a file's bytes."""
-    return {"bytes": len(data), "crc32": zlib.crc32(data)}
-
-
-def damaged_files(folder, files):
-    """Yield (name, what is wrong) of files of a folder. files: {name: their checksum}."""
-    for name, expected in files.items():
-        try:
-            if checksum((Path(folder) / path_within(name, "file")).read_bytes()) != expected:
-                yield name, "its bytes do not fit its checksum"
-        except OSError as error:
-            yield name, error.strerror
+    path, other, held = plain, packed, data
+    if len(data) > LARGE:
+        # Without a time in it, so that the same table is the same bytes.
+        small = gzip.compress(data, 5, mtime=0)
+        if len(data) <= MOST_UNPACKED * len(small):
+            path, other, held = packed, plain, small
+    written = write_file(folder, path.name, held)
+    remove(other)
+    return {path.name: written}
 
 
 def find_table(folder, name):
@@ -47,18 +38,32 @@ def find_table(folder, name):
     return packed if packed.is_file() else Path(folder) / name
 
 
-def open_table(folder, name):
-    """Open a table for reading, as text for the csv module. Raises OSError."""
+def read_table(folder, name, files=None):
+    """Yield the rows of a table, as dicts of strings.
+
+    files: of run.json; the file must be the one that it lists. None for a run without checksums. Raises ValueError,
+    which says what is wrong.
+    """
     path = find_table(folder, name)
-    opened = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8", newline="")
-
-
-def attribution_files(run):
-    """Checksums of the files of attributions, {name: checksum}, {} if there are none. Raises nothing: damage is damage."""
+    if files is not None:
+        path = path.with_name(name if name in files else f"{name}.gz")
+    data = read_file(folder, path.name, files)
     try:
-        return unseal((Path(run) / ATTRIBUTION).read_bytes())["files"]
-    except FileNotFoundError:
-        return {}
-    except (OSError, KeyError, ValueError):
-        return {ATTRIBUTION: None}
+        reader = csv.DictReader(_lines(data, path.suffix == ".gz"))
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"row {reader.line_num} has other columns than the first")
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _lines(data, packed):
+    """Yield the lines of CSV, bytes, packed or not."""
+    file, most = io.BytesIO(data), MOST_UNPACKED * len(data)
+    text = io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8", newline="")
+    while line := text.readline(LONGEST_LINE):
+        most -= len(line)
+        if len(line) == LONGEST_LINE or (packed and most < 0):
+            raise ValueError("it is far larger than any table")
+        yield line

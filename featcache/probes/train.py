@@ -1,34 +1,30 @@
 """`featcache train-probes`: a grid on a store, into a run folder."""
 
-import csv
 import hashlib
 import json
 import time
-import zlib
-from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import click
 import yaml
 
 from featcache.arguments import PATH, takes, whole
-from featcache.atomic import local_path, write_whole
+from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.grids.grid import load_grid
+from featcache.probes.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.resolve import resolve, undecided
-from featcache.probes.run import FILE, open_run, read_summary
-from featcache.probes.scores.scoring import finish_run, is_whole
+from featcache.probes.run import open_run
+from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
+from featcache.probes.scores.scoring import finish_run
 from featcache.probes.sweep import plan_buffers, train_missing
-from featcache.probes.tables import checksum, open_table
-from featcache.probes.verify import drop_damaged_probes
+from featcache.probes.tables import read_table
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
-from featcache.store.sealed import seal
 
 # Of a run's first grid; later ones have the beginning of their key in the name.
 GRID = "grid.yaml"
@@ -82,18 +78,22 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     folder = local_path(run or Path("runs") / f"{stem}-{key[:8]}", "--run")
     planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
     started = time.monotonic()
-    with ranks.leading(open_folder(folder).locked(f"waiting: another process is training into {folder}")) as leads:
+    place = open_folder(folder)
+    with ranks.leading(place.locked(f"waiting: another process is training into {folder}")) as leads:
         everything = specs
         if leads:
+            place.sweep()
             begun = _begun(folder, basis)
-            drop_damaged_probes(folder, partial(click.echo, err=True))
             grids = _grids(begun)
-            whole = is_whole(folder, specs, opened.task) and begun.get("probes") == len(find_probes(folder))
+            known = begun if "store_id" in begun else basis | {"files": {}} | begun
+            whole = drop_damaged(folder, known, grids.get(key))
+            there = find_probes(folder)
+            whole &= there.keys() >= {spec.id for spec in specs} and begun.get("probes") == len(there)
             if "key" in begun and key in grids and whole:
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
-            others = _others(folder, specs)
+            others = _others(folder, specs, there, _names(folder, begun))
             everything = specs + others
             if found.split is None and (reason := undecided(everything)):
                 raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
@@ -106,9 +106,15 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
             # What an earlier grid asked for stays.
             asked_for = {*checked.intervals, *begun.get("intervals", ())}
             basis["intervals"] = [role for role in splits if role in asked_for]
-            grids[key] = _begin(folder, basis, grids.get(key), key, resolved, begun.get("files", {}))
-        judge = (found.metric, found.split)
-        train_missing(folder, specs, opened, splits, device, seed, judge, basis.get("buffers"), checked.search, ranks)
+            basis["files"] = kept_files(folder, begun, grids.get(key)) if "store_id" in begun else {}
+            if others:
+                # In the scores they are called so until the tables are written anew.
+                basis["others"] = {spec.id: spec.name for spec in others}
+            grids[key], own = _begin(folder, basis, grids.get(key), key, resolved)
+            basis["files"] |= own
+            basis.pop("others", None)
+        judge, buffers, run_id = (found.metric, found.split), basis.get("buffers"), identity(basis)
+        train_missing(folder, specs, opened, splits, device, seed, judge, buffers, checked.search, ranks, run_id)
         if not leads:
             return None
         basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
@@ -120,7 +126,12 @@ def _begun(folder, basis):
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
         return {}
-    there = read_summary(folder)
+    try:
+        there = read_summary(folder)
+    except BadInput as error:
+        if not holds_run(folder):
+            raise
+        return without_summary(folder, basis, error.message)
     if "imported" in there:
         raise BadInput(f"run {folder} holds imported probes; train into another --run")
     for field, value in basis.items():
@@ -136,36 +147,44 @@ def _grids(begun):
     return begun.get("grids") or ({begun["key"]: GRID} if "key" in begun else {})
 
 
-def _others(folder, specs):
-    """Specs of the probes in a run folder that other grids trained, in the order and with the names of its scores."""
-    others = find_probes(folder).keys() - {spec.id for spec in specs}
-    if not others:
-        return []
-    names = {}
-    with suppress(OSError, EOFError, zlib.error, KeyError), open_table(folder, "scores.csv") as file:
-        names = {row["probe"]: row["name"] for row in csv.DictReader(file)}
+def _names(folder, begun):
+    """Names of the probes in a run folder, {id: name} in the order of its scores. begun: of run.json."""
+    if "others" in begun:
+        return begun["others"]
+    try:
+        return {row["probe"]: row["name"] for row in read_table(folder, "scores.csv", begun.get("files"))}
+    except (KeyError, ValueError):
+        # There are none yet, or they are damaged, which has been said: a probe's own name is that of its first grid.
+        return {}
+
+
+def _others(folder, specs, there, names):
+    """Specs of the probes in a run folder that other grids trained. there: of find_probes. names: of _names."""
+    others = there.keys() - {spec.id for spec in specs}
     order = {probe: place for place, probe in enumerate(names)}
-    found = sorted(load_specs(folder, others), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
+    found = sorted(load_specs(folder, others, there), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
     return [replace(spec, name=names.get(spec.id, spec.name)) for spec in found]
 
 
-def _begin(folder, basis, name, key, resolved, files):
+def _begin(folder, basis, name, key, resolved):
     """Make the run folder; its run.json has no key, and so is unfinished, until all is written.
 
-    name: of the grid's file, None for a grid that is new here. files: checksums of what was there. Returns the name.
+    name: of the grid's file, None for a grid that is new here. Returns it, and {it: its entry in run.json}.
     """
-    text = yaml.safe_dump(resolved, sort_keys=False)
+    data = yaml.safe_dump(resolved, sort_keys=False).encode()
     try:
-        (folder / "probes").mkdir(parents=True, exist_ok=True)
+        (folder / PROBES).mkdir(parents=True, exist_ok=True)
         if name is None:
             # Older versions did not note the key of a grid before they had trained it.
             first = folder / GRID
-            name = GRID if not first.exists() or first.read_text() == text else f"grid-{key[:8]}.yaml"
-        grids = basis["grids"] | {key: name}
-        # Tables are written last; those of before are not those of this run any more.
-        files = {n: known for n, known in files.items() if n in grids.values()} | {name: checksum(text.encode())}
-        write_whole(folder / FILE, seal(basis | {"grids": grids, "files": files}))
-        write_whole(folder / name, text)
+            name = GRID if not first.exists() or _same(first, data) else f"grid-{key[:8]}.yaml"
+        # The file is not listed before it is written.
+        write_summary(folder, basis | {"grids": basis["grids"] | {key: name}})
+        own = {name: write_file(folder, name, data)}
     except OSError as error:
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
-    return name
+    return name, own
+
+
+def _same(path, data):
+    return path.is_file() and path.read_bytes() == data

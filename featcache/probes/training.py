@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from featcache.device import multiplying
@@ -12,10 +13,11 @@ from featcache.probes.heads.head import STACKS
 from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.losses import LossFunction
 from featcache.probes.optimizers import OPTIMIZERS
+from featcache.probes.run_file import PARTIAL
 from featcache.probes.schedules import factors
+from featcache.probes.sealed_tensors import read_content, write_sealed
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import TrainedProbe, block_name, padded, predict, room_of
-from featcache.probes.tensor_file import open_tensors, pack_tensors
 
 
 class Training:
@@ -203,8 +205,8 @@ class Training:
     def _counts(optimizer):
         return {name: value for name, value in vars(optimizer).items() if name == "steps"}
 
-    def state(self):
-        """Bytes from which restored() goes on as if nothing had been."""
+    def save(self, folder, origin):
+        """Write a state, from which restored() goes on as if nothing had been, into a folder. origin: of what, an Origin."""
         weights, optimizer = self._held()
         tensors = {f"weights/{n}": w.contiguous() for n, w in weights.items()}
         tensors |= {f"optimizer/{n}": t.contiguous() for n, t in optimizer.items()}
@@ -213,17 +215,19 @@ class Training:
             tensors |= {"best/score": self._best["score"], "best/epoch": self._best["epoch"]}
             tensors |= {f"best/weights/{n}": w for n, w in self._best["weights"].items()}
         content = {
+            "name": self.name,
             "specs": [asdict(s) for s in self.specs],
             "epoch": self.epoch,
             "counts": self._counts(self._optimizer),
         }
-        return pack_tensors({n: t.contiguous() for n, t in tensors.items()}, content)
+        write_sealed(
+            state_path(folder, self.name), {n: t.contiguous() for n, t in tensors.items()}, vars(origin) | content
+        )
 
     @classmethod
     def restored(cls, path, dim, classes, labels):
-        """The Training whose state a file holds. Raises what safetensors, json and torch raise for damage."""
-        with open_tensors(path) as (file, content):
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        """The Training whose state a file holds, which check_file has found whole."""
+        content, tensors = read_content(path), safetensors.torch.load_file(path)
         made = cls([spec_from_dict(s) for s in content["specs"]], dim, classes, labels)
         made.name, made.epoch = Path(path).stem, content["epoch"]
         made._losses, made._scores, made._diverged = (tensors[n] for n in ("losses", "scores", "diverged"))
@@ -233,6 +237,11 @@ class Training:
             kept = {n: w.to(labels.device) for n, w in _under("best/weights/", tensors).items()}
             made._best = {"score": tensors["best/score"], "epoch": tensors["best/epoch"], "weights": kept}
         return made
+
+
+def state_path(folder, name):
+    """Where the state of a block lies, which is named after the probes that it began with."""
+    return Path(folder) / PARTIAL / f"{name}.safetensors"
 
 
 def train_block(specs, features, labels, classes, order_seed):

@@ -1,84 +1,67 @@
-"""`featcache verify`: every byte of a store or a run against its checksums; `--repair` drops what is bad."""
-
-from pathlib import Path
+"""`featcache verify`: every byte of a run, or of a store, against its checksums; `--repair` drops what is bad."""
 
 from featcache.arguments import is_path
-from featcache.atomic import PARTIAL as HALF_WRITTEN
-from featcache.atomic import remove
 from featcache.errors import BadInput
-from featcache.probes.probe_file import check_probes, find_probes
-from featcache.probes.run import FILE, read_summary
-from featcache.probes.scores.scoring import TABLES
-from featcache.probes.sweep import PARTIAL, check_state
-from featcache.probes.tables import attribution_files, damaged_files
-from featcache.probes.tensor_file import DAMAGE
+from featcache.probes.mend import damage
+from featcache.probes.probe_file import find_probes
+from featcache.probes.run import open_run
+from featcache.probes.run_file import FILE, PROBES, holds_run, maker, read_summary
+from featcache.store import verify as stores
+from featcache.store.folder import open_folder
 from featcache.store.verify import Finding
-from featcache.store.verify import verify as verify_store
 
 
 def verify(path, repair=False):
-    """Check a store or a run, byte by byte; return the list of Findings, empty if it is whole.
+    """Check every length and checksum of a store or a run; return the list of Findings, empty if it is whole.
 
-    path: of a store, which may be a URL, or of a run folder. repair: drop what is damaged, so that the command that
-    made it makes just that anew: extract a store's shards; train-probes a run's probes and tables, and attribute its
-    maps. Raises BadInput if there is neither.
+    path: of a store (path or URL), or a run folder. repair: drop what is damaged, so that the same command again makes
+    just that anew: `extract` of a store, `train-probes`, `attribute` or `import-probes` of a run. What is missing is a
+    finding too. Raises BadInput if there is neither a store nor a run.
     """
-    if is_path(path) and is_run(path):
-        return _verify_run(Path(path), repair)
-    return verify_store(path, repair)
+    if not is_run(path):
+        return stores.verify(path, repair)
+    folder = open_folder(path)
+    if not repair:
+        return [finding for finding, _ in _findings(folder)]
+    with folder.locked(f"waiting: another process is training into {folder}"):
+        found = list(_findings(folder))
+        for finding in (finding for finding, bad in found if bad):
+            folder.delete(finding.where)
+    return [finding for finding, _ in found]
 
 
 def is_run(path):
-    """Whether a folder is that of a run, finished or not."""
-    folder = Path(path)
-    return (folder / FILE).exists() or (folder / "probes").is_dir()
+    """Whether a path is that of a run folder on this machine, whole or not."""
+    return is_path(path) and "://" not in str(path) and holds_run(path)
 
 
-def drop_damaged_probes(run, say=None):
-    """Delete the damaged files of probes of a run; return what was wrong, a list of Findings."""
-    found = []
-    for path in sorted((Path(run) / "probes").glob("*.safetensors")):
-        try:
-            check_probes(path)
-        except BadInput as error:
-            found.append(Finding(f"probes/{path.name}", error.message.partition(": ")[2].partition(";")[0]))
-            if say is not None:
-                say(f"notice: {found[-1]}; its probes are trained anew")
-                remove(path)
-    return found
-
-
-def _verify_run(run, repair):
-    say = (lambda line: None) if repair else None
+def _findings(folder):
+    """Yield (Finding, whether there is something to drop)."""
+    summary = None
     try:
-        summary = read_summary(run)
+        summary = read_summary(folder.path)
     except BadInput as error:
-        if repair:
-            # Nothing else says with which seed and on which splits the probes were trained.
-            for name in (FILE, "probes", PARTIAL, *_ours(run)):
-                remove(run / name)
-        return [Finding(FILE, f"{error.message}; without it nothing says how the probes were trained")]
-    found = drop_damaged_probes(run, say)
-    for path in sorted((run / PARTIAL).glob("*.safetensors")):
-        try:
-            check_state(path)
-        except DAMAGE as error:
-            found.append(Finding(f"{PARTIAL}/{path.name}", str(error)))
-            if repair:
-                remove(path)
-    tables = [Finding(*pair) for pair in damaged_files(run, summary.get("files", {}))]
-    tables += [Finding(*pair) for pair in damaged_files(run, attribution_files(run))]
-    for finding in tables if repair else ():
-        remove(run / finding.where)
-    found += tables
-    if not found and "key" in summary and len(find_probes(run)) < summary.get("probes", 0):
-        found.append(Finding("probes", "some of the run's probes are missing; the same train-probes trains them"))
-    for leftover in run.rglob(f"*{HALF_WRITTEN}") if repair else ():
-        leftover.unlink(missing_ok=True)
-    return found
+        # It begins with the run and the file, which the finding names itself.
+        yield Finding(FILE, error.message.partition(";")[0].rpartition(f"{FILE}: ")[2]), True
+    wrong = list(damage(folder.path, summary))
+    yield from ((Finding(name, reason), True) for name, reason in wrong)
+    if summary is None:
+        return
+    if "key" not in summary:
+        yield Finding(FILE, f"the run is not finished; the same {maker(summary)} goes on"), False
+        return
+    there = len(find_probes(folder.path))
+    if there != summary["probes"] and not any(name.startswith(PROBES) for name, _ in wrong):
+        yield Finding(PROBES, f"it holds {there} probes, the tables are of {summary['probes']}"), False
+    if "files" not in summary:
+        yield from _what_can_be_seen(folder)
 
 
-def _ours(run):
-    """Names of the files that lie in a run folder beside run.json and the probes."""
-    kinds = ("grid*.yaml", "attribution.*", *TABLES, *(f"{name}.gz" for name in TABLES))
-    return [path.name for kind in kinds for path in run.glob(kind)]
+def _what_can_be_seen(folder):
+    """The findings on the tables of a run without checksums."""
+    try:
+        run = open_run(folder.path)
+        for name in ("seeds.csv", "history.csv", "calibration.csv"):
+            run.table(name)
+    except BadInput as error:
+        yield Finding("scores.csv", error.message), False

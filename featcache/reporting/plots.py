@@ -154,9 +154,13 @@ def class_bars(run, probes):
 
     probes: ids. Classes are in order of the first probe's. Returns a data URL.
     """
-    rows = [r for r in run.table("scores_per_class.csv") if r["split"] == run.judge and r["ap"]]
-    values = {(r["probe"], r["class"]): 100 * float(r["ap"]) for r in rows}
-    shares = {r["class"]: 100 * int(r["positives"]) / run.summary["rows"][run.judge] for r in rows}
+    columns = {"probe": str, "split": str, "class": str, "ap": float, "positives": int}
+    table = run.table("scores_per_class.csv", **columns)
+    rows = [r for r in table if r["split"] == run.judge and r["ap"] is not None]
+    values = {(r["probe"], r["class"]): 100 * r["ap"] for r in rows}
+    shares = {r["class"]: 100 * r["positives"] / run.summary["rows"][run.judge] for r in rows}
+    if lacking := [(probe, name) for probe in probes for name in shares if (probe, name) not in values]:
+        raise run.damaged("scores_per_class.csv", "no {1} of {0}".format(*lacking[0]))
     names = sorted(shares, key=lambda name: values[probes[0], name])
     height, texts, colours = 0.8 / len(probes), labels(run, probes), _colours(run, probes)
     with plt.rc_context(STYLE):
@@ -183,14 +187,16 @@ def reliability(runs, choose):
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 3.2), sharey=True, squeeze=False)
         for axis, run in zip(axes[0], runs, strict=True):
-            table = [r for r in run.table("calibration.csv") if r["split"] == run.judge and r["confidence"]]
+            columns = {"probe": str, "split": str, "pairs": int, "confidence": float, "outcome": float}
+            table = [r for r in run.table("calibration.csv", **columns) if r["split"] == run.judge]
+            table = [r for r in table if r["confidence"] is not None and r["outcome"] is not None]
             axis.plot([0, 100], [0, 100], color="0.7", linewidth=1)
             probes = choose(run)
             texts, colours = labels(run, probes), _colours(run, probes)
             for probe in probes:
                 bins = [r for r in table if r["probe"] == probe]
-                x, y = (np.array([100 * float(r[k]) for r in bins]) for k in ("confidence", "outcome"))
-                pairs = np.array([int(r["pairs"]) for r in bins])
+                x, y = (np.array([100 * r[k] for r in bins]) for k in ("confidence", "outcome"))
+                pairs = np.array([r["pairs"] for r in bins])
                 error = scored("ece", run.value(probe, "ece", run.judge)["value"])
                 axis.plot(x, y, color=colours[probe], linewidth=1, label=f"{_drawn(texts[probe])}: ECE {error}%")
                 sizes = 4 + 60 * np.sqrt(pairs / pairs.sum())

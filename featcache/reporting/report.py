@@ -1,6 +1,8 @@
 """`featcache report`: one self-contained page over one or more runs."""
 
+import io
 import zipfile
+import zlib
 from importlib import resources
 
 import numpy as np
@@ -11,9 +13,8 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.run import best, open_run
 from featcache.probes.scores.metrics import LOWER_IS_BETTER
 from featcache.probes.spec import IMPORTED
-from featcache.probes.tables import ATTRIBUTION
 from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
-from featcache.reporting.localisation import localisation_rows
+from featcache.reporting.localisation import EXPLAINED, MAPS, explained, localisation_rows
 from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
 
 
@@ -54,7 +55,7 @@ def report(runs, out="report.html"):
             if "map" in run.metrics
         ],
         "reliability": plots.reliability(opened, _pictured),
-        "localisation": [_localisation(run, plots) for run in opened if is_explained(run.path)],
+        "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
     }
@@ -104,19 +105,14 @@ def _measured(run):
         yield run.path.name, name, cells
 
 
-def is_explained(run):
-    """Whether attributions of a run's probes were made."""
-    return (run / "attribution.csv").is_file() or (run / ATTRIBUTION).exists()
-
-
 def _localisation(run, plots):
     columns, rows = localisation_rows(run.path)
-    picture, maps = None, run.path / "attribution.npz"
-    run.check(maps.name)
-    if maps.is_file():
+    picture = None
+    if explained(run, MAPS):
+        data = io.BytesIO(run.read(MAPS))
         try:
-            with open(maps, "rb") as file, np.load(file, allow_pickle=False) as kept:
+            with np.load(data, allow_pickle=False) as kept:
                 picture = plots.heatmaps(run, dict(kept))
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-            raise BadInput(f"damaged maps {maps}: {error}; run the same attribute again") from None
+        except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise run.damaged(MAPS, error) from None
     return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}

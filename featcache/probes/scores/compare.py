@@ -10,7 +10,7 @@ from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.probes.features import load_labels
-from featcache.probes.probe_file import load_probe
+from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.run import open_run, select, store_of
 from featcache.probes.scores.jackknife import paired_test
 from featcache.probes.scores.scoring import load_predictors, tally
@@ -113,6 +113,7 @@ def _same_bytes(first, second):
 
 
 def _tally(run, store, probe, device):
-    spec, names = load_probe(run.path, probe).spec, run.summary["splits"][run.judge]
-    predictors = load_predictors(run.path, [[spec]], store, device)
+    there, names = find_probes(run.path), run.summary["splits"][run.judge]
+    (spec,) = load_specs(run.path, [probe], there)
+    predictors = load_predictors(run.path, [[spec]], store, device, there)
     return tally(predictors, [[spec]], store, names, load_labels(store, names), device)[0]

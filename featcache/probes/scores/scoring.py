@@ -12,18 +12,17 @@ import torch
 from tqdm import tqdm
 
 import featcache
-from featcache.atomic import write_whole
 from featcache.errors import BadInput
 from featcache.probes.features import input_of, input_shape, load_labels, read_chunks
 from featcache.probes.probe_file import find_probes, load_probes
-from featcache.probes.run import FILE, SCORE_COLUMNS, open_run, read_summary
+from featcache.probes.run import SCORE_COLUMNS, open_run
+from featcache.probes.run_file import maker, write_summary
 from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import TASK_METRICS, chance, gain
 from featcache.probes.scores.seeds import over_seeds
 from featcache.probes.scores.tally import TALLIES, MultiLabelTally
 from featcache.probes.stack import Predictor, blocks, room_of
-from featcache.probes.tables import checksum, damaged_files, find_table, write_table
-from featcache.store.sealed import seal
+from featcache.probes.tables import write_table
 
 # The tables of a run, and the columns that come first in each.
 TABLES = {
@@ -52,8 +51,9 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
     """Score a run's probes, write the tables of scores, then run.json, which makes it a finished run.
 
     specs: of probes that lie in the folder. splits: {role: splits of the store}. basis: fields of
-    run.json: the store's id and path, `select`, {metric, split}, the `key` that marks it finished. started:
-    time.monotonic() of the beginning. intervals: roles whose scores get one, by default all. Returns the Run.
+    run.json: the store's id and path, `select`, {metric, split}, the `key` that marks it finished, and `files`, the
+    checksums of what lies there besides the tables. started: time.monotonic() of the beginning. intervals: roles
+    whose scores get one, by default all. Returns the Run. Raises BadInput if some of it is not there in the end.
     """
     metrics = TASK_METRICS[store.task]
     labels = {role: load_labels(store, names) for role, names in splits.items()}
@@ -78,11 +78,9 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
         "calibration.csv": lambda: _calibration(scored),
         "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
     }
-    files = {}
-    for name in _tables(store.task):
+    files = dict(basis["files"])
+    for name in tables_of(store.task):
         files |= write_table(folder, name, _to_csv(rows[name](), TABLES[name]))
-    for name in basis.get("grids", {}).values():
-        files[name] = checksum((folder / name).read_bytes())
     scored, scores = None, None
     identity = store.manifest.identity
     summary = basis | {
@@ -99,22 +97,31 @@ def finish_run(folder, specs, store, splits, basis, device, started, intervals=N
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    write_whole(folder / FILE, seal(summary | {"files": files}))
-    # The end is looked at: what is said to be there has to be.
-    finished = open_run(folder)
-    if lost := {spec.id for spec in specs} - find_probes(folder).keys():
-        raise BadInput(f"run {folder} has lost {len(lost)} of its probes while it was written; run the same again")
-    return finished
+    write_summary(folder, summary | {"files": files})
+    return _looked_at_again(folder, {spec.id for spec in specs})
 
 
-def is_whole(folder, specs, task):
-    """Whether a run folder holds all of these probes, and the tables of a task."""
-    tables = all(find_table(folder, name).is_file() for name in _tables(task))
-    tables = tables and not any(damaged_files(folder, read_summary(folder).get("files", {})))
-    return tables and find_probes(folder).keys() >= {spec.id for spec in specs}
+def _looked_at_again(folder, ids):
+    """Open a run that was just finished. Raises BadInput if files of it were lost or changed meanwhile."""
+    run = open_run(folder)
+    gone = [name for name, entry in run.summary["files"].items() if not _has_size(folder / name, entry["bytes"])]
+    if not gone and not find_probes(folder).keys() >= ids:
+        gone = ["a file of probes"]
+    if gone:
+        raise BadInput(
+            f"run {folder} lost {gone[0]} while it was made; run the same {maker(run.summary)} again, which makes it anew"
+        )
+    return run
 
 
-def _tables(task):
+def _has_size(path, size):
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def tables_of(task):
     """Names of a run's tables; that of the classes only multi-label data has."""
     return [name for name in TABLES if name != "scores_per_class.csv" or task == "multi-label"]
 
@@ -129,11 +136,11 @@ def work(specs, store, device):
         yield blocks(members, dim, positions, len(store.classes), room_of(device)), feature, pool
 
 
-def load_predictors(folder, group, store, device):
-    """The Predictor of each block of a run folder's probes. group: lists of specs."""
-    predictors = []
+def load_predictors(folder, group, store, device, there=None):
+    """The Predictor of each block of a run folder's probes. group: lists of specs. there: as load_probes takes it."""
+    predictors, there = [], find_probes(folder) if there is None else there
     for block in group:
-        weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block])}
+        weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block], there)}
         predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
     return predictors
 
@@ -155,12 +162,12 @@ def tally(predictors, group, store, splits, labels, device):
 
 def _score(folder, specs, store, splits, labels, device, intervals):
     """Return {(probe id, role): Scored}."""
-    scored = {}
+    scored, there = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         kept = (4 * len(store.classes) if store.task == "multi-label" else 24) * max(map(len, labels.values()))
         for group, _, _ in work(specs, store, device):
-            for some in _passes(folder, group, kept):
-                predictors = load_predictors(folder, some, store, device)
+            for some in _passes(there, group, kept):
+                predictors = load_predictors(folder, some, store, device, there)
                 for role, parts in splits.items():
                     tallies = tally(predictors, some, store, parts, labels[role], device)
                     for block, each in zip(some, tallies, strict=True):
@@ -170,11 +177,12 @@ def _score(folder, specs, store, splits, labels, device, intervals):
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
-def _passes(folder, group, kept):
+def _passes(there, group, kept):
     """Divide blocks into lists of blocks whose weights, and `kept` bytes a probe, fit into memory together."""
-    result, room, there = [], 0, find_probes(folder)
+    result, room = [], 0
     for block in group:
-        each = there[block[0].id].bytes + kept
+        # What is not there is told when it is loaded.
+        each = kept + (there[block[0].id].bytes if block[0].id in there else 0)
         fit = max(HELD_BYTES // each, 1)
         for part in (block[start : start + fit] for start in range(0, len(block), fit)):
             if not result or len(part) * each > room:
