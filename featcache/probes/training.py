@@ -23,7 +23,7 @@ from featcache.probes.stack import TrainedProbe, block_name, padded, predict, ro
 class Training:
     """A block of probes that share features, views, head, batches and rule (see stack.blocks).
 
-    An epoch is begin_epoch(), feed() for each mini-batch, end_epoch(). All state of it is in state(),
+    An epoch is begin_epoch(), feed() for each mini-batch, end_epoch(). All state of it is what save() writes,
     from which restored() goes on to the same bits. Attributes: specs (of the probes still training),
     epoch (epochs done), steps (of an epoch), name (of the block as it began, from its probes' ids).
     """
