@@ -374,7 +374,7 @@ def test_names_stay_when_a_second_grid_is_killed_amid_its_tables(parts, run, tmp
         writes.append(name)
         return write(folder, name, data)
 
-    for _stop in range(4):
+    for stop in range(4):  # noqa: B007 (killed() reads it)
         writes.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(scoring, "write_table", killed)
