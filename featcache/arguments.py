@@ -8,6 +8,10 @@ from inspect import signature
 from numbers import Integral
 
 from featcache.errors import BadInput, shown
+from featcache.names import unwritable
+
+# Beyond these are no sizes of images, and no machines, but slips.
+MOST_SIDE, MOST_WORKERS = 100_000, 1024
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,7 @@ class Kind:
 
 def is_path(value):
     """Whether a value can be the path of something."""
-    return isinstance(value, str | os.PathLike) and not _unusable(value)
-
-
-def _unusable(path):
-    """Why a text cannot be a path, or an empty string. What reads tensors takes no path that is not UTF-8."""
-    text = os.fsdecode(path)
-    if "\0" in text:
-        return "which has a zero byte in it"
-    return "which is not UTF-8" if any("\ud800" <= c <= "\udfff" for c in text) else ""
+    return isinstance(value, str | os.PathLike) and not unwritable(os.fsdecode(value))
 
 
 def listed(paths):
@@ -102,6 +98,6 @@ def takes(**kinds):
 
 def _named(value):
     """A plain value for people in one line; of any other object its type."""
-    if isinstance(value, str | os.PathLike) and _unusable(value):
-        return f"{shown(os.fsdecode(value))}, {_unusable(value)}"
+    if isinstance(value, str | os.PathLike) and (reason := unwritable(text := os.fsdecode(value))):
+        return f"{shown(text)}, {reason}"
     return shown(value) if type(value).__module__ == "builtins" else f"a {type(value).__qualname__}"

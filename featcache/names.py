@@ -32,8 +32,18 @@ def split_name(name):
 
 def is_text(value):
     """Whether a value is text that any file can hold: not blank, without a zero byte or half a surrogate pair."""
-    whole = isinstance(value, str) and value.strip() and "\0" not in value
-    return bool(whole) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and bool(value.strip()) and not unwritable(value)
+
+
+def unwritable(text):
+    """Why a text can be neither in a file nor the path of one, or an empty string."""
+    if "\0" in text:
+        return "which has a zero byte in it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "which is not UTF-8"
+    return ""
 
 
 def _why_not(name, taken):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from featcache.arguments import CHECKPOINT, NAME, is_path, takes, whole
+from featcache.arguments import CHECKPOINT, MOST_SIDE, NAME, is_path, takes, whole
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.backbones.outputs import outputs
@@ -21,7 +21,7 @@ class Layer:
     reductions: tuple[str, ...]
 
 
-@takes(backbone=OR_LOADED, arch=NAME, size=whole(1, 100_000), seed=whole(), weights_key=NAME)
+@takes(backbone=OR_LOADED, arch=NAME, size=whole(1, MOST_SIDE), seed=whole(), weights_key=NAME)
 def layers(backbone, arch=None, size=None, seed=0, weights_key=None):
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 

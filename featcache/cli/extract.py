@@ -2,6 +2,7 @@
 
 import click
 
+from featcache.arguments import MOST_WORKERS
 from featcache.cli.options import (
     backbone_options,
     compression_option,
@@ -41,7 +42,7 @@ from featcache.cli.options import (
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per forward pass.")
 @click.option(
-    "--workers", type=click.IntRange(0, 1024), help="Decoding processes.  [default: half the cores, at most 8]"
+    "--workers", type=click.IntRange(0, MOST_WORKERS), help="Decoding processes.  [default: half the cores, at most 8]"
 )
 @device_option
 @click.option(

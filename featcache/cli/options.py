@@ -2,6 +2,8 @@
 
 import click
 
+from featcache.arguments import MOST_SIDE
+
 arch_option = click.option(
     "--arch",
     metavar="NAME",
@@ -13,7 +15,7 @@ weights_key_option = click.option(
     help="Which encoder of a checkpoint that holds several, such as teacher.  [default: by the method's rule]",
 )
 size_option = click.option(
-    "--size", type=click.IntRange(32, 100_000), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
+    "--size", type=click.IntRange(32, MOST_SIDE), metavar="PIXELS", help="Input side.  [default: the backbone's own]"
 )
 
 
@@ -62,7 +64,7 @@ def preprocessing_options(command):
     options = (
         click.option(
             "--size",
-            type=click.IntRange(32, 100_000),
+            type=click.IntRange(32, MOST_SIDE),
             metavar="PIXELS",
             help="Input side.  [default: the dataset's protocol, else the backbone's own]",
         ),
@@ -74,7 +76,7 @@ def preprocessing_options(command):
         ),
         click.option(
             "--short-side",
-            type=click.IntRange(1, 100_000),
+            type=click.IntRange(1, MOST_SIDE),
             metavar="PIXELS",
             help="Of crop and warp.  [default: the backbone's for crop, size * 256 / 224 for warp]",
         ),

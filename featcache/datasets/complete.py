@@ -39,7 +39,8 @@ def completed(dataset):
         _check_records(records, dataset, where)
         words = f"sizes of {split}"
         splits[split] = tuple(over_threads(_complete_record, records, words, "img", THREADS))
-        cut += sum(int((a.boxes != b.boxes).any(1).sum()) for a, b in zip(records, splits[split], strict=True))
+        pairs = zip(records, splits[split], strict=True)
+        cut += sum(int((a.boxes != b.boxes).any(1).sum()) for a, b in pairs if len(a.boxes))
     if cut:
         click.echo(f"notice: {cut:,} boxes hang over the edges of their images and were cut there", err=True)
     return replace(dataset, splits=splits)
@@ -49,18 +50,26 @@ def _check_records(records, dataset, where):
     """Raise BadInput for a record whose id, size, labels or boxes cannot be stored as they are."""
     classes = len(dataset.classes)
     for record in records:
-        here = f"{where}, image {shown(record.id)}"
-        if not is_text(record.id) or len(record.id.encode()) > MOST_ID_BYTES:
-            raise BadInput(f"{here}: its id is not text of at most {MOST_ID_BYTES:,} bytes that can be written")
-        if isinstance(record.image, str) and not is_text(record.image):
-            raise BadInput(f"{here}: its path {shown(record.image)} is none")
-        for side in (record.height, record.width):
-            if side is not None and (type(side) is not int or not 1 <= side <= MOST_PIXELS):
-                raise BadInput(f"{here}: {shown(side)} is no height or width in pixels")
-        if dataset.task == "single-label" and not 0 <= record.labels < classes:
-            raise BadInput(f"{here}: label {shown(record.labels)} is out of range, there are {classes} classes")
-        if len(record.boxes) and not np.isfinite(record.boxes).all():
-            raise BadInput(f"{here}: a box has a corner that is no finite number")
+        # There may be millions, so that nothing is put into words before something is wrong.
+        reason = _unfit(record, dataset.task, classes)
+        if reason:
+            raise BadInput(f"{where}, image {shown(record.id)}: {reason}")
+
+
+def _unfit(record, task, classes):
+    """What of a record cannot be stored, or None."""
+    if not is_text(record.id) or len(record.id.encode()) > MOST_ID_BYTES:
+        return f"its id is not text of at most {MOST_ID_BYTES:,} bytes that can be written"
+    if isinstance(record.image, str) and not is_text(record.image):
+        return f"its path {shown(record.image)} is none"
+    for side in (record.height, record.width):
+        if side is not None and (type(side) is not int or not 1 <= side <= MOST_PIXELS):
+            return f"{shown(side)} is no height or width in pixels"
+    if task == "single-label" and not 0 <= record.labels < classes:
+        return f"label {shown(record.labels)} is out of range, there are {classes} classes"
+    if len(record.boxes) and not np.isfinite(record.boxes).all():
+        return "a box has a corner that is no finite number"
+    return None
 
 
 def repeated_ids(records):

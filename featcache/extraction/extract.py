@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from featcache.arguments import CHECKPOINT, NAME, NAMES, NUMBERS, PATH, takes, whole
+from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
 from featcache.backbones.preprocessing import OWN
@@ -31,6 +31,7 @@ from featcache.store.reader import Store
 from featcache.store.records import changes, record_arrays, with_axes
 from featcache.store.writer import (
     check_same,
+    check_shards,
     check_whole,
     create_store,
     discard_if_empty,
@@ -39,8 +40,6 @@ from featcache.store.writer import (
     put_shard,
 )
 
-# Beyond these are no sizes and no machines, but slips.
-MOST_SIDE, MOST_WORKERS = 100_000, 1024
 # Below this the features of a precision are not those of the network any more.
 TRUSTED_COSINE = 0.99
 
@@ -132,7 +131,7 @@ def extract(
     if FILE in folder.names():
         begun = _begun(folder, identity, storage, arrays)
         if not missing_shards(folder, begun) and not missing_files(folder, begun):
-            check_whole(folder, begun)
+            check_shards(folder, begun)
             say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
             return str(folder)
     manifest = plan(

@@ -53,14 +53,12 @@ def fit_convex(specs, features, labels, classes):
     """
     basis = Eigenbasis(features, specs[0].head.bias)
     ways, found = {}, {}
-    for spec in specs:
-        if spec.loss not in ways:
-            ways[spec.loss] = _Way(basis, _problem(spec.loss, labels, classes), classes, spec.head)
-        asked = spec.loss, spec.optimizer.weight_decay, spec.optimizer.iterations
-        if asked not in found:
-            found[asked] = ways[spec.loss].fit(*asked[1:])
-    results = [found[spec.loss, spec.optimizer.weight_decay, spec.optimizer.iterations] for spec in specs]
-    weights, losses, short = zip(*results, strict=True)
+    asked = [(spec.loss, spec.optimizer.weight_decay, spec.optimizer.iterations) for spec in specs]
+    for loss, decay, iterations in dict.fromkeys(asked):
+        if loss not in ways:
+            ways[loss] = _Way(basis, _problem(loss, labels, classes), classes, specs[0].head)
+        found[loss, decay, iterations] = ways[loss].fit(decay, iterations)
+    weights, losses, short = zip(*(found[one] for one in asked), strict=True)
     return [{name: w.clone() for name, w in named.items()} for named in weights], list(losses), list(short)
 
 
@@ -310,7 +308,7 @@ class _Bce(_Joint):
         targets, known, weights = function.targets(labels, torch.float64)
         factor = 1 if weights is None else 1 + (weights - 1) * targets
         # a log(1 + exp(-z)) + b z
-        self.curved, self.straight = (factor * known + 0 * targets)[:, 0], ((1 - targets) * known)[:, 0]
+        self.curved, self.straight = (factor * known).expand_as(targets)[:, 0], ((1 - targets) * known)[:, 0]
 
     def dot(self, left, right):
         return (left * right).sum(0)

@@ -6,7 +6,7 @@ import unicodedata
 
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_feature
-from featcache.names import BESIDE_SPLITS, file_name, path_within
+from featcache.names import BESIDE_SPLITS, file_name, path_within, split_name
 from featcache.store.dtype import STORED
 
 COMMITS = "commits"
@@ -59,7 +59,7 @@ def check_names(splits, features):
     """Check the names of splits, views and features, which become folders. Raises BadInput."""
     for split in splits:
         base, at, view = split.partition("@")
-        file_name(base, "split", BESIDE_SPLITS)
+        split_name(base)
         if at and (base not in splits or not re.fullmatch("[1-9][0-9]{0,5}", view)):
             raise BadInput(f"split {shown(split)}: `@` is kept for the views of a split; give it another name")
     _told_apart(splits, "splits")

@@ -1,7 +1,5 @@
 """Opening a store: its splits, their features and records."""
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import cached_property, partial
 
 import numpy as np
@@ -13,8 +11,6 @@ from featcache.store.formats import FORMATS
 from featcache.store.manifest import read_file, read_manifest, remedy, split_of, view_group
 from featcache.store.marker import committed, digests_of, ids_sha256_of, read_marker
 from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of, wrong_with
-
-FILES_AT_ONCE = 16
 
 
 def open_store(path):
@@ -34,11 +30,7 @@ def open_store(path):
                 f"store {path} is incomplete: split {split} lacks {total - len(there)} of {total} shards, "
                 f"the first is shard {missing} (rows {first} to {end - 1}); run the same extract again to finish it"
             )
-    # Threads where each file is a request; on this machine, starting them takes longer than reading.
-    with ThreadPoolExecutor(FILES_AT_ONCE) if store.folder.remote else nullcontext() as pool:
-        look = pool.map if pool else map
-        for _ in look(lambda name: len(read_file(store.folder, store.manifest, name)), store.manifest.files):
-            pass
+    store.folder.each(lambda name: len(read_file(store.folder, store.manifest, name)), store.manifest.files)
     for split in store.manifest.splits:
         store[split].labels  # noqa: B018 -- to see whether they are labels of its classes
     return store
@@ -156,10 +148,8 @@ class Split:
     def digests(self):
         """uint8 [N, 16] that tell the images by the bytes of their files; None if a shard was written without."""
         folder, manifest = self.store.folder, self.store.manifest
-        # In threads, since at a URL each marker is a request.
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            shards = range(manifest.shards(self.name))
-            markers = list(pool.map(lambda shard: read_marker(folder, manifest, self.name, shard), shards))
+        shards = range(manifest.shards(self.name))
+        markers = folder.each(lambda shard: read_marker(folder, manifest, self.name, shard), shards)
         known = [digests_of(marker) for marker in markers]
         return None if any(part is None for part in known) else np.concatenate(known)
 

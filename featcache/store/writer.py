@@ -3,7 +3,6 @@
 import io
 import mmap
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from featcache.atomic import PARTIAL
@@ -15,8 +14,6 @@ from featcache.store.manifest_fields import COMMITS
 from featcache.store.marker import LOCK, committed, marker_name, read_marker, write_marker
 from featcache.store.verify import verify
 from featcache.store.zarr_format import crc_of
-
-FILES_AT_ONCE = 16
 
 
 def create_store(place, manifest, arrays):
@@ -88,8 +85,8 @@ def missing_files(folder, manifest):
             return True
         return False
 
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        return [name for name, lost in zip(manifest.files, pool.map(lacks, manifest.files), strict=True) if lost]
+    lost = folder.each(lacks, manifest.files)
+    return [name for name, gone in zip(manifest.files, lost, strict=True) if gone]
 
 
 def check_whole(folder, manifest):
@@ -102,6 +99,11 @@ def check_whole(folder, manifest):
         raise BadInput(f"{folder}/{FILE} was replaced by another one; {remedy(folder)}")
     for name in missing_files(folder, manifest):
         raise BadInput(f"{folder}/{name} is gone or damaged; {remedy(folder)}")
+    check_shards(folder, manifest)
+
+
+def check_shards(folder, manifest):
+    """Look whether every shard has its marker and its files, of the right lengths. Raises BadInput for the first."""
 
     def look(place):
         marker = read_marker(folder, manifest, *place)
@@ -114,10 +116,9 @@ def check_whole(folder, manifest):
                 return f"{name} is gone" if size is None else f"{name} has {size} bytes, not {entry['bytes']}"
         return None
 
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for found in pool.map(look, manifest.all_shards()):
-            if found:
-                raise BadInput(f"{folder}/{found}; {remedy(folder)}")
+    for found in folder.each(look, manifest.all_shards()):
+        if found:
+            raise BadInput(f"{folder}/{found}; {remedy(folder)}")
 
 
 def missing_shards(folder, manifest):
