@@ -8,7 +8,7 @@ entry points (docs/architecture.md, "To add a kind").
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +21,9 @@ class Kind(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: str
+
+    # Other words that people write for it.
+    aliases: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def word(cls) -> str:

@@ -1,23 +1,21 @@
 """The probes of one block while they train: weights, optimiser, and what is known of each."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from featcache.device import multiplying
-from featcache.probes.convex import fit_convex
-from featcache.probes.features import epoch_order
-from featcache.probes.heads.head import STACKS
+from featcache.probes.engine.blocks import block_name, padded
+from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.predict import predict
 from featcache.probes.heads.weights import stacked_weights
-from featcache.probes.losses import LossFunction
-from featcache.probes.optimizers import OPTIMIZERS
-from featcache.probes.run_file import PARTIAL
-from featcache.probes.schedules import factors
-from featcache.probes.sealed_tensors import read_content, write_sealed
+from featcache.probes.identity import spec_to_dict
+from featcache.probes.losses.loss import LossFunction
+from featcache.probes.runs.run_file import PARTIAL
+from featcache.probes.runs.sealed_tensors import read_content, write_sealed
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import TrainedProbe, block_name, padded, predict, room_of
+from featcache.probes.trained import TrainedProbe
 
 
 class Training:
@@ -42,9 +40,10 @@ class Training:
 
     def _build(self):
         dim, classes, labels = self._shape
-        full = padded(self.specs, classes)
-        self._stack = STACKS[full[0].head.type](full, stacked_weights(full, dim, classes, labels.device))
-        self._optimizer = OPTIMIZERS[full[0].optimizer.type](self._stack.parameters, full, labels.device)
+        full, first = padded(self.specs, classes), self.specs[0]
+        self._stack = first.head.stack(stacked_weights(full, dim, classes, labels.device), first.precision)
+        solvers = [spec.optimizer for spec in full]
+        self._rule = first.optimizer.rule(self._stack.parameters, solvers, first.precision, labels.device)
         self._slices = _loss_slices(full, labels, classes)
         self.steps = -(-len(labels) // self.batch_size)
 
@@ -72,8 +71,8 @@ class Training:
         """Prepare the rates of an epoch's steps."""
         _, classes, labels = self._shape
         full = padded(self.specs, classes)
-        rates = torch.tensor([s.rate for s in full], dtype=torch.float64)
-        drawn = {s: factors(s, self.epochs, self.steps, self.epoch) for s in {s.schedule for s in full}}
+        rates = torch.tensor([s.optimizer.rate(s.batch_size) for s in full], dtype=torch.float64)
+        drawn = {s: s.factors(self.epochs, self.steps, self.epoch) for s in {s.schedule for s in full}}
         factor = torch.stack([drawn[s.schedule] for s in full], dim=1)
         self._rates = (factor * rates).float().to(labels.device)  # [steps, P]
         self._table = torch.zeros(self.steps, len(full), device=labels.device)
@@ -86,7 +85,7 @@ class Training:
             logits = self._stack.forward(features, training=True)  # [B, P, C]
             exact = logits.device.type == "cpu" and self.specs[0].precision == "float32"
             loss, gradient = _loss_and_gradient(logits.detach(), targets, self._slices, exact)
-            self._optimizer.step(self._stack.backward(features, logits, gradient), self._rates[step])
+            self._rule.step(self._stack.backward(features, logits, gradient), self._rates[step])
         self._table[step] = loss
         self._sizes.append(len(features))
 
@@ -104,7 +103,7 @@ class Training:
     @torch.no_grad()
     def logits(self, features):
         """Logits [P, R, C] of features, float32 [R, D] or [R, D, S], by the weights as they are."""
-        return predict(self._stack, self.specs[0], features)[: len(self.specs)]
+        return predict(self._stack, self.batch_size, features)[: len(self.specs)]
 
     def validated(self, scores):
         """Take the validation scores after an epoch, float64 [P], higher is better; keep the best weights."""
@@ -139,7 +138,8 @@ class Training:
         taken = [self._finished(p, why) for p in gone.nonzero().flatten().tolist()]
         stay = (~gone).nonzero().flatten()
         if len(taken) and len(stay):
-            weights, optimizer = self._held()
+            weights, state = self._held()
+            steps = self._rule.steps
             self.specs = [self.specs[p] for p in stay.tolist()]
             self._losses, self._scores, self._diverged = (
                 t[..., stay] for t in (self._losses, self._scores, self._diverged)
@@ -152,7 +152,7 @@ class Training:
                 }
             self._build()
             self._fill({n: w[stay.to(w.device)] for n, w in weights.items()})
-            self._fill_optimizer({n: t[stay.to(t.device)] for n, t in optimizer.items()}, self._counts(self._optimizer))
+            self._fill_rule({n: t[stay.to(t.device)] for n, t in state.items()}, steps)
         elif len(taken):
             self.specs = []
         return taken
@@ -185,40 +185,35 @@ class Training:
         )
 
     def _held(self):
-        """What the stack and the optimiser hold of each probe, {name: [P, ...]}, without padding."""
+        """What the stack and the update rule hold of each probe, {name: [P, ...]}, without padding."""
         count = len(self.specs)
         weights = {n: w[:count].detach() for n, w in self._stack.weights.items()}
-        return weights, {n: t[:count] for n, t in _tensors_of(self._optimizer).items()}
+        return weights, {n: t[:count] for n, t in _tensors_of(self._rule).items()}
 
     @torch.no_grad()
     def _fill(self, weights):
         for name, stacked in self._stack.weights.items():
             _repeat_last(stacked, weights[name])
 
-    def _fill_optimizer(self, tensors, counts):
-        for name, held in _tensors_of(self._optimizer).items():
+    def _fill_rule(self, tensors, steps):
+        for name, held in _tensors_of(self._rule).items():
             _repeat_last(held, tensors[name])
-        for name, count in counts.items():
-            setattr(self._optimizer, name, count)
-
-    @staticmethod
-    def _counts(optimizer):
-        return {name: value for name, value in vars(optimizer).items() if name == "steps"}
+        self._rule.steps = steps
 
     def save(self, folder, origin):
         """Write a state, from which restored() goes on as if nothing had been, into a folder. origin: of what, an Origin."""
-        weights, optimizer = self._held()
+        weights, state = self._held()
         tensors = {f"weights/{n}": w.contiguous() for n, w in weights.items()}
-        tensors |= {f"optimizer/{n}": t.contiguous() for n, t in optimizer.items()}
+        tensors |= {f"optimizer/{n}": t.contiguous() for n, t in state.items()}
         tensors |= {"losses": self._losses, "scores": self._scores, "diverged": self._diverged}
         if self._best:
             tensors |= {"best/score": self._best["score"], "best/epoch": self._best["epoch"]}
             tensors |= {f"best/weights/{n}": w for n, w in self._best["weights"].items()}
         content = {
             "name": self.name,
-            "specs": [asdict(s) for s in self.specs],
+            "specs": [spec_to_dict(s) for s in self.specs],
             "epoch": self.epoch,
-            "counts": self._counts(self._optimizer),
+            "counts": {"steps": self._rule.steps},
         }
         write_sealed(
             state_path(folder, self.name), {n: t.contiguous() for n, t in tensors.items()}, vars(origin) | content
@@ -232,7 +227,7 @@ class Training:
         made.name, made.epoch = Path(path).stem, content["epoch"]
         made._losses, made._scores, made._diverged = (tensors[n] for n in ("losses", "scores", "diverged"))
         made._fill(_under("weights/", tensors))
-        made._fill_optimizer(_under("optimizer/", tensors), content["counts"])
+        made._fill_rule(_under("optimizer/", tensors), content["counts"]["steps"])
         if "best/score" in tensors:
             kept = {n: w.to(labels.device) for n, w in _under("best/weights/", tensors).items()}
             made._best = {"score": tensors["best/score"], "epoch": tensors["best/epoch"], "weights": kept}
@@ -244,36 +239,19 @@ def state_path(folder, name):
     return Path(folder) / PARTIAL / f"{name}.safetensors"
 
 
-def train_block(specs, features, labels, classes, order_seed):
-    """Train the probes of one block on features in memory, from beginning to end.
-
-    features: [N, D] or [N, D, S], any float dtype. labels: int8 [N, C] or int64 [N]. Both on the device
-    to train on. order_seed: of the mini-batches' order. Returns a TrainedProbe for each spec.
-    """
-    if specs[0].optimizer.type == "lbfgs":
-        return fit_block(specs, features, labels, classes)
-    training = Training(specs, features.shape[1], classes, labels)
-    while training.epoch < training.epochs:
-        training.begin_epoch()
-        for rows in epoch_order(len(features), order_seed, training.epoch).to(labels.device).split(training.batch_size):
-            training.feed(features[rows].float(), labels[rows])
-        training.end_epoch()
-    return training.finish()
-
-
 def fit_block(specs, features, labels, classes):
-    """As train_block, for probes whose optimiser sees all images at once: lbfgs."""
-    fitted = zip(specs, *fit_convex(specs, features, labels, classes), strict=True)
+    """As train_block, for probes whose optimizer sees all images at once."""
+    fits = specs[0].optimizer.fit(specs, features, labels, classes)
     return [
         TrainedProbe(
             spec,
-            found,
-            seen,
-            None if _finite(found) else len(seen) - 1,
+            fit.weights,
+            fit.losses,
+            None if _finite(fit.weights) else len(fit.losses) - 1,
             spec.epochs,
-            stopped="iterations" if short else None,
+            stopped=None if fit.converged else "iterations",
         )
-        for spec, found, seen, short in fitted
+        for spec, fit in zip(specs, fits, strict=True)
     ]
 
 
@@ -286,14 +264,9 @@ def _under(prefix, tensors):
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _tensors_of(optimizer):
-    """The state of an optimiser that moves, {name: [P, ...]}: all its lists of tensors but the parameters."""
-    return {
-        f"{name}/{i}": tensor
-        for name, value in vars(optimizer).items()
-        if isinstance(value, list) and name != "parameters"
-        for i, tensor in enumerate(value)
-    }
+def _tensors_of(rule):
+    """The state of an update rule as {name: [P, ...]}."""
+    return {f"{name}/{i}": tensor for name, tensors in rule.state().items() for i, tensor in enumerate(tensors)}
 
 
 def _repeat_last(stacked, held):
@@ -304,7 +277,7 @@ def _repeat_last(stacked, held):
 
 def _loss_slices(specs, labels, classes):
     """Return [(loss function, start, end)] over probes that are sorted by loss, each as the room is."""
-    most = max(room_of(labels.device).losses // (8 * specs[0].batch_size * classes), 1)
+    most = max(MemoryBudget.of(labels.device).losses // (8 * specs[0].batch_size * classes), 1)
     functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
     slices = []
     for number, spec in enumerate(specs):

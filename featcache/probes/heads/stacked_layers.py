@@ -14,8 +14,8 @@ import weakref
 import torch
 
 from featcache.probes.gemm import multiply
+from featcache.probes.heads.bcos_modules import NORM_EPS, uncentred_scale
 
-NORM_EPS = 1e-5
 NORM_MOMENTUM = 0.1
 aten = torch.ops.aten
 
@@ -221,11 +221,6 @@ class GhostNorm(Layer):
 def _mean_square(centred):
     """The mean of squares along rows, in one pass, where torch's var is many times slower on a CPU."""
     return torch.linalg.vector_norm(centred, dim=2).square_().div_(centred.shape[2])
-
-
-def uncentred_scale(weight, variance):
-    """What uncentred batch norm multiplies each channel by: weight / sqrt(variance + 1e-5)."""
-    return weight / (variance + NORM_EPS).sqrt()
 
 
 class ReLU(Layer):

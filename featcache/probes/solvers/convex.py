@@ -17,11 +17,14 @@ most 1e-5 |W|, whatever the decay and the scale of the features.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from featcache.probes.losses import IGNORED, LossFunction
+from featcache.probes.heads.linear import Linear
+from featcache.probes.losses.curvature import Curvature
+from featcache.probes.losses.loss import Loss, LossFunction
 
 # Converged: the largest gradient over weight_decay |W|.
 TOLERANCE = 1e-5
@@ -43,23 +46,43 @@ CHUNK_ROWS = 4096
 KEPT_BYTES = 1 << 30
 
 
-def fit_convex(specs, features, labels, classes):
-    """Train linear probes that share features and head; their losses, decays and iterations may differ.
+@dataclass(frozen=True)
+class Problem:
+    """What a linear probe minimises: a loss plus decay / 2 |W|^2, in so many Newton steps at most."""
 
-    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. Returns (weights, losses, short):
-    for each spec {name: float32 CPU tensor}, the mean losses before and after each of the last Newton steps, those at its
-    own decay, and whether it ended before it converged. If the features are not all finite, the weights are NaN. Seeds
-    do not matter: all start from zero.
+    loss: Loss
+    decay: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The optimum of a problem.
+
+    weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
+    after each of the last Newton steps, those at the problem's own decay. converged: False if the steps ran out.
     """
-    basis = Eigenbasis(features, specs[0].head.bias)
-    ways, found = {}, {}
-    asked = [(spec.loss, spec.optimizer.weight_decay, spec.optimizer.iterations) for spec in specs]
-    for loss, decay, iterations in dict.fromkeys(asked):
-        if loss not in ways:
-            ways[loss] = _Way(basis, _problem(loss, labels, classes), classes, specs[0].head)
-        found[loss, decay, iterations] = ways[loss].fit(decay, iterations)
-    weights, losses, short = zip(*(found[one] for one in asked), strict=True)
-    return [{name: w.clone() for name, w in named.items()} for named in weights], list(losses), list(short)
+
+    weights: dict[str, Tensor]
+    losses: list[float]
+    converged: bool
+
+
+def fit_convex(problems: list[Problem], head: Linear, features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+    """Solve problems of linear probes that share features and head, and return a Fit of each. All start from zero.
+
+    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device.
+    """
+    basis = Eigenbasis(features, head.bias)
+    paths: dict[Loss, _Path] = {}
+    fits: dict[Problem, Fit] = {}
+    for problem in dict.fromkeys(problems):
+        loss = problem.loss
+        if loss not in paths:
+            function = LossFunction(loss, labels, classes)
+            paths[loss] = _Path(basis, loss.curvature(function, labels), classes, head)
+        fits[problem] = paths[loss].fit(problem.decay, problem.iterations)
+    return [replace(fits[p], weights={name: w.clone() for name, w in fits[p].weights.items()}) for p in problems]
 
 
 class Eigenbasis:
@@ -69,7 +92,7 @@ class Eigenbasis:
     bias. spread: the mean square along each direction, float64 [K]. finite: whether all features are.
     """
 
-    def __init__(self, features, bias):
+    def __init__(self, features: Tensor, bias: bool):
         self.features, self.bias = features, bias
         count, dim = features.shape
         mean = sum(rows.double().sum(0) for rows in features.split(CHUNK_ROWS)) / count
@@ -93,7 +116,7 @@ class Eigenbasis:
         if bias:
             self.spread = torch.cat([self.spread, self.spread.new_ones(1)])
 
-    def _kept(self, turn, corner):
+    def _kept(self, turn: Tensor, corner: Tensor | None) -> dict[torch.dtype, Tensor] | None:
         """The images in the basis, {dtype: [N, K without bias]}, or None if they are too large."""
         if corner is not None:
             rows = corner.t() @ turn
@@ -103,7 +126,7 @@ class Eigenbasis:
             return None
         return {rows.dtype: rows, torch.float32: rows.float()}
 
-    def along(self, points):
+    def along(self, points: Tensor) -> Tensor:
         """Products of all images with points [K, M], in their dtype: [N, M]."""
         if self._rows:
             weight = points[: len(self.directions.t())]
@@ -112,7 +135,7 @@ class Eigenbasis:
         weight, bias = self.as_weights(points)
         return torch.cat([rows.to(weight) @ weight for rows in self.features.split(CHUNK_ROWS)]).add_(bias)
 
-    def pulled(self, pushes):
+    def pulled(self, pushes: Tensor) -> Tensor:
         """Products of all directions with what pulls at each image, [N, M], in its dtype: [K, M]."""
         if self._rows:
             weight = self._rows[pushes.dtype].t() @ pushes
@@ -123,18 +146,19 @@ class Eigenbasis:
             weight = self.directions.to(pushes).t() @ (weight - self.mean.to(pushes).unsqueeze(1) * pushes.sum(0))
         return torch.cat([weight, pushes.sum(0, keepdim=True)]) if self.bias else weight
 
-    def as_weights(self, points):
+    def as_weights(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Points [K, M] as weights [D, M] of the features themselves, and biases [M]."""
         weight = self.directions.to(points) @ points[: self.directions.shape[1]]
         shift = self.mean.to(points) @ weight
         return weight, points[-1] - shift if self.bias else -shift
 
 
-class _Way:
+class _Path:
     """The optima of one loss, from strong to weak decay."""
 
-    def __init__(self, basis, problem, classes, head):
-        self.basis, self.problem, self.head, self.stations = basis, problem, head, {}
+    def __init__(self, basis: Eigenbasis, problem: Curvature, classes: int, head: Linear):
+        self.basis, self.problem, self.head = basis, problem, head
+        self.stations: dict[int, Tensor] = {}
         self.start = basis.spread.new_zeros(len(basis.spread), classes)
         push, curvature = problem.slope(self._logits(self.start))
         slope = self._pulled(push)
@@ -142,17 +166,17 @@ class _Way:
         strongest = basis.spread[: basis.directions.shape[1]].max() * problem.flat(curvature).max()
         self.first = math.floor(math.log10(strongest)) if 0 < strongest < math.inf else 0
 
-    def fit(self, decay, iterations):
-        """Weights, mean losses and whether it fell short, of one probe."""
+    def fit(self, decay: float, iterations: int) -> Fit:
+        """Return the optimum at one decay."""
         if not self.basis.finite:
-            point, losses, short = torch.full_like(self.start, torch.nan), [math.nan], False
+            point, losses, converged = torch.full_like(self.start, torch.nan), [math.nan], True
         else:
-            point, losses, short = self._minimise(self._station(decay), decay, iterations)
+            point, losses, converged = self._minimise(self._station(decay), decay, iterations)
         weight, bias = self.basis.as_weights(point)
-        named = {"fc0.weight": weight.t().contiguous()} | ({"fc0.bias": bias} if self.basis.bias else {})
-        return {name: w.float().cpu() for name, w in named.items()}, losses, short
+        weights = {"fc0.weight": weight.t().contiguous()} | ({"fc0.bias": bias} if self.basis.bias else {})
+        return Fit({name: w.float().cpu() for name, w in weights.items()}, losses, converged)
 
-    def _station(self, decay):
+    def _station(self, decay: float) -> Tensor:
         """The point from which to seek the optimum of a decay: about that of the next higher power of ten."""
         point = self.start
         for power in range(self.first, self.first - POWERS, -1):
@@ -163,13 +187,13 @@ class _Way:
             point = self.stations[power]
         return point
 
-    def _logits(self, point):
+    def _logits(self, point: Tensor) -> Tensor:
         return self.basis.along(point).div_(self.head.temperature).add_(self.head.offset)
 
-    def _pulled(self, push):
+    def _pulled(self, push: Tensor) -> Tensor:
         return self.basis.pulled(push).div_(self.head.temperature)
 
-    def _minimise(self, point, decay, steps, share=0.0):
+    def _minimise(self, point: Tensor, decay: float, steps: int, share: float = 0.0) -> tuple[Tensor, list[float], bool]:
         """Take Newton steps from a point [K, C] until the gradient is small, or that share of what it was."""
         problem, basis = self.problem, self.basis
         penalty = torch.full_like(basis.spread, decay)
@@ -196,15 +220,15 @@ class _Way:
             move = basis.along(step).div_(self.head.temperature)
             length = self._length(logits, move, (point, step, penalty), (whole, problem.dot(slope, step)), pending)
             point, logits = point + length * step, logits.add_(length * move)
-        return point, losses, bool(pending.any())
+        return point, losses, not pending.any()
 
     @staticmethod
-    def _gained(norm, whole, lowest, pending):
+    def _gained(norm: Tensor, whole: Tensor, lowest: tuple[Tensor, Tensor], pending: Tensor) -> bool:
         """Whether any pending problem has a smaller gradient, or a lower objective, than it ever had."""
         better = (norm < 0.9 * lowest[0]) | (whole < lowest[1] - 10 * ROUNDING * lowest[1].abs())
         return bool((better & pending).any())
 
-    def _newton(self, slope, curvature, penalty, pending):
+    def _newton(self, slope: Tensor, curvature: Tensor, penalty: Tensor, pending: Tensor) -> Tensor:
         """Minus the inverse Hessian times the gradient, roughly, [K, C]; 0 where a problem is not pending."""
         dot = self.problem.dot
         # Near the optimum a gradient may be less than what float32 has numbers for.
@@ -232,7 +256,14 @@ class _Way:
             direction = better.addcmul(torch.where(pending, product / before, 0.0), direction)
         return step.double() * scale
 
-    def _length(self, logits, move, line, start, pending):
+    def _length(
+        self,
+        logits: Tensor,
+        move: Tensor,
+        line: tuple[Tensor, Tensor, Tensor],
+        start: tuple[Tensor, Tensor],
+        pending: Tensor,
+    ) -> Tensor:
         """How much of a step to take, for each problem: all, or by halves or tenths until the objective has fallen.
 
         line: point, step, penalty. start: the objective, and its slope along the step.
@@ -251,110 +282,3 @@ class _Way:
             shorter = (reached / (2 * (whole + reached - there))).nan_to_num(nan=0.5).clamp(0.1, 0.5)
             length = torch.where(pending, length * shorter, length)
         return torch.where(pending, 0.0, length)
-
-
-def _problem(loss, labels, classes):
-    """A loss as a function of the logits of all images, with its curvature."""
-    function = LossFunction(loss, labels, classes)
-    return {"bce": _Bce, "ce": _Ce}.get(loss.type, _Joint)(function, labels)
-
-
-class _Joint:
-    """Any loss, a problem of all classes. Of its curvature only what bends up is used, class by class.
-
-    What bends down would make the objective fall without end in the eyes of conjugate gradients.
-    """
-
-    # For differences of gradients, in logits.
-    WIDTH = 1e-4
-
-    def __init__(self, function, labels):
-        self.function, self.labels = function, labels
-
-    def _look(self, logits):
-        value, push = self.function(logits.unsqueeze(1), self.labels)
-        return value, push[:, 0]
-
-    def dot(self, left, right):
-        """Products of [K, C], one for each problem: [1]."""
-        return (left * right).sum().expand(1)
-
-    def value(self, logits):
-        """Losses of the problems at logits [N, C]."""
-        return self._look(logits)[0]
-
-    def slope(self, logits):
-        """Gradient by the logits, [N, C], and the curvature, which `bend` and `flat` understand."""
-        above, below = (self._look(logits + by)[1] for by in (self.WIDTH, -self.WIDTH))
-        return self._look(logits)[1], ((above - below) / (2 * self.WIDTH)).clamp_(min=0)
-
-    def bend(self, curvature, move):
-        """The curvature times a move of the logits, both [N, C]."""
-        return curvature * move
-
-    def flat(self, curvature):
-        """The curvature of each class, summed over images, [C]."""
-        return curvature.sum(0)
-
-    def free(self, step):
-        """What of a step, [K, C], leads anywhere."""
-        return step
-
-
-class _Bce(_Joint):
-    """A sum over classes, each of which is a problem of its own. Values are [C]."""
-
-    def __init__(self, function, labels):
-        targets, known, weights = function.targets(labels, torch.float64)
-        factor = 1 if weights is None else 1 + (weights - 1) * targets
-        # a log(1 + exp(-z)) + b z
-        self.curved, self.straight = (factor * known).expand_as(targets)[:, 0], ((1 - targets) * known)[:, 0]
-
-    def dot(self, left, right):
-        return (left * right).sum(0)
-
-    def value(self, logits):
-        return F.softplus(-logits).mul_(self.curved).addcmul_(self.straight, logits).sum(0)
-
-    def slope(self, logits):
-        absent = (-logits).sigmoid_()
-        pushed = self.curved * absent
-        return self.straight - pushed, pushed.mul_(1 - absent)
-
-
-class _Ce(_Joint):
-    """Softmax, with its whole curvature."""
-
-    def __init__(self, function, labels):
-        parts = function.targets(labels, torch.float64)
-        if len(parts) == 3:
-            # Multi-label: targets, their sums, and what is ignored.
-            self.targets, self.mass, ignored = parts
-            self.targets, self.mass = self.targets[:, 0], self.mass[:, 0]
-            self.ignored = None if ignored is None else ignored[:, 0]
-            return
-        _, own, even, mass = parts
-        self.targets = own.new_zeros(len(labels), function.classes)
-        self.targets.add_(0 if even is None else even.view(-1)).scatter_add_(1, labels.view(-1, 1), own.view(-1, 1))
-        self.mass, self.ignored = mass.view(-1, 1), None
-
-    def _logs(self, logits):
-        return (logits if self.ignored is None else logits.masked_fill(self.ignored, IGNORED)).log_softmax(1)
-
-    def value(self, logits):
-        return self._logs(logits).mul_(self.targets).sum().neg().expand(1)
-
-    def slope(self, logits):
-        p = self._logs(logits).exp_()
-        return (self.mass * p).sub_(self.targets), p
-
-    def bend(self, p, move):
-        pushed = p * move
-        return pushed.addcmul_(p, pushed.sum(1, keepdim=True), value=-1).mul_(self.mass.to(p))
-
-    def flat(self, p):
-        return (self.mass * p * (1 - p)).sum(0)
-
-    def free(self, step):
-        # What all classes share a softmax does not see, and the decay drives to zero, where it began.
-        return step - step.mean(1, keepdim=True)
