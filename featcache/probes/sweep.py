@@ -28,15 +28,15 @@ from featcache.probes.features import (
     read_chunks,
     view_of_epoch,
 )
+from featcache.probes.predict import new_tally
 from featcache.probes.probe_file import Origin, find_probes, load_probes, save_probes
 from featcache.probes.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
-from featcache.probes.scores.scoring import work
-from featcache.probes.scores.tally import TALLIES
 from featcache.probes.sealed_tensors import read_content
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import held_bytes
 from featcache.probes.training import Training, fit_block, state_path
+from featcache.probes.work import work
 
 # States are written after an epoch, but not more often than this: a kill costs about as much.
 SAVE_SECONDS = 30
@@ -146,8 +146,7 @@ class Sweep:
         """The selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         metric, role = self.judge
         names, device = self.splits[role], self.device
-        losses = [s.loss.type for s in training.specs]
-        tally = TALLIES[self.store.task](self.judged, len(self.store.classes), losses)
+        tally = new_tally(training.specs, self.judged, len(self.store.classes), [metric])
         if (feature, pool) not in self._validation:
             numbers = math.prod(input_shape(self.store, feature, pool)) * len(self.judged)
             fits = 4 * numbers < free_bytes(device) // 4
@@ -155,7 +154,7 @@ class Sweep:
             self._validation = {(feature, pool): held}
         for chunk in self._validation[feature, pool] or read_chunks(self.store, names, feature, pool, device):
             tally.add(training.logits(chunk))
-        return gain(metric, tally.scores(only=metric)[metric])
+        return gain(metric, tally.scores()[metric])
 
     def _drop(self, training, gone, why):
         """Take probes out of a block before their time."""
