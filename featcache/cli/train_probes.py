@@ -42,7 +42,7 @@ def train_probes(dry_run, run, seed, memory, **options):
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
     level = summary["chance"][finished.judge][metric]
-    chosen = f" by {finished.chosen_on} {metric_kind(metric).label()}" if finished.chosen_on else ""
+    chosen = f" by {finished.chosen_on} {metric_kind(metric).title}" if finished.chosen_on else ""
     click.echo(
         f"{'best' if chosen else 'first'} {min(10, summary['probes'])} of {summary['probes']} probes{chosen}; "
         + (

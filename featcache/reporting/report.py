@@ -40,7 +40,7 @@ def report(runs, out="report.html"):
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
     page = {
-        "metric": metric_kind(metric).label(),
+        "metric": metric_kind(metric).title,
         "heading": heading(metric),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "judge": opened[0].judge,

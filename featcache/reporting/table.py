@@ -37,7 +37,7 @@ def scored(metric, value, low=None, high=None):
 
 def heading(metric):
     """Name a metric, with the unit in which `scored` writes it."""
-    return f"{metric_kind(metric).label()} {metric_kind(metric).unit()}".strip()
+    return f"{metric_kind(metric).title} {metric_kind(metric).unit()}".strip()
 
 
 def _with_interval(value, low, high, scale, pattern):

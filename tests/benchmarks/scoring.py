@@ -26,13 +26,17 @@ def timed(run):
     return result, time.process_time() - started
 
 
+def drawn(probes, images, classes):
+    """Yield chunks of random logits [P, n, C], in memory class by class, as predictions are."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in torch.arange(images).split(CHUNK):
+        yield torch.randn(probes, classes, len(rows), generator=generator).transpose(1, 2)
+
+
 def gathered(probes, images, classes, labels):
     """A tally of random logits, CPU seconds to add them without drawing them, and those of the floor."""
-    generator = torch.Generator().manual_seed(0)
     tally, seconds, floor = Tally(labels, classes, [labels.ndim == 1] * probes), 0.0, 0.0
-    for rows in torch.arange(images).split(CHUNK):
-        # In memory class by class, as predictions are.
-        logits = torch.randn(probes, classes, len(rows), generator=generator).transpose(1, 2)
+    for logits in drawn(probes, images, classes):
         seconds += timed(lambda part=logits: tally.add(part))[1]
         if labels.ndim == 1:
             floor += timed(lambda part=logits: [p.t().double().logsumexp(0) for p in part])[1]
@@ -56,9 +60,9 @@ def main():
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}\n")
     tally, labels, _ = multi_label(arguments.plain, 4952)
-    logits, truth = tally._shared._logits.numpy(), labels.numpy()
+    logits, truth = torch.cat(list(drawn(arguments.plain, *labels.shape)), dim=1).numpy(), labels.numpy()
     expected, plain = timed(
-        lambda: [[average_precision_score(truth[:, c], each[c]) for c in range(len(each))] for each in logits]
+        lambda: [[average_precision_score(truth[:, c], each[:, c]) for c in range(each.shape[1])] for each in logits]
     )
     torch.testing.assert_close(tally.by_class()["map"], torch.tensor(expected, dtype=torch.float64))
     print(f"scikit-learn, average precision alone, 4952 images: {1000 * plain / arguments.plain:.0f} ms a probe\n")

@@ -38,7 +38,8 @@ class Gatherer:
         for kind in self.offers:
             if issubclass(kind, metric.reads):
                 return kind
-        raise BadInput(f"metric {metric.type} reads {metric.reads.__name__}, which labels of its tasks do not have")
+        task = "multi-label" if self.labels.ndim == 2 else "single-label"
+        raise BadInput(f"metric {metric.type} reads {metric.reads.__name__}, which {task} data does not have")
 
     def bytes_per_image(self) -> int:
         """Return the bytes that are kept of each image and probe."""
@@ -229,7 +230,7 @@ class MetricGatherer(Gatherer):
         self._values = sample.new_empty(len(softmax), len(labels), *sample.shape[2:])
 
     def _kept(self, logits: Tensor, rows: slice) -> Tensor:
-        return self._metric.gathered(logits, self.labels[rows], self._softmax)
+        return self._metric.checked_gather(logits, self.labels[rows], self._softmax)
 
     def bytes_per_image(self) -> int:
         """Return the bytes of what the metric gathers."""

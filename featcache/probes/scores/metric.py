@@ -1,5 +1,6 @@
 """What a metric is, and the simple way to write one: a function of logits and labels."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
@@ -48,6 +49,17 @@ class Metric(Kind, Generic[E]):
     class_column: ClassVar[str | None] = None
     reads: ClassVar[type[Evidence]]
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        """Check the name: grids and rules such as "best map per loss" know no capitals. By default it is the title."""
+        name = cls.model_fields["type"].default
+        if not isinstance(name, str):
+            return
+        if not re.fullmatch("[a-z0-9_]+", name):
+            raise ValueError(f"{name!r} is no name of a metric: use a to z, 0 to 9 and _")
+        if "title" not in cls.__dict__:
+            cls.title = name
+
     def estimate(self, evidence: E, leave_out: bool) -> Estimate:
         """Return the scores of the evidence's probes, and with leave_out also those without each image."""
         raise NotImplementedError
@@ -58,11 +70,6 @@ class Metric(Kind, Generic[E]):
         labels: int8 [N, C] or int64 [N]. classes: C.
         """
         return None
-
-    @classmethod
-    def label(cls) -> str:
-        """Return the name of this metric in tables and plots."""
-        return cls.title or cls.word()
 
     @classmethod
     def unit(cls) -> str:
@@ -122,7 +129,7 @@ class PlainMetric(Metric[Gathered]):
             )
         return scores.clamp(low, high)
 
-    def gathered(self, logits: Tensor, labels: Tensor, softmax: Tensor) -> Tensor:
+    def checked_gather(self, logits: Tensor, labels: Tensor, softmax: Tensor) -> Tensor:
         """Return what `gather` does. Raises BadInput unless that has a row for each probe and image."""
         values = self.gather(logits, labels, softmax)
         if not isinstance(values, Tensor) or values.shape[:2] != logits.shape[:2]:

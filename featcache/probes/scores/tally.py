@@ -37,20 +37,22 @@ class Tally:
         self.labels, self.softmax = labels, list(softmax)
         self.finite = torch.ones(len(self.softmax), dtype=torch.bool, device=labels.device)
         self._rows = 0
-        self._by_class: dict[str, Tensor] = {}
+        self._by_class: dict[str, Tensor] | None = None
         multi = labels.ndim == 2
         # How many images say something about a score: those of a class.
-        self._judged = int((labels == 1).any(1).sum()) if multi else len(labels)
-        self._shared = (MultiLabelGatherer if multi else SingleLabelGatherer)(labels, classes, self.softmax)
-        self._gatherers: list[Gatherer] = [self._shared]
+        self._informative = int((labels == 1).any(1).sum()) if multi else len(labels)
+        names = metrics_of("multi-label" if multi else "single-label") if metrics is None else metrics
+        self._shared: Gatherer | None = None
         # Metrics that read the same evidence are computed together.
         self._readers: dict[tuple[Gatherer, type[Evidence]], list[Metric]] = {}
-        for name in metrics_of("multi-label" if multi else "single-label") if metrics is None else metrics:
-            metric, gatherer = metric_kind(name)(type=name), self._gatherers[0]
+        for metric in (metric_kind(name)(type=name) for name in names):
             if isinstance(metric, PlainMetric):
-                gatherer = MetricGatherer(metric, labels, classes, self.softmax)
-                self._gatherers.append(gatherer)
+                gatherer: Gatherer = MetricGatherer(metric, labels, classes, self.softmax)
+            else:
+                kind = MultiLabelGatherer if multi else SingleLabelGatherer
+                gatherer = self._shared = self._shared or kind(labels, classes, self.softmax)
             self._readers.setdefault((gatherer, gatherer.offered(metric)), []).append(metric)
+        self._gatherers = list(dict.fromkeys(gatherer for gatherer, _ in self._readers))
 
     @property
     def bytes_per_image(self) -> int:
@@ -99,14 +101,15 @@ class Tally:
 
         They are NaN for a class without a score.
         """
-        if not self._by_class:
+        if self._by_class is None:
             self.scores()
-        return self._by_class
+        return self._by_class or {}
 
     def calibration(self) -> Tensor:
         """Return float64 [P, BINS, 3] on the CPU: pairs in each bin of the confidence, sums of their confidences and
         outcomes. Ask for it after scores or estimates of all metrics, which count them.
         """
+        assert self._shared is not None, "no metric counts the bins"
         return self._shared.bins.cpu().masked_fill(~self.finite.cpu().view(-1, 1, 1), 0)
 
     def _table(self, reduce: Reduce, leave_out: bool) -> dict[str, tuple[Tensor, ...]]:
@@ -119,7 +122,11 @@ class Tally:
         by_class: dict[str, list[tuple[Tensor, ...]]] = {}
         for metric, found in self._estimates(leave_out):
             scores, counts = found.scores, found.counts
-            counts = scores.new_full(scores.shape, self._judged) if counts is None else counts.clamp(max=self._judged)
+            counts = (
+                scores.new_full(scores.shape, self._informative)
+                if counts is None
+                else counts.clamp(max=self._informative)
+            )
             parts.setdefault(metric.type, []).append(reduce(scores, found.left_out, counts))
             if found.by_class is not None:
                 by_class.setdefault(metric.type, []).append((found.by_class,))
