@@ -20,7 +20,7 @@ _TWINS = {
     "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.run",
-    "compare": "featcache.probes.scores.compare",
+    "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
     "export": "featcache.exchange.export",
     "import_probes": "featcache.exchange.import_probes",

@@ -27,8 +27,8 @@ from featcache.probes.features import as_input, input_of
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
+from featcache.probes.predict import load_predictors
 from featcache.probes.probe_file import load_probe
-from featcache.probes.scores.scoring import load_predictors
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.stack import Predictor, TrainedProbe
 

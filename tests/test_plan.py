@@ -14,8 +14,8 @@ from featcache.probes.heads.head import Head as HeadModule
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
 from featcache.probes.resolve import resolve
-from featcache.probes.scores.scoring import work
 from featcache.probes.spec import Head
+from featcache.probes.work import work
 
 
 def test_stacks_of_a_grid(store):

@@ -13,10 +13,10 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes import score_probes
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import load_probe
 from featcache.probes.run import open_run, select
-from featcache.probes.scores import scoring
 from featcache.reporting.table import score_rows
 from featcache.store.sealed import seal, unseal
 
@@ -77,7 +77,7 @@ def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monke
     (tmp_path / "r/run.json").write_text(
         json.dumps({k: summary[k] for k in ("store_id", "seed", "splits", "select", "search")})
     )
-    monkeypatch.setattr(scoring, "HELD_BYTES", 60_000)
+    monkeypatch.setattr(score_probes, "HELD_BYTES", 60_000)
     featcache.train_probes(GRID, store=store, run=tmp_path / "r")
     for name in ("scores.csv", "scores_per_class.csv", "calibration.csv", "seeds.csv", "history.csv"):
         assert (tmp_path / "r" / name).read_bytes() == (run.path / name).read_bytes()

@@ -18,7 +18,7 @@ from featcache.errors import BadInput
 from featcache.probes.heads.head import Head
 from featcache.probes.probe_file import find_probes, load_probe, load_probes
 from featcache.probes.run import open_run, select
-from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.metrics import metrics_of
 from featcache.store.manifest import identity_hash
 from featcache.store.sealed import seal, unseal
 
@@ -52,7 +52,7 @@ def test_the_run_folder(run):
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == ["probe", "name", "split", "metric", "value", "low", "high", "epoch", "features"]
     assert len(rows) == 9 * 3 * 9 and {r["split"] for r in rows} == {"train", "val", "test"}
-    assert {r["metric"] for r in rows} == set(TASK_METRICS["multi-label"])
+    assert {r["metric"] for r in rows} == set(metrics_of("multi-label"))
     assert {r["features"] for r in rows} == {"layer4:pooled", "layer4:spatial"}, "aliases are resolved"
     assert {r["low"] + r["high"] for r in rows if r["split"] == "train"} == {""}, (
         "intervals of train are for the asking"

@@ -18,13 +18,13 @@ from featcache.device import choose_device
 from featcache.errors import BadInput, nearest, of_the_system
 from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import parse_feature
+from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import OFFSET
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.probe_file import Origin, find_probes, load_specs, save_probes
 from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_summary
-from featcache.probes.scores.metrics import TASK_METRICS
-from featcache.probes.scores.scoring import finish_run
+from featcache.probes.scores.metrics import default_metric
 from featcache.probes.spec import imported_spec, logit_offset
 from featcache.probes.stack import TrainedProbe
 from featcache.store.folder import open_folder
@@ -58,7 +58,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
             raise BadInput(f"--offset: {error}") from None
     folder = local_path(run, "--run")
     roles = {role: list(names) for role, names in splits.items()}
-    select = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
+    select = {"metric": default_metric(opened.task), "split": "val" if "val" in splits else "train"}
     basis = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
     probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
     started = time.monotonic()

@@ -15,9 +15,9 @@ from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import footprint
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
-from featcache.probes.scores.scoring import work
 from featcache.probes.stack import FULL_BATCH_BYTES, stack_key
 from featcache.probes.sweep import plan_buffers
+from featcache.probes.work import work
 from featcache.store.reader import open_store
 
 # Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers.

@@ -7,7 +7,7 @@ from featcache.errors import BadInput, nearest
 from featcache.probes.features import input_of, input_shape
 from featcache.probes.grids.grid import refuse
 from featcache.probes.overlap import Overlap, find_overlaps
-from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec, logit_offset
 from featcache.probes.stack import held_bytes
 
@@ -128,8 +128,8 @@ def _splits(grid, store, errors):
 
 
 def _metric(grid, store, errors):
-    metrics = TASK_METRICS[store.task]
-    metric = grid.metric or metrics[0]
+    metrics = metrics_of(store.task)
+    metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
     return metric

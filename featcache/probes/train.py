@@ -13,13 +13,13 @@ from featcache.arguments import PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
+from featcache.probes.finish import finish_run
 from featcache.probes.grids.grid import load_grid
 from featcache.probes.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.resolve import resolve, undecided
 from featcache.probes.run import open_run
 from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
-from featcache.probes.scores.scoring import finish_run
 from featcache.probes.sweep import plan_buffers, train_missing
 from featcache.probes.tables import read_table
 from featcache.ranks import join_ranks

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from featcache.errors import BadInput
+from featcache.probes.finish import tables_of
 from featcache.probes.probe_file import check_files, read_origin
 from featcache.probes.run_file import (
     ATTRIBUTION,
@@ -19,7 +20,7 @@ from featcache.probes.run_file import (
     maker,
     read_file,
 )
-from featcache.probes.scores.scoring import tables_of
+from featcache.probes.scores.metrics import task_of
 from featcache.probes.tables import find_table
 from featcache.store.folder import open_folder
 
@@ -46,8 +47,8 @@ def damage(folder, summary):
         odd = (path.name for path in folder.iterdir() if path.is_dir() and SEALED_FILE.fullmatch(path.name))
         yield from ((name, "it is no file") for name in sorted(odd) if name not in (files or ()))
     if summary and files is None and "key" in summary:
-        multi = any("map" in values for values in summary["chance"].values())
-        for name in tables_of("multi-label" if multi else "single-label"):
+        task = task_of(name for values in summary["chance"].values() for name in values)
+        for name in tables_of(task):
             if not find_table(folder, name).is_file():
                 yield name, "it is missing"
 
