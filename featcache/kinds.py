@@ -80,6 +80,9 @@ class Registry(Mapping[str, type[K]]):
     def __getitem__(self, name: str) -> type[K]:
         return self._kinds[name]
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._kinds
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
 
@@ -88,7 +91,7 @@ class Registry(Mapping[str, type[K]]):
 
     def named(self, name: str, where: str) -> type[K]:
         """Return the kind of a name. where: what a message begins with. Raises BadInput for an unknown one."""
-        if name not in self._kinds:
+        if name not in self:
             known = ", ".join(self._kinds)
             raise BadInput(f"{where}: unknown {self.noun} {name!r}{nearest(name, self._kinds)} (known: {known})")
         return self._kinds[name]

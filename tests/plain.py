@@ -10,8 +10,9 @@ from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.probes.features import epoch_order
+from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.heads.weights import initial_weights
+from specs import every_field
 
 
 class Attention(nn.Module):
@@ -48,6 +49,7 @@ class Plain(nn.Module):
 
     def __init__(self, head, weights):
         super().__init__()
+        head = every_field("head", head)
         layers, self.names = [], {}
         if head.type == "attentive":
             layers.append(Attention(len(weights["attention.token"]), head.heads))

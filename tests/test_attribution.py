@@ -21,9 +21,9 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 from featcache.feature import Feature
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import select
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import select
 from featcache.reporting.localisation import _mean_with_interval
 
 GRID = {
@@ -69,7 +69,7 @@ def images(scenes):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_gradcam_from_the_cache_equals_gradcam_through_the_backbone(run, store, checkpoint, images, number):
     probe = load_probe(run.path, [r["probe"] for r in run.scores][3 * number])
-    head = Head(probe.spec, probe.weights)
+    head = HeadModule(probe.spec.head, probe.weights)
     classes = torch.arange(8)
     cached = torch.from_numpy(featcache.open_store(store)["test"]["spatial"][:8])
     got = gradcam(head, cached, classes)
@@ -83,7 +83,7 @@ def test_gradcam_from_the_cache_equals_gradcam_through_the_backbone(run, store, 
 
 def test_input_x_gradient_equals_captum(run, checkpoint, images):
     probes = [load_probe(run.path, p) for p in dict.fromkeys(r["probe"] for r in run.scores)]
-    heads = [Head(p.spec, p.weights) for p in probes]
+    heads = [HeadModule(p.spec.head, p.weights) for p in probes]
     backbone = load_backbone(checkpoint, size=64)
     # Several targets for an image, none for another, and heads mixed.
     targets = [(0, 0, 1), (0, 0, 2), (1, 2, 3), (0, 1, 1), (3, 2, 0), (7, 1, 9), (7, 0, 9)]
@@ -161,7 +161,7 @@ def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):
     (probe,) = select(run, "best map")
     rows = featcache.attribute(tmp_path / "r", probes=[probe], limit=5, examples=0)
     trained, test = load_probe(run.path, probe), featcache.open_store(store)["test"]
-    head, expected = Head(trained.spec, trained.weights), []
+    head, expected = HeadModule(trained.spec.head, trained.weights), []
     for row in range(len(test)):
         boxes, classes, difficult = test.boxes[row]
         height, width = test.sizes[row]

@@ -14,9 +14,9 @@ import torch
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import open_run, select
 from featcache.probes.scores.evidence import Ranks
 from featcache.probes.scores.jackknife import Z, deviations
 from featcache.probes.scores.metric import Estimate, Metric, PlainMetric
@@ -68,7 +68,7 @@ def test_the_metric_of_the_documentation_is_a_metric_like_any_other(store, packa
     maps, labels = torch.from_numpy(test["layer4:spatial"][:]).float(), test.labels
     for probe in {row["probe"] for row in run.scores}:
         trained = load_probe(run.path, probe)
-        top = Head(trained.spec, trained.weights)(maps).argmax(1).numpy()
+        top = HeadModule(trained.spec.head, trained.weights)(maps).argmax(1).numpy()
         hits = labels[np.arange(len(labels)), top] == 1
         row, p, n = run.value(probe, "hit", "test"), hits.mean(), len(hits)
         assert row["value"] == pytest.approx(p)

@@ -15,7 +15,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from featcache.probes.losses import LossFunction
+from featcache.probes.losses.loss import LossFunction
 from featcache.probes.scores import average_precision as ap_module
 from featcache.probes.scores import gatherers
 from featcache.probes.scores.average_precision import average_precision
@@ -23,7 +23,7 @@ from featcache.probes.scores.evidence import BINS
 from featcache.probes.scores.jackknife import Z, fraction_interval, influences, interval, paired_test
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.scores.tally import Tally
-from featcache.probes.spec import Loss
+from specs import Loss
 
 
 def tallied(kind, logits, labels, losses, chunk=7):

@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import load_grid
-from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
 from featcache.probes.resolve import resolve
-from featcache.probes.spec import Head
+from specs import Head
 from featcache.probes.work import work
 
 
@@ -88,7 +88,7 @@ def test_operations_are_those_of_the_layers(head):
     dim, side, classes = 24, 3, 5
     positions = 1 if head.type == "linear" else side * side
     spec = type("Spec", (), {"head": head, "seed": 0})
-    module = HeadModule(spec, initial_weights(spec, dim, classes)).requires_grad_(True)
+    module = HeadModule(spec.head, initial_weights(spec, dim, classes)).requires_grad_(True)
     if head.type == "mlp":
         last = module.layers[f"fc{head.layers - 1}"]
         last.register_forward_pre_hook(lambda _, maps: maps[0].mean((2, 3), keepdim=True))

@@ -14,9 +14,9 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 import featcache
 from featcache.errors import BadInput
 from featcache.probes import score_probes
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import open_run, select
 from featcache.reporting.table import score_rows
 from featcache.store.sealed import seal, unseal
 
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
     for probe in {r["probe"] for r in run.scores if r["loss.type"] == "bce"}:
         trained = load_probe(run.path, probe)
         maps = torch.from_numpy(test[trained.spec.features.replace(":pooled", ":spatial")][:]).float()
-        logits = Head(trained.spec, trained.weights)(maps).double().numpy()
+        logits = HeadModule(trained.spec.head, trained.weights)(maps).double().numpy()
         known = labels >= 0
         p = 1 / (1 + np.exp(-logits))
         for c, name in enumerate(classes):

@@ -9,7 +9,7 @@ import yaml
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.tables import find_table, read_table, write_table
+from featcache.probes.runs.tables import find_table, read_table, write_table
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from test_store import write_store
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import find_probes, load_probe, load_probes
-from featcache.probes.run import open_run, select
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import find_probes, load_probe, load_probes
+from featcache.probes.runs.run import open_run, select
 from featcache.probes.scores.metrics import metrics_of
 from featcache.store.manifest import identity_hash
 from featcache.store.sealed import seal, unseal
@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
     maps, labels = torch.from_numpy(test["spatial"][:]).float(), test.labels
     for probe in {r["probe"] for r in run.scores}:
         trained = load_probe(run.path, probe)
-        logits = Head(trained.spec, trained.weights)(maps).numpy()
+        logits = HeadModule(trained.spec.head, trained.weights)(maps).numpy()
         values = []
         for c in range(labels.shape[1]):
             known = labels[:, c] != -1

@@ -18,9 +18,9 @@ import yaml
 import featcache
 from featcache.errors import BadInput
 from featcache.probes import finish, probe_file, train
-from featcache.probes.probe_file import find_probes, load_probe
-from featcache.probes.run import open_run
-from featcache.probes.tables import write_table
+from featcache.probes.runs.probe_file import find_probes, load_probe
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.tables import write_table
 from featcache.store.sealed import seal, unseal
 
 # Bytes for features: less than any has, so that all are streamed.

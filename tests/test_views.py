@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,19 +31,14 @@ from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes import features as probe_features
-from featcache.probes.features import epoch_order
+from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe
+from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.resolve import _views
-from featcache.probes.spec import (
-    Head,
-    Loss,
-    Optimizer,
-    ProbeSpec,
-    Schedule,
-    spec_from_dict,
-)
+from featcache.probes.spec import ProbeSpec
+from featcache.probes.spec import spec_from_dict
+from specs import Head, Loss, Optimizer, Schedule
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3
@@ -291,7 +286,7 @@ def test_scores_are_those_of_the_images_as_they_are(viewed, tmp_path):
 
 def test_a_probe_without_views_keeps_its_id():
     assert SPEC.id == "ef7aa49fc4", "the id that it had before there were views"
-    fields = asdict(SPEC)
+    fields = spec_to_dict(SPEC)
     assert fields.pop("views") == 0
     assert spec_from_dict(fields) == SPEC, "a probe file from before there were views"
     assert len({replace(SPEC, views=views).id for views in (0, 1, 2, None)}) == 4
@@ -305,8 +300,8 @@ def refuse(**change):
     ("content", "message"),
     [
         (refuse(views=4), r"probes\[0\].views: 4 views asked for, and store .* has 3 of train; write views: 0"),
-        (refuse(views=-1), r"probes\[0\].views: -1 is not a whole number of at least 0, nor all"),
-        (refuse(views="some"), "'some' is not a whole number of at least 0, nor all"),
+        (refuse(views=-1), r"probes\[0\].views: -1 is not a whole number of at least 0, or all"),
+        (refuse(views="some"), "'some' is not a whole number of at least 0, or all"),
         (refuse(views=[3, "all"]), r"probes\[0\]: repeats a probe of probes\[0\]; features and views"),
         (refuse(optimizer="lbfgs"), "optimizer lbfgs trains on the images as they are: say views: 0"),
         (refuse() | {"splits": {"train": "train@1"}}, "no split 'train@1'"),

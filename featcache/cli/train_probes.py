@@ -57,7 +57,6 @@ def train_probes(dry_run, run, seed, memory, **options):
 
 
 def _print_plan(plan):
-    from featcache.reporting.configuration import describe_head
     from featcache.reporting.table import format_table
 
     if plan.missing:
@@ -69,10 +68,10 @@ def _print_plan(plan):
     rows = [
         {
             "features": s.features,
-            "head": describe_head({f"head.{k}": v for k, v in vars(s.head).items()}),
+            "head": s.head.label,
             "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
             "optimiser": s.optimizer,
-            "epochs": "full batch" if s.optimizer == "lbfgs" else str(s.epochs),
+            "epochs": "full batch" if s.full_batch else str(s.epochs),
             "precision": s.precision,
             "batch": str(s.batch_size),
             "probes": str(s.probes),

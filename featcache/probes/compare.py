@@ -11,10 +11,10 @@ import torch
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.features import load_labels
-from featcache.probes.predict import gather, load_predictors
-from featcache.probes.probe_file import find_probes, load_specs
-from featcache.probes.run import Run, open_run, select, store_of
+from featcache.probes.engine.scoring import gather, load_predictors
+from featcache.probes.inputs.input import load_labels
+from featcache.probes.runs.probe_file import find_probes, load_specs
+from featcache.probes.runs.run import Run, open_run, select, store_of
 from featcache.probes.scores.jackknife import paired_test
 from featcache.probes.scores.tally import Tally
 from featcache.store.reader import Store

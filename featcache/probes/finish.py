@@ -16,16 +16,16 @@ from torch import Tensor
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.features import load_labels
-from featcache.probes.probe_file import find_probes, load_probes
-from featcache.probes.run import SCORE_COLUMNS, Run, open_run
-from featcache.probes.run_file import maker, write_summary
-from featcache.probes.score_probes import Scored, score_probes
+from featcache.probes.inputs.input import load_labels
+from featcache.probes.runs.probe_file import find_probes, load_probes
+from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run_file import maker, write_summary
+from featcache.probes.engine.scoring import Scored, score_probes
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
-from featcache.probes.seeds import over_seeds
+from featcache.probes.runs.seeds import over_seeds
 from featcache.probes.spec import ProbeSpec
-from featcache.probes.stack import TrainedProbe
-from featcache.probes.tables import write_table
+from featcache.probes.trained import TrainedProbe
+from featcache.probes.runs.tables import SCORE_COLUMNS, tables_of, write_table
 from featcache.store.reader import Store
 
 Row = dict[str, Any]
@@ -94,20 +94,6 @@ def finish_run(
     }
     write_summary(folder, summary | {"files": files})
     return _looked_at_again(folder, {spec.id for spec in specs})
-
-
-def tables_of(task: str) -> dict[str, tuple[str, ...]]:
-    """Return the tables of a run on labels of a task, and the columns that come first in each."""
-    tables = {
-        "scores.csv": SCORE_COLUMNS,
-        "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
-        "history.csv": ("probe", "epoch", "loss"),
-        "calibration.csv": ("probe", "split", "bin"),
-    }
-    by_class = [column for metric in metrics_of(task) if (column := metric_kind(metric).class_column)]
-    if by_class:
-        tables["scores_per_class.csv"] = ("probe", "split", "class", *by_class, "positives")
-    return tables
 
 
 def _chance(metric: str, labels: Tensor, classes: int) -> float | None:

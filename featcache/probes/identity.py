@@ -121,5 +121,7 @@ def _written(part: Part, name: str, idle: Any) -> Any:
 
 def _is_idle(kind: type[Part], name: str, value: Any, idle: Any) -> bool:
     if idle is not ITS_DEFAULT:
-        return bool(value == idle)
+        # What is the same for all heads of a kind is an attribute of its class.
+        own = idle if name in kind.model_fields else getattr(kind, name, idle)
+        return bool(value == own)
     return value is None or (name in kind.model_fields and value == kind.model_fields[name].default)

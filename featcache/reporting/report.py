@@ -10,9 +10,8 @@ import numpy as np
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
-from featcache.probes.run import best, open_run
+from featcache.probes.runs.run import best, open_run
 from featcache.probes.scores.metrics import metric_kind
-from featcache.probes.spec import IMPORTED
 from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, localisation_rows
 from featcache.reporting.table import heading, score_rows, scored, seed_texts
@@ -83,7 +82,7 @@ def _best_rows(run, metric):
     barred = metric_kind(metric).unit() and metric_kind(metric).higher_is_better
     for probe in probes:
         test = run.value(probe, metric, run.judge)
-        imported = test["optimizer.type"] == IMPORTED
+        imported = test["optimizer.type"] == "imported"
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(test)}, {test['loss.type']}",

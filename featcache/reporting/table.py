@@ -4,7 +4,7 @@ import math
 
 from featcache.errors import printable
 from featcache.probes.scores.metrics import gain, metric_kind
-from featcache.probes.seeds import over_seeds
+from featcache.probes.runs.seeds import over_seeds
 from featcache.reporting.configuration import naming
 
 

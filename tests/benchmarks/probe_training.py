@@ -23,9 +23,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks
-from featcache.probes.training import train_block
+from featcache.probes.spec import ProbeSpec
+from specs import Head, Loss, Optimizer, Schedule
+from featcache.probes.engine.blocks import blocks
+from loop import train_block
 
 DIM = 2048
 # So that what is done once a probe, such as drawing its weights, weighs about as little as in a whole training.

@@ -25,9 +25,10 @@ from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
 from featcache.probes.scores.jackknife import deviations
 from featcache.probes.scores.tally import Tally
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import Predictor
-from featcache.probes.training import train_block
+from featcache.probes.spec import ProbeSpec
+from specs import Head, Loss, Optimizer, Schedule
+from featcache.probes.engine.predict import Predictor
+from loop import train_block
 
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)

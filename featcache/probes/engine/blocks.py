@@ -1,11 +1,11 @@
 """Which probes train together."""
 
-import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from featcache.probes.engine.memory import CPU, MemoryBudget
 from featcache.probes.inputs.input import CHUNK_ROWS
+from featcache.probes.runs.probe_file import block_name
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 
@@ -76,11 +76,6 @@ def block_key(spec: ProbeSpec) -> Hashable:
     """Return what the probes of one block have in common."""
     loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
     return spec.features, spec.views, spec.head, spec.optimizer.shared, loop
-
-
-def block_name(specs: Iterable[ProbeSpec]) -> str:
-    """Return a name for the file of some probes, from their ids."""
-    return hashlib.sha256(" ".join(spec.id for spec in specs).encode()).hexdigest()[:16]
 
 
 def rows_at_once(batch_size: int | None, positions: int) -> int:

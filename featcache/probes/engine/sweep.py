@@ -19,6 +19,7 @@ from featcache.errors import BadInput
 from featcache.probes.engine.halving import rung_epoch, rungs
 from featcache.probes.engine.loop import train_epoch
 from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.scoring import new_tally
 from featcache.probes.engine.training import Training, fit_block, state_path
 from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
 from featcache.probes.grids.search import Halving
@@ -29,7 +30,6 @@ from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
-from featcache.probes.scores.tally import TALLIES
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
 from featcache.ranks import Ranks
@@ -153,15 +153,14 @@ class Sweep:
         """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         metric, role = self.selection
         names, device = self.splits[role], self.device
-        links = [spec.loss.link for spec in training.specs]
-        tally = TALLIES[self.store.task](self.selected_on, len(self.store.classes), links)
+        tally = new_tally(training.specs, self.selected_on, len(self.store.classes), [metric])
         if read not in self._validation:
             numbers = math.prod(read.shape(self.store)) * len(self.selected_on)
             fits = 4 * numbers < MemoryBudget.for_validation(device)
             self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
         for chunk in self._validation[read] or read.chunks(self.store, names, device):
             tally.add(training.logits(chunk))
-        return gain(metric, tally.scores(only=metric)[metric])
+        return gain(metric, tally.scores()[metric])
 
     def _drop(self, training: Training, gone: Tensor, why: str) -> None:
         """Take probes out of a block before their time."""

@@ -6,12 +6,13 @@ import safetensors.torch
 import torch
 
 from featcache.device import multiplying
-from featcache.probes.engine.blocks import block_name, padded
+from featcache.probes.engine.blocks import padded
 from featcache.probes.engine.memory import MemoryBudget
 from featcache.probes.engine.predict import predict
 from featcache.probes.heads.weights import stacked_weights
 from featcache.probes.identity import spec_to_dict
 from featcache.probes.losses.loss import LossFunction
+from featcache.probes.runs.probe_file import block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
 from featcache.probes.spec import spec_from_dict

@@ -91,13 +91,15 @@ class GridField:
             return value
         try:
             # A whole number stays what it is: a float has 53 bits, and a seed 63.
-            number = value if isinstance(value, int) and self.integer else float(value)
+            if isinstance(value, int) and self.integer:
+                return value
+            number = float(value)
         except (ValueError, OverflowError):
             return value
         if not math.isfinite(number):
             # No field takes what is no number.
             return str(value)
-        return int(number) if self.integer and number == int(number) and abs(number) < 2**63 else number
+        return int(number) if self.integer and number == int(number) else number
 
     def _reason(self, value: Any, error: ValidationError) -> str:
         first = error.errors()[0]

@@ -65,7 +65,7 @@ class Attentive(Head):
         """Return three times the forward pass: 4 D h S + 4 D D for the attention, 2 D C for the layer."""
         return 3 * (4 * dim * (self.heads * positions + dim) + 2 * dim * classes)
 
-    def misfit(self, feature: Feature, width: int, rows: int) -> tuple[str, str] | None:
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
         """See Head.misfit: every attention head takes an equal share of the feature."""
         if width % self.heads:
             return "head", f"{self.heads} attention heads do not divide {feature}, which is {width} wide"

@@ -97,10 +97,10 @@ class Head(Part):
         """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
         return rows < 1024
 
-    def misfit(self, feature: Feature, width: int, rows: int) -> tuple[str, str] | None:
-        """Return (field, reason) of why it cannot train on a feature, or None.
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+        """Return (field, reason) of why it cannot train on a feature of so many positions, or None.
 
-        width: of the feature. rows: of all positions of a mini-batch.
+        width: of the feature. batch_size: images of a mini-batch.
         """
         return None
 

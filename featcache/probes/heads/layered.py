@@ -124,10 +124,10 @@ class LayeredHead(Head):
         """Return what follows the norm behind a layer, by name."""
         return {}
 
-    def misfit(self, feature: Feature, width: int, rows: int) -> tuple[str, str] | None:
-        """See Head.misfit: batch norm needs two rows to have a variance."""
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+        """See Head.misfit: a norm needs two rows to have a variance."""
         layout = self.layout
-        if layout.norm != "none" and rows == 1:
+        if layout.norm != "none" and min(batch_size, layout.norm_batch or batch_size) * positions == 1:
             field = "head.norm_batch" if layout.norm_batch else "batch_size"
             return field, "one image has no variance for head.norm to divide by; take 2 or more"
         return None

@@ -6,9 +6,8 @@ from pathlib import Path
 import click
 
 from featcache.errors import BadInput
-from featcache.probes.finish import tables_of
-from featcache.probes.probe_file import check_files, read_origin
-from featcache.probes.run_file import (
+from featcache.probes.runs.probe_file import check_files, read_origin
+from featcache.probes.runs.run_file import (
     ATTRIBUTION,
     FILE,
     GRID_FILE,
@@ -21,7 +20,7 @@ from featcache.probes.run_file import (
     read_file,
 )
 from featcache.probes.scores.metrics import task_of
-from featcache.probes.tables import find_table
+from featcache.probes.runs.tables import find_table, tables_of
 from featcache.store.folder import open_folder
 
 

@@ -1,7 +1,9 @@
 """Trained probes as files: probes/*.safetensors, one for the probes of a block that were done together."""
 
+import hashlib
 import json
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -11,12 +13,13 @@ import safetensors
 import torch
 
 from featcache.errors import BadInput, shown
-from featcache.probes.features import input_name, input_of
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.run_file import FILE, PARTIAL, PROBES, identity, maker, read_file, read_summary
-from featcache.probes.sealed_tensors import read_content, unseal, write_sealed
-from featcache.probes.spec import spec_from_dict, spec_to_dict
-from featcache.probes.stack import TrainedProbe, block_name
+from featcache.probes.identity import spec_to_dict
+from featcache.probes.inputs.input import Input
+from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, identity, maker, read_file, read_summary
+from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
+from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.probes.trained import TrainedProbe
 
 # What is wrong with the description of a file that nobody but featcache writes.
 _ODD = (AttributeError, LookupError, TypeError, ValueError, BadInput)
@@ -59,6 +62,11 @@ def save_probes(folder, probes, origin):
     weights = {name: torch.stack([probe.weights[name] for probe in probes]) for name in probes[0].weights}
     path = Path(folder) / PROBES / f"{block_name([p.spec for p in probes])}.safetensors"
     write_sealed(path, weights, vars(origin) | {"probes": entries})
+
+
+def block_name(specs: Iterable[ProbeSpec]) -> str:
+    """Return the name for the file of some probes, from their ids."""
+    return hashlib.sha256(" ".join(spec.id for spec in specs).encode()).hexdigest()[:16]
 
 
 def find_probes(folder):
@@ -127,12 +135,12 @@ def check_file(path, summary):
 
 
 def read_origin(path):
-    """Return (Origin, input_name of what its probes read) of a file with a checksum; None for one without."""
+    """Return (Origin, the name of the input that its probes read) of a file with a checksum; None for one without."""
     content = read_content(path)
     if "crc32" not in content:
         return None
     specs = _specs(content, path)
-    return Origin(content["store_id"], content["run"], content["buffer"]), input_name(*input_of(specs[0]))
+    return Origin(content["store_id"], content["run"], content["buffer"]), Input.of(specs[0]).name
 
 
 def _files(folder, room):
@@ -229,7 +237,7 @@ def _check_all(path, known):
         content["store_id"] = known["store_id"]
     if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
         raise ValueError("it is of another run")
-    read = input_name(*input_of(specs[0]))
+    read = Input.of(specs[0]).name
     if known and sealed and content["buffer"] != known["buffers"].get(read):
         raise ValueError(f"it is of a run that read {read} otherwise")
     if room == PROBES:
@@ -259,8 +267,8 @@ def _check_unsealed(path, content, specs, known):
     if path.parent.name == PROBES:
         with safetensors.safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        # The names do not depend on the width of the features, and the number of classes.
-        if shapes.keys() != initial_weights(specs[0], specs[0].head.heads or 1, 2).keys():
+        # The names do not depend on the width of the features, and the number of classes; attention heads must divide it.
+        if shapes.keys() != initial_weights(specs[0], getattr(specs[0].head, "heads", 1), 2).keys():
             raise ValueError(f"it has the tensors {', '.join(map(shown, shapes))}")
         if "probes" in content and {shape[0] for shape in shapes.values()} != {len(specs)}:
             raise ValueError(f"its tensors are not those of {len(specs)} probes")

@@ -10,14 +10,10 @@ from pathlib import Path
 
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
-from featcache.probes.run_file import ATTRIBUTION, maker, read_file, read_summary
+from featcache.probes.runs.run_file import ATTRIBUTION, maker, read_file, read_summary
 from featcache.probes.scores.metrics import gain
-from featcache.probes.tables import read_table
+from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
 from featcache.store.reader import open_store
-
-# Of scores.csv, before the fields of the probe.
-SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
-
 
 # Of fields whose own last word is long.
 SHORT = {"optimizer.weight_decay": "wd"}

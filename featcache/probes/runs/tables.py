@@ -7,12 +7,31 @@ import zlib
 from pathlib import Path
 
 from featcache.atomic import remove
-from featcache.probes.run_file import read_file, write_file
+from featcache.probes.runs.run_file import read_file, write_file
+from featcache.probes.scores.metrics import metric_kind, metrics_of
 
 # Larger ones nobody opens in an editor; compressed they are a twentieth of that.
 LARGE = 8 << 20
 # What unpacks to more times its size, or has longer lines, is no table but an attempt to fill the memory.
 MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
+
+
+# The columns of scores.csv before the fields of the probe.
+SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
+
+
+def tables_of(task: str) -> dict[str, tuple[str, ...]]:
+    """Return the tables of a run on labels of a task, and the columns that come first in each."""
+    tables = {
+        "scores.csv": SCORE_COLUMNS,
+        "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
+        "history.csv": ("probe", "epoch", "loss"),
+        "calibration.csv": ("probe", "split", "bin"),
+    }
+    by_class = [column for metric in metrics_of(task) if (column := metric_kind(metric).class_column)]
+    if by_class:
+        tables["scores_per_class.csv"] = ("probe", "split", "class", *by_class, "positives")
+    return tables
 
 
 def write_table(folder, name, data):

@@ -2,10 +2,10 @@
 
 from featcache.arguments import is_path
 from featcache.errors import BadInput
-from featcache.probes.mend import damage
-from featcache.probes.probe_file import find_probes
-from featcache.probes.run import open_run
-from featcache.probes.run_file import FILE, PROBES, holds_run, maker, read_summary
+from featcache.probes.runs.mend import damage
+from featcache.probes.runs.probe_file import find_probes
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.run_file import FILE, PROBES, holds_run, maker, read_summary
 from featcache.store import verify as stores
 from featcache.store.folder import open_folder
 from featcache.store.verify import Finding

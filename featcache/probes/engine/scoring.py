@@ -1,7 +1,7 @@
-"""Scores of the probes in a run folder, with their intervals."""
+"""Scores of the probes in a run folder: their logits are gathered, and scored with intervals."""
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +9,55 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from featcache.probes.predict import Blocks, gather, load_predictors, new_tally
-from featcache.probes.probe_file import Place, find_probes
+from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.predict import Predictor
+from featcache.probes.engine.waves import blocks_by_input
+from featcache.probes.inputs.input import Input
+from featcache.probes.runs.probe_file import Place, find_probes, load_probes
 from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import metric_kind
 from featcache.probes.scores.tally import Tally
 from featcache.probes.spec import ProbeSpec
-from featcache.probes.work import work
 from featcache.store.reader import Store
 
-# Of logits and weights while the features pass by once.
-HELD_BYTES = 1 << 30
+Blocks = Sequence[Sequence[ProbeSpec]]
+
+
+def new_tally(specs: Sequence[ProbeSpec], labels: Tensor, classes: int, metrics: Iterable[str] | None = None) -> Tally:
+    """Return an empty Tally for probes. labels, classes, metrics: as Tally takes them."""
+    return Tally(labels, classes, [spec.loss.link == "softmax" for spec in specs], metrics)
+
+
+def load_predictors(
+    folder: str | Path, group: Blocks, store: Store, device: torch.device, places: dict[str, Place] | None = None
+) -> list[Predictor]:
+    """Return the Predictor of each block of a run folder's probes. group: the blocks. places: of find_probes."""
+    predictors, places = [], find_probes(folder) if places is None else places
+    for block in group:
+        weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block], places)}
+        predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
+    return predictors
+
+
+def gather(
+    predictors: Sequence[Predictor],
+    group: Blocks,
+    store: Store,
+    splits: Sequence[str],
+    labels: Tensor,
+    device: torch.device,
+) -> list[Tally]:
+    """Gather what the probes of some blocks say about a union of splits: a Tally for each block.
+
+    group: blocks that read one input. predictors: theirs. labels: of the images. The features
+    are read once, whatever the number of blocks, and never held.
+    """
+    read = Input.of(group[0][0])
+    tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
+    for part in read.chunks(store, splits, device):
+        for predictor, tally in zip(predictors, tallies, strict=True):
+            tally.add(predictor(part))
+    return tallies
 
 
 @dataclass(frozen=True)
@@ -53,8 +91,8 @@ def score_probes(
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         largest = max(labels.values(), key=len)
         kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
-        for group, _, _ in work(specs, store, device):
-            for part in _passes(places, group, kept):
+        for _, group in blocks_by_input(specs, store, device):
+            for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, device, places)
                 for role, names in splits.items():
                     tallies = gather(predictors, part, store, names, labels[role], device)
@@ -65,18 +103,20 @@ def score_probes(
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
-def _passes(places: Mapping[str, Place], group: Blocks, kept: int) -> list[list[Sequence[ProbeSpec]]]:
-    """Divide blocks into lists of blocks whose weights, and `kept` bytes for each probe, fit into memory together."""
+def _passes(
+    places: Mapping[str, Place], group: Blocks, kept: int, most: int
+) -> list[list[Sequence[ProbeSpec]]]:
+    """Divide blocks into lists of blocks whose weights, and `kept` bytes for each probe, fit into `most` bytes together."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0
     for block in group:
         # A probe that is missing is reported when it is loaded.
         each = kept + (places[block[0].id].bytes if block[0].id in places else 0)
-        fit = max(HELD_BYTES // each, 1)
+        fit = max(most // each, 1)
         for part in (block[start : start + fit] for start in range(0, len(block), fit)):
             if not result or len(part) * each > room:
                 result.append([])
-                room = HELD_BYTES
+                room = most
             result[-1].append(part)
             room -= len(part) * each
     return result
