@@ -251,6 +251,13 @@ def test_only_the_metrics_name_metrics():
         assert not names & strings, path
 
 
+def test_scores_are_pure_numbers():
+    """They know no store, no run and no probe."""
+    for path in (Path(featcache.__file__).parent / "probes/scores").rglob("*.py"):
+        for line in re.findall(r"^ *(?:from|import) (featcache[\w.]*)", path.read_text(), re.MULTILINE):
+            assert line.startswith(("featcache.errors", "featcache.kinds", "featcache.probes.scores")), (path, line)
+
+
 def test_the_documentation_lists_every_metric():
     text = DOCS.read_text()
     for kind in METRICS.own:

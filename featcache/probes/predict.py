@@ -32,7 +32,7 @@ def load_predictors(
     return predictors
 
 
-def gather(
+def tally_blocks(
     predictors: Sequence[Predictor],
     group: Blocks,
     store: Store,
@@ -40,7 +40,7 @@ def gather(
     labels: Tensor,
     device: torch.device,
 ) -> list[Tally]:
-    """Gather what the probes of some blocks say about a union of splits: a Tally for each block.
+    """Tally what the probes of some blocks say about a union of splits: a Tally for each block.
 
     group: blocks that read one input. predictors: theirs. labels: of the images. The features
     are read once, whatever the number of blocks, and never held.

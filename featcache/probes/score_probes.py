@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from featcache.probes.predict import Blocks, gather, load_predictors, new_tally
+from featcache.probes.predict import Blocks, load_predictors, new_tally, tally_blocks
 from featcache.probes.probe_file import Place, find_probes
 from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import metric_kind
@@ -57,7 +57,7 @@ def score_probes(
             for part in _passes(places, group, kept):
                 predictors = load_predictors(folder, part, store, device, places)
                 for role, names in splits.items():
-                    tallies = gather(predictors, part, store, names, labels[role], device)
+                    tallies = tally_blocks(predictors, part, store, names, labels[role], device)
                     for block, tally in zip(part, tallies, strict=True):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result

@@ -97,13 +97,15 @@ class PlainMetric(Metric[Gathered]):
         """Return what is kept of a chunk of n images until all are seen: [P, n, ...], by default the logits.
 
         Override it to keep less, or to know how each probe turns logits into probabilities. logits: float32 [P, n, C].
-        labels: of these images. softmax: bool [P], the others give sigmoids.
+        labels: of these images. softmax: bool [P], the others give sigmoids. Other metrics read the same tensors: do not
+        change them in place.
         """
         return logits
 
     def estimate(self, evidence: Gathered, leave_out: bool) -> Estimate:
         """Return the scores, and with leave_out also those without each group of images."""
-        scores = self._value(evidence.values, evidence.labels)
+        # A copy, in case `value` changes it in place.
+        scores = self._value(evidence.values.clone(), evidence.labels)
         if not leave_out:
             return Estimate(scores)
         if len(evidence.labels) == 1:
