@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -51,12 +51,21 @@ class Metric(Kind, Generic[E]):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
-        """Check the name: grids and rules such as "best map per loss" know no capitals. By default it is the title."""
+        """Raise ValueError for a metric that could not be chosen or scored. Its title is by default its name.
+
+        Grids and rules such as "best map per loss" know no capitals.
+        """
         name = cls.model_fields["type"].default
         if not isinstance(name, str):
             return
         if not re.fullmatch("[a-z0-9_]+", name):
             raise ValueError(f"{name!r} is no name of a metric: use a to z, 0 to 9 and _")
+        if not isinstance(cls.tasks, tuple) or not set(cls.tasks) <= set(get_args(Task)):
+            raise ValueError(
+                f"tasks of metric {name}: expected a tuple of {' and '.join(get_args(Task))}, not {cls.tasks!r}"
+            )
+        if not hasattr(cls, "reads"):
+            raise ValueError(f"metric {name} does not say which evidence it reads: subclass PlainMetric, or give reads")
         if "title" not in cls.__dict__:
             cls.title = name
 
