@@ -132,6 +132,17 @@ def test_training_looks_at_a_metric_of_a_package(store, package, tmp_path):
         (example(), {"map": "Hit"}, "two metrics are called 'map': one of featcache and other_metrics:Hit"),
         (example(), {"other": "Hit"}, "other_metrics:Hit of package other-metrics calls itself 'hit'"),
         (
+            example().replace('("multi-label",)', '"multilabel"'),
+            {"hit": "Hit"},
+            "ValueError: tasks of metric hit: expected a tuple of multi-label and single-label, not 'multilabel'",
+        ),
+        (
+            "from typing import Literal\nfrom featcache.probes.scores.metric import Metric\n"
+            'class Hit(Metric):\n    type: Literal["hit"] = "hit"\n',
+            {"hit": "Hit"},
+            "ValueError: metric hit does not say which evidence it reads: subclass PlainMetric, or give reads",
+        ),
+        (
             example().replace('"hit"', '"Hit 1"'),
             {"hit": "Hit"},
             "cannot be imported: ValueError: 'Hit 1' is no name of a metric: use a to z",
