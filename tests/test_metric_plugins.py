@@ -132,6 +132,17 @@ def test_training_looks_at_a_metric_of_a_package(store, package, tmp_path):
         (example(), {"map": "Hit"}, "two metrics are called 'map': one of featcache and other_metrics:Hit"),
         (example(), {"other": "Hit"}, "other_metrics:Hit of package other-metrics calls itself 'hit'"),
         (
+            example().replace('("multi-label",)', '"multilabel"'),
+            {"hit": "Hit"},
+            "ValueError: tasks of metric hit: expected a tuple of multi-label and single-label, not 'multilabel'",
+        ),
+        (
+            "from typing import Literal\nfrom featcache.probes.scores.metric import Metric\n"
+            'class Hit(Metric):\n    type: Literal["hit"] = "hit"\n',
+            {"hit": "Hit"},
+            "ValueError: metric hit does not say which evidence it reads: subclass PlainMetric, or give reads",
+        ),
+        (
             example().replace('"hit"', '"Hit 1"'),
             {"hit": "Hit"},
             "cannot be imported: ValueError: 'Hit 1' is no name of a metric: use a to z",
@@ -249,6 +260,13 @@ def test_only_the_metrics_name_metrics():
     for path in (path for path in probes.rglob("*.py") if path.parent.name != "metrics"):
         strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not names & strings, path
+
+
+def test_scores_are_pure_numbers():
+    """They know no store, no run and no probe."""
+    for path in (Path(featcache.__file__).parent / "probes/scores").rglob("*.py"):
+        for line in re.findall(r"^ *(?:from|import) (featcache[\w.]*)", path.read_text(), re.MULTILINE):
+            assert line.startswith(("featcache.errors", "featcache.kinds", "featcache.probes.scores")), (path, line)
 
 
 def test_the_documentation_lists_every_metric():

@@ -11,7 +11,7 @@ import torch
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.engine.scoring import gather, load_predictors
+from featcache.probes.engine.scoring import tally_blocks, load_predictors
 from featcache.probes.inputs.input import load_labels
 from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run, select, store_of
@@ -131,4 +131,4 @@ def _tally(run: Run, store: Store, probe: str, device: torch.device) -> Tally:
     places, names = find_probes(run.path), run.summary["splits"][run.judge]
     (spec,) = load_specs(run.path, [probe], places)
     predictors = load_predictors(run.path, [[spec]], store, device, places)
-    return gather(predictors, [[spec]], store, names, load_labels(store, names), device)[0]
+    return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device)[0]

@@ -39,7 +39,7 @@ def load_predictors(
     return predictors
 
 
-def gather(
+def tally_blocks(
     predictors: Sequence[Predictor],
     group: Blocks,
     store: Store,
@@ -47,7 +47,7 @@ def gather(
     labels: Tensor,
     device: torch.device,
 ) -> list[Tally]:
-    """Gather what the probes of some blocks say about a union of splits: a Tally for each block.
+    """Tally what the probes of some blocks say about a union of splits: a Tally for each block.
 
     group: blocks that read one input. predictors: theirs. labels: of the images. The features
     are read once, whatever the number of blocks, and never held.
@@ -95,7 +95,7 @@ def score_probes(
             for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, device, places)
                 for role, names in splits.items():
-                    tallies = gather(predictors, part, store, names, labels[role], device)
+                    tallies = tally_blocks(predictors, part, store, names, labels[role], device)
                     for block, tally in zip(part, tallies, strict=True):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result

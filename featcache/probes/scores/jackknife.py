@@ -11,6 +11,7 @@ Z = 1.959963984540054
 NOTHING = 1e-12
 # Scores without a formula for one image less are computed anew without each of so many groups of images.
 GROUPS = 100
+# The bounds of a fraction.
 FRACTION = (0.0, 1.0)
 
 
@@ -57,9 +58,7 @@ def without_each_group(images: int) -> list[Tensor]:
     return [group != number for number in range(groups)]
 
 
-def interval(
-    values: Tensor, deviation: Tensor, count: Tensor, bounds: tuple[float, float] = FRACTION
-) -> tuple[Tensor, Tensor]:
+def interval(values: Tensor, deviation: Tensor, count: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Return (low, high), the 95% interval of scores that lie within bounds.
 
     Fractions have fraction_interval; other scores have values +- half_width, cut at the bounds.

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -51,12 +51,21 @@ class Metric(Kind, Generic[E]):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
-        """Check the name: grids and rules such as "best map per loss" know no capitals. By default it is the title."""
+        """Raise ValueError for a metric that could not be chosen or scored. Its title is by default its name.
+
+        Grids and rules such as "best map per loss" know no capitals.
+        """
         name = cls.model_fields["type"].default
         if not isinstance(name, str):
             return
         if not re.fullmatch("[a-z0-9_]+", name):
             raise ValueError(f"{name!r} is no name of a metric: use a to z, 0 to 9 and _")
+        if not isinstance(cls.tasks, tuple) or not set(cls.tasks) <= set(get_args(Task)):
+            raise ValueError(
+                f"tasks of metric {name}: expected a tuple of {' and '.join(get_args(Task))}, not {cls.tasks!r}"
+            )
+        if not hasattr(cls, "reads"):
+            raise ValueError(f"metric {name} does not say which evidence it reads: subclass PlainMetric, or give reads")
         if "title" not in cls.__dict__:
             cls.title = name
 
@@ -97,13 +106,15 @@ class PlainMetric(Metric[Gathered]):
         """Return what is kept of a chunk of n images until all are seen: [P, n, ...], by default the logits.
 
         Override it to keep less, or to know how each probe turns logits into probabilities. logits: float32 [P, n, C].
-        labels: of these images. softmax: bool [P], the others give sigmoids.
+        labels: of these images. softmax: bool [P], the others give sigmoids. Other metrics read the same tensors: do not
+        change them in place.
         """
         return logits
 
     def estimate(self, evidence: Gathered, leave_out: bool) -> Estimate:
         """Return the scores, and with leave_out also those without each group of images."""
-        scores = self._value(evidence.values, evidence.labels)
+        # A copy, in case `value` changes it in place.
+        scores = self._value(evidence.values.clone(), evidence.labels)
         if not leave_out:
             return Estimate(scores)
         if len(evidence.labels) == 1:

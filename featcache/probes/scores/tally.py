@@ -42,6 +42,7 @@ class Tally:
         # How many images say something about a score: those of a class.
         self._informative = int((labels == 1).any(1).sum()) if multi else len(labels)
         names = metrics_of("multi-label" if multi else "single-label") if metrics is None else metrics
+        shared = MultiLabelGatherer if multi else SingleLabelGatherer
         self._shared: Gatherer | None = None
         # Metrics that read the same evidence are computed together.
         self._readers: dict[tuple[Gatherer, type[Evidence]], list[Metric]] = {}
@@ -49,8 +50,7 @@ class Tally:
             if isinstance(metric, PlainMetric):
                 gatherer: Gatherer = MetricGatherer(metric, labels, classes, self.softmax)
             else:
-                kind = MultiLabelGatherer if multi else SingleLabelGatherer
-                gatherer = self._shared = self._shared or kind(labels, classes, self.softmax)
+                gatherer = self._shared = self._shared or shared(labels, classes, self.softmax)
             self._readers.setdefault((gatherer, gatherer.offered(metric)), []).append(metric)
         self._gatherers = list(dict.fromkeys(gatherer for gatherer, _ in self._readers))
 
@@ -120,16 +120,13 @@ class Tally:
         """
         parts: dict[str, list[tuple[Tensor, ...]]] = {}
         by_class: dict[str, list[tuple[Tensor, ...]]] = {}
-        for metric, found in self._estimates(leave_out):
-            scores, counts = found.scores, found.counts
-            counts = (
-                scores.new_full(scores.shape, self._informative)
-                if counts is None
-                else counts.clamp(max=self._informative)
-            )
-            parts.setdefault(metric.type, []).append(reduce(scores, found.left_out, counts))
-            if found.by_class is not None:
-                by_class.setdefault(metric.type, []).append((found.by_class,))
+        for metric, estimate in self._estimates(leave_out):
+            scores, counts = estimate.scores, estimate.counts
+            counts = torch.full_like(scores, self._informative) if counts is None else counts
+            columns = reduce(scores, estimate.left_out, counts.clamp(max=self._informative))
+            parts.setdefault(metric.type, []).append(columns)
+            if estimate.by_class is not None:
+                by_class.setdefault(metric.type, []).append((estimate.by_class,))
         self._by_class = {name: columns[0] for name, columns in self._joined(by_class).items()}
         return self._joined(parts)
 
