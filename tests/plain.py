@@ -7,12 +7,12 @@ import torch
 import torchvision
 from bcos.modules import BcosConv2d, LogitLayer
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
+from specs import every_field
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.heads.weights import initial_weights
-from specs import every_field
+from featcache.probes.inputs.batches import epoch_order
 
 
 class Attention(nn.Module):

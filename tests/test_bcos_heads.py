@@ -5,21 +5,21 @@ import math
 import pytest
 import torch
 from captum.attr import InputXGradient, LayerGradCam
+from loop import train_block
 from plain import Plain
+from specs import Head
 from test_stack import C, D, N, S, data, largest_difference, specs  # noqa: F401
 from torch import nn
 
 import featcache
 from featcache.attribution.gradcam import gradcam
 from featcache.errors import BadInput
-from featcache.probes.grids.grid import parse_grid
-from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights
-from specs import Head
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.engine.memory import CPU
 from featcache.probes.engine.predict import Predictor
-from loop import train_block
+from featcache.probes.grids.grid import parse_grid
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.heads.weights import initial_weights
 from featcache.reporting.configuration import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from featcache.probes.grids.grid import parse_grid
 from featcache.probes.engine.training import Training
+from featcache.probes.grids.grid import parse_grid
 
 # Not the attentive one, whose gradients are autograd's, and that asks for a real device.
 HEADS = ["linear", {"type": "mlp", "hidden": 16}, {"type": "mlp", "hidden": 16, "activation": "gelu", "norm": "bnu"},

@@ -12,6 +12,7 @@ import torch
 from bcos.modules import BcosConv2d
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from conftest import tree_hash
+from featcache.probes.predict import load_predictors
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -23,14 +24,13 @@ from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published
 from featcache.exchange.merged import Merged, as_program, example
 from featcache.feature import parse_feature
-from featcache.probes.inputs.input import Input
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.predict import load_predictors
+from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.engine.predict import Predictor
 from featcache.probes.trained import TrainedProbe
 
 TRAIN = {"epochs": 2, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}}

@@ -81,6 +81,7 @@ def test_ids_depend_on_all_but_the_name():
 
 def test_specs_survive_json():
     import json
+
     for spec in parse_grid(
         grid(schedule=["cosine", {"type": "step", "milestones": [3]}], head=["linear", "mlp"])
     ).specs:
@@ -412,7 +413,17 @@ def test_profiles():
     default, parity = parse_grid(content), parse_grid(content, parity="how-to-probe")
     assert default.parity is None and default.splits["val"] == ("val",)
     assert parity.parity == "how-to-probe" and parity.splits["val"] == parity.splits["test"] == ("test",)
-    shown = [(s.head.type, getattr(s.head, "hidden", 0), getattr(s.head, "norm", "none"), s.head.offset, s.epochs, s.optimizer.type) for s in parity.specs]
+    shown = [
+        (
+            s.head.type,
+            getattr(s.head, "hidden", 0),
+            getattr(s.head, "norm", "none"),
+            s.head.offset,
+            s.epochs,
+            s.optimizer.type,
+        )
+        for s in parity.specs
+    ]
     assert sorted(set(shown)) == [
         ("linear", 0, "none", 0, 2, "sgd"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "adam"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "sgd"),
     ]  # fmt: skip

@@ -4,20 +4,20 @@ import math
 
 import pytest
 import torch
+from loop import train_block
 from plain import Plain, assert_near
+from specs import Head, Loss, Optimizer, Schedule, every_field
 from torch import nn
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights, stacked_weights
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.spec import ProbeSpec
-from specs import every_field, Head, Loss, Optimizer, Schedule
-from featcache.probes.engine.blocks import blocks
-from featcache.probes.engine.predict import Predictor
-from loop import train_block
 
 P, B, D, C, S = 3, 24, 16, 5, 6
 HEADS = [

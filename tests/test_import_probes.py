@@ -14,6 +14,7 @@ from bcos.modules import BcosConv2d, LogitLayer
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from conftest import tree_hash
 from sklearn.metrics import average_precision_score
+from specs import Head
 from torch import nn
 from torchvision.models import resnet18
 
@@ -27,7 +28,6 @@ from featcache.probes.heads.weights import initial_weights
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import select
 from featcache.probes.spec import imported_spec
-from specs import Head
 from featcache.store.sealed import seal, unseal
 
 C, H = 10, 12

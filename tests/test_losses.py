@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import plain_loss
 from sklearn.utils.class_weight import compute_class_weight
+from specs import Loss
 
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.losses.loss import LossFunction
-from specs import Loss
 
 share = st.floats(0, 1)
 LOSSES = st.one_of(
@@ -118,8 +118,12 @@ def test_balanced_weights():
     assert Loss("bce", class_weights="balanced").weigh_classes(labels, 3).tolist() == pytest.approx([1.0, 2.0, 5.0])
     multi = torch.tensor([[1, 1, -1], [0, 1, 1], [0, 1, -1], [-1, 1, 0]], dtype=torch.int8)
     assert Loss("bce", class_weights="balanced").weigh_classes(multi, 3).tolist() == pytest.approx([2.0, 1.0, 1.0])
-    assert Loss("bce", class_weights="balanced", difficult="negative").weigh_classes(multi, 3).tolist() == pytest.approx([3.0, 1.0, 3.0])
-    assert Loss("ce", class_weights="balanced").weigh_classes(multi, 3).tolist() == pytest.approx([6 / 3, 6 / 12, 6 / 3])
+    assert Loss("bce", class_weights="balanced", difficult="negative").weigh_classes(
+        multi, 3
+    ).tolist() == pytest.approx([3.0, 1.0, 3.0])
+    assert Loss("ce", class_weights="balanced").weigh_classes(multi, 3).tolist() == pytest.approx(
+        [6 / 3, 6 / 12, 6 / 3]
+    )
 
 
 def test_grid_fields():

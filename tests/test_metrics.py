@@ -14,6 +14,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     top_k_accuracy_score,
 )
+from specs import Loss
 
 from featcache.probes.losses.loss import LossFunction
 from featcache.probes.scores import average_precision as ap_module
@@ -23,7 +24,6 @@ from featcache.probes.scores.evidence import BINS
 from featcache.probes.scores.jackknife import Z, fraction_interval, influences, interval, paired_test
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.scores.tally import Tally
-from specs import Loss
 
 
 def tallied(kind, logits, labels, losses, chunk=7):

@@ -2,21 +2,20 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from loop import fit_convex, train_block
 from plain import assert_near, plain_loss, train_plain
 from sklearn.linear_model import LogisticRegression
+from specs import Head, Loss, Optimizer, Schedule, changed
 from torch import nn
 
 from featcache.errors import BadInput
+from featcache.probes.engine.blocks import blocks
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.spec import ProbeSpec
-from specs import changed, Head, Loss, Optimizer, Schedule
-from featcache.probes.engine.blocks import blocks
-from loop import fit_convex, train_block
 
 N, D, C, S, BATCH, EPOCHS = 20, 8, 4, 3, 8, 20
 HEADS = [

@@ -4,6 +4,8 @@ import pytest
 import torch
 import yaml
 from conftest import tree_hash
+from featcache.probes.work import work
+from specs import Head
 from test_train_probes import GRID
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,8 +16,6 @@ from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
 from featcache.probes.resolve import resolve
-from specs import Head
-from featcache.probes.work import work
 
 
 def test_stacks_of_a_grid(store):

@@ -9,12 +9,12 @@ import pytest
 import safetensors
 import torch
 import yaml
+from specs import Head, Loss, Optimizer, Schedule
 
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probe, load_probes, save_probes
 from featcache.probes.spec import ProbeSpec
-from specs import Head, Loss, Optimizer, Schedule
 from featcache.probes.trained import TrainedProbe
 
 SPEC = ProbeSpec(

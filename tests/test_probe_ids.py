@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.spec import spec_from_dict
 from featcache.probes.identity import REGISTRIES, spec_to_dict
+from featcache.probes.spec import spec_from_dict
 
 PLAIN = {
     "name": "p",

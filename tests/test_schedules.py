@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from specs import Schedule
 from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.schedules.schedule import WarmedUp
-from specs import Schedule
 
 
 def course(schedule, epochs, steps):

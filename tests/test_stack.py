@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from loop import train_block
 from plain import assert_near, train_plain
+from specs import Head, Loss, Optimizer, Schedule, changed
 
-from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.stacked_layers import Memory
-from featcache.probes.spec import ProbeSpec
-from specs import changed, Head, Loss, Optimizer, Schedule
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.engine.memory import MemoryBudget
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.engine.training import Training
-from loop import train_block
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.heads.stacked_layers import Memory
+from featcache.probes.spec import ProbeSpec
 
 N, D, C, S = 150, 48, 7, 4
 LINEAR, MLP3 = Head("linear"), Head("mlp", 3, 16, "bn")

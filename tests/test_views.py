@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as photographs
 from sklearn.metrics import average_precision_score
+from specs import Head, Loss, Optimizer, Schedule
 from test_extract import options
 from test_interruption import START, torchrun
 from torch.nn import functional as F
@@ -31,14 +32,12 @@ from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes import features as probe_features
-from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.resolve import _views
-from featcache.probes.spec import ProbeSpec
-from featcache.probes.spec import spec_from_dict
-from specs import Head, Loss, Optimizer, Schedule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.spec import ProbeSpec, spec_from_dict
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,11 +21,11 @@ from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
 from featcache.probes.heads import HEADS
 from featcache.probes.heads.weights import initial_weights
+from featcache.probes.losses import LOSSES
 from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.runs.probe_file import Origin, find_probes, load_specs, save_probes
 from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_summary
 from featcache.probes.scores.metrics import default_metric
-from featcache.probes.losses import LOSSES
 from featcache.probes.spec import imported_spec
 from featcache.probes.trained import TrainedProbe
 from featcache.store.folder import open_folder

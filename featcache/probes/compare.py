@@ -11,7 +11,7 @@ import torch
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.engine.scoring import tally_blocks, load_predictors
+from featcache.probes.engine.scoring import load_predictors, tally_blocks
 from featcache.probes.inputs.input import load_labels
 from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run, select, store_of

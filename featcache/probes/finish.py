@@ -16,16 +16,16 @@ from torch import Tensor
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.engine.scoring import Scored, score_probes
 from featcache.probes.inputs.input import load_labels
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import maker, write_summary
-from featcache.probes.engine.scoring import Scored, score_probes
-from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.runs.seeds import over_seeds
+from featcache.probes.runs.tables import SCORE_COLUMNS, tables_of, write_table
+from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
-from featcache.probes.runs.tables import SCORE_COLUMNS, tables_of, write_table
 from featcache.store.reader import Store
 
 Row = dict[str, Any]

@@ -86,7 +86,9 @@ def part_from_dict(section: str, content: dict[str, Any]) -> Part:
     if odd:
         raise ValueError(f"{section} {word} has no {odd[0]}")
     # None stands for the class's own default where that is what does not matter.
-    return kind(**{n: v for n, v in values.items() if v is not ITS_DEFAULT and not (v is None and idle.get(n) is ITS_DEFAULT)})
+    return kind(
+        **{n: v for n, v in values.items() if v is not ITS_DEFAULT and not (v is None and idle.get(n) is ITS_DEFAULT)}
+    )
 
 
 def flat(spec: "ProbeSpec") -> dict[str, Any]:
@@ -100,7 +102,9 @@ def flat(spec: "ProbeSpec") -> dict[str, Any]:
         idle = {**ALWAYS[field.name], **ELSE[field.name]}
         values = {"type": value.type} | {name: _written(value, name, idle[name]) for name in idle}
         values |= {name: own for name, own in value if name not in values}
-        row |= {f"{field.name}.{name}": " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+        row |= {
+            f"{field.name}.{name}": " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()
+        }
     return row
 
 

@@ -69,7 +69,9 @@ def resolve(grid, store, device, allow_overlap=False):
         specs.append(found)
     without_epochs = [spec.optimizer.type for spec in grid.specs if spec.optimizer.full_batch]
     if grid.search and without_epochs:
-        errors.append(f"search: halving compares probes after some epochs, and the optimizer {without_epochs[0]} has none")
+        errors.append(
+            f"search: halving compares probes after some epochs, and the optimizer {without_epochs[0]} has none"
+        )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
     if split is None:

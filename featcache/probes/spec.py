@@ -45,11 +45,19 @@ class ProbeSpec:
     epochs: Count | None = Field(None, description="epochs; an optimizer that sees all images at once takes none")
     batch_size: Count | None = Field(64, description="images of a mini-batch")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(0, description="draws the initial weights")
-    views: CountOr0 | None = Field(None, description="views of the training images over which the epochs rotate; 0 is the images as they are")
+    views: CountOr0 | None = Field(
+        None, description="views of the training images over which the epochs rotate; 0 is the images as they are"
+    )
     source: str | None = None
-    keep: Literal["last", "best"] = Field("last", description="which epoch's weights: the last, or the best by the selection metric")
-    patience: CountOr0 = Field(0, description="epochs without a better selection metric after which training ends; 0 is never")
-    precision: Literal["float32", "tf32", "bf16"] = Field("float32", description="of the matrix products; weights and all else are float32")
+    keep: Literal["last", "best"] = Field(
+        "last", description="which epoch's weights: the last, or the best by the selection metric"
+    )
+    patience: CountOr0 = Field(
+        0, description="epochs without a better selection metric after which training ends; 0 is never"
+    )
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        "float32", description="of the matrix products; weights and all else are float32"
+    )
 
     @cached_property
     def id(self) -> str:

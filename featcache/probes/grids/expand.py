@@ -30,7 +30,12 @@ RANDOM = {
     "seed": GridField("seed", FieldInfo.from_annotated_attribute(int, Field(0, ge=0, lt=2**63))),
 }
 # Fields that people write outside their section.
-SECTION_OF = {name: section for section in ("schedule", "loss", "optimizer", "head") for kind in REGISTRIES[section].own for name in part_fields(kind)}
+SECTION_OF = {
+    name: section
+    for section in ("schedule", "loss", "optimizer", "head")
+    for kind in REGISTRIES[section].own
+    for name in part_fields(kind)
+}
 
 
 def check_known(fields: Iterable[Any], known: Iterable[str], path: str, errors: list[str]) -> None:
@@ -212,9 +217,7 @@ def sections(
     return result
 
 
-def _words(
-    value: Any, registry: Registry[Any], path: str, name: str, draw: Any, errors: list[str]
-) -> list[str]:
+def _words(value: Any, registry: Registry[Any], path: str, name: str, draw: Any, errors: list[str]) -> list[str]:
     """Return the names of kinds that a type stands for: one, a list's, or a choice's."""
     if value is None:
         errors.append(f"{path}: missing")

@@ -15,7 +15,9 @@ class Halving(Kind):
 
     type: Literal["halving"] = "halving"
     factor: Annotated[float, Field(gt=1, le=100)] = Field(3.0, description="one of so many probes goes on")
-    first: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="share of the epochs before the first comparison")
+    first: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of the epochs before the first comparison"
+    )
 
 
 SEARCHES = Registry(Halving, "featcache.searches", "search", [Halving])

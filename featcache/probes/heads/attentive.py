@@ -21,7 +21,9 @@ class Attentive(Head):
     """A learned query attends to the positions with `heads` attention heads, and one linear layer follows."""
 
     type: Literal["attentive"] = "attentive"
-    heads: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="attention heads; they must divide the width of the feature")
+    heads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="attention heads; they must divide the width of the feature"
+    )
     bias: bool = Field(True, description="whether the linear layer has a bias")
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
@@ -54,7 +56,9 @@ class Attentive(Head):
         pooling = AttentivePooling(self.heads, taken(weights, "attention"))
         layer = taken(weights, "fc0")
         outputs, inputs = layer["weight"].shape
-        linear = filled(nn.Conv2d(inputs, outputs, 1, bias="bias" in layer), layer | {"weight": layer["weight"][:, :, None, None]})
+        linear = filled(
+            nn.Conv2d(inputs, outputs, 1, bias="bias" in layer), layer | {"weight": layer["weight"][:, :, None, None]}
+        )
         return {"attention": pooling, "fc0": linear}
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:

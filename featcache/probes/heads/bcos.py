@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from featcache.probes.gemm import multiply
 from featcache.probes.heads.bcos_modules import PATCH_EPS, BcosConv2d, cosine_power
-from featcache.probes.heads.layered import LayeredHead, Layout, filled
 from featcache.probes.heads.layer_stack import LayerStack
+from featcache.probes.heads.layered import LayeredHead, Layout, filled
 from featcache.probes.heads.mlp import without_idle_norm_batch
 from featcache.probes.heads.norms import norm_layers
 from featcache.probes.heads.stacked_layers import Layer, Mean, weight_gradient
@@ -23,9 +23,15 @@ class Bcos(LayeredHead):
     layers: Annotated[int, Field(ge=1, le=8)] = Field(1, description="number of layers")
     hidden: Count = Field(2048, description="width of the layers between")
     b: Annotated[float, Field(ge=1, le=16)] = Field(2.0, description="exponent of the layers; 1 makes them linear")
-    max_out: Annotated[int, Field(ge=1, le=64)] = Field(1, description="responses of each unit, of which the largest is kept")
-    norm: Literal["bnu", "none"] = Field("bnu", description="between layers: uncentred batch norm without bias, or none")
-    norm_batch: CountOr0 = Field(0, description="images over which the norm takes its statistics in training; 0 takes the whole mini-batch")
+    max_out: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="responses of each unit, of which the largest is kept"
+    )
+    norm: Literal["bnu", "none"] = Field(
+        "bnu", description="between layers: uncentred batch norm without bias, or none"
+    )
+    norm_batch: CountOr0 = Field(
+        0, description="images over which the norm takes its statistics in training; 0 takes the whole mini-batch"
+    )
 
     bias: ClassVar[bool] = False
 

@@ -40,7 +40,9 @@ class Head(Part):
     """Base of all heads. The logits are divided by `temperature`, and then `offset` is added to them."""
 
     temperature: Positive = Field(1.0, description="divides the logits")
-    offset: Offset = Field(0.0, description="is added to the logits after the temperature; -ln(C-1) starts every class at 1/C")
+    offset: Offset = Field(
+        0.0, description="is added to the logits after the temperature; -ln(C-1) starts every class at 1/C"
+    )
 
     # What else than float32 the products of a stack can be computed in.
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS

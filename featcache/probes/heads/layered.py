@@ -40,7 +40,9 @@ class LayeredHead(Head):
     `.running_mean`, `.running_var` (uncentred: `.weight`, `.running_var`).
     """
 
-    pool: Literal["after", "before"] = Field("after", description="what is averaged over positions: the logits (after) or the features (before)")
+    pool: Literal["after", "before"] = Field(
+        "after", description="what is averaged over positions: the logits (after) or the features (before)"
+    )
 
     @property
     def averages_features(self) -> bool:

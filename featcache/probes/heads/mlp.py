@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from featcache.probes.heads.layered import LayeredHead, Layout
 from featcache.probes.heads.layer_stack import LayerStack
+from featcache.probes.heads.layered import LayeredHead, Layout
 from featcache.probes.heads.norms import norm_layers
 from featcache.probes.heads.stacked_layers import GELU, Layer, Linear, Mean, ReLU
 from featcache.probes.part import Count, CountOr0
@@ -21,8 +21,12 @@ class Mlp(LayeredHead):
     layers: Annotated[int, Field(ge=2, le=8)] = Field(2, description="number of layers")
     hidden: Count = Field(2048, description="width of the layers between")
     activation: Literal["relu", "gelu"] = Field("relu", description="between layers; gelu is the exact form, with erf")
-    norm: Literal["bn", "bnu", "none"] = Field("bn", description="between layers: batch norm, uncentred batch norm, or none")
-    norm_batch: CountOr0 = Field(0, description="images over which the norm takes its statistics in training; 0 takes the whole mini-batch")
+    norm: Literal["bn", "bnu", "none"] = Field(
+        "bn", description="between layers: batch norm, uncentred batch norm, or none"
+    )
+    norm_batch: CountOr0 = Field(
+        0, description="images over which the norm takes its statistics in training; 0 takes the whole mini-batch"
+    )
     bias: bool = Field(True, description="whether layers that no `bn` follows have a bias")
 
     @model_validator(mode="before")

@@ -21,7 +21,9 @@ class Asymmetric(Loss):
     type: Literal["asymmetric"] = "asymmetric"
     gamma_pos: Annotated[float, Field(ge=0, le=100)] = Field(0.0, description="exponent of positives")
     gamma_neg: Annotated[float, Field(ge=0, le=100)] = Field(4.0, description="exponent of negatives")
-    clip: Annotated[float, Field(ge=0, le=0.9999)] = Field(0.05, description="probability below which a negative counts nothing")
+    clip: Annotated[float, Field(ge=0, le=0.9999)] = Field(
+        0.05, description="probability below which a negative counts nothing"
+    )
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
         """Return which labels are positive, and what each adds to the mean, both [B, 1, C]."""

@@ -20,9 +20,13 @@ class Bce(Loss):
     """
 
     type: Literal["bce"] = "bce"
-    off_label: Annotated[float, Field(ge=0, le=1)] | Literal["1/C"] = Field(0.0, description="target of an absent class")
+    off_label: Annotated[float, Field(ge=0, le=1)] | Literal["1/C"] = Field(
+        0.0, description="target of an absent class"
+    )
     label_smoothing: Share = Field(0.0, description="share of the target that is spread over all classes")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced weighs positives by negatives / positives of their class")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced weighs positives by negatives / positives of their class"
+    )
 
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
 

@@ -23,7 +23,9 @@ class Ce(Loss):
 
     type: Literal["ce"] = "ce"
     label_smoothing: Share = Field(0.0, description="share of the target that is spread over all classes")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced weighs each class by N / (C n_c), as scikit-learn's")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced weighs each class by N / (C n_c), as scikit-learn's"
+    )
 
     aliases: ClassVar[tuple[str, ...]] = ("cross_entropy", "crossentropy", "crossentropyloss", "softmax")
     link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"

@@ -1,6 +1,6 @@
 """A loss as a convex function of the logits of all images: values, slopes and curvatures, for full-batch training."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 

@@ -18,7 +18,9 @@ from featcache.probes.part import Part
 class Loss(Part):
     """Base of all losses."""
 
-    difficult: Literal["ignored", "negative"] = Field("ignored", description="what a label of -1 is: ignored (no gradient) or negative")
+    difficult: Literal["ignored", "negative"] = Field(
+        "ignored", description="what a label of -1 is: ignored (no gradient) or negative"
+    )
 
     # The probabilities that a probe is trained to give: the sigmoid of each logit, or the softmax over classes.
     link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"

@@ -19,8 +19,8 @@ from featcache.probes.runs.run_file import (
     maker,
     read_file,
 )
-from featcache.probes.scores.metrics import task_of
 from featcache.probes.runs.tables import find_table, tables_of
+from featcache.probes.scores.metrics import task_of
 from featcache.store.folder import open_folder
 
 

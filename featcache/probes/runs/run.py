@@ -11,8 +11,8 @@ from pathlib import Path
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
 from featcache.probes.runs.run_file import ATTRIBUTION, maker, read_file, read_summary
-from featcache.probes.scores.metrics import gain
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
+from featcache.probes.scores.metrics import gain
 from featcache.store.reader import open_store
 
 # Of fields whose own last word is long.

@@ -19,7 +19,9 @@ class Cosine(WarmedUp):
 
     type: Literal["cosine"] = "cosine"
     final: Share = Field(0.0, description="factor at the end")
-    per: Literal["step", "epoch"] = Field("step", description="whether the factor changes at any step or between epochs")
+    per: Literal["step", "epoch"] = Field(
+        "step", description="whether the factor changes at any step or between epochs"
+    )
 
     @property
     def per_epoch(self) -> bool:

@@ -26,10 +26,14 @@ class Step(WarmedUp):
     """
 
     type: Literal["step"] = "step"
-    milestones: Annotated[tuple[Positive, ...], AfterValidator(_rising)] = Field((), description="epochs, or fractions of the run, at which the rate changes")
+    milestones: Annotated[tuple[Positive, ...], AfterValidator(_rising)] = Field(
+        (), description="epochs, or fractions of the run, at which the rate changes"
+    )
     every: CountOr0 = Field(0, description="epochs between changes, in place of milestones")
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="what the rate is multiplied by")
-    per: Literal["step", "epoch"] = Field("epoch", description="whether the factor changes at any step or between epochs")
+    per: Literal["step", "epoch"] = Field(
+        "epoch", description="whether the factor changes at any step or between epochs"
+    )
 
     def conflict(self, spec: "ProbeSpec") -> str | None:
         """See Part.conflict."""

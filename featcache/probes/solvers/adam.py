@@ -29,7 +29,9 @@ class Adam(MiniBatchSolver):
 class AdamRule(UpdateRule):
     """torch.optim.Adam with betas 0.9 and 0.999, eps 1e-8, and decay added to the gradient (Kingma & Ba, 2015)."""
 
-    def __init__(self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device):
+    def __init__(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ):
         super().__init__(parameters, solvers, precision, device)
         self.first, self.second = self.zeros(), self.zeros()
 

@@ -193,7 +193,9 @@ class _Path:
     def _pulled(self, push: Tensor) -> Tensor:
         return self.basis.pulled(push).div_(self.head.temperature)
 
-    def _minimise(self, point: Tensor, decay: float, steps: int, share: float = 0.0) -> tuple[Tensor, list[float], bool]:
+    def _minimise(
+        self, point: Tensor, decay: float, steps: int, share: float = 0.0
+    ) -> tuple[Tensor, list[float], bool]:
         """Take Newton steps from a point [K, C] until the gradient is small, or that share of what it was."""
         problem, basis = self.problem, self.basis
         penalty = torch.full_like(basis.spread, decay)

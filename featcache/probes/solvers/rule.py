@@ -18,7 +18,9 @@ from featcache.probes.solvers.solver import MiniBatchSolver
 class UpdateRule:
     """Base of update rules: parameters [P, ...], and the numbers of their P probes. See Rule."""
 
-    def __init__(self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device):
+    def __init__(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ):
         self.parameters = [p.detach() for p in parameters]
         self.decay = _numbers([s.weight_decay for s in solvers], device)
         self.clip = _numbers([s.clip for s in solvers], device)

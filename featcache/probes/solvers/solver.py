@@ -82,7 +82,9 @@ class MiniBatchSolver(Solver):
     lr: Positive = Field(description="learning rate")
     weight_decay: AtLeast0 = Field(0.0, description="weight decay")
     clip: AtLeast0 = Field(0.0, description="largest norm of the probe's gradient; 0 allows any")
-    lr_base: CountOr0 = Field(0, description="batch size that lr is meant for (Goyal et al., 2017); 0 takes lr as it is")
+    lr_base: CountOr0 = Field(
+        0, description="batch size that lr is meant for (Goyal et al., 2017); 0 takes lr as it is"
+    )
 
     per_probe: ClassVar[frozenset[str]] = frozenset({"lr", "lr_base", "weight_decay", "clip"})
     # Numbers of the state for each weight, besides itself and its gradient.
