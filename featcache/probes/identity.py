@@ -74,11 +74,8 @@ def part_from_dict(section: str, content: dict[str, Any]) -> Part:
     Raises ValueError for a field that its class does not have, unless it has that value, too.
     """
     word = content["type"]
-    kind: type[Part]
-    if word == "imported" and section in IMPORTED:
-        kind = IMPORTED[section]
-    else:
-        kind = REGISTRIES[section].named(word, section)
+    imported: type[Part] | None = IMPORTED.get(section) if word == "imported" else None
+    kind: type[Part] = imported or REGISTRIES[section].named(word, section)
     idle = {**ALWAYS[section], **ELSE[section]}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
     values = {name: given.pop(name, idle.get(name, ITS_DEFAULT)) for name in kind.model_fields}
