@@ -13,9 +13,9 @@ import warnings
 
 import numpy as np
 import torch
+from parts import Head, Loss, Optimizer, Schedule
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from specs import Head, Loss, Optimizer, Schedule
 from torch.nn import functional as F
 
 from featcache.probes.spec import ProbeSpec

