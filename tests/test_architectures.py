@@ -11,8 +11,8 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.families.positions import RULES, resize_positions
 from featcache.backbones.load import load_backbone
-from featcache.backbones.positions import RULES, resize_positions
 from featcache.backbones.recognise import _without_memory, find_architecture, recognise
 from featcache.errors import BadInput
 from featcache.feature import parse_features

@@ -15,11 +15,12 @@ from torchvision import models
 from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import InterpolationMode
 
-from featcache.backbones import ARCHITECTURES, vit
+from featcache.backbones import ARCHITECTURES
+from featcache.backbones.families import vit
+from featcache.backbones.input.preprocessing import OWN, preprocessing_of
+from featcache.backbones.input.stated import timm_input
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import OWN, preprocessing_of
 from featcache.backbones.recognise import _without_memory
-from featcache.backbones.stated_input import timm_input
 from featcache.store.manifest import read_manifest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -5,12 +5,13 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
-from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.loaded_input import with_input, without_weights
-from featcache.backbones.preprocessing import preprocessing_of
+from featcache.backbones.checkpoints.encoder import find_encoder, grouped
+from featcache.backbones.checkpoints.files import read_checkpoint
+from featcache.backbones.checkpoints.strict import load_strictly
+from featcache.backbones.families import ARCHITECTURES
+from featcache.backbones.input.preprocessing import preprocessing_of
+from featcache.backbones.input.weights import with_input, without_weights
 from featcache.backbones.recognise import find_architecture, known, recognise, split_name
 from featcache.backbones.undrawn import Undrawn
 from featcache.errors import BadInput

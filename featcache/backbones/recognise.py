@@ -8,10 +8,10 @@ from functools import cache
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from featcache.backbones import ARCHITECTURES
-from featcache.backbones.timm_models import PREFIX, timm_architecture
+from featcache.backbones.families import ARCHITECTURES
+from featcache.backbones.families.timm_models import PREFIX, timm_architecture
+from featcache.backbones.families.user_code import user_architecture
 from featcache.backbones.undrawn import Undrawn
-from featcache.backbones.user_code import user_architecture
 from featcache.errors import BadInput, nearest
 
 # The name under which the size of a ViT is read off its tensors.

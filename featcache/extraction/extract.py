@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
+from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
-from featcache.backbones.preprocessing import OWN
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device

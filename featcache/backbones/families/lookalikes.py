@@ -4,7 +4,7 @@ They load as ours without an error, so that the report names those with publishe
 compares these tables with timm's networks; nothing of timm is imported to use them.
 """
 
-from featcache.backbones.timm_models import PREFIX
+from featcache.backbones.families.timm_models import PREFIX
 
 # Pooling or a blur in place of strides; an input that is not turned to -1..1.
 FIXED = {"resnet50": ("resnetaa50", "resnetblur50"), "inception_v3": ("inception_v3.gluon_in1k",)}

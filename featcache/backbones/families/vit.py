@@ -12,10 +12,16 @@ from functools import partial
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, with_forward
-from featcache.backbones.heads import PUBLISHED, TWELVE, choose_heads, has_moco_v3_positions, usual_heads
-from featcache.backbones.lookalikes import like_vit
-from featcache.backbones.positions import fit_positions
-from featcache.backbones.vit_input import vit_input
+from featcache.backbones.families.attention_heads import (
+    PUBLISHED,
+    TWELVE,
+    choose_heads,
+    has_moco_v3_positions,
+    usual_heads,
+)
+from featcache.backbones.families.lookalikes import like_vit
+from featcache.backbones.families.positions import fit_positions
+from featcache.backbones.families.vit_input import vit_input
 from featcache.errors import BadInput
 
 # Width to name and usual depth.

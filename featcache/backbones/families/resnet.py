@@ -10,9 +10,9 @@ from functools import partial
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, without
-from featcache.backbones.lookalikes import like_fixed
-from featcache.backbones.torchvision_import import models
-from featcache.backbones.torchvision_weights import input_of
+from featcache.backbones.families.lookalikes import like_fixed
+from featcache.backbones.families.torchvision_import import models
+from featcache.backbones.families.torchvision_weights import input_of
 
 NAMES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",

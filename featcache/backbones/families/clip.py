@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks
-from featcache.backbones.heads import choose_heads, usual_heads
-from featcache.backbones.positions import fit_positions
-from featcache.backbones.vit_input import CLIP, clip_said
+from featcache.backbones.families.attention_heads import choose_heads, usual_heads
+from featcache.backbones.families.positions import fit_positions
+from featcache.backbones.families.vit_input import CLIP, clip_said
 
 INPUT = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import safetensors
 
-from featcache.backbones.preprocessing import INTERPOLATION
+from featcache.backbones.input.preprocessing import INTERPOLATION
 
 CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 # A configuration is a few kilobytes; what is larger is none.

@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from featcache.backbones.pickle_scan import Scan, StandIn, saved_module, scan_legacy, scan_pickle
+from featcache.backbones.checkpoints.pickle_scan import Scan, StandIn, saved_module, scan_legacy, scan_pickle
 from featcache.errors import LONGEST_LINE, BadInput
 
 # A tensor may be larger than its storage if it repeats it; this much is no attack.

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, last_blocks, with_forward
+from featcache.backbones.input.stated import timm_input
 from featcache.backbones.outputs import find_last, outputs, tokens_of
 from featcache.backbones.reductions import MAP, SEQUENCE
-from featcache.backbones.stated_input import timm_input
 from featcache.errors import BadInput, nearest
 
 PREFIX = "timm:"

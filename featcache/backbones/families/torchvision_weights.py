@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from featcache.backbones.torchvision_import import models
+from featcache.backbones.families.torchvision_import import models
 
 
 def input_of(name, size=None):

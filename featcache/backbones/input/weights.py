@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from featcache.backbones.stated_input import stated_input
-from featcache.backbones.torchvision_import import models
-from featcache.backbones.torchvision_weights import loaded_input
-from featcache.backbones.vit_input import CLIP, CUSTOM, HALF, IMAGENET
+from featcache.backbones.families.torchvision_import import models
+from featcache.backbones.families.torchvision_weights import loaded_input
+from featcache.backbones.families.vit_input import CLIP, CUSTOM, HALF, IMAGENET
+from featcache.backbones.input.stated import stated_input
 
 
 def with_input(architecture, network, encoder, path, content):

@@ -7,10 +7,10 @@ from functools import partial
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, Tokens, last_blocks, without
-from featcache.backbones.lookalikes import like_fixed
-from featcache.backbones.positions import fit_positions
-from featcache.backbones.torchvision_import import models
-from featcache.backbones.torchvision_weights import input_of
+from featcache.backbones.families.lookalikes import like_fixed
+from featcache.backbones.families.positions import fit_positions
+from featcache.backbones.families.torchvision_import import models
+from featcache.backbones.families.torchvision_weights import input_of
 from featcache.errors import BadInput
 
 

@@ -1,0 +1,85 @@
+"""Loading a checkpoint's tensors into a network: all that features need must be there and fit."""
+
+from dataclasses import dataclass
+
+import torch
+
+from featcache.backbones.checkpoints.encoder import few
+from featcache.errors import BadInput
+
+# Parts of training beside a backbone that share its way; anything else that the network lacks is an error.
+BYSTANDERS = (
+    "head", "fc.", "classifier", "linear", "proj", "predict", "prototype", "queue", "decoder", "neck", "mask_token",
+    "memory", "loss", "criterion", "logit", "probe", "n_averaged", "center", "mlp", "momentum", "metric",
+)  # fmt: skip
+
+# What weights, and what counters, may be saved as.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load did. used: tensors taken; parameters: their elements. left_out: names. absent: batch counters."""
+
+    used: int
+    parameters: int
+    left_out: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def load_strictly(network, tensors, classifier, path, arch):
+    """Load tensors into a network; all that features need must be there and fit.
+
+    classifier: prefixes of the keys that features do not need. Left out are these, and parts of
+    training that lie beside the network's own. Returns what was Loaded. Raises BadInput that lists
+    missing, unexpected and misshapen keys.
+    """
+    wanted = {k: v for k, v in network.state_dict().items() if not k.startswith(classifier)}
+    own = {key.split(".")[0] for key in wanted}
+    given = {k: v for k, v in tensors.items() if k in wanted}
+    rest = [k for k in tensors if k not in wanted]
+    unexpected = [
+        k for k in rest if not k.startswith(classifier) and (k.split(".")[0] in own or not k.startswith(BYSTANDERS))
+    ]
+    # Networks saved before PyTorch 0.4.1 have no batch counters; they play no part in eval mode.
+    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
+    missing = [k for k in wanted if k not in given and k not in optional]
+    misshapen = [
+        f"{k} {tuple(given[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in given and given[k].shape != v.shape
+    ]
+    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
+    endless = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
+    problems = [
+        f"{name}: {few(keys)}"
+        for name, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+            ("not plain numbers of 16 bits or more", odd),
+            ("not finite", endless),
+        )
+        if keys
+    ]
+    if problems:
+        raise BadInput(f"checkpoint {path} does not fit {arch}; {'; '.join(problems)}")
+    network.load_state_dict(given, strict=False)
+    return Loaded(
+        used=len(given),
+        parameters=sum(v.numel() for v in given.values()),
+        left_out=tuple(rest),
+        absent=tuple(k for k in optional if k not in given),
+    )
+
+
+def _is_odd(tensor, wanted):
+    """Whether a tensor is of another kind than the network's own: whole numbers stand for weights in quantised files."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return True
+    return tensor.dtype not in FLOATS if wanted.is_floating_point() else tensor.dtype not in WHOLE
+
+
+def _is_finite(tensor):
+    return bool(torch.isfinite(torch.stack(tensor.float().aminmax())).all()) if tensor.numel() else True
