@@ -115,8 +115,8 @@ def extract(
         mean=mean,
         std=std,
     )
-    say(f"backbone: {model.grounds}", err=True)
-    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
+    say(f"backbone: {model.load_report}", err=True)
+    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)), err=True)
     check_decoder(decoder, model.preprocessing)
     features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)

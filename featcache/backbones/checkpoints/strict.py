@@ -1,26 +1,31 @@
-"""Loading a checkpoint's tensors into a network: all that features need must be there and fit."""
+"""Loading a checkpoint's tensors into a network: every tensor that features need must be there and fit."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from featcache.backbones.checkpoints.encoder import few
+from featcache.backbones.checkpoints.encoder import Path, Tensors, few
 from featcache.errors import BadInput
 
-# Parts of training beside a backbone that share its way; anything else that the network lacks is an error.
+# Beginnings of names of what is trained beside a backbone, under the same prefix. Any other tensor that the network
+# lacks is an error.
 BYSTANDERS = (
     "head", "fc.", "classifier", "linear", "proj", "predict", "prototype", "queue", "decoder", "neck", "mask_token",
     "memory", "loss", "criterion", "logit", "probe", "n_averaged", "center", "mlp", "momentum", "metric",
 )  # fmt: skip
-
-# What weights, and what counters, may be saved as.
+# The dtypes in which weights, and counters, may be saved.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool)
+INTEGERS = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load did. used: tensors taken; parameters: their elements. left_out: names. absent: batch counters."""
+    """What was loaded.
+
+    used: number of tensors taken. parameters: number of their elements. left_out: names of tensors that were not taken.
+    absent: names of batch counters that the checkpoint lacks.
+    """
 
     used: int
     parameters: int
@@ -28,12 +33,11 @@ class Loaded:
     absent: tuple[str, ...]
 
 
-def load_strictly(network, tensors, classifier, path, arch):
+def load_strictly(network: nn.Module, tensors: Tensors, classifier: tuple[str, ...], path: Path, arch: str) -> Loaded:
     """Load tensors into a network; all that features need must be there and fit.
 
-    classifier: prefixes of the keys that features do not need. Left out are these, and parts of
-    training that lie beside the network's own. Returns what was Loaded. Raises BadInput that lists
-    missing, unexpected and misshapen keys.
+    classifier: prefixes of the keys that features do not need. These are left out, and so are parts of training that
+    lie beside the network's own. Raises BadInput that lists missing, unexpected and misshapen keys.
     """
     wanted = {k: v for k, v in network.state_dict().items() if not k.startswith(classifier)}
     own = {key.split(".")[0] for key in wanted}
@@ -51,7 +55,7 @@ def load_strictly(network, tensors, classifier, path, arch):
         if k in given and given[k].shape != v.shape
     ]
     odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
-    endless = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
+    not_finite = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
     problems = [
         f"{name}: {few(keys)}"
         for name, keys in (
@@ -59,7 +63,7 @@ def load_strictly(network, tensors, classifier, path, arch):
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
             ("not plain numbers of 16 bits or more", odd),
-            ("not finite", endless),
+            ("not finite", not_finite),
         )
         if keys
     ]
@@ -74,12 +78,12 @@ def load_strictly(network, tensors, classifier, path, arch):
     )
 
 
-def _is_odd(tensor, wanted):
-    """Whether a tensor is of another kind than the network's own: whole numbers stand for weights in quantised files."""
+def _is_odd(tensor: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Return whether a tensor cannot stand for the network's own: quantised files have integers for weights."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return True
-    return tensor.dtype not in FLOATS if wanted.is_floating_point() else tensor.dtype not in WHOLE
+    return tensor.dtype not in FLOATS if wanted.is_floating_point() else tensor.dtype not in INTEGERS
 
 
-def _is_finite(tensor):
+def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.float().aminmax())).all()) if tensor.numel() else True
