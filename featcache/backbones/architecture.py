@@ -10,7 +10,8 @@ from torch import nn
 
 from featcache.backbones.checkpoints.encoder import Encoder, Tensors
 
-# Fields of an Architecture that tell the input of its weights, and where each is from: None takes back what was known.
+# Fields of an Architecture that describe the input of its weights, and where each value is from. An origin of None
+# removes the one that was known before.
 Fields = dict[str, Any]
 Origins = dict[str, str | None]
 

@@ -45,7 +45,7 @@ def timm_architecture(name: str) -> Architecture:
         origins=_guesses(timm, known, network.pretrained_cfg.get("tag"), fields),
         customs=_customs,
         note="; ".join(f"the weights' own transform {line}" for line in notices),
-        # The input of some is no square.
+        # The input of some networks is no square.
         **{"size": config["input_size"][1]} | fields,
     )
     return _with_layers(architecture, _trunk(network).eval())

@@ -176,7 +176,7 @@ class Preprocessing:
         values = torch.empty(pixels.shape, device=images.device) if memory is None else memory[: len(images)]
         values.copy_(pixels)
         values /= 255
-        # By whole rows: where the three channels lie innermost, broadcasting over them is three times slower.
+        # By whole rows, since broadcasting over three channels that lie innermost is three times slower.
         rows = values.flatten(2)
         rows -= torch.tensor(self.mean, device=images.device).repeat(images.shape[3])
         rows /= torch.tensor(self.std, device=images.device).repeat(images.shape[3])
