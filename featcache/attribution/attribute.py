@@ -13,8 +13,8 @@ from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
 from featcache.attribution.epg import box_mask, energy_in_boxes
 from featcache.attribution.gradcam import gradcam, upsample
 from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.device import choose_device, multiplying
 from featcache.errors import BadInput, nearest

@@ -21,7 +21,7 @@ def layers(checkpoint, **options):
     from featcache.reporting.table import format_table
 
     backbone = load_backbone(checkpoint, **options)
-    click.echo(f"backbone: {backbone.grounds}\n", err=True)
+    click.echo(f"backbone: {backbone.load_report}\n", err=True)
     rows = [
         (layer.path, " ".join(layer.aliases), " x ".join(map(str, layer.shape)), " ".join(layer.reductions))
         for layer in run(backbone)

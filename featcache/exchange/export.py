@@ -12,8 +12,8 @@ import safetensors.torch
 from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
 from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import OWN, Preprocessing
 from featcache.backbones.load import as_backbone, load_network
-from featcache.backbones.preprocessing import OWN, Preprocessing
 from featcache.backbones.recognise import recognise
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
@@ -92,7 +92,7 @@ def _backbone_meta(backbone, checkpoint, preprocessing):
         "architecture": backbone.arch,
         "weights_sha256": backbone.weights_sha256,
         "source": Path(checkpoint).name,
-        "loaded": backbone.grounds.replace(str(checkpoint), Path(checkpoint).name),
+        "loaded": backbone.load_report.replace(str(checkpoint), Path(checkpoint).name),
         "preprocessing": preprocessing,
     }
 

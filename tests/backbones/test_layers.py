@@ -17,9 +17,9 @@ import featcache
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.architecture import Architecture, Tokens
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.layers import layers
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.feature import Feature, parse_feature, parse_features
 from featcache.store.manifest import feature_of

@@ -25,8 +25,8 @@ import featcache
 from featcache.attribution.epg import box_mask
 from featcache.attribution.input_x_gradient import input_x_gradient
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import DATASETS, read_dataset
 from featcache.datasets.image import open_image
 from featcache.datasets.record import Record

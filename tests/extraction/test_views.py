@@ -25,7 +25,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 import featcache
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import Augmentation, augmentation, read_dataset
 from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput

@@ -99,7 +99,7 @@ def write_checkpoint(root):
 
 def load(root):
     backbone = load_backbone(root / "net.pth", arch="trust:network")
-    click.echo(backbone.grounds)
+    click.echo(backbone.load_report)
     return backbone.weights_sha256
 
 

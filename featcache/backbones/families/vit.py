@@ -6,16 +6,26 @@ from them. Keys of DINOv2's code and of mmpretrain are renamed to timm's.
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks, with_forward
-from featcache.backbones.heads import PUBLISHED, TWELVE, choose_heads, has_moco_v3_positions, usual_heads
-from featcache.backbones.lookalikes import like_vit
-from featcache.backbones.positions import fit_positions
-from featcache.backbones.vit_input import vit_input
+from featcache.backbones.architecture import Architecture, Hints, Tokens, last_blocks, with_forward
+from featcache.backbones.checkpoints.encoder import Tensors
+from featcache.backbones.families.attention_heads import (
+    PUBLISHED,
+    TWELVE,
+    choose_heads,
+    has_moco_v3_positions,
+    twelve_by_names,
+    usual_heads,
+)
+from featcache.backbones.families.lookalikes import like_vit
+from featcache.backbones.families.positions import fit_positions
+from featcache.backbones.families.vit_input import customs, vit_input
 from featcache.errors import BadInput
 
 # Width to name and usual depth.
@@ -24,31 +34,31 @@ SIZES = {
     1408: ("giant", 40), 1536: ("giant2", 40),
 }  # fmt: skip
 EPS = 1e-6
-# Of the networks with a norm before their blocks.
+# For networks with a norm before their blocks.
 CLIP_EPS = 1e-5
-# Networks that can be named: width and patches, each at 224 pixels.
+# Networks that can be named: {width: patches}, each at 224 pixels.
 PATCHES = {192: (16,), 384: (8, 14, 16), 768: (8, 14, 16, 32), 1024: (14, 16), 1280: (14,), 1536: (14,)}
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "attn_pool.", "mask_token", "masked_embed", "decoder_")
 SIGNATURE = "blocks.0.attn.qkv.weight"
 NEEDED = (SIGNATURE, "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 
 
-def architectures():
+def architectures() -> dict[str, Architecture]:
     """Return `vit`, which is read off any checkpoint of the layout, and the usual sizes by name."""
-    found = {}
+    usual = {}
     for width, patches in PATCHES.items():
         for patch in patches:
             made = _described(_usual(width, patch))
-            found[made.name] = made
+            usual[made.name] = made
     generic = Architecture(
         name="vit", build=_no_shapes, trunk=_trunk, signature=SIGNATURE, classifier=CLASSIFIER, aliases={},
-        layouts=LAYOUTS, infer=infer,
+        layouts=LAYOUTS, infer=infer, customs=customs, generic="a ViT in the layout of timm or DINOv2",
     )  # fmt: skip
-    return {"vit": generic, **found}
+    return {"vit": generic, **usual}
 
 
-def _usual(width, patch):
-    """Arguments of timm's VisionTransformer for a usual size."""
+def _usual(width: int, patch: int) -> dict[str, Any]:
+    """Return the arguments of timm's VisionTransformer for a usual size."""
     swiglu = width == 1536
     return {
         "embed_dim": width, "depth": SIZES[width][1], "num_heads": usual_heads(width), "patch_size": patch,
@@ -56,16 +66,15 @@ def _usual(width, patch):
     }  # fmt: skip
 
 
-def _no_shapes():
+def _no_shapes() -> nn.Module:
     raise BadInput("--arch vit is read off a checkpoint's shapes; without one name its size, as vit_base_patch16")
 
 
-def infer(tensors, hints):
-    """Read an Architecture off the shapes of a checkpoint in timm's layout, or None if it is no such ViT.
+def infer(tensors: Tensors, hints: Hints) -> Architecture | None:
+    """Read an Architecture off the shapes of a checkpoint in timm's layout; None if it is no such ViT.
 
-    hints: heads (of --arch, see choose_heads), twelve_heads (on what grounds a small ViT has so many), eps (of the
-    norms) and positions (of positions.RULES), which tensors do not say. Raises BadInput for heads that cannot be, and
-    for a Perception Encoder (Bolya et al., NeurIPS 2025), whose tensors would fit.
+    Raises BadInput for a number of heads that cannot be, and for a Perception Encoder (Bolya et al., NeurIPS 2025),
+    whose tensors would fit.
     """
     if any(key not in tensors for key in NEEDED):
         return None
@@ -85,8 +94,8 @@ def infer(tensors, hints):
     side = math.isqrt(length if bare else length - prefix)
     if side * side + (0 if bare else prefix) != length:
         return None
-    heads, grounds, others = _heads(tensors, depth, hidden == 2 * gated, side, hints)
-    # DINOv2's code keeps a mask token of two axes, MAE's one of three.
+    heads, reason, others = _heads(tensors, depth, hidden == 2 * gated, side, hints)
+    # The mask token of DINOv2's code has two axes, that of MAE's three.
     dinov2 = "mask_token" in tensors and tensors["mask_token"].ndim == 2
     chosen = {
         "embed_dim": width,
@@ -108,36 +117,47 @@ def infer(tensors, hints):
         "pre_norm": "norm_pre.weight" in tensors,
         "fc_norm": "fc_norm.weight" in tensors and "norm.weight" not in tensors,
     }
-    rule = ("antialias" if registers else "dino") if dinov2 else "plain"
-    said = f"heads: {heads}, {grounds}"
+    note = f"heads: {heads}, {reason}"
     if others:
-        said += f" ({others[0]} of these shapes have {others[1]}: --arch {_name(chosen | {'num_heads': others[1]})})"
+        note += f" ({others[0]} of these shapes have {others[1]}: --arch {_name(chosen | {'num_heads': others[1]})})"
     alike = like_vit(chosen | {"attn_pool": attn_pool})
-    made = _described(chosen, hints.get("positions", rule), 224 if dinov2 else side * patch)
-    return replace(made, note=said, alike=alike, **vit_input(tensors, side * patch))
+    made = _described(chosen, _positions_rule(tensors, hints), 224 if dinov2 else side * patch)
+    return replace(made, note=note, alike=alike, **vit_input(tensors, side * patch))
 
 
-def _heads(tensors, depth, swiglu, side, hints):
-    """(attention heads, on what grounds, (whose networks of the same shapes have others, how many) or None)."""
+def _positions_rule(tensors: Tensors, hints: Hints) -> str:
+    """Return the one of positions.RULES by which the code that wrote a checkpoint resizes its positions."""
+    if "mask_token" in tensors:
+        dinov2 = tensors["mask_token"].ndim == 2
+        return ("antialias" if "reg_token" in tensors else "dino") if dinov2 else "plain"
+    words = hints.get("words", set())
+    return "dino" if words & {"teacher", "student"} and not twelve_by_names(words) else "plain"
+
+
+def _heads(
+    tensors: Tensors, depth: int, swiglu: bool, side: int, hints: Hints
+) -> tuple[int, str, tuple[str, int] | None]:
+    """Return (attention heads, why, (whose networks of the same shapes have others, how many) or None)."""
     positions, norm = tensors["pos_embed"][0], tensors.get("blocks.0.attn.q_norm.weight")
     width = positions.shape[1]
     if norm is not None and "heads" not in hints and norm.numel() and width % norm.numel() == 0:
         return width // norm.numel(), "by the width of the queries' norm", None
     # timm's networks for tests; SigLIP 2's giant, where DINOv2's has a SwiGLU; the `small` of mmpretrain and early timm.
     published = PUBLISHED | {64: 2, 96: 3} | ({} if swiglu else {1536: 16}) | ({768: 8} if depth == 8 else {})
-    heads, grounds = choose_heads(width, hints, published)
+    heads, reason = choose_heads(width, hints, published)
     if "heads" in hints or width not in TWELVE:
-        return heads, grounds, None
-    twelve = hints.get("twelve_heads")
+        return heads, reason, None
+    method = twelve_by_names(hints.get("words", set()))
+    twelve = f"the names of the tensors, which are {method}'s" if method else ""
     if not twelve and has_moco_v3_positions(positions[-side * side :]):
         twelve = "the fixed position embeddings, which are MoCo v3's"
     if twelve:
         return 12, f"a guess from {twelve}", ("other ViTs", heads)
-    return heads, grounds, (f"{TWELVE[width]} ViTs", 12)
+    return heads, reason, (f"{TWELVE[width]} ViTs", 12)
 
 
-def _name(chosen):
-    """The name of these arguments holds all that tensors do not."""
+def _name(chosen: Mapping[str, Any]) -> str:
+    """Return the name of these arguments, which says everything that tensors do not."""
     width, depth, heads, patch = (chosen[k] for k in ("embed_dim", "depth", "num_heads", "patch_size"))
     known, usual_depth = SIZES.get(width, ("", 0))
     name = f"vit_{known}" if depth == usual_depth else f"vit_d{width}_l{depth}"
@@ -148,8 +168,8 @@ def _name(chosen):
     return name + (f"_eps{chosen['eps']:g}" if chosen["eps"] != EPS else "")
 
 
-def _described(chosen, rule="plain", size=None):
-    """The Architecture of these arguments."""
+def _described(chosen: Mapping[str, Any], rule: str = "plain", size: int | None = None) -> Architecture:
+    """Return the Architecture of these arguments. rule: one of positions.RULES. size: of the input."""
     name, depth, patch = _name(chosen), chosen["depth"], chosen["patch_size"]
     registers = chosen.get("reg_tokens", 0)
     cls, distilled = chosen.get("class_token", True), chosen.get("distilled", False)
@@ -166,13 +186,23 @@ def _described(chosen, rule="plain", size=None):
         heads=chosen["num_heads"],
         layouts=LAYOUTS,
         infer=infer,
+        customs=customs,
         fit=partial(_fit, rule, patch, name),
     )
 
 
-def _build(embed_dim, hidden, swiglu, eps, distilled=False, fc_norm=False, class_token=True, **chosen):
+def _build(
+    embed_dim: int,
+    hidden: int,
+    swiglu: bool,
+    eps: float,
+    distilled: bool = False,
+    fc_norm: bool = False,
+    class_token: bool = True,
+    **chosen: Any,
+) -> nn.Module:
     try:
-        from timm.layers import SwiGLUPacked
+        from timm.layers import SwiGLUPacked  # type: ignore[attr-defined]  # timm does not list its exports
         from timm.models.deit import VisionTransformerDistilled
         from timm.models.vision_transformer import VisionTransformer
     except ImportError:
@@ -192,24 +222,24 @@ def _build(embed_dim, hidden, swiglu, eps, distilled=False, fc_norm=False, class
     )
 
 
-def _trunk(network):
-    """All tokens after the final norm, without what turns them into logits."""
+def _trunk(network: nn.Module) -> nn.Module:
+    """Return the network up to all tokens after the final norm, without what turns them into logits."""
     network.fc_norm = network.head = nn.Identity()
     return with_forward(network, lambda self, images: self.forward_features(images))
 
 
-def _fit(rule, patch, arch, network, size):
-    said = fit_positions(network, "pos_embed", size, patch, rule, arch)
+def _fit(rule: str, patch: int, arch: str, network: Any, size: int) -> str:
+    note = fit_positions(network, "pos_embed", size, patch, rule, arch)
     network.patch_embed.set_input_size(img_size=(size, size))
-    return said
+    return note
 
 
-def from_dinov2(tensors):
+def from_dinov2(tensors: Tensors) -> Tensors:
     """Rename the keys of DINOv2's code to timm's; those of timm are left as they are.
 
-    Its position embeddings have an entry for the class token, to which it is added here, and none for
-    the registers. A ViT-g has a SwiGLU whose two halves are one matrix, w12. Checkpoints of its
-    training count blocks within chunks, blocks.CHUNK.BLOCK.
+    DINOv2's position embeddings have an entry for the class token, which is added to that token here, and none for
+    the registers. A ViT-g has a SwiGLU whose two halves are one matrix, w12. Checkpoints of DINOv2's training count
+    blocks within chunks, blocks.CHUNK.BLOCK.
     """
     renamed = {}
     for key, value in tensors.items():
@@ -238,7 +268,7 @@ MMPRETRAIN = (
 )
 
 
-def from_mmpretrain(tensors):
+def from_mmpretrain(tensors: Tensors) -> Tensors:
     """Rename the keys of mmpretrain's (mmcls's, mmselfsup's) VisionTransformer to timm's."""
     renamed = {}
     for key, value in tensors.items():
@@ -247,5 +277,9 @@ def from_mmpretrain(tensors):
     return renamed
 
 
-# By the key that tells each layout; the second and third are DINOv2's, whole and in chunks.
-LAYOUTS = {"layers.0.ln1.weight": from_mmpretrain, SIGNATURE: from_dinov2, "blocks.0.0.attn.qkv.weight": from_dinov2}
+# {key by which a layout is told: function to timm's}; the second and third are DINOv2's, whole and in chunks.
+LAYOUTS: dict[str, Callable[[Tensors], Tensors]] = {
+    "layers.0.ln1.weight": from_mmpretrain,
+    SIGNATURE: from_dinov2,
+    "blocks.0.0.attn.qkv.weight": from_dinov2,
+}

@@ -1,15 +1,18 @@
 """timm's networks that compute something else on tensors of the same names and shapes as one of ours.
 
-They load as ours without an error, so that the report names those with published weights. tests/backbones/test_lookalikes.py
-compares these tables with timm's networks; nothing of timm is imported to use them.
+They load as ours without an error, so the load report names those with published weights. tests/test_lookalikes.py
+compares these tables with timm's networks; timm is not imported to use them.
 """
 
-from featcache.backbones.timm_models import PREFIX
+from collections.abc import Mapping
+from typing import Any
 
-# Pooling or a blur in place of strides; an input that is not turned to -1..1.
+from featcache.backbones.families.timm_models import PREFIX
+
+# Networks with pooling or a blur in place of strides; with an input that is not turned to -1..1.
 FIXED = {"resnet50": ("resnetaa50", "resnetblur50"), "inception_v3": ("inception_v3.gluon_in1k",)}
-# What the tensors of a vision transformer have, and the networks by width and depth; patch and input are in the name.
-VITS = (
+# ({argument that the tensors tell: its value}, {network: (width, depth)}); patch and input size are in the name.
+VITS: tuple[tuple[dict[str, Any], dict[str, tuple[int, int]]], ...] = (
     # QuickGELU for GELU.
     ({"pre_norm": True, "class_token": True}, {
         "vit_base_patch16_clip_quickgelu_224": (768, 12), "vit_base_patch32_clip_quickgelu_224": (768, 12),
@@ -27,8 +30,8 @@ VITS = (
     # GELU by its tanh approximation.
     *(
         ({"class_token": False, "fc_norm": False, "pre_norm": False, "init_values": None, "attn_pool": pool}, {
-            f"vit_{size}_siglip_{'' if pool else 'gap_'}{side}": its
-            for size, its, sides in (
+            f"vit_{size}_siglip_{'' if pool else 'gap_'}{side}": width_depth
+            for size, width_depth, sides in (
                 ("base_patch32", (768, 12), (256,)), ("large_patch16", (1024, 24), (512,)),
                 ("so400m_patch16", (1152, 27), (256, 384, 512)), ("giantopt_patch16", (1536, 40), (256, 384)),
             )
@@ -39,15 +42,15 @@ VITS = (
 )  # fmt: skip
 
 
-def like_fixed(name):
-    """Names for --arch of the networks that load as torchvision's of this name."""
+def like_fixed(name: str) -> tuple[str, ...]:
+    """Return names for --arch of the networks that load as torchvision's of this name."""
     return tuple(PREFIX + other for other in FIXED.get(name, ()))
 
 
-def like_vit(chosen):
-    """Names for --arch of the networks that load as the vision transformer of these arguments.
+def like_vit(chosen: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return names for --arch of the networks that load as the vision transformer of these arguments.
 
-    chosen: as vit.infer makes them, and attn_pool, whether the checkpoint has one.
+    chosen: as vit.infer makes them, with attn_pool: whether the checkpoint has one.
     """
     sizes = (chosen["embed_dim"], chosen["depth"])
     end = f"_{chosen['img_size']}"
@@ -55,6 +58,6 @@ def like_vit(chosen):
         PREFIX + name
         for marks, names in VITS
         if marks.items() <= chosen.items()
-        for name, its in names.items()
-        if its == sizes and f"_patch{chosen['patch_size']}_" in name and name.endswith(end)
+        for name, width_depth in names.items()
+        if width_depth == sizes and f"_patch{chosen['patch_size']}_" in name and name.endswith(end)
     )

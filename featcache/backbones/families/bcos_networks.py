@@ -1,9 +1,11 @@
 """B-cos networks (Boehle et al., CVPR 2022, TPAMI 2024) through the package bcos, with BNU norms without bias.
 
-Such are the networks of B-cos v2's release and of How-to-Probe. Their input is [x, 1 - x], pixels in 0..1.
+B-cos v2's release and How-to-Probe have these norms. The input is [x, 1 - x] of pixels x in 0..1.
 """
 
 from functools import partial
+
+from torch import nn
 
 from featcache.backbones.architecture import Architecture, without
 from featcache.errors import BadInput
@@ -15,7 +17,7 @@ RESNETS = (
 DENSENETS = ("densenet121", "densenet161", "densenet169", "densenet201")
 
 
-def _build(name):
+def _build(name: str) -> nn.Module:
     try:
         from bcos import models
         from bcos.modules import norms
@@ -24,11 +26,11 @@ def _build(name):
     return getattr(models, name)(norm_layer=norms.NoBias(norms.BatchNormUncentered2d))
 
 
-def _architecture(name, signature, classifier, aliases):
+def _architecture(name: str, signature: str, classifier: str, aliases: dict[str, str]) -> Architecture:
     return Architecture(
         name=f"bcos_{name}",
         build=partial(_build, name),
-        # The classifier is a convolution on the last map; what follows it must go, or it would pool maps.
+        # The classifier is a convolution on the last map. What follows it goes too, or it would pool that map.
         trunk=without(classifier, "logit_layer"),
         signature=signature,
         classifier=(f"{classifier}.", "logit_layer."),
@@ -39,7 +41,7 @@ def _architecture(name, signature, classifier, aliases):
     )
 
 
-def architectures():
+def architectures() -> dict[str, Architecture]:
     """Return the B-cos networks by name. feat1 is the stem before its pool, feat2..feat5 the stages."""
     stages = {"feat1": "bn1", **{f"feat{i + 1}": f"layer{i}" for i in range(1, 5)}, "last": "layer4"}
     blocks = {"feat1": "features.norm0", **{f"feat{i + 1}": f"features.denseblock{i}" for i in range(1, 4)}}

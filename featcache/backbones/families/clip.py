@@ -1,27 +1,29 @@
 """CLIP's image towers (Radford et al., ICML 2021) in OpenAI's key names, without the `visual.` prefix.
 
-The residual network has a stem of three convolutions, average pooling in place of every stride, and
-attention for its last pool, which may be missing: How-to-Probe's clipresnet50 has none. The vision
-transformer has a norm before its blocks, and the QuickGELU x * sigmoid(1.702 x); most of LAION's
-networks have the GELU, which no tensor tells.
+The residual network has a stem of three convolutions, average pooling in place of every stride, and an attention pool
+at its end, which may be missing (How-to-Probe's clipresnet50 has none). The vision transformer has a norm before its
+blocks, and the QuickGELU x * sigmoid(1.702 x). Most of LAION's networks have GELU instead, which no tensor tells.
 """
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.backbones.architecture import Architecture, Tokens, last_blocks
-from featcache.backbones.heads import choose_heads, usual_heads
-from featcache.backbones.positions import fit_positions
-from featcache.backbones.vit_input import CLIP, clip_said
+from featcache.backbones.architecture import Architecture, Fields, Hints, Tokens, last_blocks
+from featcache.backbones.checkpoints.encoder import Tensors
+from featcache.backbones.families.attention_heads import choose_heads, usual_heads
+from featcache.backbones.families.positions import fit_positions
+from featcache.backbones.families.vit_input import CLIP, clip_origins
 
-INPUT = CLIP | {"interpolation": "bicubic"}
+INPUT: Fields = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.
-RESNETS = {
+RESNETS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
     "rn50": (64, (3, 4, 6, 3), 224, 1024), "rn101": (64, (3, 4, 23, 3), 224, 512),
     "rn50x4": (80, (4, 6, 10, 6), 288, 640), "rn50x16": (96, (6, 8, 18, 8), 384, 768), "rn50x64": (128, (3, 15, 36, 10), 448, 1024),
 }  # fmt: skip
@@ -35,7 +37,7 @@ VITS = {
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions of stride 1, with average pooling where a ResNet has a stride."""
 
-    def __init__(self, fan_in, width, stride):
+    def __init__(self, fan_in: int, width: int, stride: int) -> None:
         super().__init__()
         fan_out = 4 * width
         self.conv1 = nn.Conv2d(fan_in, width, 1, bias=False)
@@ -48,13 +50,15 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, fan_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(fan_out)
         self.relu3 = nn.ReLU(inplace=True)
-        self.downsample = None
+        self.downsample: nn.Module | None = None
         if stride > 1 or fan_in != fan_out:
             conv = nn.Conv2d(fan_in, fan_out, 1, bias=False)
-            parts = OrderedDict([("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", nn.BatchNorm2d(fan_out))])
+            parts: OrderedDict[str, nn.Module] = OrderedDict(
+                [("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", nn.BatchNorm2d(fan_out))]
+            )
             self.downsample = nn.Sequential(parts)
 
-    def forward(self, maps):
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Map [B, C, H, W] to [B, 4 * width, H / stride, W / stride]."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
         out = self.relu1(self.bn1(self.conv1(maps)))
@@ -63,9 +67,9 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of a map asks all of its positions: attention with one query, and a projection."""
+    """Attention over all positions of a map, whose one query is made of their mean, and a projection."""
 
-    def __init__(self, side, width, heads, embedding):
+    def __init__(self, side: int, width: int, heads: int, embedding: int) -> None:
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(side * side + 1, width) / math.sqrt(width))
         self.k_proj = nn.Linear(width, width)
@@ -74,7 +78,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, embedding)
         self.heads = heads
 
-    def forward(self, maps):
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Map [B, C, h, w] to the image's embedding [B, E]."""
         rows = maps.flatten(2).permute(2, 0, 1)  # [h * w, B, C]
         rows = torch.cat([rows.mean(0, keepdim=True), rows]) + self.positional_embedding[:, None]
@@ -92,7 +96,7 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """CLIP's residual network. embedding: width of the image's embedding, None without attention pool."""
 
-    def __init__(self, width, blocks, size, embedding):
+    def __init__(self, width: int, blocks: Sequence[int], size: int, embedding: int | None) -> None:
         super().__init__()
         half = width // 2
         for i, (fan_in, fan_out, stride) in enumerate(((3, half, 2), (half, half, 1), (half, width, 1)), 1):
@@ -107,40 +111,45 @@ class ModifiedResNet(nn.Module):
                 stage.append(Bottleneck(fan_in, width << i, 2 if i and not number else 1))
                 fan_in = 4 * width << i
             self.add_module(f"layer{i + 1}", stage)
-        self.attnpool = None
+        self.attnpool: nn.Module | None = None
         if embedding:
             self.attnpool = AttentionPool(size // 32, fan_in, fan_in // 64, embedding)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images [B, 3, H, W] to embeddings [B, E], or to the last map without attention pool."""
-        maps = self.relu1(self.bn1(self.conv1(images)))
-        maps = self.relu2(self.bn2(self.conv2(maps)))
-        maps = self.avgpool(self.relu3(self.bn3(self.conv3(maps))))
-        maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
+        part: Any = self  # Its modules are added by name.
+        maps = part.relu1(part.bn1(part.conv1(images)))
+        maps = part.relu2(part.bn2(part.conv2(maps)))
+        maps = part.avgpool(part.relu3(part.bn3(part.conv3(maps))))
+        maps = part.layer4(part.layer3(part.layer2(part.layer1(maps))))
         return maps if self.attnpool is None else self.attnpool(maps)
 
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x)."""
 
-    def forward(self, x):
-        """Any shape."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map a tensor of any shape to the same."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width, heads, hidden, activation):
+    def __init__(self, width: int, heads: int, hidden: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
-        parts = (("c_fc", nn.Linear(width, hidden)), ("gelu", activation()), ("c_proj", nn.Linear(hidden, width)))
+        parts: tuple[tuple[str, nn.Module], ...] = (
+            ("c_fc", nn.Linear(width, hidden)),
+            ("gelu", activation()),
+            ("c_proj", nn.Linear(hidden, width)),
+        )
         self.mlp = nn.Sequential(OrderedDict(parts))
 
-    def forward(self, tokens):
-        """Tokens [B, N, D] to the same."""
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, D] to the same."""
         normed = self.ln_1(tokens)
         tokens = tokens + self.attn(normed, normed, normed, need_weights=False)[0]
         return tokens + self.mlp(self.ln_2(tokens))
@@ -149,19 +158,29 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`resblocks`, one after another."""
 
-    def __init__(self, blocks):
+    def __init__(self, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.resblocks = nn.Sequential(*blocks)
 
-    def forward(self, tokens):
-        """Tokens [B, N, D] to the same."""
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, D] to the same."""
         return self.resblocks(tokens)
 
 
 class VisionTransformer(nn.Module):
     """CLIP's vision transformer; `embedding` yields the image's embedding. embedding=None: without projection."""
 
-    def __init__(self, width, depth, heads, patch, side, hidden, embedding, activation):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        side: int,
+        hidden: int,
+        embedding: int | None,
+        activation: Callable[[], nn.Module],
+    ) -> None:
         super().__init__()
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
@@ -173,7 +192,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embedding)) if embedding else None
         self.embedding = nn.Identity()
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images [B, 3, H, W] to embeddings [B, E], or to normed class tokens without projection."""
         tokens = self.conv1(images).flatten(2).transpose(1, 2)  # [B, h * w, D]
         first = self.class_embedding.expand(len(images), 1, -1)
@@ -182,7 +201,7 @@ class VisionTransformer(nn.Module):
         return self.embedding(tokens[:, 0] if self.proj is None else tokens[:, 0] @ self.proj)
 
 
-def architectures():
+def architectures() -> dict[str, Architecture]:
     """Return CLIP's image towers by name; *_gelu have GELU, *_no_attnpool no attention pool."""
     resnets = [
         _resnet(width, blocks, size, e)
@@ -197,7 +216,7 @@ def architectures():
     return {a.name: a for a in resnets} | vits
 
 
-def _resnet(width, blocks, size, embedding):
+def _resnet(width: int, blocks: tuple[int, ...], size: int, embedding: int | None) -> Architecture:
     known = {(w, b): name for name, (w, b, _, _) in RESNETS.items()}
     kind = known.get((width, blocks), f"rn_w{width}_{'-'.join(map(str, blocks))}")
     name = f"clip_{kind}" if embedding else f"clip_{kind}_no_attnpool"
@@ -217,7 +236,7 @@ def _resnet(width, blocks, size, embedding):
     )
 
 
-def _infer_resnet(tensors, hints):
+def _infer_resnet(tensors: Tensors, hints: Hints) -> Architecture | None:
     if "layer4.0.conv1.weight" not in tensors:
         return None
     blocks = tuple(
@@ -231,14 +250,24 @@ def _infer_resnet(tensors, hints):
     return _resnet(width, blocks, 32 * math.isqrt(len(positions)), len(pool))
 
 
-def _fit_resnet(name, network, size):
-    if network.attnpool is None:
+def _fit_resnet(name: str, network: nn.Module, size: int) -> str:
+    if not isinstance(network.attnpool, AttentionPool):
         return ""
-    said = fit_positions(network.attnpool, "positional_embedding", size, 32, "antialias", name)
-    return said and f"{said} (CLIP's own code does not: `attnpool` is ours at this size)"
+    note = fit_positions(network.attnpool, "positional_embedding", size, 32, "antialias", name)
+    return note and f"{note} (CLIP's own code does not: `attnpool` is ours at this size)"
 
 
-def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note=""):
+def _vit(
+    width: int,
+    depth: int,
+    patch: int,
+    side: int,
+    hidden: int,
+    embedding: int | None,
+    end: str,
+    heads: int | None = None,
+    note: str = "",
+) -> Architecture:
     known = {(w, d, p): name for name, (w, d, p, _) in VITS.items()}
     kind = known.get((width, depth, patch), f"d{width}_l{depth}_patch{patch}")
     heads = heads or usual_heads(width)
@@ -254,7 +283,7 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note="")
         aliases=last_blocks([f"transformer.resblocks.{i}" for i in range(depth)], "ln_post"),
         size=side * patch,
         short_side=side * patch,
-        said=clip_said(width, patch),
+        origins=clip_origins(width, patch),
         tokens=Tokens(prefix=1, cls=True, patch=patch),
         heads=heads,
         infer=partial(_infer_vit, end),
@@ -264,9 +293,9 @@ def _vit(width, depth, patch, side, hidden, embedding, end, heads=None, note="")
     )
 
 
-def _infer_vit(end, tensors, hints):
+def _infer_vit(end: str, tensors: Tensors, hints: Hints) -> Architecture | None:
     if any(key not in tensors for key in ("conv1.weight", "class_embedding", "positional_embedding")):
-        # A text tower has the same blocks.
+        # A text tower has the same blocks, but not these.
         return None
     width, _, patch, _ = tensors["conv1.weight"].shape
     depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("transformer.resblocks."))
@@ -275,5 +304,5 @@ def _infer_vit(end, tensors, hints):
     embedding = tensors["proj"].shape[1] if "proj" in tensors else None
     if side * side + 1 != len(tensors["positional_embedding"]):
         return None
-    heads, grounds = choose_heads(width, hints)
-    return _vit(width, depth, patch, side, hidden, embedding, end, heads, f"heads: {heads}, {grounds}")
+    heads, reason = choose_heads(width, hints)
+    return _vit(width, depth, patch, side, hidden, embedding, end, heads, f"heads: {heads}, {reason}")

@@ -1,18 +1,22 @@
 """ResNets (He et al., CVPR 2016; Xie et al., CVPR 2017; Zagoruyko et al., BMVC 2016): torchvision's, mmpretrain's.
 
-mmpretrain's variants are torchvision's network with: caffe, the stride in a block's first 1x1
-convolution; V1c, three 3x3 convolutions for a stem; V1d, besides, average pooling in front of the 1x1
-convolution of a shortcut (both He et al., "Bag of tricks", CVPR 2019).
+mmpretrain's variants differ from torchvision's network: caffe has the stride in a block's first 1x1 convolution; V1c
+has three 3x3 convolutions for a stem; V1d has these too, and average pooling in front of the 1x1 convolution of a
+shortcut (both He et al., "Bag of tricks", CVPR 2019).
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
 from featcache.backbones.architecture import Architecture, without
-from featcache.backbones.lookalikes import like_fixed
-from featcache.backbones.torchvision_import import models
-from featcache.backbones.torchvision_weights import input_of
+from featcache.backbones.checkpoints.encoder import Tensors
+from featcache.backbones.families.lookalikes import like_fixed
+from featcache.backbones.families.torchvision_import import models
+from featcache.backbones.families.torchvision_weights import customs, input_of
 
 NAMES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
@@ -23,7 +27,7 @@ STAGES = {f"feat{i + 1}": f"layer{i}" for i in range(1, 5)} | {"last": "layer4"}
 STEM_WIDTH = 64
 
 
-def caffe(build):
+def caffe(build: Callable[[], Any]) -> nn.Module:
     """Build a ResNet of bottlenecks in which the first 1x1 convolution of a stage has the stride."""
     network = build()
     for stage in (network.layer2, network.layer3, network.layer4):
@@ -31,10 +35,10 @@ def caffe(build):
     return network
 
 
-class DeepStem(models.ResNet):
+class DeepStem(models.ResNet):  # type: ignore[misc]  # torchvision has no types
     """A ResNet with three 3x3 convolutions in `stem` in place of conv1; avg_down: average-pooled shortcuts."""
 
-    def __init__(self, layers, avg_down, block=models.resnet.Bottleneck):
+    def __init__(self, layers: Sequence[int], avg_down: bool, block: Any = models.resnet.Bottleneck) -> None:
         super().__init__(block, layers)
         self.stem = nn.Sequential()
         width = STEM_WIDTH // 2
@@ -50,16 +54,16 @@ class DeepStem(models.ResNet):
                 conv.stride = (1, 1)
                 stage[0].downsample = nn.Sequential(pool, conv, norm)
 
-    def forward(self, images):
-        """Map images [B, 3, H, W] to what the classifier gives of the pooled last map."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 3, H, W] to the classifier's logits for the pooled last map."""
         maps = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(self.stem(images))))))
         return self.fc(self.avgpool(maps).flatten(1))
 
 
-def architectures():
+def architectures() -> dict[str, Architecture]:
     """Return the ResNets by name. feat1 is the stem before its max-pool, feat2..feat5 the stages."""
-    plain = {name: partial(getattr(models, name), weights=None) for name in NAMES}
-    # Tensors cannot tell the stride; the last in the list yield to those before.
+    plain: dict[str, Callable[[], nn.Module]] = {name: partial(getattr(models, name), weights=None) for name in NAMES}
+    # Tensors cannot tell the stride; where several names fit, the first in the list is taken.
     plain |= {f"resnet{depth}_caffe": partial(caffe, plain[f"resnet{depth}"]) for depth in DEPTHS}
     layers = {"50": [3, 4, 6, 3], "101": [3, 4, 23, 3], "152": [3, 8, 36, 3]}
     deep = {
@@ -72,6 +76,7 @@ def architectures():
         name: family(
             name=name, build=build, signature="layer4.0.conv1.weight", aliases={"feat1": "relu"} | STAGES,
             layouts={"7.0.conv1.weight": name_children}, alike=like_fixed(name),
+            customs=partial(customs, name.removesuffix("_caffe")),
             **input_of(name.removesuffix("_caffe")),
         )
         for name, build in plain.items()
@@ -82,7 +87,7 @@ def architectures():
     }
 
 
-def name_children(tensors):
+def name_children(tensors: Tensors) -> Tensors:
     """Rename the tensors of nn.Sequential(*resnet.children()), as lightly and others save it, to the ResNet's own."""
     names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
     parts = ((key.partition("."), tensor) for key, tensor in tensors.items())

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from featcache.errors import BadInput
 
 # All are bicubic. DINO (Caron et al., ICCV 2021) and DINOv2 (Oquab et al., TMLR 2024) scale by (new + 0.1) / old,
-# which moves every sample a little; DINOv2 with registers, timm and OpenCLIP filter against aliasing; MAE, DeiT and
-# mmpretrain do neither; torchvision aligns the corners.
+# which moves every sample a little. DINOv2 with registers, timm and OpenCLIP filter against aliasing. MAE, DeiT and
+# mmpretrain do neither. torchvision aligns the corners.
 RULES = {
     "dino": "scale (new + 0.1) / old, as DINO's and DINOv2's code does",
     "plain": "as MAE's, DeiT's and mmpretrain's code does",
@@ -19,10 +19,10 @@ RULES = {
 }
 
 
-def resize_positions(positions, side, rule):
+def resize_positions(positions: torch.Tensor, side: int, rule: str) -> torch.Tensor:
     """Resize position embeddings of a square grid of patches.
 
-    positions: float [old * old, D], row by row. side: patches along a side of the new grid. rule: of
+    positions: float [old * old, D], row by row. side: patches along a side of the new grid. rule: one of
     RULES. Returns [side * side, D].
     """
     old = math.isqrt(len(positions))
@@ -36,21 +36,21 @@ def resize_positions(positions, side, rule):
     return grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(positions.dtype)
 
 
-def fit_positions(module, name, size, patch, rule, arch):
+def fit_positions(module: nn.Module, name: str, size: int, patch: int, rule: str, arch: str) -> str:
     """Make a module's position embeddings fit an input of size x size pixels, if they do not yet.
 
-    name: of the parameter, [..., P + n * n, D] with P prefix tokens. Returns a line on what was done,
-    or an empty one. Raises BadInput if the patches do not fill the input.
+    name: of the parameter, [..., P + n * n, D] with P prefix tokens. rule: one of RULES. Returns a line on what was
+    done, or an empty one. Raises BadInput if the patches do not fill the input.
     """
     if size % patch:
         raise BadInput(f"--size {size}: {arch} needs a multiple of its patch, {patch} pixels")
     old, side = getattr(module, name), size // patch
     length = old.shape[-2]
-    there = math.isqrt(length)
-    prefix = length - there * there
-    if there == side:
+    old_side = math.isqrt(length)
+    prefix = length - old_side * old_side
+    if old_side == side:
         return ""
     flat = old.detach().reshape(length, -1)
     new = torch.cat([flat[:prefix], resize_positions(flat[prefix:], side, rule)])
     setattr(module, name, nn.Parameter(new.reshape(*old.shape[:-2], *new.shape), requires_grad=False))
-    return f"positions {there}x{there} resized to {side}x{side}, bicubic, {RULES[rule]}"
+    return f"positions {old_side}x{old_side} resized to {side}x{side}, bicubic, {RULES[rule]}"

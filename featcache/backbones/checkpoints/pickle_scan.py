@@ -1,8 +1,7 @@
 """What a pickle would do, found out without doing it.
 
-Pickles of checkpoints are read here with stand-ins for every class and function that they name:
-nothing is imported and nothing runs. That shows, before memory is spent, which code the file asks
-for and how large its tensors claim to be.
+Pickles of checkpoints are read here with stand-ins for every class and function that they name: nothing is imported
+and nothing runs. Before memory is spent, that shows which code the file asks for and how large its tensors claim to be.
 """
 
 import io
@@ -11,6 +10,8 @@ import pickle
 import types
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Modules that hold another one and nothing else (DataParallel, torch.compile): the name of their only child.
@@ -18,49 +19,56 @@ WRAPPERS = ({"module"}, {"_orig_mod"})
 
 
 class StandIn:
-    """Takes the place of any object: swallows arguments, items and state, and remembers them."""
+    """Takes the place of any object: swallows arguments, items and state, and remembers arguments and state."""
 
     # Pickles make objects without calling __init__ too.
-    args, state = (), None
+    args: tuple[Any, ...] = ()
+    state: Any = None
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         self.args = args
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
-    def append(self, item):
+    def append(self, item: Any) -> None:
         """Swallow an item."""
 
-    def extend(self, items):
+    def extend(self, items: Iterable[Any]) -> None:
         """Swallow items."""
 
 
-class Scan(pickle._Unpickler):  # The pure Python one: the C one trusts the lengths that a file claims.
+# Makes a tensor from (dtype's name, storage's key, offset, shape, stride).
+MakeTensor = Callable[[str, str, int, tuple[int, ...], tuple[int, ...]], Any]
+
+
+class Scan(pickle._Unpickler):  # The pure Python one, since the C one trusts the lengths that a file claims.
     """Reads a pickle into stand-ins.
 
-    globals: every MODULE.NAME that it names. storages: key to (type's name, elements) as claimed.
-    tensors: (elements of the shape, elements of the storage, type's name) of every tensor. content: what
-    the pickle holds, made of stand-ins.
+    globals: every MODULE.NAME that it names. storages: {key: (type's name, elements)} as claimed. tensors: (elements
+    of the shape, elements of the storage, type's name) of every tensor. content: what the pickle holds, made of
+    stand-ins. tensor: if given, makes what takes the place of a tensor.
     """
 
-    def __init__(self, file, tensor=None):
+    def __init__(self, file: IO[bytes], tensor: MakeTensor | None = None) -> None:
         super().__init__(file, encoding="latin-1")
-        self.globals, self.storages, self.tensors = set(), {}, []
-        self.content = None
-        self._types = {}
+        self.globals: set[str] = set()
+        self.storages: dict[str, tuple[str, int]] = {}
+        self.tensors: list[tuple[int, int, str]] = []
+        self.content: Any = None
+        self._types: dict[str, type] = {}
         self._tensor = tensor
 
-    def load(self):
+    def load(self) -> Any:
         """Read one pickle and return its content."""
         self.content = super().load()
         return self.content
 
-    def find_class(self, module, name):
-        """Return a stand-in class of that name; of torch's tensor builder, this object's own."""
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a stand-in class of that name; for torch's tensor builder, a method of this object."""
         # Names as Python 3 has them, whatever the protocol of the file.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         path = f"{module}.{name}"
@@ -73,7 +81,7 @@ class Scan(pickle._Unpickler):  # The pure Python one: the C one trusts the leng
             self._types[path] = types.new_class(path, (StandIn,))
         return self._types[path]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Any:
         """Note a storage: ("storage", type, key, location, elements).
 
         Files from before PyTorch 1.6 refer in the same way to a module's class: ("module", class, file, source).
@@ -86,7 +94,7 @@ class Scan(pickle._Unpickler):  # The pure Python one: the C one trusts the leng
         self.storages[str(pid[2])] = (kind, pid[4])
         return StandIn(kind, str(pid[2]), pid[4])
 
-    def _rebuild(self, storage, offset, size, *rest):
+    def _rebuild(self, storage: StandIn, offset: int, size: Iterable[int], *rest: Any) -> Any:
         kind, key, elements = storage.args
         size = tuple(size)
         if not all(isinstance(n, int) and n >= 0 for n in (offset, *size)):
@@ -95,15 +103,15 @@ class Scan(pickle._Unpickler):  # The pure Python one: the C one trusts the leng
         return self._tensor(kind, key, offset, size, rest[0]) if self._tensor else StandIn()
 
 
-def scan_pickle(data):
+def scan_pickle(data: bytes) -> Scan:
     """Scan the bytes of a pickle. Raises what damaged pickles raise."""
     scan = Scan(io.BytesIO(data))
     scan.load()
     return scan
 
 
-def scan_legacy(file):
-    """Scan a file of torch.save before PyTorch 1.6, pickles in a row and then raw storages, or a plain pickle."""
+def scan_legacy(file: IO[bytes]) -> Scan:
+    """Scan a file of torch.save before PyTorch 1.6 (pickles in a row, then raw storages), or a plain pickle."""
     scan = Scan(file)
     if scan.load() != LEGACY_MAGIC:
         return scan
@@ -113,29 +121,30 @@ def scan_legacy(file):
     return scan
 
 
-def saved_module(content):
+def saved_module(content: Any) -> tuple[str, str] | None:
     """Find the outermost nn.Module in the content of a Scan: (the keys that lead to it, its class), or None.
 
-    Of a module that only wraps another one, the inner one's class is named.
+    If the module only wraps another one, the inner one's class is named.
     """
-    queue, seen = deque([((), content)]), set()
+    queue: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen: set[int] = set()
     while queue:
-        way, item = queue.popleft()
+        keys, item = queue.popleft()
         if id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, StandIn):
             if _is_module(item):
-                return ".".join(way), type(_unwrapped(item)).__name__
+                return ".".join(keys), type(_unwrapped(item)).__name__
             item = item.state
         if isinstance(item, list | tuple):
             item = dict(enumerate(item))
         if isinstance(item, dict):
-            queue.extend(((*way, str(key)), value) for key, value in item.items())
+            queue.extend(((*keys, str(key)), value) for key, value in item.items())
     return None
 
 
-def _unwrapped(module):
+def _unwrapped(module: StandIn) -> StandIn:
     children = module.state["_modules"]
     if isinstance(children, dict) and children.keys() in WRAPPERS:
         (child,) = children.values()
@@ -144,7 +153,7 @@ def _unwrapped(module):
     return module
 
 
-def _is_module(item):
+def _is_module(item: Any) -> bool:
     return (
         isinstance(item, StandIn) and isinstance(item.state, dict) and {"_parameters", "_modules"} <= item.state.keys()
     )
