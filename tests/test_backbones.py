@@ -150,7 +150,9 @@ def test_an_architecture_that_does_not_fit_is_answered_by_what_the_tensors_are(t
     ):
         code, _, err = command("layers", tmp_path / file, "--arch", arch)
         assert code == 2 and "Traceback" not in err and "name it with --arch" not in err
-        assert re.search(rf"{file} does not fit {arch}: no key ends in '{key}'.*; by names and shapes .* {likely}\n$", err)
+        assert re.search(
+            rf"{file} does not fit {arch}: no key ends in '{key}'.*; by names and shapes .* {likely}\n$", err
+        )
     torch.save({"something": torch.zeros(3)}, tmp_path / "alien.pth")
     code, _, err = command("layers", tmp_path / "alien.pth", "--arch", "resnet18")
     assert code == 2 and err.endswith("as the architecture's do (keys: something)\n")

@@ -24,6 +24,7 @@ from featcache.store.manifest import identity_hash, plan
 from featcache.store.reader import open_store
 from featcache.store.records import record_arrays, with_axes
 from featcache.store.sealed import seal, unseal
+from featcache.store.shard import Shard
 from featcache.store.verify import verify
 from featcache.store.writer import create_store, put_shard
 
@@ -86,7 +87,7 @@ def write_store(
         first, end = plan_.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
         rows_of_shard = {n: f[first:end] for n, f in features.items()}
-        put_shard(folder, plan_, "train", shard, ids, rows_of_shard, digests[first:end] if known else None)
+        put_shard(Shard(folder, plan_, "train", shard), ids, rows_of_shard, digests[first:end] if known else None)
     return features
 
 

@@ -336,7 +336,9 @@ def test_arguments_that_make_no_sense(store, tmp_path, given, message):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("text, message", [("[]", "run.json: it is no JSON object"), ('{"key": "a"}', "run.json: it lacks store")])
+@pytest.mark.parametrize(
+    "text, message", [("[]", "run.json: it is no JSON object"), ('{"key": "a"}', "run.json: it lacks store")]
+)
 def test_a_run_json_that_is_something_else(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(BadInput, match=message):

@@ -1,7 +1,6 @@
 """From an image source of a record to its pixels."""
 
 import errno
-import hashlib
 import os
 from contextlib import contextmanager
 
@@ -9,12 +8,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from featcache.datasets.sources import open_source
+from featcache.digest import image_digest
 from featcache.errors import BadInput
 
 # Those that docs/datasets.md lists. PIL knows others, and hands some of them to programs outside, such as Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-# Enough that two images of any dataset share a digest only if they are the same.
-DIGEST_BYTES = 16
 
 
 def open_image(source, reduce=1):
@@ -38,7 +36,7 @@ def read_image(source, reduce=1):
         image.load()
         # The file is in memory now, so that reading it again costs little.
         file.seek(0)
-        digest = hashlib.sha256(file.read()).digest()[:DIGEST_BYTES]
+        digest = image_digest(file.read())
         # What is RGB already would be copied by a conversion: a third of the time for large images.
         return image if image.mode == "RGB" else _to_rgb(image), digest
 
