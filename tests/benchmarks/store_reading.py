@@ -21,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import zarr
+from featcache.store.shard import Shard
 
 from featcache.datasets import Dataset, Record
 from featcache.feature import Feature
@@ -58,7 +59,7 @@ def write_store(path, rows, format):
     for shard in range(manifest.shards("train")):
         first, end = manifest.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
-        put_shard(folder, manifest, "train", shard, ids, {str(FEATURE): rows[first:end]})
+        put_shard(Shard(folder, manifest, "train", shard), ids, {str(FEATURE): rows[first:end]})
     return time.perf_counter() - started
 
 

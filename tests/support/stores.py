@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from featcache.store.shard import Shard
 from hypothesis import strategies as st
 
 from featcache.datasets import Dataset, Record
@@ -84,7 +85,7 @@ def write_store(
         first, end = plan_.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
         rows_of_shard = {n: f[first:end] for n, f in features.items()}
-        put_shard(folder, plan_, "train", shard, ids, rows_of_shard, digests[first:end] if known else None)
+        put_shard(Shard(folder, plan_, "train", shard), ids, rows_of_shard, digests[first:end] if known else None)
     return features
 
 
