@@ -10,7 +10,7 @@ from test_stack import C, D, N, S, data, largest_difference, specs  # noqa: F401
 from torch import nn
 
 import featcache
-from featcache.attribution.gradcam import gradcam
+from featcache.attribution.methods.gradcam import gradcam
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.head import Head as HeadModule
