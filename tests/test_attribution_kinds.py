@@ -27,9 +27,9 @@ class Length(Method):
 
     type: Literal["length"] = "length"
 
-    def explain(self, heads, batch):
-        maps = interpolate(batch.cached.norm(dim=1, keepdim=True), (batch.size, batch.size))[batch.images, 0]
-        return [maps for _ in heads]
+    def explain(self, heads, feature, batch):
+        maps = interpolate(batch.cached(feature).norm(dim=1, keepdim=True), (batch.size, batch.size))
+        return [maps[batch.images, 0] for _ in heads]
 
 
 class Small(Length):
@@ -37,8 +37,8 @@ class Small(Length):
 
     type: Literal["small"] = "small"
 
-    def explain(self, heads, batch):
-        return [batch.cached[batch.images].norm(dim=1) for _ in heads]
+    def explain(self, heads, feature, batch):
+        return [batch.cached(feature)[batch.images].norm(dim=1) for _ in heads]
 
 
 class PointingGame(LocalisationScore):

@@ -1,6 +1,6 @@
 """`featcache attribute`: explain chosen probes of a run, and score where their maps point."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -76,23 +76,27 @@ def attribute(
         featcache.report("runs/voc")
     """
     finished = open_run(run)
-    means = _named(METHODS, DEFAULT_METHODS if methods is None else methods, "--method")
-    measures = _named(LOCALISATION_SCORES, DEFAULT_SCORES if scores is None else scores, "--score")
-    opened, place = store_of(finished, store), choose_device(device)
-    explained = _load(finished, opened, _chosen(finished, probes, rule), place)
+    chosen_methods = _named(METHODS, DEFAULT_METHODS if methods is None else methods, "--method")
+    chosen_scores = _named(LOCALISATION_SCORES, DEFAULT_SCORES if scores is None else scores, "--score")
+    opened, chosen_device = store_of(finished, store), choose_device(device)
+    explained = _load(finished, opened, _chosen(finished, probes, rule), chosen_device)
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     data = opened[split or _scored_split(finished)]
     targets = find_targets(data, preprocessing, limit)
     network = None
     if backbone is not None:
-        network = open_network(data, preprocessing, place, backbone, arch, weights_key, dataset, root, seed)
-    for method in means:
+        network = open_network(data, preprocessing, chosen_device, backbone, arch, weights_key, dataset, root, seed)
+    for method in chosen_methods:
         if method.runs_backbone and network is None:
             raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
-    source = Source(data, preprocessing, place, network)
+    source = Source(data, preprocessing, chosen_device, network)
     kept = sorted({target.row for target in targets})[:examples]
-    results = [result for method in means for result in _explain(method, explained, targets, source, measures, kept)]
-    write_results(finished.path, columns_of(measures), results, kept, source)
+    results = [
+        result
+        for method in chosen_methods
+        for result in _explain(method, explained, targets, source, chosen_scores, kept)
+    ]
+    write_results(finished.path, columns_of(chosen_scores), results, kept, source)
     return [result.row for result in results]
 
 
@@ -142,42 +146,51 @@ def _explain(
     with tqdm(total=len(targets) * len(explained), unit="map", desc=method.type) as progress:
         for part in in_batches(targets):
             # Heads that read the same map share work. Of their maps only what is kept stays in memory.
-            results: dict[str, list[Result]] = {}
+            batch, results = Batch(part, source), {}
+            levels = [score.uniform(batch.masks) for score in scores]
             for feature in dict.fromkeys(one.feature for one in explained):
-                batch = Batch(part, feature, source)
-                for probe, maps in _maps(method, [one for one in explained if one.feature == feature], batch):
-                    results[probe] = list(_results(probe, method, maps, batch, scores, kept))
+                alike = [one for one in explained if one.feature == feature]
+                for probe, maps in _maps(method, alike, feature, batch):
+                    cells = _cells(scores, maps, batch.masks, levels)
+                    results[probe] = list(_results(probe, method, cells, maps, batch, kept))
             for one in explained:
                 yield from results[one.probe]
             progress.update(len(part) * len(explained))
 
 
-def _maps(method: Method, explained: Sequence[Explained], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+def _maps(
+    method: Method, explained: Sequence[Explained], feature: Feature, batch: Batch
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (probe, its maps [T, S, S] on the CPU). Raises BadInput for maps of another shape, as a plugin's may be."""
     expected = (len(batch.targets), batch.size, batch.size)
-    maps = method.explain([one.head for one in explained], batch)
+    maps = method.explain([one.head for one in explained], feature, batch)
     for one, values in zip(explained, maps, strict=True):
         if tuple(values.shape) != expected:
             raise BadInput(f"--method {method.type}: its maps are {tuple(values.shape)}, and must be {expected}")
         yield one.probe, values.cpu()
 
 
+def _cells(
+    scores: Sequence[LocalisationScore], maps: torch.Tensor, masks: torch.Tensor, levels: Sequence[torch.Tensor]
+) -> dict[str, list[float]]:
+    """Return {column of attribution.csv: its values for the T maps}. levels: what uniform maps score, float64 [T]."""
+    cells: dict[str, list[float]] = {}
+    for score, level in zip(scores, levels, strict=True):
+        cells |= dict(zip(score.columns, (score.measure(maps, masks).tolist(), level.tolist()), strict=True))
+    return cells
+
+
 def _results(
     probe: str,
     method: Method,
+    cells: Mapping[str, Sequence[float]],
     maps: torch.Tensor,
     batch: Batch,
-    scores: Sequence[LocalisationScore],
     kept: Sequence[int],
 ) -> Iterator[Result]:
-    """Yield the Results of one probe's maps [T, S, S] of a batch."""
+    """Yield the Results of one probe's maps [T, S, S] of a batch. cells: {column: its scores of the T maps}."""
     split = batch.source.split
-    masks = torch.stack([target.mask for target in batch.targets])
-    cells: dict[str, list[float]] = {}
-    for score in scores:
-        values = (score.measure(maps, masks), score.uniform(masks))
-        cells |= {column: value.tolist() for column, value in zip(score.columns, values, strict=True)}
     for number, target in enumerate(batch.targets):
         identity = (probe, method.type, split.name, split.ids[target.row], split.store.classes[target.label])
-        row = dict(zip(IDENTITY, identity, strict=True)) | {column: v[number] for column, v in cells.items()}
+        row = dict(zip(IDENTITY, identity, strict=True)) | {column: cells[column][number] for column in cells}
         yield Result(row, maps[number].numpy().astype(np.float32) if target.row in kept else None)

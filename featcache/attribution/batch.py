@@ -42,13 +42,12 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Pairs of an image and a class to explain, and what heads that read one feature see of these images.
+    """Pairs of an image and a class to explain, and what is known of these images.
 
-    targets: the T pairs, in order of their images. feature: the map that the heads read.
+    targets: the T pairs, in order of their images.
     """
 
     targets: Sequence[Target]
-    feature: Feature
     source: Source
 
     @cached_property
@@ -67,15 +66,19 @@ class Batch:
         """int64 [T]: the class of each pair."""
         return torch.tensor([target.label for target in self.targets], device=self.source.device)
 
+    @cached_property
+    def masks(self) -> torch.Tensor:
+        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
+        return torch.stack([target.mask for target in self.targets])
+
     @property
     def size(self) -> int:
         """Side of the backbone's input, and so of a map, in pixels."""
         return self.source.preprocessing.size
 
-    @cached_property
-    def cached(self) -> torch.Tensor:
-        """float32 [B, D, h, w]: the images' maps, from the store. Raises BadInput where the store is damaged."""
-        rows = self.source.split[str(self.feature)].take(self.rows, check=True)
+    def cached(self, feature: Feature) -> torch.Tensor:
+        """Read the images' maps from the store: float32 [B, D, h, w]. Raises BadInput if the store is damaged."""
+        rows = self.source.split[str(feature)].take(self.rows, check=True)
         return torch.from_numpy(rows).float().to(self.source.device)
 
     @cached_property

@@ -59,7 +59,7 @@ def import_probes(
         run = featcache.import_probes("epoch_50.pth", store="voc.zarr", run="runs/published", loss="bce")
     """
     paths = listed(checkpoints)
-    place = choose_device(device)
+    chosen_device = choose_device(device)
     if loss not in LOSSES:
         raise BadInput(f"--loss: {loss!r} is not one of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
     opened = open_store(store)
@@ -82,7 +82,9 @@ def import_probes(
         basis["imported"] = earlier + new
         basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
         specs = _specs(folder, basis["imported"])
-        return finish_run(folder, specs, opened, splits, basis | {"select": select, "files": files}, place, started)
+        return finish_run(
+            folder, specs, opened, splits, basis | {"select": select, "files": files}, chosen_device, started
+        )
 
 
 def _write(

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Method
+from featcache.feature import Feature
 from featcache.probes.heads.head import Head
 
 
@@ -16,9 +17,9 @@ class GradCAM(Method):
 
     type: Literal["gradcam"] = "gradcam"
 
-    def explain(self, heads: Sequence[Head], batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another; the cached maps are read once for all."""
-        maps = batch.cached[batch.images]
+        maps = batch.cached(feature)[batch.images]
         for head in heads:
             yield upsample(gradcam(head, maps, batch.classes), batch.size)
 

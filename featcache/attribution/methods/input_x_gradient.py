@@ -18,11 +18,11 @@ class InputXGradient(Method):
     type: Literal["input_x_gradient"] = "input_x_gradient"
     runs_backbone: ClassVar[bool] = True
 
-    def explain(self, heads: Sequence[Head], batch: Batch) -> Sequence[torch.Tensor]:
+    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Sequence[torch.Tensor]:
         """Return the maps of all heads; each image goes through the backbone once."""
         pairs = list(zip(batch.images.tolist(), batch.classes.tolist(), strict=True))
         targets = [(image, head, label) for head in range(len(heads)) for image, label in pairs]
-        return input_x_gradient(batch.backbone, batch.feature, heads, batch.inputs, targets).split(len(pairs))
+        return input_x_gradient(batch.backbone, feature, heads, batch.inputs, targets).split(len(pairs))
 
 
 def input_x_gradient(

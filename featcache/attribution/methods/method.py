@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from featcache.attribution.batch import Batch
+from featcache.feature import Feature
 from featcache.kinds import Kind
 from featcache.probes.heads.head import Head
 
@@ -18,8 +19,8 @@ class Method(Kind):
 
     runs_backbone: ClassVar[bool] = False
 
-    def explain(self, heads: Sequence[Head], batch: Batch) -> Iterable[torch.Tensor]:
-        """Compute the maps of a batch for heads that all read batch.feature, so that they can share work.
+    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Iterable[torch.Tensor]:
+        """Compute the maps of a batch for heads that all read one feature, a spatial one, so that they can share work.
 
         Returns float32 [T, S, S] for each head, in their order: one map for each of the batch's T pairs of an image
         and a class, S = batch.size pixels a side. Positive values speak for the class. A generator holds the maps
