@@ -26,6 +26,7 @@ from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, 
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import FILE
+from featcache.probes.scores.metrics import task_of
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
@@ -145,7 +146,7 @@ def _export_probe(
         return
     tensors = as_own_network(merged, probe, backbone_tensors, images)
     if tensors is None:
-        head = to_published(probe.spec.head, probe.weights, multi_label="map" in run.metrics)
+        head = to_published(probe.spec.head, probe.weights, multi_label=task_of(run.metrics) == "multi-label")
         tensors = {f"backbone.{name}": tensor for name, tensor in backbone_tensors.items()}
         tensors |= {f"head.{name}": tensor for name, tensor in head.items()}
     write_state_dict(target, tensors, meta)

@@ -14,7 +14,7 @@ import torch
 
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path
-from featcache.backbones.checkpoint_file import read_checkpoint
+from featcache.backbones.checkpoints.files import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest, of_the_system

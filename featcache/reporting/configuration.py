@@ -68,7 +68,9 @@ def describe_head(row: Row) -> str:
     if kind is None:
         # The package that brought it is not installed any more.
         return row["head.type"]
-    return kind.label_of({field.removeprefix("head."): text for field, text in row.items() if field.startswith("head.")})
+    return kind.label_of(
+        {field.removeprefix("head."): text for field, text in row.items() if field.startswith("head.")}
+    )
 
 
 def _describe_loss(row: Row) -> str:

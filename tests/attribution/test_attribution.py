@@ -16,6 +16,7 @@ from featcache.attribution.methods.gradcam import gradcam, upsample
 from featcache.attribution.methods.input_x_gradient import input_x_gradient
 from featcache.attribution.scores.epg import EPG
 from featcache.attribution.targets import box_mask
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
