@@ -19,7 +19,7 @@ from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
-from featcache.extraction.extract import _cast
+from featcache.extraction.fill import _cast
 
 # The real program with shards of a few rows, so that a small dataset has many.
 SMALL_SHARDS = (

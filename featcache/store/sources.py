@@ -12,7 +12,7 @@ import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
-from featcache.store.folder import Folder
+from featcache.store.folder import Folder, LocalFolder
 from featcache.store.formats import Format, format_of
 from featcache.store.manifest import Manifest, feature_of, read_file, remedy
 from featcache.store.marker import ShardFile, read_marker
@@ -152,6 +152,8 @@ class _Shards:
 
 class MappedShards(_Shards):
     """Shard files mapped into memory; those used last stay mapped. Safe to fork and to pickle."""
+
+    folder: LocalFolder
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
