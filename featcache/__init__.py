@@ -16,13 +16,13 @@ _FUNCTIONS = {
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
-    "verify": "featcache.probes.verify",
+    "verify": "featcache.probes.runs.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
-    "open_run": "featcache.probes.run",
-    "compare": "featcache.probes.scores.compare",
+    "open_run": "featcache.probes.runs.run",
+    "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
     "export": "featcache.exchange.export",
     "import_probes": "featcache.exchange.import_probes",
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.probes.compare import compare as compare
     from featcache.probes.plan import plan_probes as plan_probes
-    from featcache.probes.run import open_run as open_run
-    from featcache.probes.scores.compare import compare as compare
+    from featcache.probes.runs.run import open_run as open_run
+    from featcache.probes.runs.verify import verify as verify
     from featcache.probes.train import train_probes as train_probes
-    from featcache.probes.verify import verify as verify
     from featcache.reporting.report import report as report
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect

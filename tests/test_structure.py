@@ -1,6 +1,7 @@
 """The house: imports go down only, the public face, a quick --help."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -16,13 +17,15 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "arguments", "atomic", "device", "digest", "feature", "names", "ranks", "__init__"},
+    {"errors", "arguments", "atomic", "device", "digest", "feature", "kinds", "names", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning", "exchange"},
     {"reporting"},
     {"cli", "demo", "__main__"},
 ]
+# The rooms of backbones/, each of which imports only those before it; all other files of backbones/ come last.
+BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 
 
 def _floor(room):
@@ -49,6 +52,29 @@ def test_imports_go_down_only():
             assert (room, target) != ("probes", "backbones"), f"{path}: probes must not need a backbone"
 
 
+def _place(module):
+    """Where a module of backbones/ stands in BACKBONE_ROOMS."""
+    return next((n for n, rooms in enumerate(BACKBONE_ROOMS) if module in rooms), len(BACKBONE_ROOMS))
+
+
+def test_the_rooms_of_backbones_import_in_one_direction():
+    for path in (PACKAGE / "backbones").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "backbones").parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
+            if name.startswith("featcache.backbones."):
+                assert _place(name.split(".")[2]) <= _place(own), f"{path} imports {name}"
+
+
+def test_families_are_named_in_their_own_files_alone():
+    """What a family knows reaches the rest of backbones/ through its Architectures."""
+    for path in (PACKAGE / "backbones").rglob("*.py"):
+        if "families" not in path.parts:
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            named = [t for t in texts if re.fullmatch(r"(resnet|vit|clip|bcos|efficientnet|mnasnet|_caffe)\w*", str(t))]
+            assert not named, f"{path} names {named}"
+
+
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
@@ -63,6 +89,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.process
 def test_help_does_not_wait_for_torch():
     code = "import sys, featcache.cli; print('torch' in sys.modules, 'zarr' in sys.modules, 'numpy' in sys.modules)"
     assert python(code).split() == ["False"] * 3
@@ -73,6 +100,7 @@ def test_help_does_not_wait_for_torch():
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("vit", [False, True])
 def test_a_finished_store_is_found_without_torchs_compiler(scenes, checkpoint, store, tmp_path, vit):
     """torchvision's import loads it, which is half of a command's start, and so does drawing on the meta device."""
@@ -89,6 +117,7 @@ def test_a_finished_store_is_found_without_torchs_compiler(scenes, checkpoint, s
     assert said[:2] == [before, "False False"]
 
 
+@pytest.mark.process
 def test_torchvision_and_the_compiler_stay_whole():
     """Its operators still find the compiler's function when they run, and everybody else the compiler itself."""
     code = (

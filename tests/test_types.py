@@ -7,6 +7,8 @@ import pytest
 
 import featcache
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """\
 import featcache
 

@@ -7,9 +7,9 @@ import torch
 
 from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of
-from featcache.backbones.preprocessing import OWN
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.datasets.record import Dataset
@@ -116,8 +116,8 @@ def _prepare(settings: Settings, ranks: Alone) -> Job:
     for line in describe_classes(data):
         ranks.say(line)
     model = _load(settings, data)
-    ranks.say(f"backbone: {model.grounds}")
-    ranks.say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)))
+    ranks.say(f"backbone: {model.load_report}")
+    ranks.say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)))
     return plan_job(settings, device, data, model)
 
 

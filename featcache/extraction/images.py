@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from featcache.backbones.preprocessing import OPENCV, Preprocessing, import_opencv
+from featcache.backbones.input.preprocessing import OPENCV, Preprocessing, import_opencv
 from featcache.datasets.image import read_image
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput

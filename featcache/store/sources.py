@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import Thread
@@ -23,6 +24,8 @@ from featcache.store.zarr_format import crc_of
 MAPPED_SHARDS = 128
 # Fewer bytes are not worth a thread.
 ASIDE_BYTES = 8 << 20
+# A kernel may map up to a huge page around the page that is read.
+AROUND = 2 << 20
 
 # For each shard's file, by shard and stamp, which of its chunks are known to fit their checksums.
 Checked = dict[tuple[int, object], bytearray]
@@ -36,7 +39,7 @@ def open_source(
     ids: list[str] | None = None,
     checked: Checked | None = None,
 ) -> "MappedShards | DecodedShards":
-    """Return the source of a feature's rows, with `take_range`, `take` and `release`.
+    """Return the source of a feature's rows, with `take_range`, `fill`, `take` and `release`.
 
     ids: the ids_sha256 that the marker of each shard must have; None leaves it unchecked.
     checked: remembers what is known to fit its checksum.
@@ -205,21 +208,62 @@ class MappedShards(_Shards):
     def take_range(self, start: int, stop: int) -> np.ndarray:
         """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         out = np.empty((stop - start, *self.row), dtype=self.dtype)
-        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if stop > start else 0):
+        for _ in self._filled(out, start):
+            pass
+        return out
+
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Copy rows from `start` on into out [n, ...], checked as in take_range, and let go of their pages."""
+        for shard, low, high in self._filled(out, start):
+            self._drop(shard, low, high)
+
+    def _filled(self, out: np.ndarray, start: int) -> Iterator[tuple[int, int, int]]:
+        """Copy and check rows as `fill` does; yield (shard, first row, end row within it) after each shard."""
+        stop = start + len(out)
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if len(out) else 0):
             base, end = self.manifest.rows_of(self.split, shard)
             low, high = max(start, base), min(stop, end)
             view, target = self.view(shard), out[low - start : high - start]
-            # The copy waits for memory; this thread computes checksums meanwhile.
-            copy = Thread(target=_copy, args=(view, low - base, target))
-            aside = target.nbytes >= ASIDE_BYTES and not all(self._known(shard))
-            copy.start() if aside else copy.run()
-            try:
-                for _, chunk, *_ in self._chunks(low, high):
-                    self._fits(shard, chunk, chunk_of(view, chunk, self.chunk_rows, end - base))
-            finally:
-                if aside:
+            if target.nbytes < ASIDE_BYTES or all(self._known(shard)):
+                _copy(view, low - base, target)
+                self._check(shard, low, high, target)
+            else:
+                # The copy waits for memory; this thread computes checksums meanwhile.
+                copy = Thread(target=_copy, args=(view, low - base, target))
+                copy.start()
+                try:
+                    self._check(shard, low, high)
+                finally:
                     copy.join()
-        return out
+            yield shard, low - base, high - base
+
+    def _check(self, shard: int, low: int, high: int, copied: np.ndarray | None = None) -> None:
+        """Check all chunks that rows low to high touch.
+
+        copied: a copy of these rows. A chunk that lies in it whole is checked there, where it is in the processor's cache.
+        """
+        base, end = self.manifest.rows_of(self.split, shard)
+        for _, chunk, first, last in self._chunks(low, high):
+            if copied is not None and low <= first and last <= high:
+                rows = copied[first - low : last - low]
+            else:
+                rows = chunk_of(self.view(shard), chunk, self.chunk_rows, end - base)
+            self._fits(shard, chunk, rows)
+
+    def _drop(self, shard: int, low: int, high: int) -> None:
+        """Let go of the pages of a shard's rows low to high; the shard stays mapped."""
+        if sys.platform != "linux":
+            # Other systems may ignore the advice.
+            del self._views[shard]
+            return
+        view = self._views[shard]
+        block_rows, (block, row) = view.shape[1], view.strides[:2]
+        offset = self.entry(shard)["offset"]
+        start, end = (offset + at // block_rows * block + at % block_rows * row for at in (low, high))
+        # The bytes that a view lies in are the mapped file.
+        data: Any = view.base
+        start, end = start // AROUND * AROUND, min(end + AROUND, len(data))
+        data.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
         """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""
@@ -329,6 +373,10 @@ class DecodedShards(_Shards):
         for shard, chunk, first, end in chunks:
             self._fits(shard, chunk, rows[first - low : end - low])
         return rows[start - low : stop - low]
+
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Copy rows from `start` on into out [n, ...], checked as in take_range."""
+        out[:] = self.take_range(start, start + len(out))
 
     def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
         """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""
