@@ -69,6 +69,7 @@ CHECKPOINT = Kind(
 )
 NAME = Kind("a name", _is_name)
 NAMES = Kind("a list of names", lambda value: _is_list(value, _is_name))
+FLAG = Kind("True or False", lambda value: value is None or isinstance(value, bool))
 NUMBERS = Kind("numbers", _are_numbers)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 
 def choose_device(name=None, local_rank=0):
@@ -23,7 +23,9 @@ def choose_device(name=None, local_rank=0):
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         # torch explains at length; its first sentence says what is wrong.
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise BadInput(f"--device {name}: cannot be used here ({reason})") from None
+        raise BadInput(
+            f"--device {name if isinstance(name, str) else shown(name)}: cannot be used here ({reason})"
+        ) from None
     if device.type == "cuda":
         # What names no device, such as pinned memory, would else claim some of the first GPU from every process.
         torch.cuda.set_device(device)

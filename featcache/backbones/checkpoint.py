@@ -220,7 +220,7 @@ def load_strictly(network, tensors, classifier, path, arch):
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
-    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
+    odd = {k: f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])}
     endless = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
     problems = [
         f"{name}: {_few(keys)}"
@@ -228,7 +228,7 @@ def load_strictly(network, tensors, classifier, path, arch):
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
-            ("not plain numbers of 16 bits or more", odd),
+            ("not plain numbers of 16 bits or more", odd.values()),
             ("not finite", endless),
         )
         if keys

@@ -124,7 +124,7 @@ def file_length(path):
     except FileNotFoundError:
         raise BadInput(f"image not found: {path}") from None
     except OSError as error:
-        raise BadInput(f"image {shown(path)} cannot be read: {error.strerror}") from None
+        raise BadInput(f"image {path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
         raise BadInput(f"image {path} is not a file")
     return found.st_size

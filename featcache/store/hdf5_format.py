@@ -53,7 +53,8 @@ def metadata_files(manifest, arrays):
                     first, end = manifest.rows_of(split, shard)
                     space, source = h5py.h5s.create_simple(shape), h5py.h5s.create_simple((end - first, *shape[1:]))
                     space.select_hyperslab((first,) + (0,) * (len(shape) - 1), (end - first, *shape[1:]))
-                    target = shard_name(split, name, shard, len(shape)).encode()
+                    # HDF5 takes a lone % for the beginning of a pattern.
+                    target = shard_name(split, name, shard, len(shape)).replace("%", "%%").encode()
                     virtual.set_virtual(space, target, ROWS.encode(), source)
                 whole = h5py.h5s.create_simple(shape)
                 kind = h5py.h5t.py_create(dtype, logical=True)

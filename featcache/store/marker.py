@@ -71,6 +71,15 @@ def read_marker(folder, manifest, split, shard):
     return marker
 
 
+def committed_marker(folder, manifest, split, shard):
+    """Return a shard's marker. Raises BadInput if it is damaged, or if there is none."""
+    marker = read_marker(folder, manifest, split, shard)
+    if marker is None:
+        name = f"{folder}/{marker_name(split, shard)}"
+        raise BadInput(f"{name} is gone: the shard is not committed; {remedy(folder)}")
+    return marker
+
+
 def _is_of(marker, manifest, split, shard):
     """Whether a marker has all that the marker of a shard has, of the right types."""
     rows = manifest.rows_of(split, shard)

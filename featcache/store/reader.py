@@ -9,7 +9,7 @@ from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS
 from featcache.store.manifest import read_file, read_manifest, remedy, split_of, view_group
-from featcache.store.marker import committed, digests_of, ids_sha256_of, read_marker
+from featcache.store.marker import committed, committed_marker, digests_of, ids_sha256_of
 from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of, wrong_with
 
 
@@ -149,7 +149,7 @@ class Split:
         """uint8 [N, 16] that tell the images by the bytes of their files; None if a shard was written without."""
         folder, manifest = self.store.folder, self.store.manifest
         shards = range(manifest.shards(self.name))
-        markers = folder.each(lambda shard: read_marker(folder, manifest, self.name, shard), shards)
+        markers = folder.each(lambda shard: committed_marker(folder, manifest, self.name, shard), shards)
         known = [digests_of(marker) for marker in markers]
         return None if any(part is None for part in known) else np.concatenate(known)
 

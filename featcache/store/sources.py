@@ -13,7 +13,7 @@ from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
 from featcache.store.formats import FORMATS, shard_file
 from featcache.store.manifest import feature_of, read_file, remedy
-from featcache.store.marker import marker_name, read_marker
+from featcache.store.marker import committed_marker, marker_name
 from featcache.store.zarr_format import crc_of
 
 # Each mapping holds a file handle; a store may have more shards than a process may have handles.
@@ -65,11 +65,9 @@ class _Shards:
     def entry(self, shard):
         """What the marker says of a shard's file. Raises BadInput if there is no marker, or one for other ids."""
         if shard not in self._entries:
-            name = f"{self.folder}/{marker_name(self.split, shard)}"
-            marker = read_marker(self.folder, self.manifest, self.split, shard)
-            if marker is None:
-                raise BadInput(f"{name} is gone: the shard is not committed; {remedy(self.folder)}")
+            marker = committed_marker(self.folder, self.manifest, self.split, shard)
             if self._ids is not None and marker["ids_sha256"] != self._ids[shard]:
+                name = f"{self.folder}/{marker_name(self.split, shard)}"
                 raise BadInput(f"marker {name} was made for other ids; {remedy(self.folder)}")
             self._entries[shard] = marker["files"][self.feature]
         return self._entries[shard]

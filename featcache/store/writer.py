@@ -47,7 +47,7 @@ def create_store(place, manifest, arrays):
     if lacking and files is None:
         files = FORMATS[manifest.storage["format"]].metadata_files(manifest, arrays)
     for name in lacking:
-        if zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
+        if name not in files or zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
             raise BadInput(
                 f"{folder}/{name} is lost, and this version of {manifest.storage['format']} writes it otherwise: "
                 "extract into another store"
