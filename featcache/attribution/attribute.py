@@ -40,7 +40,7 @@ class Explained:
 
 @multiplying("float32")
 @takes(
-    store=PATH, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
+    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES,
 )  # fmt: skip
 def attribute(
