@@ -1,18 +1,23 @@
 """Shared parts: a small VOC of digit scenes, a small checkpoint, a store of both. All real files."""
 
-import hashlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from extracting import SIZE
 from torchvision.models import resnet18
 
 import featcache
 from featcache.cli import main
 from featcache.demo.scenes import make_scenes
 
-SIZE = 64
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests, whatever else -m chooses, unless it speaks of them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +72,3 @@ def command(monkeypatch, capsys):
         return code, streams.out, streams.err
 
     return run
-
-
-def tree_hash(root):
-    """Hash of all paths and bytes below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(root).rglob("*")):
-        digest.update(str(path.relative_to(root)).encode())
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

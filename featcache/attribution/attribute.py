@@ -20,10 +20,10 @@ from featcache.device import choose_device, multiplying
 from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import find_probes, load_probes
-from featcache.probes.run import best, open_run, select, store_of
-from featcache.probes.run_file import ATTRIBUTION, seal_files, write_file
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import find_probes, load_probes
+from featcache.probes.runs.run import best, open_run, select, store_of
+from featcache.probes.runs.run_file import ATTRIBUTION, seal_files, write_file
 from featcache.store.folder import open_folder
 from featcache.store.manifest import difference
 
@@ -86,7 +86,7 @@ def attribute(
     device = choose_device(device)
     chosen, there = dict.fromkeys(_chosen(finished, probes, rule)), find_probes(finished.path)
     trained = [probe for name in chosen for probe in load_probes(finished.path, [name], there)]
-    heads = [Head(p.spec, p.weights).to(device) for p in trained]
+    heads = [HeadModule(p.spec.head, p.weights).to(device) for p in trained]
     features = [_map_of(p.spec, opened.manifest.feature(p.spec.features)) for p in trained]
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     size = preprocessing.size

@@ -10,7 +10,10 @@ from collections import defaultdict
 import torch
 
 from featcache.errors import BadInput
-from featcache.probes.spec import UNIFORM_OFFSET, Head
+from featcache.probes.heads.bcos import Bcos
+from featcache.probes.heads.head import UNIFORM_OFFSET
+from featcache.probes.heads.linear import Linear
+from featcache.probes.heads.mlp import Mlp
 
 NAME = re.compile(r"(fc|bn)(\d*)\.(linear\.)?(weight|bias|running_mean|running_var|num_batches_tracked)")
 B = 2.0
@@ -24,7 +27,7 @@ def to_published(head, weights, multi_label):
         # How-to-Probe has no attention: it keeps its names.
         if layer.startswith(("bn", "attention")):
             state[name] = value
-            if head.norm == "bnu" and kind == "running_var":
+            if getattr(head, "norm", None) == "bnu" and kind == "running_var":
                 # It is a buffer of every batch norm, and here one that nothing reads.
                 state[f"{layer}.running_mean"] = torch.zeros_like(value)
             continue
@@ -74,9 +77,11 @@ def from_published(state, classes, path):
     weights = {name: value.float().clone() for name, value in weights.items()}
     if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
         raise BadInput(f"checkpoint {path}: its head holds numbers that are not finite; its training diverged")
-    kind = "bcos" if bcos else "mlp" if last else "linear"
-    head = Head(kind, len(layers), hidden, norm, biased, "after", B if bcos else 1.0, max_out)
-    return head, weights
+    if bcos:
+        return Bcos(layers=len(layers), hidden=hidden, norm=norm, b=B, max_out=max_out), weights
+    if last:
+        return Mlp(layers=len(layers), hidden=hidden, norm=norm, bias=biased), weights
+    return Linear(bias=biased), weights
 
 
 def published_offset(head, state, loss, multi_label):

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from featcache.feature import parse_feature
-from featcache.probes.features import as_input
-from featcache.probes.heads.head import Head
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.inputs.input import Input
 
 # torch 2.6 wants a bound; this one nobody meets.
 LARGEST_BATCH = 1 << 30
@@ -20,11 +20,11 @@ class Merged(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.feature = parse_feature(probe.spec.features, backbone.aliases, backbone.layers)
-        self.head = Head(probe.spec, probe.weights)
+        self.head = HeadModule(probe.spec.head, probe.weights)
 
     def forward(self, images):
         """Return the logits."""
-        values = as_input(self.backbone(images, [self.feature])[str(self.feature)], str(self.feature), pool=False)
+        values = Input(str(self.feature)).read(self.backbone(images, [self.feature])[str(self.feature)])
         return self.head(values[:, :, None, None] if values.ndim == 2 else values.unsqueeze(3))
 
 

@@ -1,7 +1,8 @@
 """What probes are called in tables and plots: by the fields in which they differ."""
 
-from featcache.probes.grids.fields import SECTIONS
-from featcache.probes.run import short_names
+from featcache.probes.grids.fields import part_fields
+from featcache.probes.identity import REGISTRIES
+from featcache.probes.runs.run import short_names
 
 # Of every name, whether probes differ in them or not; and what they are made of.
 HEAD, LOSS = "head", "loss"
@@ -75,7 +76,7 @@ def _told_by_head(field, rows):
 def _own(row, field):
     """A field's text in a row of scores, None where the type of its section has no such field."""
     section, _, part = field.partition(".")
-    if section not in SECTIONS or part == "type":
+    if section not in REGISTRIES or part == "type":
         return row[field]
-    _, types = SECTIONS[section]
-    return row[field] if part in types.get(row[f"{section}.type"], ()) else None
+    kind = REGISTRIES[section].get(row[f"{section}.type"])
+    return row[field] if kind and part in part_fields(kind) else None

@@ -4,8 +4,8 @@ import click
 import numpy as np
 import torch
 
-from featcache.probes.run import open_run
-from featcache.probes.run_file import ATTRIBUTION
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.run_file import ATTRIBUTION
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
 from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent

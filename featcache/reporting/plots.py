@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from featcache.errors import BadInput, printable, without_middle
-from featcache.probes.scores.metrics import gain
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
 from featcache.reporting.table import heading, scored
 
@@ -66,7 +66,7 @@ def learning_rates(runs, metric):
     panels = [(n, head) for n, some in enumerate(rows) for head in dict.fromkeys(r["head.type"] for r in some)]
     if not panels:
         return None
-    scale = 1 if metric == "nll" else 100
+    scale = 100 if metric_kind(metric).unit() else 1
     titles, lines, losses = {}, {}, {}
     for number, head in panels:
         members = [r for r in rows[number] if r["head.type"] == head]

@@ -10,12 +10,11 @@ import numpy as np
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
-from featcache.probes.run import best, open_run
-from featcache.probes.scores.metrics import LOWER_IS_BETTER
-from featcache.probes.spec import IMPORTED
+from featcache.probes.runs.run import best, open_run
+from featcache.probes.scores.metrics import metric_kind
 from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, localisation_rows
-from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
+from featcache.reporting.table import heading, score_rows, scored, seed_texts
 
 
 @takes(runs=PATHS, out=PATH)
@@ -40,7 +39,7 @@ def report(runs, out="report.html"):
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
     page = {
-        "metric": METRIC_NAMES[metric],
+        "metric": metric_kind(metric).title,
         "heading": heading(metric),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "judge": opened[0].judge,
@@ -79,9 +78,11 @@ def _best_rows(run, metric):
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
     seeds, probes = seed_texts(run, metric), best(run, "head,loss")
     texts = {name: text for name, text in naming(run).items() if name not in (HEAD, LOSS)}
+    # A bar that is full for a perfect score.
+    barred = metric_kind(metric).unit() and metric_kind(metric).higher_is_better
     for probe in probes:
         test = run.value(probe, metric, run.judge)
-        imported = test["optimizer.type"] == IMPORTED
+        imported = test["optimizer.type"] == "imported"
         yield {
             "run": run.path.name,
             "probe": f"{describe_head(test)}, {test['loss.type']}",
@@ -89,11 +90,12 @@ def _best_rows(run, metric):
             "chosen_by": scored(metric, run.value(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
-            "width": None if metric in LOWER_IS_BETTER else f"{100 * test['value']:.1f}",
+            "width": f"{100 * test['value']:.1f}" if barred else None,
         }
     level = run.summary["chance"][run.judge][metric]
     if level is not None:
-        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": f"{100 * level:.1f}"}
+        width = f"{100 * level:.1f}" if barred else None
+        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": width}
 
 
 def _measured(run):
