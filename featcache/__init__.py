@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.probes.compare import compare as compare
     from featcache.probes.plan import plan_probes as plan_probes
     from featcache.probes.runs.run import open_run as open_run
-    from featcache.probes.compare import compare as compare
-    from featcache.probes.train import train_probes as train_probes
     from featcache.probes.runs.verify import verify as verify
+    from featcache.probes.train import train_probes as train_probes
     from featcache.reporting.report import report as report
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect

@@ -12,9 +12,10 @@ from torch import nn
 from torchvision.models import resnet18
 
 import featcache
-from featcache.attribution.epg import box_mask, energy_in_boxes
-from featcache.attribution.gradcam import gradcam, upsample
-from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.attribution.methods.gradcam import gradcam, upsample
+from featcache.attribution.methods.input_x_gradient import input_x_gradient
+from featcache.attribution.scores.epg import EPG
+from featcache.attribution.targets import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
@@ -101,7 +102,7 @@ def test_epg_by_hand():
     #  1   3 |
     maps = torch.tensor([[[2.0, -5.0], [1.0, 3.0]], [[-1.0, -1.0], [0.0, 0.0]], [[0.0, 0.0], [7.0, 0.0]]])
     mask = torch.tensor([[True, False], [True, False]]).expand(3, 2, 2)
-    values = energy_in_boxes(maps, mask).tolist()
+    values = EPG().measure(maps, mask).tolist()
     assert values[0] == pytest.approx(0.5) and np.isnan(values[1]) and values[2] == 1
 
 
@@ -124,7 +125,7 @@ def test_box_masks_by_hand():
 
 def test_a_uniform_map_scores_the_boxes_share():
     mask = squashed_mask([(0, 0, 50, 50)], 100, 100, 20)
-    assert energy_in_boxes(torch.ones(1, 20, 20), mask[None]).item() == pytest.approx(0.25)
+    assert EPG().measure(torch.ones(1, 20, 20), mask[None]).item() == pytest.approx(0.25)
 
 
 def attribute_words(run, *more):
@@ -136,12 +137,12 @@ def test_the_interval_of_epg_holds_its_mean_and_that_of_other_images():
     random, rows = np.random.default_rng(0), []
     for _ in range(400):
         images = [(i, random.beta(2, 3)) for i in range(60) for _ in range(random.integers(1, 4))]
-        rows.append(_mean_with_interval([{"id": i, "epg": (epg + i % 2) / 2} for i, epg in images]))
+        rows.append(_mean_with_interval([{"id": i, "epg": (epg + i % 2) / 2} for i, epg in images], "epg"))
     mean, low, high = np.array(rows).T
     truth = (0.4 + 0.5) / 2
     assert ((0 <= low) & (low <= mean) & (mean <= high) & (high <= 1)).all()
     assert 0.92 <= ((low <= truth) & (truth <= high)).mean()
-    one = _mean_with_interval([{"id": "a", "epg": 0.5}])
+    one = _mean_with_interval([{"id": "a", "epg": 0.5}], "epg")
     assert one[0] == 0.5 and one[2] - one[1] > 0.7
 
 

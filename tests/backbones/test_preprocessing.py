@@ -22,8 +22,8 @@ from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 
 import featcache
-from featcache.attribution.epg import box_mask
-from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.attribution.methods.input_x_gradient import input_x_gradient
+from featcache.attribution.targets import box_mask
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone

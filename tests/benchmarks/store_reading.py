@@ -21,7 +21,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import zarr
-from featcache.store.shard import Shard
 
 from featcache.datasets import Dataset, Record
 from featcache.feature import Feature
@@ -30,6 +29,7 @@ from featcache.store.folder import open_folder
 from featcache.store.manifest import plan
 from featcache.store.reader import open_store
 from featcache.store.records import record_arrays, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import create_store, put_shard
 
 BATCH = 256

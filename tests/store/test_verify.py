@@ -156,9 +156,8 @@ def test_what_is_not_a_store(tmp_path, command):
 
 def test_equal_shards_agree_and_unequal_ones_are_an_error(tmp_path):
     """Two writers that come with the same shard."""
-    from featcache.store.shard import Shard
-
     from featcache.store.manifest import read_manifest
+    from featcache.store.shard import Shard
     from featcache.store.writer import put_shard
 
     features = write_store(tmp_path / "x.zarr")

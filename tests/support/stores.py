@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from featcache.store.shard import Shard
 from hypothesis import strategies as st
 
 from featcache.datasets import Dataset, Record
@@ -13,6 +12,7 @@ from featcache.store.folder import open_folder
 from featcache.store.formats import choose_format
 from featcache.store.manifest import plan
 from featcache.store.records import record_arrays, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import create_store, put_shard
 
 ROWS = 23

@@ -388,7 +388,7 @@ def test_names_stay_when_a_second_grid_is_killed_amid_its_tables(parts, run, tmp
 
 def test_maps_that_were_not_finished_are_left_out_with_a_notice(run, monkeypatch, capsys):
     """A kill between the two files of attribute, or before their checksums."""
-    attribution = __import__("featcache.attribution.attribute", fromlist=["x"])
+    attribution = __import__("featcache.attribution.results", fromlist=["x"])
     write = attribution.write_file
 
     class Killed(BaseException):
