@@ -1,14 +1,14 @@
 """From labels as people write them (names or indices, one or several an image) to a Dataset of class indices."""
 
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
 import click
 import numpy as np
 
-from featcache.datasets.label_lists import split_texts
+from featcache.datasets.label_lists import Where, split_texts
 from featcache.datasets.layout import known_splits, whole_number
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, shown
@@ -20,7 +20,7 @@ MOST_CLASSES = 1_000_000
 
 def index_labels(
     values: Sequence[Any],
-    where: Callable[[int], str],
+    where: Where,
     place: str,
     names: Sequence[str] | None = None,
     rule: str = "label",
@@ -91,7 +91,7 @@ def group_splits(
     )
 
 
-def _plain(label: Any, where: Callable[[int], str], n: int) -> int | str:
+def _plain(label: Any, where: Where, n: int) -> int | str:
     if isinstance(label, numbers.Integral) and not isinstance(label, bool):
         return int(label)
     if is_text(label):
@@ -100,7 +100,7 @@ def _plain(label: Any, where: Callable[[int], str], n: int) -> int | str:
     raise BadInput(f"{where(n)}: label {shown(label)} is neither a class index nor a name")
 
 
-def _names(lists: Sequence[Sequence[int | str]], where: Callable[[int], str]) -> list[str]:
+def _names(lists: Sequence[Sequence[int | str]], where: Where) -> list[str]:
     """Return the class names that labels make: sorted names, or "0" to the largest index."""
     indices = {label for labels in lists for label in labels if isinstance(label, int)}
     texts = {label for labels in lists for label in labels if isinstance(label, str)}

@@ -111,7 +111,7 @@ def _backbone_meta(backbone: Backbone, checkpoint: str | PathLike, preprocessing
         "architecture": backbone.arch,
         "weights_sha256": backbone.weights_sha256,
         "source": Path(checkpoint).name,
-        "loaded": backbone.grounds.replace(str(checkpoint), Path(checkpoint).name),
+        "loaded": backbone.load_report.replace(str(checkpoint), Path(checkpoint).name),
         "preprocessing": preprocessing,
     }
 
