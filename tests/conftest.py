@@ -1,18 +1,15 @@
 """Shared parts: a small VOC of digit scenes, a small checkpoint, a store of both. All real files."""
 
-import hashlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from extracting import SIZE
 from torchvision.models import resnet18
 
 import featcache
 from featcache.cli import main
 from featcache.demo.scenes import make_scenes
-
-SIZE = 64
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +64,3 @@ def command(monkeypatch, capsys):
         return code, streams.out, streams.err
 
     return run
-
-
-def tree_hash(root):
-    """Hash of all paths and bytes below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(root).rglob("*")):
-        digest.update(str(path.relative_to(root)).encode())
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

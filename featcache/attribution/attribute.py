@@ -17,14 +17,14 @@ from featcache.attribution.results import IDENTITY, Result, columns_of, write_re
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
 from featcache.attribution.targets import Target, find_targets
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.device import choose_device, multiplying
 from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.kinds import K, Registry
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import find_probes, load_probes
-from featcache.probes.run import Run, best, open_run, select, store_of
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import find_probes, load_probes
+from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
@@ -34,7 +34,7 @@ class Explained:
     """A probe to explain: its id, its head as a module, and the map that its head reads."""
 
     probe: str
-    head: Head
+    head: HeadModule
     feature: Feature
 
 
@@ -64,7 +64,7 @@ def attribute(
     """Explain every class that has a box which is not difficult, and score the maps.
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
-    (see featcache.probes.run.select), and without a rule the best of each loss by the run's own metric, or
+    (see featcache.probes.runs.run.select), and without a rule the best of each loss by the run's own metric, or
     all where nothing was chosen. methods, scores: names of METHODS and LOCALISATION_SCORES (docs/attribution.md);
     some methods run the backbone, and need backbone, dataset and root. split: of the store, by default the one that
     the run is scored on. limit: only the first images of the split that have such a class. examples: number of
@@ -114,7 +114,7 @@ def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device) -
     """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into."""
     files = find_probes(run.path)
     trained = [probe for name in probes for probe in load_probes(run.path, [name], files)]
-    heads = [Head(probe.spec, probe.weights).to(device) for probe in trained]
+    heads = [HeadModule(probe.spec.head, probe.weights).to(device) for probe in trained]
     features = [_map_of(probe.spec, store.manifest.feature(probe.spec.features)) for probe in trained]
     return [Explained(p.spec.id, head, feature) for p, head, feature in zip(trained, heads, features, strict=True)]
 

@@ -9,8 +9,8 @@ import torch
 
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input

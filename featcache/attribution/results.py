@@ -11,7 +11,7 @@ import numpy as np
 
 from featcache.attribution.batch import Source
 from featcache.attribution.scores.localisation_score import LocalisationScore
-from featcache.probes.run_file import ATTRIBUTION, seal_files, write_file
+from featcache.probes.runs.run_file import ATTRIBUTION, seal_files, write_file
 from featcache.store.folder import open_folder
 
 # Which map a row of attribution.csv is about; the columns of the scores follow.

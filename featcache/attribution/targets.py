@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.store.reader import Split
 

@@ -25,7 +25,7 @@ def compare(**options: Any) -> None:
 
     The test is paired over images; docs/scores.md has the formula.
     """
-    from featcache.probes.scores.compare import compare as run
+    from featcache.probes.compare import compare as run
     from featcache.reporting.table import comparison_rows, format_table
 
     click.echo(format_table(*comparison_rows(run(**options))))

@@ -23,7 +23,7 @@ def layers(checkpoint: str, **options: Any) -> None:
     from featcache.reporting.table import format_table
 
     backbone = load_backbone(checkpoint, **options)
-    click.echo(f"backbone: {backbone.grounds}\n", err=True)
+    click.echo(f"backbone: {backbone.load_report}\n", err=True)
     rows = [
         (layer.path, " ".join(layer.aliases), " x ".join(map(str, layer.shape)), " ".join(layer.reductions))
         for layer in run(backbone)

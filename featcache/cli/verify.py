@@ -13,8 +13,8 @@ def verify(path: str, repair: bool) -> None:
 
     Exit codes: 0 it is whole, 1 something is damaged or missing (each on a line), 2 bad input.
     """
-    from featcache.probes.verify import is_run
-    from featcache.probes.verify import verify as run
+    from featcache.probes.runs.verify import is_run
+    from featcache.probes.runs.verify import verify as run
 
     findings = run(path, repair)
     for finding in findings:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ import torch
 from featcache.arguments import CHECKPOINT, NAME, PATH, PATHS, listed, takes
 from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import OWN, Preprocessing
 from featcache.backbones.load import as_backbone, load_network
-from featcache.backbones.preprocessing import OWN, Preprocessing
 from featcache.backbones.recognise import recognise
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import Run, open_run
-from featcache.probes.run_file import FILE
+from featcache.probes.identity import complete
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run_file import FILE
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
@@ -110,7 +110,7 @@ def _backbone_meta(backbone: Backbone, checkpoint: str | PathLike, preprocessing
         "architecture": backbone.arch,
         "weights_sha256": backbone.weights_sha256,
         "source": Path(checkpoint).name,
-        "loaded": backbone.grounds.replace(str(checkpoint), Path(checkpoint).name),
+        "loaded": backbone.load_report.replace(str(checkpoint), Path(checkpoint).name),
         "preprocessing": preprocessing,
     }
 
@@ -137,7 +137,7 @@ def _export_probe(
         "output": "logits, in the order of classes",
         "classes": summary["classes"],
         # As JSON has it, which knows no tuples.
-        "probe": {"id": probe_id} | json.loads(json.dumps(asdict(probe.spec))),
+        "probe": {"id": probe_id} | json.loads(json.dumps(complete(probe.spec))),
         "probe_sha256": hashlib.sha256(safetensors.torch.save(probe.weights)).hexdigest(),
     }
     if target.suffix == PROGRAM:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,30 @@ import torch
 
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path
-from featcache.backbones.checkpoint_file import read_checkpoint
+from featcache.backbones.checkpoints.files import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
 from featcache.errors import BadInput, nearest, of_the_system
 from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import Feature, parse_feature
-from featcache.probes.grids.fields import OFFSET
+from featcache.probes.finish import finish_run
+from featcache.probes.grids.fields import part_fields
+from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.mend import drop_damaged, kept_files, without_summary
-from featcache.probes.probe_file import Origin, find_probes, load_specs, save_probes
-from featcache.probes.run import Run
-from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_summary
-from featcache.probes.scores.metrics import TASK_METRICS
-from featcache.probes.scores.scoring import finish_run
-from featcache.probes.spec import Head, ProbeSpec, imported_spec, logit_offset
-from featcache.probes.stack import TrainedProbe
+from featcache.probes.losses import LOSSES
+from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.probe_file import Origin, find_probes, load_specs, save_probes
+from featcache.probes.runs.run import Run
+from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_summary
+from featcache.probes.scores.metrics import default_metric
+from featcache.probes.spec import ProbeSpec, imported_spec
+from featcache.probes.trained import TrainedProbe
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
 
 ROLES = ("train", "val", "test")
 # Those that How-to-Probe trains its heads with.
-LOSSES = ("bce", "ce")
+PUBLISHED_LOSSES = ("bce", "ce")
 
 
 @takes(checkpoints=PATHS, store=PATH, run=PATH)
@@ -60,17 +61,18 @@ def import_probes(
     """
     paths = listed(checkpoints)
     chosen_device = choose_device(device)
-    if loss not in LOSSES:
-        raise BadInput(f"--loss: {loss!r} is not one of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
+    if loss not in PUBLISHED_LOSSES:
+        words = ", ".join(PUBLISHED_LOSSES)
+        raise BadInput(f"--loss: {loss!r} is not one of {words}{nearest(loss, PUBLISHED_LOSSES)}")
     opened = open_store(store)
     splits = _roles(opened)
     if offset is not None:
         try:
-            offset = OFFSET.read(offset)
+            offset = part_fields(HEADS["linear"])["offset"].read(offset)
         except ValueError as error:
             raise BadInput(f"--offset: {error}") from None
     folder = local_path(run, "--run")
-    select = {"metric": TASK_METRICS[opened.task][0], "split": "val" if "val" in splits else "train"}
+    select = {"metric": default_metric(opened.task), "split": "val" if "val" in splits else "train"}
     roles = {role: list(names) for role, names in splits.items()}
     basis = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
     probes = {p.spec.id: (p, path) for path in paths for p in [_read(path, opened, loss, offset)]}
@@ -158,11 +160,12 @@ def _read(path: str | PathLike, store: Store, loss: str, offset: float | str | N
     head, weights = from_published(state, len(store.classes), path)
     if offset is None:
         offset = published_offset(head, state, loss, store.task == "multi-label")
-    head = replace(head, offset=logit_offset(offset, len(store.classes)))
+    head = head.model_copy(update={"offset": offset})
+    head = head.model_copy(update={"offset": head.offset_for(len(store.classes))})
     feature = _feature(store, head)
     source = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
     name = "/".join(Path(path).resolve().with_suffix("").parts[-2:])
-    spec = imported_spec(name, str(feature), head, loss, source)
+    spec = imported_spec(name, str(feature), head, LOSSES[loss](), source)
     dim = store.manifest.features[str(feature)]["shape"][0]
     for key, initial in initial_weights(spec, dim, len(store.classes)).items():
         expected, shape = tuple(initial.shape), tuple(weights[key].shape) if key in weights else "missing"

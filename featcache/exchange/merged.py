@@ -9,9 +9,10 @@ from torch import nn
 from featcache.backbones.architecture import Architecture
 from featcache.backbones.backbone import Backbone
 from featcache.feature import parse_feature
-from featcache.probes.features import as_input
-from featcache.probes.heads.head import Head
-from featcache.probes.stack import TrainedProbe
+from featcache.probes.heads.linear import Linear
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.inputs.input import Input
+from featcache.probes.trained import TrainedProbe
 
 # torch 2.6 wants a bound on the batch size; nobody will reach this one.
 LARGEST_BATCH = 1 << 30
@@ -24,11 +25,11 @@ class Merged(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.feature = parse_feature(probe.spec.features, backbone.aliases, backbone.layers)
-        self.head = Head(probe.spec, probe.weights)
+        self.head = HeadModule(probe.spec.head, probe.weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        values = as_input(self.backbone(images, [self.feature])[str(self.feature)], str(self.feature), pool=False)
+        values = Input(str(self.feature)).read(self.backbone(images, [self.feature])[str(self.feature)])
         return self.head(values[:, :, None, None] if values.ndim == 2 else values.unsqueeze(3))
 
 
@@ -59,7 +60,7 @@ def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | Non
     Temperature and offset are part of the layer.
     """
     head = probe.spec.head
-    if head.type != "linear":
+    if not isinstance(head, Linear):
         return None
     weight = probe.weights["fc0.weight"]
     bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + head.offset

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
+from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
-from featcache.backbones.preprocessing import OWN
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.device import choose_device
@@ -115,8 +115,8 @@ def extract(
         mean=mean,
         std=std,
     )
-    say(f"backbone: {model.grounds}", err=True)
-    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
+    say(f"backbone: {model.load_report}", err=True)
+    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)), err=True)
     check_decoder(decoder, model.preprocessing)
     features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
     wanted = parse_features(features, model.aliases, model.layers)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from featcache.backbones.preprocessing import OPENCV, import_opencv
+from featcache.backbones.input.preprocessing import OPENCV, import_opencv
 from featcache.datasets.image import read_image
 from featcache.errors import BadInput
 from featcache.store.manifest import split_of

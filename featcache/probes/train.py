@@ -13,15 +13,16 @@ from featcache.arguments import PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
+from featcache.probes.engine.sweep import train_missing
+from featcache.probes.engine.waves import plan_buffers
+from featcache.probes.finish import finish_run
 from featcache.probes.grids.grid import load_grid
-from featcache.probes.mend import drop_damaged, kept_files, without_summary
-from featcache.probes.probe_file import find_probes, load_specs
 from featcache.probes.resolve import resolve, undecided
-from featcache.probes.run import open_run
-from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
-from featcache.probes.scores.scoring import finish_run
-from featcache.probes.sweep import plan_buffers, train_missing
-from featcache.probes.tables import read_table
+from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.probe_file import find_probes, load_specs
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
+from featcache.probes.runs.tables import read_table
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import open_store
@@ -65,7 +66,7 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
         **({"allow_overlap": True} if found.overlaps else {}),
     }
     # Both decide which weights are kept, so that a run is of one choice.
-    chosen_by = {"select": resolved["select"], "search": checked.search and asdict(checked.search)}
+    chosen_by = {"select": resolved["select"], "search": checked.search and checked.search.model_dump()}
     if checked.search:
         # It compares all probes with each other.
         among = hashlib.sha256(" ".join(sorted(spec.id for spec in specs)).encode()).hexdigest()

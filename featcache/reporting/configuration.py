@@ -1,11 +1,17 @@
 """What probes are called in tables and plots: their head and loss, and the other fields in which they differ."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
-from featcache.probes.grids.fields import SECTIONS
-from featcache.probes.run import Run, short_names
-from featcache.probes.spec import IMPORTED
+import yaml
+
+from featcache.probes.grids.fields import part_fields
+from featcache.probes.heads import HEADS
+from featcache.probes.heads.head import Head
+from featcache.probes.identity import REGISTRIES, part_from_dict
+from featcache.probes.imported import ImportedSolver
+from featcache.probes.runs.run import Run, short_names
 
 # A row of scores.csv, or the part of it that says what a probe is.
 Row = Mapping[str, Any]
@@ -14,7 +20,7 @@ Texts = Mapping[str, Callable[[Row], str]]
 
 # Two names that every probe has, whether probes differ in them or not, and the fields that they are made of.
 HEAD, LOSS = "head", "loss"
-NAMED = ("head.type", "head.layers", "head.hidden", "loss.type")
+NAMED = ("head.type", "loss.type")
 
 
 def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
@@ -55,17 +61,25 @@ def head_and_loss(row: Row) -> str:
 
 def training(row: Row, texts: Texts) -> str:
     """Say how a probe was trained, as `lr 0.1, seed 1`; of a probe that was trained elsewhere only its name is known."""
-    if row["optimizer.type"] == IMPORTED:
+    if row["optimizer.type"] == ImportedSolver.word():
         return f"imported ({row['name']})"
     return recipe(row, {name: text for name, text in texts.items() if name not in (HEAD, LOSS)})
 
 
 def describe_head(row: Row) -> str:
     """Name a head in a word or two, as `mlp-2 (256)`. row: of scores.csv, or a ProbeSpec.flat()."""
-    if int(row["head.layers"]) == 1 and row["head.type"] != "bcos":
-        return row["head.type"]
-    width = f" ({row['head.hidden']})" if int(row["head.hidden"]) else ""
-    return f"{row['head.type']}-{row['head.layers']}{width}"
+    return _head_label(tuple((name, str(row[name])) for name in row if name.startswith("head.")))
+
+
+@lru_cache(maxsize=1 << 14)
+def _head_label(fields: tuple[tuple[str, str], ...]) -> str:
+    """Return what a head of these fields, as texts, calls itself; of a kind that is not installed its type."""
+    texts = {name.removeprefix("head."): text for name, text in fields}
+    kind = HEADS.get(texts["type"])
+    if kind is None:
+        return texts["type"]
+    content = {name: yaml.safe_load(texts[name]) for name in kind.model_fields if texts.get(name)}
+    return cast(Head, part_from_dict("head", content)).label
 
 
 def _describe_loss(row: Row) -> str:
@@ -106,7 +120,7 @@ def _told_by_head(field: str, rows: Sequence[Row]) -> bool:
 def _own(row: Row, field: str) -> Any:
     """A field's text in a row, None where the type of its section has no such field."""
     section, _, part = field.partition(".")
-    if section not in SECTIONS or part == "type":
+    if section not in REGISTRIES or part == "type":
         return row[field]
-    types: Any = SECTIONS[section][1]
-    return row[field] if part in types.get(row[f"{section}.type"], ()) else None
+    kind = REGISTRIES[section].get(row[f"{section}.type"])
+    return row[field] if kind and part in part_fields(kind) else None

@@ -13,8 +13,8 @@ import torch
 from featcache.attribution.results import IDENTITY
 from featcache.attribution.scores import LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
-from featcache.probes.run import Run, open_run
-from featcache.probes.run_file import ATTRIBUTION
+from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run_file import ATTRIBUTION
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
 from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent

@@ -11,8 +11,9 @@ import numpy as np
 
 from featcache.attribution.results import IDENTITY
 from featcache.errors import BadInput, printable, without_middle
-from featcache.probes.run import Run
-from featcache.probes.scores.metrics import gain
+from featcache.probes.losses import LOSSES
+from featcache.probes.runs.run import Run
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import Localisation
 from featcache.reporting.table import heading, scored
@@ -29,7 +30,8 @@ from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
+# Of the first losses, in the order of their registry.
+COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=False))
 MARKERS = "osD^vP*X"
 # More lines over the learning rate than this are not drawn.
 MOST_LINES = 12
@@ -84,7 +86,7 @@ def learning_rates(runs: Sequence[Run], metric: str) -> str | None:
     choose nothing are left out. Returns a data URL, or None if nothing is left.
     """
     runs = [run for run in runs if run.chosen_on]
-    scale = 1 if metric == "nll" else 100
+    scale = 100 if metric_kind(metric).unit() else 1
     panels, lines = _rate_lines(runs, metric, scale)
     if not panels:
         return None

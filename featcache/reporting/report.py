@@ -15,11 +15,11 @@ import numpy as np
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
-from featcache.probes.run import Run, best, open_run
-from featcache.probes.scores.metrics import LOWER_IS_BETTER
+from featcache.probes.runs.run import Run, best, open_run
+from featcache.probes.scores.metrics import metric_kind
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
-from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
+from featcache.reporting.table import heading, score_rows, scored, seed_texts
 
 
 @takes(runs=PATHS, out=PATH)
@@ -46,7 +46,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
     page = {
-        "metric": METRIC_NAMES[metric],
+        "metric": metric_kind(metric).title,
         "heading": heading(metric),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "judge": opened[0].judge,
@@ -85,6 +85,8 @@ def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
     seeds, probes = seed_texts(run, metric), best(run, "head,loss")
     texts = naming(run)
+    # A bar that is full for a perfect score.
+    barred = metric_kind(metric).unit() and metric_kind(metric).higher_is_better
     for probe in probes:
         test = run.value(probe, metric, run.judge)
         yield {
@@ -94,11 +96,12 @@ def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
             "chosen_by": scored(metric, run.value(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
-            "width": None if metric in LOWER_IS_BETTER else f"{100 * test['value']:.1f}",
+            "width": f"{100 * test['value']:.1f}" if barred else None,
         }
     level = run.summary["chance"][run.judge][metric]
     if level is not None:
-        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": f"{100 * level:.1f}"}
+        width = f"{100 * level:.1f}" if barred else None
+        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": width}
 
 
 def _measured(run: Run) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:

@@ -5,19 +5,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from featcache.errors import printable
-from featcache.probes.run import Run
-from featcache.probes.scores.metrics import gain
-from featcache.probes.scores.seeds import over_seeds
+from featcache.probes.runs.run import Run
+from featcache.probes.runs.seeds import over_seeds
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import naming
 
 if TYPE_CHECKING:
-    from featcache.probes.scores.compare import Comparison
-
-METRIC_NAMES = {
-    "map": "mAP", "precision_macro": "macro precision", "recall_macro": "macro recall", "f1_macro": "macro F1",
-    "precision_micro": "micro precision", "recall_micro": "micro recall", "f1_micro": "micro F1",
-    "top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "nll": "NLL", "ece": "ECE",
-}  # fmt: skip
+    from featcache.probes.compare import Comparison
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,13 +37,13 @@ def percent(value: float | None, low: float | None = None, high: float | None = 
 
 
 def scored(metric: str, value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """Format a score: as percent, but for NLL, which is a number of nats; a missing value is a dash."""
-    return _with_interval(value, low, high, 1, "{:.3f}") if metric == "nll" else percent(value, low, high)
+    """Format a score: as percent if the metric is a fraction, else as a number; a missing value is a dash."""
+    return percent(value, low, high) if metric_kind(metric).unit() else _with_interval(value, low, high, 1, "{:.3f}")
 
 
 def heading(metric: str) -> str:
     """Name a metric, with the unit in which `scored` writes it."""
-    return METRIC_NAMES[metric] if metric == "nll" else f"{METRIC_NAMES[metric]} %"
+    return f"{metric_kind(metric).title} {metric_kind(metric).unit()}".strip()
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None, scale: float, pattern: str) -> str:

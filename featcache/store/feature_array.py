@@ -114,6 +114,14 @@ class FeatureArray:
         step = max(size // self._row_bytes // self.chunk_rows, 1) * self.chunk_rows
         return [(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
+    def _runs(self, chunks):
+        """(first row, end row) of chunks by their sorted numbers, neighbours together up to a piece."""
+        most, runs = max(PIECE_BYTES // (self._row_bytes * self.chunk_rows), 1), []
+        for run in np.split(chunks, np.flatnonzero(np.diff(chunks) != 1) + 1):
+            for part in np.split(run, range(most, len(run), most)):
+                runs.append((int(part[0]) * self.chunk_rows, min(int(part[-1] + 1) * self.chunk_rows, len(self))))
+        return runs
+
     def batches(self, size, shuffle=False, seed=0, memory=1 << 30):
         """Yield (row numbers int64 [B], rows [B, ...]), every row exactly once; the last batch may be short.
 
@@ -142,13 +150,11 @@ class FeatureArray:
         numbers, buffer = np.empty(room, np.int64), np.empty((room, *self.shape[1:]), self._source.dtype)
         filled = 0
         for at in range(0, len(chunks), chunks_at_once):
-            for chunk in np.sort(chunks[at : at + chunks_at_once]):
-                start = int(chunk) * self.chunk_rows
-                stop = min(start + self.chunk_rows, len(self))
+            for start, stop in self._runs(np.sort(chunks[at : at + chunks_at_once])):
                 numbers[filled : filled + stop - start] = np.arange(start, stop)
-                buffer[filled : filled + stop - start] = self._source.take_range(start, stop)
+                self._source.fill(buffer[filled : filled + stop - start], start)
                 filled += stop - start
-                self._source.release()
+            self._source.release()
             order = random.permutation(filled)
             last = at + chunks_at_once >= len(chunks)
             # What does not fill a batch waits for the next filling.

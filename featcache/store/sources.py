@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import sys
 from collections import OrderedDict
 from threading import Thread
 
@@ -19,10 +20,12 @@ from featcache.store.zarr_format import crc_of
 MAPPED_SHARDS = 128
 # Fewer bytes are not worth a thread.
 ASIDE_BYTES = 8 << 20
+# A kernel may map up to a huge page around the page that is read.
+AROUND = 2 << 20
 
 
 def open_source(folder, manifest, split, feature, ids=None, checked=None):
-    """Return the source of a feature's rows, with `take_range`, `take`, `check` and `release`.
+    """Return the source of a feature's rows, with `take_range`, `fill`, `take` and `release`.
 
     ids: the ids_sha256 of each shard, which its marker must have; None if that is not to be looked at.
     checked: a dict in which it is remembered which chunks are known to fit their checksums.
@@ -171,21 +174,58 @@ class MappedShards(_Shards):
     def take_range(self, start, stop):
         """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         out = np.empty((stop - start, *self.row), dtype=self.dtype)
-        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if stop > start else 0):
+        for _ in self._filled(out, start):
+            pass
+        return out
+
+    def fill(self, out, start):
+        """Copy rows from `start` on into out [n, ...], checked as in take_range; their pages are let go again."""
+        for shard, low, high in self._filled(out, start):
+            self._drop(shard, low, high)
+
+    def _filled(self, out, start):
+        """Copy and check rows as `fill` does; yield (shard, first row, end row within it) after each shard."""
+        stop = start + len(out)
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if len(out) else 0):
             base, end = self.manifest.rows_of(self.split, shard)
             low, high = max(start, base), min(stop, end)
             view, target = self.view(shard), out[low - start : high - start]
-            # A copy waits for memory, so that a second thread computes checksums meanwhile.
-            copy = Thread(target=_copy, args=(view, low - base, target))
-            aside = target.nbytes >= ASIDE_BYTES and not all(self._known(shard))
-            copy.start() if aside else copy.run()
-            try:
-                for _, chunk, *_ in self._chunks(low, high):
-                    self._fits(shard, chunk, chunk_of(view, chunk, self.chunk_rows, end - base))
-            finally:
-                if aside:
+            if target.nbytes < ASIDE_BYTES or all(self._known(shard)):
+                _copy(view, low - base, target)
+                self._check(shard, low, high, target)
+            else:
+                # A copy waits for memory, so that a second thread computes checksums meanwhile.
+                copy = Thread(target=_copy, args=(view, low - base, target))
+                copy.start()
+                try:
+                    self._check(shard, low, high)
+                finally:
                     copy.join()
-        return out
+            yield shard, low - base, high - base
+
+    def _check(self, shard, low, high, copied=None):
+        """Check all chunks that rows low to high touch, where they were copied to if that holds the whole chunk."""
+        base, end = self.manifest.rows_of(self.split, shard)
+        for _, chunk, first, last in self._chunks(low, high):
+            if copied is not None and low <= first and last <= high:
+                # These bytes are in the processor's cache.
+                rows = copied[first - low : last - low]
+            else:
+                rows = chunk_of(self.view(shard), chunk, self.chunk_rows, end - base)
+            self._fits(shard, chunk, rows)
+
+    def _drop(self, shard, low, high):
+        """Let go of the pages of a shard's rows low to high; the shard stays mapped."""
+        if sys.platform != "linux":
+            # Elsewhere advice need not be taken.
+            del self._views[shard]
+            return
+        view = self._views[shard]
+        block_rows, (block, row) = view.shape[1], view.strides[:2]
+        offset = self.entry(shard)["offset"]
+        start, end = (offset + at // block_rows * block + at % block_rows * row for at in (low, high))
+        start, end = start // AROUND * AROUND, min(end + AROUND, len(view.base))
+        view.base.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def take(self, indices, check=False):
         """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""
@@ -292,6 +332,10 @@ class DecodedShards(_Shards):
         for shard, chunk, first, end in chunks:
             self._fits(shard, chunk, rows[first - low : end - low])
         return rows[start - low : stop - low]
+
+    def fill(self, out, start):
+        """Copy rows from `start` on into out [n, ...], checked as in take_range."""
+        out[:] = self.take_range(start, start + len(out))
 
     def take(self, indices, check=False):
         """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Method
 from featcache.feature import Feature
-from featcache.probes.heads.head import Head
+from featcache.probes.heads.module import HeadModule
 
 
 class GradCAM(Method):
@@ -17,14 +17,14 @@ class GradCAM(Method):
 
     type: Literal["gradcam"] = "gradcam"
 
-    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another; the cached maps are read once for all."""
         maps = batch.cached(feature)[batch.images]
         for head in heads:
             yield upsample(gradcam(head, maps, batch.classes), batch.size)
 
 
-def gradcam(head: Head, maps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+def gradcam(head: HeadModule, maps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """Explain a head's logits from the maps that it reads.
 
     head: reads the layer of the maps. maps: float32 [N, D, h, w]. classes: int64 [N], one for each map.

@@ -9,7 +9,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Method
 from featcache.backbones.backbone import Backbone
 from featcache.feature import Feature
-from featcache.probes.heads.head import Head
+from featcache.probes.heads.module import HeadModule
 
 
 class InputXGradient(Method):
@@ -18,7 +18,7 @@ class InputXGradient(Method):
     type: Literal["input_x_gradient"] = "input_x_gradient"
     runs_backbone: ClassVar[bool] = True
 
-    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Sequence[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Sequence[torch.Tensor]:
         """Return the maps of all heads; each image goes through the backbone once."""
         pairs = list(zip(batch.images.tolist(), batch.classes.tolist(), strict=True))
         targets = [(image, head, label) for head in range(len(heads)) for image, label in pairs]
@@ -28,7 +28,7 @@ class InputXGradient(Method):
 def input_x_gradient(
     backbone: Backbone,
     feature: Feature,
-    heads: Sequence[Head],
+    heads: Sequence[HeadModule],
     images: torch.Tensor,
     targets: Sequence[tuple[int, int, int]],
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from featcache.attribution.batch import Batch
 from featcache.feature import Feature
 from featcache.kinds import Kind
-from featcache.probes.heads.head import Head
+from featcache.probes.heads.module import HeadModule
 
 
 class Method(Kind):
@@ -19,7 +19,7 @@ class Method(Kind):
 
     runs_backbone: ClassVar[bool] = False
 
-    def explain(self, heads: Sequence[Head], feature: Feature, batch: Batch) -> Iterable[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterable[torch.Tensor]:
         """Compute the maps of a batch for heads that all read one feature, a spatial one, so that they can share work.
 
         Returns float32 [T, S, S] for each head, in their order: one map for each of the batch's T pairs of an image

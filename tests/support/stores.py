@@ -1,0 +1,101 @@
+"""Small stores of random features, written as `extract` writes them, but with no images and no backbone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from featcache.datasets import Dataset, Record
+from featcache.feature import Feature
+from featcache.store import manifest as manifest_module
+from featcache.store.folder import open_folder
+from featcache.store.formats import choose_format
+from featcache.store.manifest import plan
+from featcache.store.records import record_arrays, with_axes
+from featcache.store.writer import create_store, put_shard
+
+ROWS = 23
+# What indexes an array [ROWS, 3, ...].
+index = st.one_of(
+    st.integers(-ROWS, ROWS - 1),
+    st.slices(ROWS),
+    st.lists(st.integers(-ROWS, ROWS - 1), max_size=12).map(lambda v: np.array(v, dtype=np.int64)),
+    st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).map(np.array),
+    st.tuples(st.slices(ROWS), st.integers(0, 2)),
+    st.tuples(st.integers(0, ROWS - 1), st.slices(3), st.integers(0, 1)),
+    st.just(np.array([[0, 5], [22, -1]])),
+    st.just(...),
+)
+
+
+def write_store(
+    path,
+    dtype="float16",
+    rows=ROWS,
+    single=False,
+    chunk_rows=4,
+    shard_bytes=256,
+    row=(3, 2, 2),
+    compression=None,
+    known=True,
+):
+    """Write a small store of random features with several shards and chunks; return the features as stored."""
+    records = tuple(
+        Record(
+            id=f"picture-{n}é",
+            image=None,
+            image_bytes=n,
+            height=10 + n,
+            width=20,
+            labels=n % 3 if single else np.array([1, 0, -1], np.int8),
+            boxes=np.full((n % 3, 4), n, np.float32),
+            box_classes=np.zeros(n % 3, np.int64),
+            box_difficult=np.zeros(n % 3, bool),
+        )
+        for n in range(rows)
+    )
+    data = Dataset("toy", ("a", "b", "c"), "single-label" if single else "multi-label", {"train": records})
+    shapes = {Feature("layer4", "pooled"): row[:1], Feature("layer4", "spatial"): row}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(manifest_module, "SHARD_BYTES", shard_bytes)
+        identity = {"arch": "toy", "preprocessing": {"size": 8}, "dataset": {"name": "toy", "splits": {}}}
+        plan_ = plan(
+            identity,
+            {"train": rows},
+            shapes,
+            dtype,
+            {"last": "layer4"},
+            data.classes,
+            data.task,
+            compute={"device": "cpu", "threads": 1, "batch_size": 8},
+            storage={"format": choose_format(None, path), "compression": compression},
+        )
+    folder = open_folder(path)
+    plan_ = create_store(folder, plan_, {"train": with_axes(record_arrays(data, "train"))})
+    random = np.random.default_rng(0)
+    features = {str(f): random.normal(size=(rows, *shape)).astype(np.float32) for f, shape in shapes.items()}
+    if dtype == "bfloat16":
+        features = {n: torch.from_numpy(f).bfloat16().view(torch.uint16).numpy() for n, f in features.items()}
+    else:
+        features = {n: f.astype(dtype) for n, f in features.items()}
+    digests = random.integers(0, 256, (rows, 16), np.uint8)
+    for shard in range(plan_.shards("train")):
+        first, end = plan_.rows_of("train", shard)
+        ids = [r.id for r in records[first:end]]
+        rows_of_shard = {n: f[first:end] for n, f in features.items()}
+        put_shard(folder, plan_, "train", shard, ids, rows_of_shard, digests[first:end] if known else None)
+    return features
+
+
+class Rows(torch.utils.data.Dataset):
+    """A feature as a map-style dataset, for worker processes."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, row):
+        return torch.from_numpy(self.array[row])
