@@ -12,6 +12,14 @@ from featcache.cli import main
 from featcache.demo.scenes import make_scenes
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests, whatever else -m chooses, unless it speaks of them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Root of a VOC2007 layout: 40 train, 20 val, 20 test scenes."""

@@ -17,7 +17,7 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "arguments", "atomic", "device", "feature", "kinds", "names", "ranks", "__init__"},
+    {"errors", "arguments", "atomic", "device", "digest", "feature", "kinds", "names", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning", "exchange"},
@@ -89,6 +89,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.process
 def test_help_does_not_wait_for_torch():
     code = "import sys, featcache.cli; print('torch' in sys.modules, 'zarr' in sys.modules, 'numpy' in sys.modules)"
     assert python(code).split() == ["False"] * 3
@@ -99,6 +100,7 @@ def test_help_does_not_wait_for_torch():
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("vit", [False, True])
 def test_a_finished_store_is_found_without_torchs_compiler(scenes, checkpoint, store, tmp_path, vit):
     """torchvision's import loads it, which is half of a command's start, and so does drawing on the meta device."""
@@ -115,6 +117,7 @@ def test_a_finished_store_is_found_without_torchs_compiler(scenes, checkpoint, s
     assert said[:2] == [before, "False False"]
 
 
+@pytest.mark.process
 def test_torchvision_and_the_compiler_stay_whole():
     """Its operators still find the compiler's function when they run, and everybody else the compiler itself."""
     code = (

@@ -1,7 +1,6 @@
 """From the image source of a record to its pixels."""
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from featcache.datasets.sources import ImageSource, open_source
+from featcache.digest import image_digest
 from featcache.errors import BadInput
 
 # The formats that docs/datasets.md lists. PIL knows others, and hands some of them to other programs, such as
 # Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-# Enough that two images of any dataset share a digest only if they are the same.
-DIGEST_BYTES = 16
 
 
 def open_image(source: ImageSource, reduce: int = 1) -> Image.Image:
@@ -40,7 +38,7 @@ def read_image(source: ImageSource, reduce: int = 1) -> tuple[Image.Image, bytes
         image.load()
         # The file is in memory now, so that reading it again costs little.
         file.seek(0)
-        digest = hashlib.sha256(file.read()).digest()[:DIGEST_BYTES]
+        digest = image_digest(file.read())
         # A conversion would copy an image that is RGB already, which takes a third of the time for large images.
         return image if image.mode == "RGB" else _to_rgb(image), digest
 

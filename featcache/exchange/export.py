@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
-from featcache.probes.identity import complete
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import FILE
+from featcache.probes.scores.metrics import task_of
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
@@ -110,7 +111,7 @@ def _backbone_meta(backbone: Backbone, checkpoint: str | PathLike, preprocessing
         "architecture": backbone.arch,
         "weights_sha256": backbone.weights_sha256,
         "source": Path(checkpoint).name,
-        "loaded": backbone.load_report.replace(str(checkpoint), Path(checkpoint).name),
+        "loaded": backbone.grounds.replace(str(checkpoint), Path(checkpoint).name),
         "preprocessing": preprocessing,
     }
 
@@ -137,7 +138,7 @@ def _export_probe(
         "output": "logits, in the order of classes",
         "classes": summary["classes"],
         # As JSON has it, which knows no tuples.
-        "probe": {"id": probe_id} | json.loads(json.dumps(complete(probe.spec))),
+        "probe": {"id": probe_id} | json.loads(json.dumps(asdict(probe.spec))),
         "probe_sha256": hashlib.sha256(safetensors.torch.save(probe.weights)).hexdigest(),
     }
     if target.suffix == PROGRAM:
@@ -145,7 +146,7 @@ def _export_probe(
         return
     tensors = as_own_network(merged, probe, backbone_tensors, images)
     if tensors is None:
-        head = to_published(probe.spec.head, probe.weights, multi_label="map" in run.metrics)
+        head = to_published(probe.spec.head, probe.weights, multi_label=task_of(run.metrics) == "multi-label")
         tensors = {f"backbone.{name}": tensor for name, tensor in backbone_tensors.items()}
         tensors |= {f"head.{name}": tensor for name, tensor in head.items()}
     write_state_dict(target, tensors, meta)

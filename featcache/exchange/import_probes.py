@@ -22,6 +22,7 @@ from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import Feature, parse_feature
 from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
+from featcache.probes.heads import HEADS
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.losses import LOSSES
@@ -160,8 +161,7 @@ def _read(path: str | PathLike, store: Store, loss: str, offset: float | str | N
     head, weights = from_published(state, len(store.classes), path)
     if offset is None:
         offset = published_offset(head, state, loss, store.task == "multi-label")
-    head = head.model_copy(update={"offset": offset})
-    head = head.model_copy(update={"offset": head.offset_for(len(store.classes))})
+    head = head.model_copy(update={"offset": offset}).resolved(len(store.classes))
     feature = _feature(store, head)
     source = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
     name = "/".join(Path(path).resolve().with_suffix("").parts[-2:])

@@ -163,15 +163,15 @@ def _spec(spec, group, store, views, errors):
     elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
-    offset = 0.0
+    head = spec.head
     try:
-        offset = spec.head.offset_for(len(store.classes))
+        head = head.resolved(len(store.classes))
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
     count = _views(spec, group, store, views, errors)
     if len(errors) > before:
         return None
-    found = replace(spec, head=spec.head.model_copy(update={"offset": offset}), views=count)
+    found = replace(spec, head=head, views=count)
     if found.conflict:
         errors.append(f"{group.path}: {found.conflict}")
         return None

@@ -1,15 +1,11 @@
 """What probes are called in tables and plots: their head and loss, and the other fields in which they differ."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, cast
-
-import yaml
+from typing import Any
 
 from featcache.probes.grids.fields import part_fields
 from featcache.probes.heads import HEADS
-from featcache.probes.heads.head import Head
-from featcache.probes.identity import REGISTRIES, part_from_dict
+from featcache.probes.identity import REGISTRIES
 from featcache.probes.imported import ImportedSolver
 from featcache.probes.runs.run import Run, short_names
 
@@ -20,7 +16,7 @@ Texts = Mapping[str, Callable[[Row], str]]
 
 # Two names that every probe has, whether probes differ in them or not, and the fields that they are made of.
 HEAD, LOSS = "head", "loss"
-NAMED = ("head.type", "loss.type")
+NAMED = ("head.type", "head.layers", "head.hidden", "loss.type")
 
 
 def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
@@ -67,19 +63,14 @@ def training(row: Row, texts: Texts) -> str:
 
 
 def describe_head(row: Row) -> str:
-    """Name a head in a word or two, as `mlp-2 (256)`. row: of scores.csv, or a ProbeSpec.flat()."""
-    return _head_label(tuple((name, str(row[name])) for name in row if name.startswith("head.")))
-
-
-@lru_cache(maxsize=1 << 14)
-def _head_label(fields: tuple[tuple[str, str], ...]) -> str:
-    """Return what a head of these fields, as texts, calls itself; of a kind that is not installed its type."""
-    texts = {name.removeprefix("head."): text for name, text in fields}
-    kind = HEADS.get(texts["type"])
+    """Name a head in a word or two, as `mlp-2 (256)`."""
+    kind = HEADS.get(row["head.type"])
     if kind is None:
-        return texts["type"]
-    content = {name: yaml.safe_load(texts[name]) for name in kind.model_fields if texts.get(name)}
-    return cast(Head, part_from_dict("head", content)).label
+        # The package that brought it is not installed any more.
+        return row["head.type"]
+    return kind.label_of(
+        {field.removeprefix("head."): text for field, text in row.items() if field.startswith("head.")}
+    )
 
 
 def _describe_loss(row: Row) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 
 from featcache.attribution.results import IDENTITY
 from featcache.errors import BadInput, printable, without_middle
-from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
@@ -30,8 +29,7 @@ from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-# Of the first losses, in the order of their registry.
-COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=False))
+COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
 MARKERS = "osD^vP*X"
 # More lines over the learning rate than this are not drawn.
 MOST_LINES = 12

@@ -16,7 +16,7 @@ from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
-from featcache.probes.scores.metrics import metric_kind
+from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
 from featcache.reporting.table import heading, score_rows, scored, seed_texts
@@ -58,7 +58,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         "classes": [
             (run.path.name, len(run.summary["classes"]), plots.class_bars(run, _pictured(run)))
             for run in opened
-            if "map" in run.metrics
+            if task_of(run.metrics) == "multi-label"
         ],
         "reliability": plots.reliability(opened, _pictured),
         "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],

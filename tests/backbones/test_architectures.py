@@ -152,7 +152,9 @@ def test_torchvision_vit_at_another_size(tmp_path):
     source = models.vit_b_32(weights=None, image_size=128)
     nn.init.normal_(source.heads.head.weight, std=0.01)
     backbone = loaded(tmp_path, source.state_dict(), size=96)
-    assert backbone.arch == "vit_b_32" and "positions 4x4 resized to 3x3, bicubic, corners aligned" in backbone.load_report
+    assert (
+        backbone.arch == "vit_b_32" and "positions 4x4 resized to 3x3, bicubic, corners aligned" in backbone.load_report
+    )
     expected = models.vit_b_32(weights=None, image_size=96).eval().to(memory_format=torch.channels_last)
     expected.load_state_dict(interpolate_embeddings(96, 32, source.state_dict()))
     cls, tokens = features_of(backbone, images_of(96), "cls,tokens")

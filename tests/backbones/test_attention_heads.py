@@ -216,7 +216,10 @@ def test_large_networks_by_name():
         with torch.device("meta"):
             tensors = VisionTransformer(embed_dim=width, depth=depth, num_heads=heads).state_dict()
         for asked in (name, f"{name}_heads{heads}", "vit"):
-            assert find_architecture(asked, tensors, {"words": {"base_encoder", "momentum_encoder", "predictor"}}).name == name
+            assert (
+                find_architecture(asked, tensors, {"words": {"base_encoder", "momentum_encoder", "predictor"}}).name
+                == name
+            )
         assert find_architecture(f"{name}_heads8", tensors).name == f"{name}_heads8"
         with pytest.raises(BadInput, match=rf"_heads5: 5 does not divide {width}"):
             find_architecture(f"{name}_heads5", tensors)

@@ -77,6 +77,7 @@ def convert_as_advised(path, place):
     return caught.value.message, place / "out.pth"
 
 
+@pytest.mark.process
 def test_the_advised_conversion_works(tmp_path):
     content = {"state_dict": {"a": torch.ones(1)}, "when": types.SimpleNamespace(x=1), "done": {1, 2}}
     torch.save(content, tmp_path / "in.pth")
@@ -98,6 +99,7 @@ def deep_and_wrapped(network):
     return {"run": {"nets": [torch.nn.DataParallel(network)], "best": 0.5}, "opt": optimizer}, ", under 'run.nets.0'"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("saved", [as_it_is, under_a_name, deep_and_wrapped])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_module_saved_whole_is_named_and_its_conversion_loads(tmp_path, checkpoint, saved, zipped):
@@ -113,6 +115,7 @@ def test_a_module_saved_whole_is_named_and_its_conversion_loads(tmp_path, checkp
     assert load_backbone(converted).weights_sha256 == load_backbone(checkpoint).weights_sha256
 
 
+@pytest.mark.process
 def test_a_module_whose_class_a_script_defines_is_converted_next_to_it(tmp_path):
     script = (
         "import torch\nclass Net(torch.nn.Linear):\n    pass\n"
@@ -243,6 +246,7 @@ def memory_of(path):
     return message, int(grown) / 1024
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("claim", ["storage", "shape"])
 def test_absurd_sizes_are_refused_before_memory_is_spent(tmp_path, zipped, claim):

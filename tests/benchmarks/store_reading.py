@@ -29,6 +29,7 @@ from featcache.store.folder import open_folder
 from featcache.store.manifest import plan
 from featcache.store.reader import open_store
 from featcache.store.records import record_arrays, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import create_store, put_shard
 
 BATCH = 256
@@ -58,7 +59,7 @@ def write_store(path, rows, format):
     for shard in range(manifest.shards("train")):
         first, end = manifest.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
-        put_shard(folder, manifest, "train", shard, ids, {str(FEATURE): rows[first:end]})
+        put_shard(Shard(folder, manifest, "train", shard), ids, {str(FEATURE): rows[first:end]})
     return time.perf_counter() - started
 
 

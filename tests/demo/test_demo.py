@@ -38,6 +38,7 @@ def test_scenes_hold_what_they_say(scenes):
         assert (0 <= x0).all() and (x0 < x1).all() and (x1 <= 320).all() and (0 <= y0).all() and (y1 <= 240).all()
 
 
+@pytest.mark.process
 def test_the_demo_prints_commands_that_work(tmp_path):
     """A tenth of the demo, from another folder; then one printed command by hand."""
     featcache = [sys.executable, "-m", "featcache"]

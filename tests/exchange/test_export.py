@@ -191,6 +191,7 @@ def test_a_linear_probe_becomes_torchvisions_own_network(run, probes, merged, na
     assert meta["classes"] == run.summary["classes"] and meta["probe"]["id"] == probes[name]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["layer3", "before", "bcos"])
 def test_a_program_runs_alone(run, probes, checkpoint, merged, name):
     """On batches of 1, 2 and 5 images."""

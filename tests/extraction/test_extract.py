@@ -80,6 +80,7 @@ def test_another_identity_is_refused_with_the_field(scenes, checkpoint, tmp_path
     assert tree_hash(path) == before
 
 
+@pytest.mark.process
 def test_kill_and_resume_gives_the_same_bytes(scenes, checkpoint, tmp_path):
     words = options(scenes, checkpoint, tmp_path / "s.zarr", workers=1)
     start = [sys.executable, "-c", SMALL_SHARDS, "extract"]
@@ -225,6 +226,7 @@ def test_wrong_options(scenes, checkpoint, tmp_path, command, words):
     assert code == 2 and words[1] in err and "Traceback" not in err
 
 
+@pytest.mark.process
 def test_the_order_of_an_interrupt(scenes, checkpoint, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SMALL_SHARDS, "extract", *options(scenes, checkpoint, tmp_path / "s.zarr")],
@@ -237,6 +239,7 @@ def test_the_order_of_an_interrupt(scenes, checkpoint, tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
 
 
+@pytest.mark.process
 def test_a_full_disk_is_one_clear_line(scenes, checkpoint, tmp_path):
     """RLIMIT_FSIZE stands in for the disk: no file may grow beyond 100 kB."""
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

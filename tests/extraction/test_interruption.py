@@ -16,6 +16,8 @@ import featcache
 from featcache.errors import BadInput
 from featcache.store.verify import verify
 
+pytestmark = pytest.mark.process
+
 
 def markers(path):
     return len(list(path.glob("commits/*/*.json")))

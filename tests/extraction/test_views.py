@@ -158,6 +158,7 @@ def test_a_view_can_be_redrawn_from_its_parameters(viewed, scenes, checkpoint):
     assert np.abs(view["pooled"][:] - expected).max() <= 1e-5
 
 
+@pytest.mark.process
 def test_bytes_depend_on_neither_workers_nor_ranks_nor_kills(viewed, scenes, checkpoint, tmp_path):
     whole = tree_hash(viewed)
     words = view_options(scenes, checkpoint, tmp_path / "s.zarr", workers=2)

@@ -132,10 +132,10 @@ def test_grid_fields():
     (spec,) = parse_grid(group("bcos")).specs
     assert spec.head == ONE and describe_head({f"head.{k}": str(v) for k, v in vars(spec.head).items()}) == "bcos-1"
     assert parse_grid(group({"type": "mlp", "norm": "bnu"})).specs[0].head.norm == "bnu"
-    assert Head("bcos", offset="-ln(C-1)").offset_for(1000) == -math.log(999)
-    assert Head("bcos", offset=0.5).offset_for(1) == 0.5
+    assert Head("bcos", offset="-ln(C-1)").resolved(1000).offset == -math.log(999)
+    assert Head("bcos", offset=0.5).resolved(1).offset == 0.5
     with pytest.raises(BadInput, match="at least two classes"):
-        Head("bcos", offset="-ln(C-1)").offset_for(1)
+        Head("bcos", offset="-ln(C-1)").resolved(1)
 
 
 @pytest.mark.parametrize(

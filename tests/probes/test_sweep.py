@@ -133,6 +133,7 @@ def start(grid, store, run, *more, code=STEP):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("memory", [None, SMALL / 1e9], ids=["in memory", "streamed"])
 def test_killed_anywhere_and_started_again_gives_the_same_bits(store, tmp_path, memory):
     grid = tmp_path / "grid.yaml"
@@ -164,6 +165,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_bits(store, tmp_path, 
     assert not (b.path / "partial").exists()
 
 
+@pytest.mark.process
 def test_two_processes_share_the_blocks(store, tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({"probes": [LINEAR, DEEP, BCOS]}))
@@ -301,6 +303,7 @@ def test_a_run_with_a_search_takes_no_other_probes(store, tmp_path):
     assert featcache.train_probes(grid, store=store, run=tmp_path / "r").scores == first.scores
 
 
+@pytest.mark.process
 def test_probes_that_left_the_grid_are_not_trained_on(store, tmp_path):
     """Killed while their block had a state, and gone from the grid when it goes on."""
     grid = tmp_path / "grid.yaml"

@@ -44,6 +44,7 @@ def test_damage_in_the_source_is_found(tmp_path, command):
         featcache.open_store(tmp_path / "x.hdf5")
 
 
+@pytest.mark.process
 def test_convert_goes_on_after_a_kill(tmp_path):
     write_store(tmp_path / "x.zarr", rows=400, shard_bytes=30)
     featcache.convert(tmp_path / "x.zarr", "hdf5", out=tmp_path / "whole.hdf5")

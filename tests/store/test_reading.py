@@ -126,6 +126,7 @@ def test_orders_differ_and_mix(array):
         next(stored.batches(0))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_workers(array, start):
     stored, rows = array
@@ -135,6 +136,7 @@ def test_loader_workers(array, start):
     assert np.array_equal(pickle.loads(pickle.dumps(stored))[:], rows)
 
 
+@pytest.mark.process
 def test_many_readers_at_once(kind, array):
     code = "import sys, hashlib, featcache; a = featcache.open_store(sys.argv[1])['train']['spatial']; "
     code += "print(hashlib.sha256(a[list(range(len(a)))].tobytes()).hexdigest())"
@@ -157,6 +159,7 @@ def test_no_handle_leaks(kind):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", ["zarr", "hdf5"])
 def test_more_shards_than_handles(tmp_path, suffix):
     features = write_store(tmp_path / f"x.{suffix}", rows=300, chunk_rows=1, shard_bytes=1)["layer4:pooled"]

@@ -112,6 +112,7 @@ def run(words, environment):
     return subprocess.run([*start, *map(str, words)], env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_s3_killed_and_resumed(scenes, checkpoint, tmp_path, server):
     """The same objects as the files of a local store, after a kill in the middle."""
     place = "s3://features/voc.zarr"
@@ -145,6 +146,7 @@ def test_s3_killed_and_resumed(scenes, checkpoint, tmp_path, server):
     assert done.returncode == 0 and (tmp_path / "run/scores.csv").exists(), done.stderr
 
 
+@pytest.mark.process
 def test_s3_that_does_not_answer(scenes, checkpoint, server):
     done = run(["verify", "s3://no-such-bucket-here/x.zarr"], server)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "no-such-bucket-here" in done.stderr

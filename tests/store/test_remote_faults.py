@@ -101,6 +101,7 @@ for row in (1, 22):
 """
 
 
+@pytest.mark.process
 def test_s3(environment, tmp_path):
     """Forked readers, conversion there and back, no bucket, and at last no server: that is no damage to repair."""
     done = python(environment, "-c", FORK_AND_PICKLE)

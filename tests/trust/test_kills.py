@@ -1,6 +1,6 @@
 """kill -9 at random moments of every command that writes, then the same command: the bytes of one that nothing disturbed.
 
-Tests of signals, ranks and full disks: test_interruption.py. Here one process forks a child for each kill, so that
+Tests of signals, ranks and full disks: extraction/test_interruption.py. Here one process forks a child for each kill, so that
 hundreds of them take a minute. Run as a program with tests/support on PYTHONPATH, this file does that: FOLDER SEED ROUNDS JOB ...
 """
 
@@ -23,6 +23,8 @@ import featcache
 from featcache.cli import main
 from featcache.probes.engine import sweep
 from featcache.store import manifest
+
+pytestmark = pytest.mark.process
 
 SEED = 0
 # What one round always does, and how many rounds of all jobs are slow.

@@ -12,6 +12,8 @@ import pytest
 import featcache
 from featcache.errors import LONGEST_LINE, BadInput, one_line
 
+pytestmark = pytest.mark.process
+
 LIMIT = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.{}, ({}, {})); "
 MAIN = "from featcache.cli import main; main()"
 

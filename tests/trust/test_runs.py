@@ -1,5 +1,5 @@
 """Runs: a file of another run, a lost run.json, hostile fields and tables, kills between two writes. What harms one file
-of a run at random is in test_trust_damage.py.
+of a run at random is in test_damage.py.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 """timm's networks that compute something else on tensors of the same names and shapes as one of ours.
 
-They load as ours without an error, so the load report names those with published weights. tests/test_lookalikes.py
+They load as ours without an error, so the load report names those with published weights. tests/backbones/test_lookalikes.py
 compares these tables with timm's networks; timm is not imported to use them.
 """
 

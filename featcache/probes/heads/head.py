@@ -1,7 +1,8 @@
 """What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
 import math
-from typing import Annotated, ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -61,10 +62,15 @@ class Head(Part):
         """Whether it may read the mean of the features over positions in place of the map."""
         return self.commutes or self.averages_features
 
+    @classmethod
+    def label_of(cls, fields: Mapping[str, Any]) -> str:
+        """Return what tables call a head with these fields, as numbers or text: its type, or mlp-2 (256)."""
+        return cls.word()
+
     @property
     def label(self) -> str:
-        """What tables call it, as mlp-2 (256)."""
-        return self.type
+        """What tables call it."""
+        return self.label_of(dict(self))
 
     @property
     def depth(self) -> int:
@@ -106,13 +112,13 @@ class Head(Part):
         """
         return None
 
-    def offset_for(self, classes: int) -> float:
-        """Return the offset as a number. Raises BadInput where -ln(C-1) has none."""
+    def resolved(self, classes: int) -> Self:
+        """Return the head with its offset as a number. Raises BadInput where -ln(C-1) has none."""
         if isinstance(self.offset, float):
-            return self.offset
+            return self
         if classes < 2:
             raise BadInput(f"offset {UNIFORM_OFFSET} needs at least two classes, and the store has {classes}")
-        return -math.log(classes - 1)
+        return self.model_copy(update={"offset": -math.log(classes - 1)})
 
 
 def scaled(logits: Tensor, head: Head) -> Tensor:

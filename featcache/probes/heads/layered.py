@@ -1,7 +1,8 @@
 """Heads that are layers of 1x1 convolutions, one after another: their weights, costs and modules."""
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -59,11 +60,13 @@ class LayeredHead(Head):
         """How many layers it has."""
         return self.layout.layers
 
-    @property
-    def label(self) -> str:
-        """What tables call it: type, number of layers and their width."""
-        width = f" ({self.layout.hidden})" if self.layout.hidden else ""
-        return f"{self.type}-{self.layout.layers}{width}"
+    @classmethod
+    def label_of(cls, fields: Mapping[str, Any]) -> str:
+        """See Head.label_of: type, number of layers, and their width if there is any between."""
+        if "layers" not in cls.model_fields:
+            return cls.word()
+        width = f" ({fields['hidden']})" if int(fields["hidden"]) else ""
+        return f"{cls.word()}-{fields['layers']}{width}"
 
     def first_width(self, classes: int) -> int:
         """See Head.first_width."""

@@ -23,11 +23,6 @@ class Linear(LayeredHead):
         """One layer."""
         return Layout(bias=self.bias)
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return self.type
-
     def in_cache(self, rows: int) -> bool:
         """See Head.in_cache: it reads its weights for every row."""
         return True
