@@ -11,6 +11,7 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from featcache.kinds import Registry
 from featcache.probes.heads import HEADS
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
 from featcache.probes.losses import LOSSES
@@ -21,7 +22,7 @@ from featcache.probes.solvers import SOLVERS
 if TYPE_CHECKING:
     from featcache.probes.spec import ProbeSpec
 
-REGISTRIES = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
+REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
 # Parts that no grid can name.
 IMPORTED = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
 # Stands for the default of the part's own class.
