@@ -13,6 +13,8 @@ def choose_device(name=None, local_rank=0):
 
     local_rank: of this process among those of its machine, each of which gets a GPU of its own.
     """
+    if not isinstance(name, str | int | torch.device | None):
+        raise BadInput(f"--device: expected a name such as cpu or cuda:0, not a {type(name).__qualname__}")
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():

@@ -118,7 +118,8 @@ def extract(
     say(f"backbone: {model.grounds}", err=True)
     say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
     check_decoder(decoder, model.preprocessing)
-    features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
+    if isinstance(features, str | list | tuple | None) and not features:
+        features = "pooled,spatial,cls" if model.class_token else "pooled,spatial"
     wanted = parse_features(features, model.aliases, model.layers)
     views = plan_views(data, views, seed, crop_scale)
     format = choose_format(format, store)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.arguments import FLAG, PATH, takes
+from featcache.arguments import FLAG, NAME, PATH, takes
 from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
 from featcache.probes.features import feature_bytes, input_name, input_shape
@@ -95,7 +95,7 @@ class Plan:
         )
 
 
-@takes(store=PATH, allow_overlap=FLAG)
+@takes(store=PATH, parity=NAME, allow_overlap=FLAG)
 def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_overlap=False):
     """Say what train_probes would do with the same arguments; nothing is written or trained.
 

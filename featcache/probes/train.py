@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import yaml
 
-from featcache.arguments import FLAG, PATH, takes, whole
+from featcache.arguments import FLAG, NAME, PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
@@ -30,7 +30,7 @@ from featcache.store.reader import open_store
 GRID = "grid.yaml"
 
 
-@takes(store=PATH, run=PATH, seed=whole(), allow_overlap=FLAG)
+@takes(store=PATH, run=PATH, seed=whole(), parity=NAME, allow_overlap=FLAG)
 def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, memory=None, allow_overlap=False):
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
