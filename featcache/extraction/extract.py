@@ -218,7 +218,7 @@ def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
         trunk = fold_batch_norm(job.model.trunk, layers_of(map(feature_of, manifest.features)))
-        # Of a store that was begun so there is always something to fold.
+        # The store was begun with the same backbone, so that there is something to fold again.
         job.model.trunk = trunk if trunk is not None else job.model.trunk
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"

@@ -119,20 +119,20 @@ def _cast(
     """
     cast = values.to(dtype)
     fine = torch.isfinite(cast).flatten(1).all(1)
-    kind = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     if not fine.all():
         at = int((~fine).nonzero()[0])
         peak = float(values[at].abs().max())
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
         if peak < float("inf"):
-            raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
+            raise BadInput(f"{where}: value {peak:.4g} is beyond {dtype_name}; extract with --dtype float32")
         lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
         raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
     # A map whose values are all below float16's smallest normal number would lose its digits silently.
     peak = float(values.abs().max())
     if 0 < peak < torch.finfo(dtype).tiny:
         raise BadInput(
-            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for {kind}; "
-            "extract with --dtype float32"
+            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for "
+            f"{dtype_name}; extract with --dtype float32"
         )
     return cast.cpu()

@@ -44,8 +44,8 @@ def open_source(
     ids: the ids_sha256 that the marker of each shard must have; None leaves it unchecked.
     checked: remembers what is known to fit its checksum.
     """
-    kind = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
-    return kind(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
+    source = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
+    return source(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
 
 
 def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
