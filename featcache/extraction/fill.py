@@ -1,6 +1,5 @@
 """Computing features and writing them to a store, shard by shard."""
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,7 @@ def fill(job: Job, manifest: Manifest, todo: Sequence[Shard], images: Images, ra
     rows: _Rows | None = None
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer, progress:
-        for pixels, digests in image_batches(images, batches, _workers(job, ranks), pin_memory=on_gpu):
+        for pixels, digests in image_batches(images, batches, job.settings.workers, pin_memory=on_gpu):
             if rows is None:
                 rows = _Rows(drawn.popleft(), job, images)
             with running(job.settings.precision, job.device):
@@ -59,13 +58,6 @@ def _batches(shards: Iterator[Shard], drawn: deque[Shard], size: int) -> Iterato
         first, end = shard.rows
         for start in range(first, end, size):
             yield [(shard.split, row) for row in range(start, min(start + size, end))]
-
-
-def _workers(job: Job, ranks: Alone) -> int:
-    """Return how many processes decode images: by default half of this process's share of the cores, at most 8."""
-    if job.settings.workers is not None:
-        return job.settings.workers
-    return max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
 
 
 class _Rows:
