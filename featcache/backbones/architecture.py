@@ -42,7 +42,7 @@ class Hints(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Checkpoint:
     """Where a network's weights are from: a checkpoint, its encoder, and the network that they were loaded into."""
 
     path: str | PathLike[str]
@@ -63,9 +63,9 @@ class Architecture:
     size (pixels), short_side (of the whole image before the centre crop; None is size * 256 / 224), resize ("crop", or
     "squash" where nothing is cut off), mean, std, interpolation and bgr are the transform of the weights, see
     Preprocessing. origins: {one of these fields: where its value is from, or what about it is a guess}, for people.
-    inverse: the input is B-cos's six channels [x, 1 - x]. customs(architecture, source) returns what a checkpoint's
+    inverse: the input is B-cos's six channels [x, 1 - x]. customs(architecture, checkpoint) returns what a checkpoint's
     layout tells of the input beyond the tensors, by the customs of the package that writes it: (fields, origins). The
-    source is None for random weights.
+    checkpoint is None for random weights.
 
     heads: attention heads, where tensors do not tell. tokens: how layers that yield tokens are laid out. nhwc: whatever
     is not a convolution's output is [B, H, W, C], as in Swin. infer(tensors, hints) returns the Architecture with what
@@ -91,7 +91,7 @@ class Architecture:
     bgr: bool = False
     origins: dict[str, str] = field(default_factory=dict)
     inverse: bool = False
-    customs: "Callable[[Architecture, Source | None], tuple[Fields, Origins]] | None" = None
+    customs: "Callable[[Architecture, Checkpoint | None], tuple[Fields, Origins]] | None" = None
     tokens: Tokens | None = None
     heads: int | None = None
     nhwc: bool = False

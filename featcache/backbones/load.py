@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Hints, Source
+from featcache.backbones.architecture import Architecture, Checkpoint, Hints
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.checkpoints.encoder import Encoder, dotted, find_encoder, grouped
 from featcache.backbones.checkpoints.files import read_checkpoint
@@ -86,7 +86,7 @@ def _load(
         network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
     )
     report = _report(path, encoder, architecture, loaded, asked is not None)
-    return with_input(architecture, Source(path, encoder, network), content), network, report
+    return with_input(architecture, Checkpoint(path, encoder, network), content), network, report
 
 
 def _likely(content: Any, path: str | PathLike[str], weights_key: str | None) -> str:

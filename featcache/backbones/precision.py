@@ -47,28 +47,28 @@ def running(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def measure(
-    model: Backbone, images: torch.Tensor, features: Sequence[Feature], precision: str
+    backbone: Backbone, images: torch.Tensor, features: Sequence[Feature], precision: str
 ) -> dict[str, bool | float]:
     """Compare a precision with float32 on a batch, and see whether batch norms can be folded.
 
-    images: normalised float32 [B, C, H, W], on the model's device. Returns {"folded": whether folding leaves every
+    images: normalised float32 [B, C, H, W], on the backbone's device. Returns {"folded": whether folding leaves every
     feature in float32 within FOLDED_WITHIN of its largest value, "cosine": to float32, the minimum over features and
     images}, both plain JSON. Raises BadInput if a value overflows.
     """
     with running("float32", images.device):
-        exact = model(images, features)
-    plain, folded = model.trunk, fold_batch_norm(model.trunk, layers_of(features))
+        exact = backbone(images, features)
+    plain, folded = backbone.trunk, fold_batch_norm(backbone.trunk, layers_of(features))
     try:
         if folded is not None:
-            model.trunk = folded
+            backbone.trunk = folded
             with running("float32", images.device):
-                near = model(images, features)
+                near = backbone(images, features)
             if any((near[k] - exact[k]).abs().max() > FOLDED_WITHIN * exact[k].abs().max() for k in exact):
-                folded, model.trunk = None, plain
+                folded, backbone.trunk = None, plain
         with running(precision, images.device):
-            values = model(images, features)
+            values = backbone(images, features)
     finally:
-        model.trunk = plain
+        backbone.trunk = plain
     for name in values:
         if exact[name].isfinite().all() and not values[name].isfinite().all():
             raise BadInput(f"--precision {precision}: feature {name} overflows; use bf16 or float32")

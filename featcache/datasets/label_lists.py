@@ -12,8 +12,11 @@ from featcache.errors import BadInput, shown
 # In this order; None is white space.
 SEPARATORS: dict[str, str | None] = {"semicolon": ";", "comma": ",", "bar": "|", "space": None}
 
+# Names the position of an image in messages.
+Where = Callable[[int], str]
 
-def split_texts(values: Sequence[Any], rule: str, where: Callable[[int], str]) -> tuple[Sequence[Any], str | None]:
+
+def split_texts(values: Sequence[Any], rule: str, where: Where) -> tuple[Sequence[Any], str | None]:
     """Turn labels written as text into lists where they are lists; return (values, note).
 
     values: for each image text, or anything else, which stays what it is. rule: "label" (one class
@@ -50,7 +53,7 @@ def _in_brackets(text: str) -> bool:
     return text.startswith("[") and text.endswith("]")
 
 
-def _read_list(text: str, where: Callable[[int], str], n: int) -> list[Any]:
+def _read_list(text: str, where: Where, n: int) -> list[Any]:
     """Read a list as JSON writes it, or as Python does, which pandas puts into a CSV. Raises BadInput."""
     if not _in_brackets(text):
         return [text]

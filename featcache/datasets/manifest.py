@@ -3,13 +3,13 @@
 import csv
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featcache.datasets.label_lists import SEPARATORS
+from featcache.datasets.label_lists import SEPARATORS, Where
 from featcache.datasets.labels import group_splits, index_labels
 from featcache.datasets.layout import parse_json, read_flag
 from featcache.datasets.record import Dataset, Record
@@ -22,9 +22,6 @@ LABELS = {"label": "label", "labels": "labels", "label:one": "one"} | {f"labels:
 COLUMNS = ("path", "split", "id", "boxes")
 HELP = "columns: path, then label, or labels (names with ; between), or a 0/1 column for each class; split, id, boxes"
 ADVICE = f"if that is wrong, call the column {', '.join(list(LABELS)[2:-1])} or {list(LABELS)[-1]}"
-
-
-Where = Callable[[int], str]
 
 
 def read_manifest_file(path: Path, splits: Sequence[str] | None = None) -> Dataset:

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class VocObject:
     """One <object> of an annotation. corners: xmin, ymin, xmax, ymax as VOC counts pixels."""
 
     name: str
@@ -171,7 +171,7 @@ def _parse(path: Path) -> ElementTree.Element:
         raise BadInput(f"cannot read annotation {path}: {error}") from None
 
 
-def _read_annotation(home: Path, image_id: str) -> tuple[tuple[int, int], list[Box]]:
+def _read_annotation(home: Path, image_id: str) -> tuple[tuple[int, int], list[VocObject]]:
     """Return ((height, width), boxes) of one image."""
     path = home / "Annotations" / f"{image_id}.xml"
     root = _parse(path)
@@ -193,7 +193,7 @@ def _read_annotation(home: Path, image_id: str) -> tuple[tuple[int, int], list[B
         if not (corners[0] <= corners[2] and corners[1] <= corners[3]):
             raise BadInput(f"annotation {path}: box of {shown(name)} has xmax < xmin or ymax < ymin")
         difficult = field(item, "difficult", read_flag, "0, 1, true, false or Unspecified", of)
-        boxes.append(Box(name, difficult, corners))
+        boxes.append(VocObject(name, difficult, corners))
     return (height, width), boxes
 
 
@@ -231,7 +231,7 @@ def _classes_from_data(home: Path) -> tuple[str, ...]:
 
 
 def _record(
-    home: Path, image_id: str, annotation: tuple[tuple[int, int], list[Box]], classes: tuple[str, ...], segmented: bool
+    home: Path, image_id: str, annotation: tuple[tuple[int, int], list[VocObject]], classes: tuple[str, ...], segmented: bool
 ) -> Record:
     size, objects = annotation
     labels = np.zeros(len(classes), dtype=np.int8)

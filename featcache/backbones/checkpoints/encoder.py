@@ -40,7 +40,6 @@ METHODS = (
 )
 
 Tensors = dict[str, torch.Tensor]
-Path = str | PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,7 @@ def find_encoder(
     content: Any,
     signatures: Sequence[str],
     is_network: Callable[[Tensors], bool],
-    path: Path,
+    path: str | PathLike[str],
     weights_key: str | None = None,
     arch: str | None = None,
 ) -> Encoder:
@@ -107,7 +106,7 @@ def dotted(prefix: str) -> str:
     return f"{prefix}." if prefix else ""
 
 
-def _flat(content: Any, path: Path) -> Tensors:
+def _flat(content: Any, path: str | PathLike[str]) -> Tensors:
     try:
         flat = dict(_tensors(content, ()))
     except RecursionError:
@@ -128,7 +127,7 @@ def _tensors(item: Any, parts: tuple[str, ...]) -> Iterator[tuple[str, torch.Ten
                 yield from _tensors(value, (*parts, key))
 
 
-def _no_encoder(path: Path, keys: list[str], signatures: Sequence[str], arch: str | None) -> BadInput:
+def _no_encoder(path: str | PathLike[str], keys: list[str], signatures: Sequence[str], arch: str | None) -> BadInput:
     if arch is not None:
         return BadInput(
             f"checkpoint {path} does not fit {arch}: no key ends in {signatures[0]!r}, as the architecture's do "
@@ -155,7 +154,7 @@ def _prefixes(flat: Tensors, signatures: Sequence[str]) -> list[str]:
     ]
 
 
-def _with_key(prefixes: list[str], weights_key: str, path: Path) -> list[str]:
+def _with_key(prefixes: list[str], weights_key: str, path: str | PathLike[str]) -> list[str]:
     choices = [prefix for prefix in prefixes if _holds(prefix, weights_key)]
     if not choices:
         words = dict.fromkeys(word for prefix in prefixes for word in prefix.split("."))

@@ -1,11 +1,12 @@
 """Loading a checkpoint's tensors into a network: every tensor that features need must be there and fit."""
 
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from torch import nn
 
-from featcache.backbones.checkpoints.encoder import Path, Tensors, few
+from featcache.backbones.checkpoints.encoder import Tensors, few
 from featcache.errors import BadInput
 
 # Beginnings of names of what is trained beside a backbone, under the same prefix. Any other tensor that the network
@@ -33,7 +34,9 @@ class Loaded:
     absent: tuple[str, ...]
 
 
-def load_strictly(network: nn.Module, tensors: Tensors, classifier: tuple[str, ...], path: Path, arch: str) -> Loaded:
+def load_strictly(
+    network: nn.Module, tensors: Tensors, classifier: tuple[str, ...], path: str | PathLike[str], arch: str
+) -> Loaded:
     """Load tensors into a network; all that features need must be there and fit.
 
     classifier: prefixes of the keys that features do not need. These are left out, and so are parts of training that
@@ -54,7 +57,7 @@ def load_strictly(network: nn.Module, tensors: Tensors, classifier: tuple[str, .
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
-    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
+    odd = {k: f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])}
     not_finite = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
     problems = [
         f"{name}: {few(keys)}"
@@ -62,7 +65,7 @@ def load_strictly(network: nn.Module, tensors: Tensors, classifier: tuple[str, .
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
-            ("not plain numbers of 16 bits or more", odd),
+            ("not plain numbers of 16 bits or more", list(odd.values())),
             ("not finite", not_finite),
         )
         if keys

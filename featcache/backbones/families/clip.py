@@ -19,7 +19,8 @@ from featcache.backbones.architecture import Architecture, Fields, Hints, Tokens
 from featcache.backbones.checkpoints.encoder import Tensors
 from featcache.backbones.families.attention_heads import choose_heads, usual_heads
 from featcache.backbones.families.positions import fit_positions
-from featcache.backbones.families.vit_input import CLIP, clip_origins
+from featcache.backbones.families.usual_inputs import CLIP
+from featcache.backbones.families.vit_input import clip_origins
 
 INPUT: Fields = CLIP | {"interpolation": "bicubic"}
 # Width, blocks of each stage, input size, width of the embedding.

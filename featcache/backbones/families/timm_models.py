@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.architecture import Architecture, Fields, Origins, Source, last_blocks, with_forward
+from featcache.backbones.architecture import Architecture, Checkpoint, Fields, Origins, last_blocks, with_forward
 from featcache.backbones.families.vit_input import is_open_clips, open_clip
 from featcache.backbones.input.stated import timm_input
 from featcache.backbones.outputs import find_last, outputs, tokens_of
@@ -51,9 +51,9 @@ def timm_architecture(name: str) -> Architecture:
     return _with_layers(architecture, _trunk(network).eval())
 
 
-def _customs(architecture: Architecture, source: Source | None) -> tuple[Fields, Origins]:
-    if source is not None and is_open_clips(architecture, source.encoder.prefix.split(".")):
-        return open_clip(architecture, source.encoder.tensors)
+def _customs(architecture: Architecture, checkpoint: Checkpoint | None) -> tuple[Fields, Origins]:
+    if checkpoint is not None and is_open_clips(architecture, checkpoint.encoder.prefix.split(".")):
+        return open_clip(architecture, checkpoint.encoder.tensors)
     return {}, {}
 
 

@@ -4,9 +4,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featcache.backbones.architecture import Architecture, Fields, Origins, Source
+from featcache.backbones.architecture import Architecture, Checkpoint, Fields, Origins
 from featcache.backbones.families.torchvision_import import models
-from featcache.backbones.families.vit_input import CUSTOM
+from featcache.backbones.families.usual_inputs import SHORT_SIDE_256
 
 
 def input_of(name: str, size: int | None = None) -> Fields:
@@ -19,20 +19,20 @@ def input_of(name: str, size: int | None = None) -> Fields:
     return next(iter(_weight_sets(name, size).values()), resized)
 
 
-def customs(model: str, architecture: Architecture, source: Source | None) -> tuple[Fields, Origins]:
+def customs(model: str, architecture: Architecture, checkpoint: Checkpoint | None) -> tuple[Fields, Origins]:
     """Return the input of weights in the layout of a torchvision model: (fields of Architecture, where each is from).
 
     A self-supervised method in this layout evaluates with a short side of 256 for a crop of 224, DINO bicubically.
     Random weights have the same short side, since no public weights are theirs.
     """
-    if source is None:
+    if checkpoint is None:
         return {"short_side": None}, {}
-    encoder = source.encoder
+    encoder = checkpoint.encoder
     if encoder.method:
         bicubic = {"interpolation": "bicubic"} if "teacher" in encoder.prefix.split(".") else {}
-        return {"short_side": None} | bicubic, {"short_side": CUSTOM}
-    published = not encoder.prefix and model == architecture.name and _has_classifier(architecture, source)
-    return _checkpoint_input(model, architecture.size if architecture.infer else None, published, source.path)
+        return {"short_side": None} | bicubic, {"short_side": SHORT_SIDE_256}
+    published = not encoder.prefix and model == architecture.name and _has_classifier(architecture, checkpoint)
+    return _checkpoint_input(model, architecture.size if architecture.infer else None, published, checkpoint.path)
 
 
 def _checkpoint_input(
@@ -62,9 +62,9 @@ def _checkpoint_input(
     return fields, dict.fromkeys(differing, f"torchvision's {chosen} assumed ({'; '.join(alternatives)})")
 
 
-def _has_classifier(architecture: Architecture, source: Source) -> bool:
+def _has_classifier(architecture: Architecture, checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint holds the network's own classifier, with as many classes."""
-    tensors, network = source.encoder.tensors, source.network
+    tensors, network = checkpoint.encoder.tensors, checkpoint.network
     own = {k: v.shape for k, v in network.state_dict().items() if k.startswith(architecture.classifier)}
     return all(k in tensors and tensors[k].shape == shape for k, shape in own.items())
 

@@ -90,7 +90,7 @@ def infer(tensors: Tensors, hints: Hints) -> Architecture | None:
     patch = tensors["patch_embed.proj.weight"].shape[-1]
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = sum(key in tensors for key in ("cls_token", "dist_token")) + registers
-    bare = math.isqrt(length) ** 2 == length
+    bare = math.isqrt(length) ** 2 == length  # Only patches have positions.
     side = math.isqrt(length if bare else length - prefix)
     if side * side + (0 if bare else prefix) != length:
         return None

@@ -2,18 +2,10 @@
 
 import math
 
-from featcache.backbones.architecture import Architecture, Fields, Origins, Source
+from featcache.backbones.architecture import Architecture, Checkpoint, Fields, Origins
 from featcache.backbones.checkpoints.encoder import Tensors
+from featcache.backbones.families.usual_inputs import CLIP, HALF, IMAGENET, PLAIN, SHORT_SIDE_256
 
-IMAGENET: Fields = {"mean": Architecture.mean, "std": Architecture.std}
-CLIP: Fields = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
-# TensorFlow's Inception has this one, and Google's networks after it.
-HALF: Fields = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-PLAIN: Fields = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-CUSTOM = "a guess: 256 for a crop of 224, as DINO, MAE and most self-supervised methods evaluate"
 # Numbers of classes of ImageNet-21k and -12k, on which timm's ViTs were trained with HALF; 11221 is MIIL's.
 HALF_CLASSES = (21843, 21841, 11821)
 
@@ -26,7 +18,7 @@ def vit_input(tensors: Tensors, size: int) -> Fields:
     mean, crop_pct, guess = _family(tensors, size)
     origins = dict.fromkeys(("mean", "std"), guess) if guess else {}
     if crop_pct is None:
-        return mean | {"origins": origins | {"short_side": CUSTOM}}
+        return mean | {"origins": origins | {"short_side": SHORT_SIDE_256}}
     short = "the size itself" if crop_pct == 1 else f"size / {crop_pct:g}"
     origins["short_side"] = f"a guess: {short}, as timm and OpenCLIP have it for most of these"
     return mean | {"size": size, "short_side": math.floor(size / crop_pct), "origins": origins}
@@ -41,11 +33,11 @@ def clip_origins(width: int, patch: int) -> dict[str, str]:
     return {}
 
 
-def customs(architecture: Architecture, source: Source | None) -> tuple[Fields, Origins]:
+def customs(architecture: Architecture, checkpoint: Checkpoint | None) -> tuple[Fields, Origins]:
     """Return what the layout of a ViT's checkpoint tells of its input: (fields of Architecture, where each is from)."""
-    if source is None:
+    if checkpoint is None:
         return {}, {}
-    encoder = source.encoder
+    encoder = checkpoint.encoder
     words = encoder.prefix.split(".")
     if is_open_clips(architecture, words):
         return open_clip(architecture, encoder.tensors)
@@ -55,7 +47,7 @@ def customs(architecture: Architecture, source: Source | None) -> tuple[Fields, 
     if encoder.method:
         # How the methods themselves evaluate; among these ViTs only MoCo v3's is not bicubic.
         bilinear = {"interpolation": "bilinear"} if "base_encoder" in words else {}
-        return IMAGENET | {"short_side": None} | bilinear, {"mean": None, "std": None, "short_side": CUSTOM}
+        return IMAGENET | {"short_side": None} | bilinear, {"mean": None, "std": None, "short_side": SHORT_SIDE_256}
     return {}, {}
 
 

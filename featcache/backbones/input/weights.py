@@ -3,17 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-from featcache.backbones.architecture import Architecture, Fields, Origins, Source
+from featcache.backbones.architecture import Architecture, Checkpoint, Fields, Origins
 from featcache.backbones.input.stated import stated_input
 
 
-def with_input(architecture: Architecture, source: Source, content: Any) -> Architecture:
+def with_input(architecture: Architecture, checkpoint: Checkpoint, content: Any) -> Architecture:
     """Return the Architecture with the input of a checkpoint, and in `origins` where each of its fields is from.
 
     content: of the checkpoint, as read_checkpoint returns it.
     """
-    fields, origins = _customs(architecture, source)
-    stated, stated_origins, notices = stated_input(source.path, content)
+    fields, origins = _customs(architecture, checkpoint)
+    stated, stated_origins, notices = stated_input(checkpoint.path, content)
     if architecture.inverse:
         for field in ("mean", "std", "bgr"):
             stated.pop(field, None), stated_origins.pop(field, None)
@@ -30,5 +30,5 @@ def without_weights(architecture: Architecture) -> Architecture:
     return replace(architecture, **_customs(architecture, None)[0])
 
 
-def _customs(architecture: Architecture, source: Source | None) -> tuple[Fields, Origins]:
-    return architecture.customs(architecture, source) if architecture.customs else ({}, {})
+def _customs(architecture: Architecture, checkpoint: Checkpoint | None) -> tuple[Fields, Origins]:
+    return architecture.customs(architecture, checkpoint) if architecture.customs else ({}, {})
