@@ -81,7 +81,7 @@ def _identity(settings: Settings, data: Dataset, model: Backbone, features: tupl
         "dtype": dtype,
         "precision": settings.precision,
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
-        # The usual one is not named, so that stores from before there was a choice keep their ids.
+        # The default is left out, so that stores from before there was a choice keep their ids.
         **({"decoder": DECODERS[settings.decoder]} if settings.decoder != "exact" else {}),
     }
 

@@ -407,3 +407,9 @@ def test_attribution_decodes_as_the_store_was_decoded(scenes, checkpoint, tmp_pa
         draft = load_input(record, Preprocessing(SIZE, (0,) * 3, (1,) * 3), "pillow-draft").permute(1, 2, 0)
         assert np.array_equal(kept["images"][0], draft.numpy())
         assert not np.array_equal(kept["images"][0], np.asarray(Image.open(record.image).resize((SIZE, SIZE), 2)))
+
+
+@pytest.mark.parametrize("scale", [[0.5], [0.2, 0.5, 1]])
+def test_a_crop_scale_is_two_numbers(scenes, checkpoint, tmp_path, scale):
+    with pytest.raises(BadInput, match="expected two numbers"):
+        featcache.extract(checkpoint, "voc", root=scenes, size=64, store=tmp_path / "s", views=1, crop_scale=scale)
