@@ -73,6 +73,7 @@ CHECKPOINT = Expected(
 )
 NAME = Expected("a name", _is_name)
 NAMES = Expected("a list of names", lambda value: _is_list(value, _is_name))
+FLAG = Expected("True or False", lambda value: value is None or isinstance(value, bool))
 NUMBERS = Expected("numbers", _are_numbers)
 
 

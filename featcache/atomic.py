@@ -37,6 +37,8 @@ def replacing(path: str | os.PathLike[str], tag: str = "") -> Iterator[BinaryIO]
     error the partial file is removed and `path` is as it was. tag: distinguishes writers of the same path.
     """
     path = Path(path)
+    if not path.name:
+        raise BadInput(f"{str(path)!r} is a folder; give the path of the file to write")
     partial = path.with_name(path.name + tag + PARTIAL)
     try:
         with open(partial, "w+b") as file:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from featcache.errors import BadInput
+from featcache.errors import BadInput, shown
 
 
 def choose_device(name: str | torch.device | None = None, local_rank: int = 0) -> torch.device:
@@ -24,7 +24,9 @@ def choose_device(name: str | torch.device | None = None, local_rank: int = 0) -
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         # torch explains at length; its first sentence says what is wrong.
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise BadInput(f"--device {name}: cannot be used here ({reason})") from None
+        raise BadInput(
+            f"--device {name if isinstance(name, str) else shown(name)}: cannot be used here ({reason})"
+        ) from None
     if device.type == "cuda":
         # Calls that name no device, such as those for pinned memory, would otherwise make every process claim some
         # memory of the first GPU.

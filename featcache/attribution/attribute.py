@@ -40,7 +40,7 @@ class Explained:
 
 @multiplying("float32")
 @takes(
-    store=PATH, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
+    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES,
 )  # fmt: skip
 def attribute(
@@ -64,7 +64,7 @@ def attribute(
     """Explain every class that has a box which is not difficult, and score the maps.
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
-    (see featcache.probes.run.select), and without a rule the best of each loss by the run's own metric, or
+    (see featcache.probes.runs.run.select), and without a rule the best of each loss by the run's own metric, or
     all where nothing was chosen. methods, scores: names of METHODS and LOCALISATION_SCORES (docs/attribution.md);
     some methods run the backbone, and need backbone, dataset and root. split: of the store, by default the one that
     the run is scored on. limit: only the first images of the split that have such a class. examples: number of

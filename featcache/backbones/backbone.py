@@ -118,6 +118,7 @@ def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        # A name need not be text that can be written; the one of a network in memory is any string.
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode(errors="surrogatepass"))
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

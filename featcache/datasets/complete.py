@@ -135,7 +135,7 @@ def file_length(path: str | os.PathLike[str]) -> int:
     except FileNotFoundError:
         raise BadInput(f"image not found: {path}") from None
     except OSError as error:
-        raise BadInput(f"image {shown(path)} cannot be read: {error.strerror}") from None
+        raise BadInput(f"image {path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"image {path} is not a file")
     return status.st_size

@@ -79,7 +79,9 @@ def _load(root: Path) -> Any:
         return datasets.load_from_disk(str(root))
     # Arrow, JSON and the library itself each raise their own errors.
     except Exception as error:
-        raise BadInput(f"cannot read the Hugging Face dataset {root}: {error}") from None
+        # The first sentence says what is wrong; lists of all that would be right follow.
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise BadInput(f"cannot read the Hugging Face dataset {root}: {reason}") from None
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from featcache.datasets.label_lists import Where, split_texts
 from featcache.datasets.layout import known_splits, whole_number
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, shown
-from featcache.names import split_name
+from featcache.names import is_text, split_name
 
 # No dataset has more classes; a larger index is another number, such as an id.
 MOST_CLASSES = 1_000_000
@@ -35,6 +35,9 @@ def index_labels(
     lines for the end of the notice. The labels returned are ints, or int8 [C].
     Raises BadInput for labels of mixed kinds and for one that is out of range.
     """
+    for name in names or ():
+        if not is_text(name):
+            raise BadInput(f"{place}: a class has the name {shown(name)}, which is not text that can be written")
     values, note = split_texts(values, rule, where)
     several = bool(values) and isinstance(values[0], (list, tuple))
     for n, value in enumerate(values):
@@ -91,7 +94,7 @@ def group_splits(
 def _plain(label: Any, where: Where, n: int) -> int | str:
     if isinstance(label, numbers.Integral) and not isinstance(label, bool):
         return int(label)
-    if isinstance(label, str) and label.strip():
+    if is_text(label):
         number = whole_number(label)
         return label.strip() if number is None else number
     raise BadInput(f"{where(n)}: label {shown(label)} is neither a class index nor a name")

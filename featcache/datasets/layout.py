@@ -187,9 +187,10 @@ def read_entries(
                 value = entry.get(field) if isinstance(entry, dict) else None
                 if not isinstance(value, kind) or isinstance(value, bool) or value == "":
                     raise BadInput(f"annotation {path}: {key} entry {n} lacks {field!r}, or it is no {kind.__name__}")
-            if "id" in needed and entry["id"] in seen:
-                raise BadInput(f"annotation {path}: {key} id {shown(entry['id'])} comes twice")
-            seen.add(entry.get("id"))
+            if "id" in needed:
+                if entry["id"] in seen:
+                    raise BadInput(f"annotation {path}: {key} id {shown(entry['id'])} comes twice")
+                seen.add(entry["id"])
     return {key: parsed[key] for key in fields}
 
 

@@ -27,7 +27,7 @@ def read_places205(root: Path, splits: Sequence[str] | None = None) -> Dataset:
     """Read Places205 as single-label records. Class names are the images' folders, such as `a/abbey`.
 
     The id of a record is the image's path in the list. Raises BadInput for a list in which one label
-    has two folders.
+    has two folders, or one folder two labels.
     """
     require_folder(root)
     chosen = known_splits(splits, SPLITS, "places205")
@@ -36,6 +36,7 @@ def read_places205(root: Path, splits: Sequence[str] | None = None) -> Dataset:
         if lists[split] is None:
             raise wrong_layout(root, f"no list of the split {split} in {root}", TREE)
     names: dict[int, str] = {}
+    labels: dict[str, int] = {}
     rows: dict[str, list[tuple[int, str, int]]] = {}
     for split, path in lists.items():
         rows[split] = []
@@ -45,6 +46,10 @@ def read_places205(root: Path, splits: Sequence[str] | None = None) -> Dataset:
                 raise BadInput(f"{path} line {number}: {image} needs a label from 0 to {CLASSES - 1}")
             if names.setdefault(label, name) != name:
                 raise BadInput(f"{path} line {number}: {image} has the label {label} of {names[label]}")
+            if labels.setdefault(name, label) != label:
+                raise BadInput(
+                    f"{path} line {number}: {image} has the label {label}, others of {name} have {labels[name]}"
+                )
             rows[split].append((number, image, label))
     classes = tuple(names.get(label, str(label)) for label in range(max(names) + 1))
     return Dataset(
@@ -65,7 +70,7 @@ def _list_of(root: Path, split: str) -> Path | None:
 def _records(root: Path, split: str, listed: Sequence[tuple[int, str, int]]) -> tuple[Record, ...]:
     folders = ("data/vision/torralba/deeplearning/images256", "images256", split, ".")
     first = listed[0][1]
-    home = next((root / folder for folder in folders if (root / folder / first).is_file()), None)
+    home = next((root / folder for folder in folders if os.path.isfile(root / folder / first)), None)
     if home is None:
         raise wrong_layout(root, f"image not found: {first} anywhere in {root}", TREE)
     return tuple(Record(id=image, image=os.path.join(home, image), labels=label) for _, image, label in listed)

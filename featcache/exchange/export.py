@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
+from featcache.probes.identity import complete
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import FILE
@@ -97,7 +97,7 @@ def _export_backbone(checkpoint: str | PathLike, target: Path, arch: str | None,
         click.echo(f"note: load {target} with --arch {architecture.name}; its tensors alone do not say so", err=True)
 
 
-def _recognised(tensors: Mapping[str, torch.Tensor], path: Path) -> str | None:
+def _recognised(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
     """Return the architecture that these tensors are taken for, or None if it cannot be told."""
     try:
         return recognise(tensors, path).name
@@ -138,7 +138,7 @@ def _export_probe(
         "output": "logits, in the order of classes",
         "classes": summary["classes"],
         # As JSON has it, which knows no tuples.
-        "probe": {"id": probe_id} | json.loads(json.dumps(asdict(probe.spec))),
+        "probe": {"id": probe_id} | json.loads(json.dumps(complete(probe.spec))),
         "probe_sha256": hashlib.sha256(safetensors.torch.save(probe.weights)).hexdigest(),
     }
     if target.suffix == PROGRAM:

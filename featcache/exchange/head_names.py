@@ -15,11 +15,14 @@ import torch
 from featcache.errors import BadInput
 from featcache.probes.heads.bcos import Bcos
 from featcache.probes.heads.head import UNIFORM_OFFSET, Head
+from featcache.probes.heads.layered import LayeredHead, Layout
 from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 
 NAME = re.compile(r"(fc|bn)(\d*)\.(linear\.)?(weight|bias|running_mean|running_var|num_batches_tracked)")
 B = 2.0
+# The heads that How-to-Probe has.
+PublishedHead = Linear | Mlp | Bcos
 State = Mapping[str, torch.Tensor]
 T = TypeVar("T")
 
@@ -31,7 +34,7 @@ def published_layer(head: Head, layer: str, multi_label: bool) -> str:
     return f"{layer}.linear" if isinstance(head, Bcos) else layer
 
 
-def published_offset(head: Head, state: State, loss: str, multi_label: bool) -> float | str:
+def published_offset(head: PublishedHead, state: State, loss: str, multi_label: bool) -> float | str:
     """Return the logit offset of How-to-Probe's head of this form, which no tensor holds.
 
     It is -ln(C-1) for the B-cos heads of single-label data and for its MLPs without bias trained with BCE, and 0 for
@@ -42,34 +45,37 @@ def published_offset(head: Head, state: State, loss: str, multi_label: bool) -> 
     return UNIFORM_OFFSET if isinstance(head, Bcos) or (not head.bias and loss == "bce") else 0.0
 
 
-def _published_head(layers: int, hidden: int, norm: str, bias: bool, bcos: bool, max_out: int) -> Head:
-    """Return the Head that How-to-Probe's layers are, its offset still 0."""
+def _published_head(layers: int, hidden: int, norm: Any, bias: bool, bcos: bool, max_out: int) -> PublishedHead:
+    """Return the head that How-to-Probe's layers are, its offset still 0."""
     if bcos:
         return Bcos(layers=layers, hidden=hidden, norm=norm, b=B, max_out=max_out)
     return Mlp(layers=layers, hidden=hidden, norm=norm, bias=bias) if layers > 1 else Linear(bias=bias)
 
 
 def to_published(head: Head, weights: State, multi_label: bool) -> dict[str, torch.Tensor]:
-    """Rename and reshape the weights of a probe as the state dict of the head that How-to-Probe would train."""
+    """Rename and reshape the weights of a probe as the state dict of the head that How-to-Probe would train.
+
+    What it does not have, such as attention, keeps its names.
+    """
+    layout = head.layout if isinstance(head, LayeredHead) else Layout(bias=False)
     state = {}
     for name, value in weights.items():
         layer, _, kind = name.rpartition(".")
-        # How-to-Probe has no attention, which keeps its names.
-        if layer.startswith(("bn", "attention")):
+        if not re.fullmatch(r"fc\d+", layer):
             state[name] = value
-            if getattr(head, "norm", None) == "bnu" and kind == "running_var":
+            if layout.norm == "bnu" and kind == "running_var":
                 # Every batch norm of theirs has this buffer; this one is never read.
                 state[f"{layer}.running_mean"] = torch.zeros_like(value)
             continue
         published = published_layer(head, layer, multi_label)
-        if kind == "weight" and head.bias and f"{layer}.bias" not in weights:
+        if kind == "weight" and layout.bias and f"{layer}.bias" not in weights:
             # Theirs has a bias even where batch norm takes it away again.
             state[f"{published}.bias"] = torch.zeros(len(value))
         state[f"{published}.{kind}"] = value[:, :, None, None] if kind == "weight" else value
     return state
 
 
-def from_published(state: State, classes: int, path: str | PathLike) -> tuple[Head, dict[str, torch.Tensor]]:
+def from_published(state: State, classes: int, path: str | PathLike) -> tuple[PublishedHead, dict[str, torch.Tensor]]:
     """Turn a head's state dict into (Head, weights), its offset still 0.
 
     A bias that batch norm follows is folded into the running mean. Raises BadInput, naming `path`, if the

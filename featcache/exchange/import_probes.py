@@ -22,7 +22,6 @@ from featcache.exchange.head_names import from_published, published_offset
 from featcache.feature import Feature, parse_feature
 from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
-from featcache.probes.heads import HEADS
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.losses import LOSSES
@@ -69,13 +68,13 @@ def import_probes(
     splits = _roles(opened)
     if offset is not None:
         try:
-            offset = part_fields(HEADS["linear"])["offset"].read(offset)
+            offset = part_fields(Head)["offset"].read(offset)
         except ValueError as error:
             raise BadInput(f"--offset: {error}") from None
     folder = local_path(run, "--run")
     select = {"metric": default_metric(opened.task), "split": "val" if "val" in splits else "train"}
     roles = {role: list(names) for role, names in splits.items()}
-    basis = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
+    basis: dict[str, Any] = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}
     probes = {p.spec.id: (p, path) for path in paths for p in [_read(path, opened, loss, offset)]}
     started = time.monotonic()
     with open_folder(folder).locked(f"waiting: another process is writing into {folder}"):
@@ -165,7 +164,7 @@ def _read(path: str | PathLike, store: Store, loss: str, offset: float | str | N
     feature = _feature(store, head)
     source = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
     name = "/".join(Path(path).resolve().with_suffix("").parts[-2:])
-    spec = imported_spec(name, str(feature), head, LOSSES[loss](), source)
+    spec = imported_spec(name, str(feature), head, LOSSES[loss].model_validate({}), source)
     dim = store.manifest.features[str(feature)]["shape"][0]
     for key, initial in initial_weights(spec, dim, len(store.classes)).items():
         expected, shape = tuple(initial.shape), tuple(weights[key].shape) if key in weights else "missing"

@@ -63,7 +63,7 @@ def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | Non
     if not isinstance(head, Linear):
         return None
     weight = probe.weights["fc0.weight"]
-    bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + head.offset
+    bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + float(head.offset)
     return weight / head.temperature, bias
 
 

@@ -11,6 +11,7 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from featcache.kinds import Registry
 from featcache.probes.heads import HEADS
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
 from featcache.probes.losses import LOSSES
@@ -21,7 +22,7 @@ from featcache.probes.solvers import SOLVERS
 if TYPE_CHECKING:
     from featcache.probes.spec import ProbeSpec
 
-REGISTRIES = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
+REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
 # Parts that no grid can name.
 IMPORTED = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
 # Stands for the default of the part's own class.
@@ -88,20 +89,26 @@ def part_from_dict(section: str, content: dict[str, Any]) -> Part:
     )
 
 
-def flat(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return the fields as {"optimizer.lr": 0.1, ...}, for tables: of each section all fields that any type has."""
-    row: dict[str, Any] = {}
+def complete(spec: "ProbeSpec") -> dict[str, Any]:
+    """Return the fields as nested dicts, for people: in each section all fields that any of its types has."""
+    content: dict[str, Any] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name not in REGISTRIES:
-            row[field.name] = value
-            continue
-        idle = {**ALWAYS[field.name], **ELSE[field.name]}
-        values = {"type": value.type} | {name: _written(value, name, idle[name]) for name in idle}
-        values |= {name: own for name, own in value if name not in values}
-        row |= {
-            f"{field.name}.{name}": " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()
-        }
+        if field.name in REGISTRIES:
+            idle = {**ALWAYS[field.name], **ELSE[field.name]}
+            own = dict(value)
+            value = {"type": value.type} | {name: _written(value, name, idle[name]) for name in idle}
+            value |= {name: own[name] for name in own if name not in value}
+        content[field.name] = value
+    return content
+
+
+def flat(spec: "ProbeSpec") -> dict[str, Any]:
+    """Return what complete() does as {"optimizer.lr": 0.1, ...}, for tables."""
+    row: dict[str, Any] = {}
+    for name, value in complete(spec).items():
+        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        row |= {key: " ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in parts.items()}
     return row
 
 

@@ -27,11 +27,12 @@ def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
     from the head, as the features and the optimizer often do, are left out.
     """
     rows = list({row["probe"]: row for row in run.scores if probes is None or row["probe"] in probes}.values())
+    headed = [(describe_head(row), row) for row in rows]
     names = short_names(run.fields)
     # The source of a probe that was trained elsewhere is a hash, which tells people less than its name.
     others = [field for field in run.fields if field not in (*NAMED, "source", "seed")]
-    varying = [field for field in others if _varies(field, rows) and not _told_by_head(field, rows)]
-    varying += ["seed"] if _varies("seed", rows) else []
+    varying = [field for field in others if _varies(field, headed) and not _told_by_head(field, headed)]
+    varying += ["seed"] if _varies("seed", headed) else []
     return {HEAD: describe_head, LOSS: _describe_loss} | {names[field]: _text_of(field) for field in varying}
 
 
@@ -90,21 +91,21 @@ def _text_of(field: str) -> Callable[[Row], str]:
     return text
 
 
-def _varies(field: str, rows: Iterable[Row]) -> bool:
-    """Whether probes differ in a field; of the head, whether probes differ whose heads are called the same."""
+def _varies(field: str, rows: Iterable[tuple[str, Row]]) -> bool:
+    """Whether probes, given as (name of the head, row), differ in a field; in one of the head, those of the same name."""
     values: dict[str | None, set] = {}
-    for row in rows:
+    for head, row in rows:
         value = _own(row, field)
         if value is not None:
-            values.setdefault(describe_head(row) if field.startswith("head.") else None, set()).add(value)
+            values.setdefault(head if field.startswith("head.") else None, set()).add(value)
     return any(len(different) > 1 for different in values.values())
 
 
-def _told_by_head(field: str, rows: Sequence[Row]) -> bool:
+def _told_by_head(field: str, rows: Sequence[tuple[str, Row]]) -> bool:
     """Whether all probes of each head agree in a field. False where heads have less than two probes on average."""
     values: dict[str, set] = {}
-    for row in rows:
-        values.setdefault(describe_head(row), set()).add(_own(row, field))
+    for head, row in rows:
+        values.setdefault(head, set()).add(_own(row, field))
     return 2 * len(values) <= len(rows) and all(len(different) == 1 for different in values.values())
 
 
@@ -113,5 +114,5 @@ def _own(row: Row, field: str) -> Any:
     section, _, part = field.partition(".")
     if section not in REGISTRIES or part == "type":
         return row[field]
-    kind = REGISTRIES[section].get(row[f"{section}.type"])
+    kind: Any = REGISTRIES[section].get(row[f"{section}.type"])
     return row[field] if kind and part in part_fields(kind) else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from featcache.attribution.results import IDENTITY
 from featcache.errors import BadInput, printable, without_middle
+from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
@@ -29,7 +30,8 @@ from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
+# Of the first losses, in the order of their registry.
+COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=False))
 MARKERS = "osD^vP*X"
 # More lines over the learning rate than this are not drawn.
 MOST_LINES = 12
@@ -144,7 +146,7 @@ def _of(run: Run, metric: str, split: str | None) -> list[Mapping[str, Any]]:
 
 def _height(panels: Mapping[PanelKey, Mapping[float, Sequence[float]]], metric: str) -> float:
     """The best mean over seeds of a line, the higher the better."""
-    return max(gain(metric, np.mean(values)) for points in panels.values() for values in points.values())
+    return max(gain(metric, float(np.mean(values))) for points in panels.values() for values in points.values())
 
 
 def _line_styles(names: Sequence[str], losses: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STORED = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+STORED: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 BFLOAT16_NAN = 0x7FC0
 
 

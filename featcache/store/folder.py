@@ -217,7 +217,7 @@ def _plainly(
     """Turn what a remote service or its library raises into BadInput."""
 
     @wraps(method)
-    def call(self: "RemoteFolder", *arguments: P.args, **named: P.kwargs) -> R:
+    def call(self: "RemoteFolder", /, *arguments: P.args, **named: P.kwargs) -> R:
         try:
             return method(self, *arguments, **named)
         except (FileNotFoundError, BadInput):

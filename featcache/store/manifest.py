@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -166,7 +167,7 @@ def read_manifest(place: object) -> Manifest:
             raise BadInput(
                 f"store {folder} has lost its {MANIFEST}: run the same extract again, which makes it anew"
             ) from None
-        if not entries and (folder.remote or not folder.path.exists()):
+        if not entries and (folder.remote or not os.path.exists(folder.path)):
             raise BadInput(f"store not found: {folder}") from None
         raise BadInput(f"not a featcache store (it has no {MANIFEST}): {folder}") from None
     return parse_manifest(data, folder)

@@ -8,7 +8,7 @@ import numpy as np
 
 from featcache.errors import BadInput, nearest
 from featcache.store.feature_array import FeatureArray
-from featcache.store.folder import open_folder
+from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
 from featcache.store.manifest import read_file, read_manifest, remedy, split_of, view_name
 from featcache.store.marker import committed, digests_of, ids_sha256, read_marker
@@ -52,7 +52,7 @@ class Store:
         store["train"]["layer4:pooled"]  # a FeatureArray
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Folder) -> None:
         self.folder = open_folder(path)
         self.path = str(self.folder)
         self.manifest = read_manifest(self.folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
-from featcache.store.folder import Folder
+from featcache.store.folder import Folder, LocalFolder
 from featcache.store.formats import Format, format_of
 from featcache.store.manifest import Manifest, feature_of, read_file, remedy
 from featcache.store.marker import ShardFile, read_marker
@@ -156,6 +156,8 @@ class _Shards:
 class MappedShards(_Shards):
     """Shard files mapped into memory; those used last stay mapped. Safe to fork and to pickle."""
 
+    folder: LocalFolder
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._views: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -211,7 +213,7 @@ class MappedShards(_Shards):
         return out
 
     def fill(self, out: np.ndarray, start: int) -> None:
-        """Copy rows from `start` on into out [n, ...], checked as in take_range; their pages are let go again."""
+        """Copy rows from `start` on into out [n, ...], checked as in take_range, and let go of their pages."""
         for shard, low, high in self._filled(out, start):
             self._drop(shard, low, high)
 
@@ -226,7 +228,7 @@ class MappedShards(_Shards):
                 _copy(view, low - base, target)
                 self._check(shard, low, high, target)
             else:
-                # A copy waits for memory, so that a second thread computes checksums meanwhile.
+                # The copy waits for memory; this thread computes checksums meanwhile.
                 copy = Thread(target=_copy, args=(view, low - base, target))
                 copy.start()
                 try:
@@ -236,11 +238,13 @@ class MappedShards(_Shards):
             yield shard, low - base, high - base
 
     def _check(self, shard: int, low: int, high: int, copied: np.ndarray | None = None) -> None:
-        """Check all chunks that rows low to high touch, where they were copied to if that holds the whole chunk."""
+        """Check all chunks that rows low to high touch.
+
+        copied: a copy of these rows. A chunk that lies in it whole is checked there, where it is in the processor's cache.
+        """
         base, end = self.manifest.rows_of(self.split, shard)
         for _, chunk, first, last in self._chunks(low, high):
             if copied is not None and low <= first and last <= high:
-                # These bytes are in the processor's cache.
                 rows = copied[first - low : last - low]
             else:
                 rows = chunk_of(self.view(shard), chunk, self.chunk_rows, end - base)
@@ -249,15 +253,17 @@ class MappedShards(_Shards):
     def _drop(self, shard: int, low: int, high: int) -> None:
         """Let go of the pages of a shard's rows low to high; the shard stays mapped."""
         if sys.platform != "linux":
-            # Elsewhere advice need not be taken.
+            # Other systems may ignore the advice.
             del self._views[shard]
             return
         view = self._views[shard]
         block_rows, (block, row) = view.shape[1], view.strides[:2]
         offset = self.entry(shard)["offset"]
         start, end = (offset + at // block_rows * block + at % block_rows * row for at in (low, high))
-        start, end = start // AROUND * AROUND, min(end + AROUND, len(view.base))
-        view.base.madvise(mmap.MADV_DONTNEED, start, end - start)
+        # The bytes that a view lies in are the mapped file.
+        data: Any = view.base
+        start, end = start // AROUND * AROUND, min(end + AROUND, len(data))
+        data.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
         """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""

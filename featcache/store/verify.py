@@ -146,7 +146,7 @@ def _check_shard(shard: Shard, ids: np.ndarray | None, repair: bool, progress: t
     if ids is not None and ids_sha256(ids[first:end]) != marker["ids_sha256"]:
         findings.append(Finding(shard.marker_name, f"{shard}: it was made for other ids"))
     for feature, file in marker["files"].items():
-        progress.total = max(progress.total, progress.n + file["bytes"])
+        progress.total = max(progress.total or 0, progress.n + file["bytes"])
         reason = _wrong_with_file(shard, feature, file)
         progress.update(file["bytes"])
         if reason:

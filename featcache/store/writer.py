@@ -56,7 +56,7 @@ def create_store(place: object, manifest: Manifest, arrays: Mapping[str, AxedArr
         with folder.writing(MANIFEST) as file:
             file.write(manifest.to_bytes())
     for name in lacking:
-        if zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
+        if name not in files or zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
             raise BadInput(
                 f"{folder}/{name} is lost, and this version of {manifest.storage['format']} writes it otherwise: "
                 "extract into another store"

@@ -51,9 +51,15 @@ def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict
         for name, (array, axes) in arrays[split].items():
             # A chunk may not be empty, an array may.
             chunks = tuple(max(size, 1) for size in array.shape)
-            settings = {"chunks": chunks, "compressors": [Crc32cCodec()], "dimension_names": axes}
-            # zarr-python would leave out a chunk of nothing but zeros.
-            group.create_array(name, data=array, config={"write_empty_chunks": True}, **settings)
+            group.create_array(
+                name,
+                data=array,
+                chunks=chunks,
+                compressors=[Crc32cCodec()],
+                dimension_names=axes,
+                # zarr-python would leave out a chunk of nothing but zeros.
+                config={"write_empty_chunks": True},
+            )
         for name, spec in manifest.features.items():
             feature, row = feature_of(name), tuple(spec["shape"])
             group.create_array(

@@ -86,6 +86,7 @@ def plugins(tmp_path_factory):
     return folder
 
 
+@pytest.mark.process
 def test_a_package_brings_a_method_and_a_score(run, store, plugins, command, tmp_path):
     words = ["attribute", "--run", run, "--limit", 5]
     code, out, err = with_plugins(plugins, *words, "--method", "gradcam,length", "--score", "pointing,epg")
@@ -120,6 +121,7 @@ def test_a_package_brings_a_method_and_a_score(run, store, plugins, command, tmp
     assert "pointing game %" not in page and "<td>length</td>" in page and "<th>EPG %</th>" in page
 
 
+@pytest.mark.process
 def test_maps_of_another_shape_are_refused(run, plugins):
     code, _, err = with_plugins(plugins, "attribute", "--run", run, "--limit", 2, "--method", "small")
     assert code == 2 and "--method small: its maps are (" in err and "and must be (" in err and "Traceback" not in err
@@ -150,6 +152,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packages, message", BROKEN.values(), ids=BROKEN)
 def test_broken_packages_are_one_line(run, tmp_path, packages, message):
     for number, (source, kinds) in enumerate(packages):

@@ -14,7 +14,7 @@ from featcache.probes.engine.waves import blocks_by_input
 from featcache.probes.grids.grid import load_grid
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
+from featcache.probes.plan import gemm_rate, plan_probes
 from featcache.probes.resolve import resolve
 
 
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_streamed(store):
         Head("bcos", layers=1, bias=False, b=2.0, max_out=2),
         Head("bcos", layers=3, hidden=32, norm="bnu", bias=False, b=2.0),
     ],
-    ids=lambda h: f"{h.type}-{h.layers}",
+    ids=lambda h: f"{h.type}-{h.depth}",
 )
 def test_operations_are_those_of_the_layers(head):
     """Against torch's own count over the trained head as a module, pooled before the last layer of an MLP."""
@@ -90,12 +90,12 @@ def test_operations_are_those_of_the_layers(head):
     spec = type("Spec", (), {"head": head, "seed": 0})
     module = HeadModule(spec.head, initial_weights(spec, dim, classes)).requires_grad_(True)
     if head.type == "mlp":
-        last = module.layers[f"fc{head.layers - 1}"]
+        last = module.layers[f"fc{head.depth - 1}"]
         last.register_forward_pre_hook(lambda _, maps: maps[0].mean((2, 3), keepdim=True))
     counter = FlopCounterMode(display=False)
     with counter:
         module(torch.randn(1, dim, *([1, 1] if positions == 1 else [side, side]))).sum().backward()
-    assert probe_flops(head, dim, positions, classes) == counter.get_total_flops()
+    assert head.flops(dim, classes, positions) == counter.get_total_flops()
 
 
 def test_the_rate_is_about_that_of_the_device():

@@ -18,7 +18,7 @@ from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
 
 SPEC = ProbeSpec(
-    "x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1, 0.9), Schedule("step", (3.0, 0.6)), 4, 16, 0
+    "x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1, 0.9), Schedule("step", (0.6, 3.0)), 4, 16, 0
 )
 ORIGIN = Origin("store", "run")
 

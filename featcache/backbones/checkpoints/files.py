@@ -7,6 +7,7 @@ folders of sharded safetensors. What a file claims is checked before memory is s
 import io
 import json
 import math
+import os
 import pickle
 import sys
 import types
@@ -100,7 +101,7 @@ def _read_folder(path: Path) -> dict[str, torch.Tensor]:
     try:
         places = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(places.values()))
-        lost = [name for name in shards if Path(name).name != name or not (path / name).is_file()]
+        lost = [name for name in shards if Path(name).name != name or not os.path.isfile(path / name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(indexes[0], error) from None
     if lost:

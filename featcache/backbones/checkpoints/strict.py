@@ -57,7 +57,7 @@ def load_strictly(
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
-    odd = [f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])]
+    odd = {k: f"{k} {v.dtype} {v.layout}" for k, v in given.items() if _is_odd(v, wanted[k])}
     not_finite = [k for k, v in given.items() if k not in odd and v.is_floating_point() and not _is_finite(v)]
     problems = [
         f"{name}: {few(keys)}"
@@ -65,7 +65,7 @@ def load_strictly(
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
-            ("not plain numbers of 16 bits or more", odd),
+            ("not plain numbers of 16 bits or more", list(odd.values())),
             ("not finite", not_finite),
         )
         if keys

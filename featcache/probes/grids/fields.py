@@ -92,7 +92,8 @@ class GridField:
         try:
             # A whole number stays what it is: a float has 53 bits, and a seed 63.
             if isinstance(value, int) and self.integer:
-                return value
+                # Larger ones are no numbers to torch and numpy.
+                return value if abs(value) < 2**63 else str(value)
             number = float(value)
         except (ValueError, OverflowError):
             return value

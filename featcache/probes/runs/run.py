@@ -171,7 +171,8 @@ def _recorded_store(run):
         return store
     places = [Path(store), *(parent / store for parent in run.path.resolve().parents)]
     for place in places:
-        if place.exists():
+        # Path.exists() raises an error for a name that is too long.
+        if os.path.exists(place):
             return place
     raise BadInput(
         f"run {run.path} was made from store {store}, which is not found from here; say where it is with --store"
