@@ -62,6 +62,7 @@ def test_any_flipped_bit_is_found_and_mended(whole, tmp_path_factory, choice):
     shutil.rmtree(copy)
 
 
+@pytest.mark.process
 def test_every_byte_of_the_small_files_counts(whole, tmp_path):
     """Not a sample: each byte of the manifest and of a marker."""
     _, path, _ = whole

@@ -103,6 +103,7 @@ def mended(folder, before, again, content):
     return [] if content(folder) == before else ["the same command after repair: OTHER BYTES"]
 
 
+@pytest.mark.process
 def test_a_damaged_store_is_never_used(whole, images, tmp_path):
     cases = cases_of(whole[1], 3, SLICE)
     trust.judged(harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_a_damaged_store_is_never_used")
@@ -199,6 +200,7 @@ def harm_run(kind, place, cases):
     return failures
 
 
+@pytest.mark.process
 def test_a_damaged_run_is_never_used(finished, tmp_path):
     cases = cases_of(finished[1], 3, SLICE)
     trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_run_is_never_used")
@@ -210,6 +212,7 @@ def test_many_ways_to_damage_a_run(finished, tmp_path):
     trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_run")
 
 
+@pytest.mark.process
 def test_a_damaged_state_is_trained_again(unfinished, tmp_path):
     cases = cases_of(unfinished[1], 3, SLICE)
     trust.judged(harm_run(unfinished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_state_is_trained_again")
