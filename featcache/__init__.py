@@ -1,38 +1,58 @@
 """featcache: extract frozen features once, then train and explain whole grids of probes on the cache.
 
-Every command has a Python twin of the same name. They are imported on first use, so that
+Every command has a Python function of the same name. Each is imported on first use, so that
 `import featcache` (and `featcache --help`) does not wait for torch.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_TWINS = {
+# Function to module. What stands here stands below as an import too.
+_FUNCTIONS = {
     "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
-    "verify": "featcache.probes.verify",
+    "verify": "featcache.probes.runs.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
     "attribute": "featcache.attribution.attribute",
-    "open_run": "featcache.probes.run",
-    "compare": "featcache.probes.scores.compare",
+    "open_run": "featcache.probes.runs.run",
+    "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
     "export": "featcache.exchange.export",
     "import_probes": "featcache.exchange.import_probes",
 }
-__all__ = ["__version__", *_TWINS]
+__all__ = ["__version__", *_FUNCTIONS]
+
+if TYPE_CHECKING:
+    # Type checkers and editors do not run `__getattr__`: these imports tell them the functions' types.
+    from featcache.attribution.attribute import attribute as attribute
+    from featcache.backbones.layers import layers as layers
+    from featcache.datasets.inspect import inspect_dataset as inspect_dataset
+    from featcache.exchange.export import export as export
+    from featcache.exchange.import_probes import import_probes as import_probes
+    from featcache.extraction.extract import extract as extract
+    from featcache.probes.compare import compare as compare
+    from featcache.probes.plan import plan_probes as plan_probes
+    from featcache.probes.runs.run import open_run as open_run
+    from featcache.probes.runs.verify import verify as verify
+    from featcache.probes.train import train_probes as train_probes
+    from featcache.reporting.report import report as report
+    from featcache.store.convert import convert as convert
+    from featcache.store.inspect import inspect as inspect
+    from featcache.store.reader import open_store as open_store
+else:
+    # Not for type checkers, which would believe that every attribute exists.
+    def __getattr__(name: str) -> object:
+        if name in _FUNCTIONS:
+            return getattr(import_module(_FUNCTIONS[name]), name)
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
 
 
-def __getattr__(name):
-    if name in _TWINS:
-        return getattr(import_module(_TWINS[name]), name)
-    raise AttributeError(f"module 'featcache' has no attribute {name!r}")
-
-
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

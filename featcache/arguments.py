@@ -1,94 +1,105 @@
-"""What the commands' Python twins may be given. Anything else is one line, as on the command line."""
+"""What the arguments of the public functions may be. Anything else is one line, as on the command line."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from numbers import Integral
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from featcache.errors import BadInput, shown
 from featcache.names import unwritable
 
-# Beyond these are no sizes of images, and no machines, but slips.
+# No image has longer sides and no machine more workers: larger numbers are slips.
 MOST_SIDE, MOST_WORKERS = 100_000, 1024
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of argument: its name for people, whether a value is of it, and what to do about another value."""
+class Expected:
+    """What an argument must be: in words for people, as a test of a value, and what to do about other values."""
 
     words: str
     fits: Callable[[object], bool]
     remedy: str = ""
 
 
-def is_path(value):
-    """Whether a value can be the path of something."""
+def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Return whether a value can be the path of a file or folder."""
     return isinstance(value, str | os.PathLike) and not unwritable(os.fsdecode(value))
 
 
-def listed(paths):
-    """One path, or several, as a list."""
-    return [paths] if is_path(paths) else list(paths)
+def listed(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+    """Return one path, or several, as a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _is_name(value):
+def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_list(value, fits):
+def _is_list(value: object, fits: Callable[[object], bool]) -> bool:
     return isinstance(value, list | tuple) and all(map(fits, value))
 
 
-def _are_numbers(value):
+def _are_numbers(value: Any) -> bool:
     try:
         return not isinstance(value, str | bytes) and all(isinstance(float(v), float) for v in value)
     except (TypeError, ValueError):
         return False
 
 
-def whole(least=None, most=2**63 - 1):
-    """The kind of whole numbers, from `least` to `most`, which by default is the largest that torch takes."""
+def whole(least: int | None = None, most: int = 2**63 - 1) -> Expected:
+    """Expect a whole number from `least` to `most`, which by default is the largest that torch takes."""
     words = "a whole number" if least is None else f"a whole number of at least {least}"
     words += f" and at most {most}"
+    low = -most if least is None else least
 
-    def fits(value):
-        low = -most if least is None else least
-        return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= most
+    def fits(value: object) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= most
 
-    return Kind(words, fits)
+    return Expected(words, fits)
 
 
-PATH = Kind("a path", is_path)
-PATHS = Kind("a path or a list of paths", lambda value: is_path(value) or _is_list(value, is_path))
-CHECKPOINT = Kind(
+PATH = Expected("a path", is_path)
+PATHS = Expected("a path or a list of paths", lambda value: is_path(value) or _is_list(value, is_path))
+CHECKPOINT = Expected(
     "the path of a checkpoint",
     is_path,
     "; save the tensors of a network in memory with torch.save(network.state_dict(), 'network.pth') and give that path",
 )
-NAME = Kind("a name", _is_name)
-NAMES = Kind("a list of names", lambda value: _is_list(value, _is_name))
-NUMBERS = Kind("numbers", _are_numbers)
+NAME = Expected("a name", _is_name)
+NAMES = Expected("a list of names", lambda value: _is_list(value, _is_name))
+FLAG = Expected("True or False", lambda value: value is None or isinstance(value, bool))
+NUMBERS = Expected("numbers", _are_numbers)
 
 
-def takes(**kinds):
-    """Decorate a function so that arguments of another kind raise BadInput; None is fine where it is the default."""
+def takes(**expected: Expected) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function so that an argument which is not as expected raises BadInput.
 
-    def decorate(function):
-        expected = signature(function)
+    None is fine where it is the default.
+
+        @takes(run=PATH, seed=whole())
+        def train(run, seed=0): ...
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own = signature(function)
 
         @wraps(function)
-        def call(*arguments, **named):
+        def call(*arguments: P.args, **named: P.kwargs) -> R:
             try:
-                given = expected.bind(*arguments, **named).arguments
+                given = own.bind(*arguments, **named).arguments
             except TypeError:
-                # Too many, too few or unknown ones: Python says which.
+                # There are too many, too few or unknown ones: Python says which.
                 return function(*arguments, **named)
-            for name, kind in kinds.items():
-                left_out = name not in given or (given[name] is None and expected.parameters[name].default is None)
-                if not left_out and not kind.fits(given[name]):
-                    raise BadInput(f"{name}: expected {kind.words}, not {_named(given[name])}{kind.remedy}")
+            for name, wanted in expected.items():
+                left_out = name not in given or (given[name] is None and own.parameters[name].default is None)
+                if not left_out and not wanted.fits(given[name]):
+                    raise BadInput(f"{name}: expected {wanted.words}, not {_named(given[name])}{wanted.remedy}")
             return function(*arguments, **named)
 
         return call
@@ -96,8 +107,8 @@ def takes(**kinds):
     return decorate
 
 
-def _named(value):
-    """A plain value for people in one line; of any other object its type."""
+def _named(value: object) -> str:
+    """Say a plain value in one line; of any other object, say its type."""
     if isinstance(value, str | os.PathLike) and (reason := unwritable(text := os.fsdecode(value))):
         return f"{shown(text)}, {reason}"
     return shown(value) if type(value).__module__ == "builtins" else f"a {type(value).__qualname__}"

@@ -1,11 +1,12 @@
 """The name of a feature: LAYER:REDUCE, as in `layer4:pooled`."""
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
 
-# What each reduction leaves of a row, axis by axis.
+# The axes of a row after each reduction.
 REDUCTIONS = {
     "pooled": ("channel",),
     "spatial": ("channel", "y", "x"),
@@ -14,53 +15,55 @@ REDUCTIONS = {
     "tokens": ("token", "channel"),
     "grid": ("channel", "y", "x"),
 }
-# As people write them.
+# The reductions as people write them.
 WORDS = {name: name for name in REDUCTIONS} | {"grid": "grid(k,s,p)"}
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One layer of a backbone and how what it yields is reduced.
+    """A layer of a backbone, and how its output is reduced to a row.
 
     layer: a module path, or two joined by `+`: the output of the first, put through the second.
-    Of a map: `pooled` is the mean over all positions, [C]; `spatial` the map itself, [C, H, W];
-    `grid(k,s,p)` is averaged over windows of k x k, s apart, with p zeros around, as nn.AvgPool2d
-    does, [C, h, w]. Of tokens: `cls` is the class token, [D]; `patch_mean`, also called `pooled`, the
-    mean over the patches, [D]; `tokens` all of them, [N, D]; `spatial` and `grid` see the patches as a
-    map.
+    If the output is a map, `pooled` is the mean over all positions, [C]; `spatial` is the map itself, [C, H, W];
+    `grid(k,s,p)` is the map averaged over windows of k x k, s apart, with p zeros around it, as nn.AvgPool2d
+    does, [C, h, w]. If it is tokens, `cls` is the class token, [D]; `patch_mean`, also called `pooled`, is the
+    mean over the patches, [D]; `tokens` is all of them, [N, D]; `spatial` and `grid` see the patches as a map.
     """
 
     layer: str
     reduction: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.layer}:{self.reduction}"
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """The reduction without its numbers: a word of REDUCTIONS."""
         return self.reduction.partition("(")[0]
 
     @property
-    def window(self):
+    def window(self) -> tuple[int, ...]:
         """Kernel, stride and padding of a grid."""
         return tuple(int(number) for number in self.reduction[len("grid(") : -1].split(","))
 
     @property
-    def folder(self):
+    def folder(self) -> str:
         """Name of the array in a store: ':', '(' and ',' are not allowed in file names everywhere."""
         return f"{self.layer}.{self.reduction.rstrip(')').replace('(', '-').replace(',', '-')}"
 
     @property
-    def axes(self):
+    def axes(self) -> tuple[str, ...]:
         """Names of the axes of one row, unique to this feature."""
         return tuple(f"{self.folder}.{axis}" for axis in REDUCTIONS[self.kind])
 
 
-def parse_feature(text, aliases, known_layers=None):
+def parse_feature(text: object, aliases: Mapping[str, str], known_layers: Collection[str] | None = None) -> Feature:
     """Turn `pooled`, `last:spatial`, `layer3:grid(8,3,0)` or `blocks.8+norm:cls` into a Feature, aliases resolved.
 
-    A bare reduction means the last layer. Raises BadInput for an unknown reduction or layer.
+    A bare reduction means the last layer. aliases: names for people to module paths. known_layers: module paths, which
+    the layer must be one of; None leaves it unchecked. Raises BadInput for an unknown reduction or layer.
+
+        parse_feature("pooled", {"last": "layer4"})  # Feature("layer4", "pooled")
     """
     layer, _, reduction = re.sub(r"\s", "", str(text)).rpartition(":")
     layer = layer or "last"
@@ -77,7 +80,7 @@ def parse_feature(text, aliases, known_layers=None):
     return Feature(layer, reduction)
 
 
-def _reduction(text, word):
+def _reduction(text: object, word: str) -> str:
     """Check a reduction and write out the numbers of a grid: a stride defaults to the kernel, a padding to 0."""
     name, bracket, rest = word.partition("(")
     if name not in REDUCTIONS:
@@ -98,16 +101,19 @@ def _reduction(text, word):
     return f"grid({kernel},{stride},{padding})"
 
 
-def parse_features(text, aliases, known_layers=None):
-    """Turn a comma-separated list into Features, each once, in the order given.
+def parse_features(
+    text: object, aliases: Mapping[str, str], known_layers: Collection[str] | None = None
+) -> tuple[Feature, ...]:
+    """Turn names separated by commas, or a list of names, into Features, each once, in the order given.
 
-    `lastN:REDUCE` stands for the last N blocks of a transformer, first to last.
+    `lastN:REDUCE` stands for the last N blocks of a transformer, first to last. The other arguments and the errors are
+    those of parse_feature.
     """
     # A comma between brackets belongs to a grid.
     parts = re.split(r",(?![^(]*\))", text) if isinstance(text, str) else text
     if not isinstance(parts, list | tuple):
         raise BadInput(f"features: expected names separated by commas, or a list of them, not {shown(text)}")
-    features = []
+    features: list[Feature] = []
     for part in parts:
         several = re.fullmatch(r"last([1-9]\d*):(.*)", str(part).strip())
         names = [part]

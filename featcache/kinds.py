@@ -8,7 +8,7 @@ entry points (docs/architecture.md, "To add a kind").
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +21,9 @@ class Kind(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: str
+
+    # Other words that people write for it.
+    aliases: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def word(cls) -> str:
@@ -77,6 +80,9 @@ class Registry(Mapping[str, type[K]]):
     def __getitem__(self, name: str) -> type[K]:
         return self._kinds[name]
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._kinds
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
 
@@ -85,7 +91,7 @@ class Registry(Mapping[str, type[K]]):
 
     def named(self, name: str, where: str) -> type[K]:
         """Return the kind of a name. where: what a message begins with. Raises BadInput for an unknown one."""
-        if name not in self._kinds:
+        if name not in self:
             known = ", ".join(self._kinds)
             raise BadInput(f"{where}: unknown {self.noun} {name!r}{nearest(name, self._kinds)} (known: {known})")
         return self._kinds[name]

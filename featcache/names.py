@@ -1,42 +1,46 @@
-"""Names that come from data, of splits, features or runs, where they are to name a file or a folder."""
+"""Names that come from data, such as those of splits, features and runs, and are to name files or folders."""
+
+from collections.abc import Collection
+from typing import TypeGuard
 
 from featcache.atomic import PARTIAL
 from featcache.errors import BadInput, shown
 
 # What lies beside the splits of a store, in either format.
-BESIDE_SPLITS = ("commits", "manifest.json", "zarr.json", "index.h5")
-# File systems take 255 bytes; what is added to a name while its file is written needs some of them.
+MANIFEST, COMMITS = "manifest.json", "commits"
+BESIDE_SPLITS = (COMMITS, MANIFEST, "zarr.json", "index.h5")
+# File systems allow 255 bytes, and the name of a file that is being written needs some more than the final one.
 MOST_BYTES = 200
 
 
-def file_name(name, what, taken=()):
-    """Return a name that can be that of one file or folder, in Zarr and in HDF5, on any file system.
+def file_name(name: object, what: str, taken: Collection[str] = ()) -> str:
+    """Return `name` if it can name a file or folder, in Zarr and in HDF5, on any file system.
 
-    what: what is named, to begin an error with, such as "split". taken: names that mean something else in that
-    folder. Raises BadInput for anything that is empty or blank, leaves the folder (`..`, a slash), cannot be
-    shown (control characters, half a surrogate pair), or is kept for another use, which Zarr does for names
+    what: what it names, such as "split"; an error begins with it. taken: names that mean something else in that
+    folder. Raises BadInput for a name that is empty or blank, leaves the folder (`..`, a slash), cannot be
+    shown (control characters, half a surrogate pair), or is kept for another use, as Zarr keeps names
     that begin with two underscores.
     """
     reason = _why_not(name, taken)
-    if reason:
+    if reason or not isinstance(name, str):
         raise BadInput(f"{what} {shown(name)} cannot be the name of a file: it {reason}; give it another name")
     return name
 
 
-def split_name(name):
-    """Return a name that can be that of a split, which becomes a folder of a store. Raises BadInput."""
+def split_name(name: object) -> str:
+    """Return `name` if it can name a split, which becomes a folder of a store. Raises BadInput if it cannot."""
     if isinstance(name, str) and "@" in name:
         raise BadInput(f"split {shown(name)}: `@` is kept for the views of a split; give it another name")
     return file_name(name, "split", BESIDE_SPLITS)
 
 
-def is_text(value):
-    """Whether a value is text that any file can hold: not blank, without a zero byte or half a surrogate pair."""
+def is_text(value: object) -> TypeGuard[str]:
+    """Return whether a value is text that any file can hold: not blank, no zero byte, no half of a surrogate pair."""
     return isinstance(value, str) and bool(value.strip()) and not unwritable(value)
 
 
-def unwritable(text):
-    """Why a text can be neither in a file nor the path of one, or an empty string."""
+def unwritable(text: str) -> str:
+    """Return why a text can neither stand in a file nor be the path of one; an empty string if it can."""
     if "\0" in text:
         return "which has a zero byte in it"
     try:
@@ -46,7 +50,7 @@ def unwritable(text):
     return ""
 
 
-def _why_not(name, taken):
+def _why_not(name: object, taken: Collection[str]) -> str | None:
     if not isinstance(name, str):
         return "is not text"
     if not name.strip():
@@ -64,10 +68,10 @@ def _why_not(name, taken):
     return None
 
 
-def path_within(name, what):
-    """Return the path of a file within a folder, its parts joined by "/", if it does not leave that folder.
+def path_within(name: object, what: str) -> str:
+    """Return `name` if it can be the path of a file within a folder, its parts joined by "/".
 
-    Raises BadInput as `file_name` does, for any of the parts.
+    Raises BadInput where `file_name` does for one of the parts.
     """
     if not isinstance(name, str):
         raise BadInput(f"{what} {shown(name)} is not the name of a file")

@@ -1,7 +1,7 @@
-"""Several processes that share a work, as torchrun starts them; alone without it.
+"""Processes that share the work of one command, as torchrun starts them, or the one process without it.
 
-What is to do is drawn piece by piece from a counter, so that a slow process does not hold the rest;
-nothing waits for all, so that a dead one hangs nobody.
+They draw pieces of the work from a common counter, so that a slow process does not hold up the others. None ever waits
+for all others, so that a dead process hangs nobody.
 """
 
 import hashlib
@@ -9,29 +9,35 @@ import json
 import os
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from featcache.errors import BadInput, shown
 
-# How long the leader waits, without any progress, for what others have drawn.
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store as KeyValues
+
+T = TypeVar("T")
+# How long the leader waits, without any progress, for pieces that others have drawn.
 PATIENCE_SECONDS = 60
 # The leader may wait for another run of the same command, for as long as that takes.
 FOREVER = timedelta(days=30)
-# How long processes wait for each other at the start: on one machine, where they start together, and on several,
-# where a scheduler may start one of them late.
+# How long processes wait for each other at the start, by whether all are on one machine: there they start together,
+# while a scheduler may start one of several machines late.
 MEETING = {True: 40, False: 600}
 TELL_SECONDS = 5
 POLL_SECONDS = 1
 
-# The Ranks that this process is of, once it has met the others.
-_joined = []
+# The Ranks of this process, once it has met the others.
+_joined: list["Ranks"] = []
 
 
-def join_ranks():
-    """Return the Ranks that torchrun's environment describes, or Alone. Raises BadInput if the others do not come."""
+def join_ranks() -> "Alone":
+    """Return the Ranks that torchrun's environment describes, else Alone. Raises BadInput if the others do not come."""
     if _number("WORLD_SIZE", 1) == 1:
         return Alone()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -40,8 +46,8 @@ def join_ranks():
     return _joined[0]
 
 
-def _number(variable, default):
-    """A whole number of the environment. Raises BadInput."""
+def _number(variable: str, default: int) -> int:
+    """Return a whole number from the environment. Raises BadInput if the variable holds something else."""
     text = os.environ.get(variable, default)
     try:
         return int(text)
@@ -49,26 +55,26 @@ def _number(variable, default):
         raise BadInput(f"the environment's {variable} is {shown(text)}, and must be a whole number") from None
 
 
-def first_to_say(line):
-    """Whether no other process has asked this of the same line yet; alone, nobody has."""
+def first_to_say(line: str) -> bool:
+    """Return whether this process is the first to ask this about a line, as it is if it is alone."""
     return not _joined or _joined[0].first_to_say(line)
 
 
-def _follow_launcher():
-    """End this process when torchrun, which started it and looks after it, has died.
+def _follow_launcher() -> None:
+    """End this process when torchrun, which started it, has died.
 
-    A thread sees to it, since no signal interrupts the C++ in which processes wait for each other.
+    A thread does this, since no signal interrupts the C++ code in which processes wait for each other.
     """
     launcher = os.getppid()
 
-    def follow():
+    def follow() -> None:
         while os.getppid() == launcher:
             time.sleep(POLL_SECONDS)
         try:
             rank = os.environ.get("RANK")
             os.write(2, f"Error: process {rank}: torchrun has died; run the same command again\n".encode())
         finally:
-            # As after a kill, which nothing whole is lost by.
+            # At once, as a kill would: nothing that is whole gets lost.
             os._exit(BadInput.exit_code)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -79,91 +85,100 @@ class Alone:
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._done = 0
 
+    def say(self, line: str) -> None:
+        """Print a line on standard error, once for all processes."""
+        if self.rank == 0:
+            click.echo(line, err=True)
+
     @contextmanager
-    def leading(self, lock):
-        """Yield whether this process leads, in which case it holds the lock."""
+    def leading(self, lock: AbstractContextManager[None]) -> Iterator[bool]:
+        """Yield whether this process leads; if it does, it holds the lock."""
         with lock:
             yield True
 
-    def share(self, todo):
-        """Hand the leader's list of tuples to the others."""
+    def share(self, todo: list[T]) -> list[T]:
+        """Hand the leader's list of tuples to the others, and return it."""
         return todo
 
-    def draw(self, todo):
-        """Yield the tuples that fall to this process."""
+    def shared(self) -> list[tuple]:
+        """Wait for the leader's list of tuples; only a process that does not lead may ask for it."""
+        raise RuntimeError("a process that is alone leads")
+
+    def draw(self, todo: Sequence[T]) -> Iterator[T]:
+        """Yield the pieces of work that fall to this process."""
         yield from todo
 
-    def count(self, done):
-        """Add what is done, a whole number; return how much all processes have done."""
+    def count(self, done: int) -> int:
+        """Add to how much is done; return how much all processes have done together."""
         self._done += done
         return self._done
 
-    def left_behind(self, missing):
-        """What is missing when all is drawn and done: nothing."""
+    def left_behind(self, missing: Callable[[], list[T]]) -> list[T]:
+        """Return what is missing when everything is drawn and done: nothing."""
         return []
 
-    def alone(self):
-        """The same process without the others."""
+    def alone(self) -> "Alone":
+        """Return this process without the others."""
         return Alone()
 
 
 class Ranks(Alone):
     """This process among WORLD_SIZE, which talk through torch's key-value store."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._store, self.rank, self.size = _meet()
         self._store.set_timeout(FOREVER)
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
-        # A group that torchrun starts anew must not read what the last one left.
+        # Processes that torchrun has started anew must not read what those before them left.
         self._prefix = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
-    def first_to_say(self, line):
-        """Whether no other process has asked this of the same line yet."""
+    def first_to_say(self, line: str) -> bool:
+        """Return whether this process is the first to ask this about a line."""
         return self._add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1, 1) == 1
 
-    def _key(self, word):
+    def _key(self, word: str) -> str:
         return f"{self._prefix}/{word}"
 
     @contextmanager
-    def leading(self, lock):
+    def leading(self, lock: AbstractContextManager[None]) -> Iterator[bool]:
         if self.rank == 0:
             with lock:
                 yield True
         else:
             yield False
 
-    def share(self, todo):
+    def share(self, todo: list[T]) -> list[T]:
         self._store.set(self._key("todo"), json.dumps(todo))
         return todo
 
-    def shared(self):
-        """Wait for the leader's list. Raises BadInput if the leader ends before."""
+    def shared(self) -> list[tuple]:
+        """Wait for the leader's list of tuples. Raises BadInput if the leader ends before."""
         try:
-            return [tuple(pair) for pair in json.loads(self._store.get(self._key("todo")))]
+            return [tuple(item) for item in json.loads(self._store.get(self._key("todo")))]
         except RuntimeError:
             raise BadInput(f"process {self.rank}: the leading process is gone; run the same command again") from None
 
-    def draw(self, todo):
+    def draw(self, todo: Sequence[T]) -> Iterator[T]:
         while (number := self._add("drawn", 1, len(todo) + 1) - 1) < len(todo):
             yield todo[number]
 
-    def count(self, done):
+    def count(self, done: int) -> int:
         return self._add("done", done, super().count(done))
 
-    def _add(self, word, number, alone):
-        """Add to a common counter; `alone` once the leader, and its store with it, has ended."""
+    def _add(self, word: str, number: int, otherwise: int) -> int:
+        """Add to a common counter and return its value, or `otherwise` once the leader, who keeps it, has ended."""
         try:
             return self._store.add(self._key(word), number)
         except RuntimeError:
-            return alone
+            return otherwise
 
-    def left_behind(self, missing):
-        """Wait for what the others have drawn; return what is missing once they have fallen silent."""
+    def left_behind(self, missing: Callable[[], list[T]]) -> list[T]:
+        """Wait for the pieces that others have drawn; return those still missing once no news comes from them."""
         done, since = self.count(0), time.monotonic()
         while left := missing():
             if self.count(0) != done:
@@ -174,21 +189,21 @@ class Ranks(Alone):
         return []
 
 
-def _meet():
-    """Return (store, rank, world size) once all processes are there. Raises BadInput if that takes too long."""
-    from torch.distributed import rendezvous
+def _meet() -> tuple["KeyValues", int, int]:
+    """Return (key-value store, rank, world size) once all processes have come. Raises BadInput if that takes too long."""
+    from torch.distributed.rendezvous import rendezvous
 
     size, rank = _number("WORLD_SIZE", 1), os.environ.get("RANK")
     patience = MEETING[_number("LOCAL_WORLD_SIZE", 0) == size]
-    met = []
+    met: list[tuple[KeyValues, int, int] | Exception] = []
 
-    def meet():
+    def meet() -> None:
         try:
             met.append(next(iter(rendezvous("env://", timeout=FOREVER))))
         except (RuntimeError, ValueError) as error:
             met.append(error)
 
-    # torch takes twice the time that it is given, and no signal ends it: what waits with an eye on the clock is this.
+    # torch waits twice as long as it is told, and no signal ends that; so a thread waits, and this one keeps the time.
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
     meeting.join(TELL_SECONDS)
@@ -198,6 +213,6 @@ def _meet():
     if met and isinstance(met[0], tuple):
         return met[0]
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    # A variable that is missing or a port that is taken is told at once.
+    # torch tells at once of a variable that is missing or a port that is taken.
     reason = str(met[0]).split("\n")[0].split(". ")[0] if met else f"they did not come within {patience} s"
     raise BadInput(f"process {rank} of {size} cannot meet the others at {place}: {reason}; start all of them again")

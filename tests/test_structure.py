@@ -1,6 +1,7 @@
 """The house: imports go down only, the public face, a quick --help."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -16,13 +17,15 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "arguments", "atomic", "device", "feature", "kinds", "names", "ranks", "__init__"},
+    {"errors", "arguments", "atomic", "device", "digest", "feature", "kinds", "names", "ranks", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning", "exchange"},
     {"reporting"},
     {"cli", "demo", "__main__"},
 ]
+# The rooms of backbones/, each of which imports only those before it; all other files of backbones/ come last.
+BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 
 
 def _floor(room):
@@ -47,6 +50,29 @@ def test_imports_go_down_only():
             same_shelf = {room, target} <= FLOORS[0] or (room, target) in {("__main__", "cli"), ("cli", "demo")}
             assert below or same_shelf, f"{path} ({room}) imports {target}"
             assert (room, target) != ("probes", "backbones"), f"{path}: probes must not need a backbone"
+
+
+def _place(module):
+    """Where a module of backbones/ stands in BACKBONE_ROOMS."""
+    return next((n for n, rooms in enumerate(BACKBONE_ROOMS) if module in rooms), len(BACKBONE_ROOMS))
+
+
+def test_the_rooms_of_backbones_import_in_one_direction():
+    for path in (PACKAGE / "backbones").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "backbones").parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
+            if name.startswith("featcache.backbones."):
+                assert _place(name.split(".")[2]) <= _place(own), f"{path} imports {name}"
+
+
+def test_families_are_named_in_their_own_files_alone():
+    """What a family knows reaches the rest of backbones/ through its Architectures."""
+    for path in (PACKAGE / "backbones").rglob("*.py"):
+        if "families" not in path.parts:
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            named = [t for t in texts if re.fullmatch(r"(resnet|vit|clip|bcos|efficientnet|mnasnet|_caffe)\w*", str(t))]
+            assert not named, f"{path} names {named}"
 
 
 def test_public_face():

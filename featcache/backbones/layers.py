@@ -1,6 +1,7 @@
-"""`featcache layers`: what a network yields where, and in which ways it may be reduced."""
+"""`featcache layers`: what each layer of a network yields, and in which ways it may be reduced."""
 
 from dataclasses import dataclass, replace
+from os import PathLike
 
 from featcache.arguments import CHECKPOINT, MOST_SIDE, NAME, is_path, takes, whole
 from featcache.backbones.backbone import Backbone
@@ -13,7 +14,7 @@ OR_LOADED = replace(CHECKPOINT, fits=lambda value: is_path(value) or isinstance(
 
 @dataclass(frozen=True)
 class Layer:
-    """path: of the module. aliases: names for people. shape: of one row. reductions: as feature.WORDS has them."""
+    """One layer: the path of its module, its aliases, the shape of one row, and its reductions as users write them."""
 
     path: str
     aliases: tuple[str, ...]
@@ -22,21 +23,30 @@ class Layer:
 
 
 @takes(backbone=OR_LOADED, arch=NAME, size=whole(1, MOST_SIDE), seed=whole(), weights_key=NAME)
-def layers(backbone, arch=None, size=None, seed=0, weights_key=None):
+def layers(
+    backbone: str | PathLike[str] | Backbone,
+    arch: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    weights_key: str | None = None,
+) -> list[Layer]:
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 
-    backbone, arch, size, seed, weights_key: as in featcache.extract; a loaded Backbone will do too. Returns Layers;
-    modules that yield no tensor of images are left out. Raises BadInput.
+    backbone: a checkpoint, or a Backbone that is loaded already. arch, size, seed, weights_key: as in
+    featcache.extract. Modules that yield no tensor of images are left out. Raises BadInput.
+
+        for layer in featcache.layers("resnet50-0676ba61.pth"):
+            print(layer.path, layer.aliases, layer.shape, layer.reductions)
     """
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, arch=arch, size=size, seed=seed, weights_key=weights_key)
-    named = {}
+    named: dict[str, list[str]] = {}
     for alias, path in backbone.aliases.items():
         named.setdefault(path, []).append(alias)
     listed, known = [], set(backbone.layers)
     for path, output in outputs(backbone.trunk, backbone.architecture, backbone.preprocessing.size).items():
         if output.kind and path in known:
-            # A norm leaves the shape of what it is put on.
+            # A norm does not change the shape of what it is put on.
             for name in (path, *(p for p in named if p.startswith(f"{path}+"))):
                 shape = tuple(output.values.shape[1:])
                 words = tuple(WORDS[word] for word in output.reductions)

@@ -1,70 +1,81 @@
 """From a checkpoint to a frozen Backbone."""
 
 from contextlib import nullcontext
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 
-from featcache.backbones import ARCHITECTURES
+from featcache.backbones.architecture import Architecture, Checkpoint, Hints
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.checkpoint import find_encoder, grouped, load_strictly
-from featcache.backbones.checkpoint_file import read_checkpoint
-from featcache.backbones.loaded_input import with_input, without_weights
-from featcache.backbones.preprocessing import preprocessing_of
-from featcache.backbones.recognise import find_architecture, known, recognise, split_name
+from featcache.backbones.checkpoints.encoder import Encoder, dotted, find_encoder, grouped
+from featcache.backbones.checkpoints.files import read_checkpoint
+from featcache.backbones.checkpoints.strict import Loaded, load_strictly
+from featcache.backbones.families import ARCHITECTURES
+from featcache.backbones.input.preprocessing import preprocessing_of
+from featcache.backbones.input.weights import with_input, without_weights
+from featcache.backbones.recognise import find_architecture, is_network, recognise, split_name
 from featcache.backbones.undrawn import Undrawn
 from featcache.errors import BadInput
 
 RANDOM = "random"
-# Words in the keys of methods whose small ViT has twelve heads, see heads.TWELVE.
-TWELVE_HEADS = {"MoCo v3": {"base_encoder", "momentum_encoder", "predictor"}, "SLIP": {"visual", "image_mlp"}}
 
 
-def load_backbone(path, arch=None, seed=0, weights_key=None, **preprocessing):
+def load_backbone(
+    path: str | PathLike[str],
+    arch: str | None = None,
+    seed: int = 0,
+    weights_key: str | None = None,
+    **preprocessing: Any,
+) -> Backbone:
     """Load a frozen backbone from a checkpoint.
 
-    path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`.
-    arch: architecture name; by default inferred from the tensors' names and shapes.
-    weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing:
-    fields of Preprocessing (size, resize, ...) in place of the weights' own, see preprocessing_of.
-    Raises BadInput.
+    path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`. arch:
+    architecture name; by default inferred from the tensors' names and shapes. weights_key: which encoder of a
+    checkpoint that holds several, such as "teacher". preprocessing: fields of Preprocessing (size, resize, ...) in
+    place of the weights' own, see preprocessing_of. Raises BadInput.
+
+        backbone = load_backbone("dino_vitsmall16_pretrain_full_checkpoint.pth", weights_key="teacher", size=448)
+        print(backbone.load_report)
     """
     return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
 
 
-def load_network(path, arch=None, seed=0, weights_key=None):
-    """Load the whole network that a Backbone is made of. A checkpoint's leaves the classifier's values undefined.
+def load_network(
+    path: str | PathLike[str], arch: str | None = None, seed: int = 0, weights_key: str | None = None
+) -> tuple[Architecture, nn.Module, str]:
+    """Load the whole network that a Backbone is made of. If it is a checkpoint's, the classifier's values are undefined.
 
-    Arguments as load_backbone's. Returns (architecture, network, report). Raises BadInput.
+    Takes the arguments of load_backbone. Returns (architecture, network, load report). Raises BadInput.
     """
     if str(path) == RANDOM:
         if arch is None:
             raise BadInput("--backbone random needs --arch, the architecture to draw")
         architecture = without_weights(find_architecture(arch))
-        network = _random_network(architecture, seed)
-        report = f"{arch} with random weights, seed {seed}"
-    else:
-        content = read_checkpoint(path)
-        try:
-            architecture, network, report = _load(content, path, arch, weights_key)
-        except BadInput as error:
-            likely = arch and _likely(content, path, weights_key)
-            if not likely or likely in error.message or split_name(likely)[0] == split_name(arch)[0]:
-                raise
-            raise BadInput(f"{error.message}; by names and shapes the checkpoint is most like {likely}") from None
-    return architecture, network, report
+        return architecture, _random_network(architecture, seed), f"{arch} with random weights, seed {seed}"
+    content = read_checkpoint(path)
+    try:
+        return _load(content, path, arch, weights_key)
+    except BadInput as error:
+        likely = arch and _likely(content, path, weights_key)
+        if not arch or not likely or likely in error.message or split_name(likely)[0] == split_name(arch)[0]:
+            raise
+        raise BadInput(f"{error.message}; by names and shapes the checkpoint is most like {likely}") from None
 
 
-def as_backbone(architecture, network, report, **preprocessing):
-    """Cut and freeze what load_network returned; preprocessing as load_backbone's."""
-    made, said = preprocessing_of(architecture, **preprocessing)
-    return Backbone(architecture, network, made, report, said)
+def as_backbone(architecture: Architecture, network: nn.Module, load_report: str, **preprocessing: Any) -> Backbone:
+    """Cut and freeze what load_network returned. Takes preprocessing as load_backbone does."""
+    made, report = preprocessing_of(architecture, **preprocessing)
+    return Backbone(architecture, network, made, load_report, report)
 
 
-def _load(content, path, arch, weights_key):
-    """Load what read_checkpoint gave; arguments and result as load_network's."""
-    is_known = arch and (":" in arch or split_name(arch)[0] in ARCHITECTURES)
-    encoder = find_encoder(content, _signatures(arch), known, path, weights_key, arch if is_known else None)
+def _load(
+    content: Any, path: str | PathLike[str], arch: str | None, weights_key: str | None
+) -> tuple[Architecture, nn.Module, str]:
+    """Load what read_checkpoint returned; see load_network."""
+    is_known = arch is not None and (":" in arch or split_name(arch)[0] in ARCHITECTURES)
+    encoder = find_encoder(content, _signatures(arch), is_network, path, weights_key, arch if is_known else None)
     hints = _hints(encoder)
     asked = find_architecture(arch, encoder.tensors, hints) if arch else None
     architecture = asked or recognise(encoder.tensors, path, hints)
@@ -74,23 +85,23 @@ def _load(content, path, arch, weights_key):
     loaded = load_strictly(
         network, architecture.named(encoder.tensors), architecture.classifier, path, architecture.name
     )
-    report = _report(path, encoder, architecture, loaded, asked)
-    return with_input(architecture, network, encoder, path, content), network, report
+    report = _report(path, encoder, architecture, loaded, asked is not None)
+    return with_input(architecture, Checkpoint(path, encoder, network), content), network, report
 
 
-def _likely(content, path, weights_key):
-    """Name of the architecture that would be taken without --arch; empty if none would."""
+def _likely(content: Any, path: str | PathLike[str], weights_key: str | None) -> str:
+    """Return the name of the architecture that would be taken without --arch; empty if none would."""
     try:
-        encoder = find_encoder(content, _signatures(None), known, path, weights_key)
+        encoder = find_encoder(content, _signatures(None), is_network, path, weights_key)
         return recognise(encoder.tensors, path, _hints(encoder)).name
     except BadInput:
         return ""
 
 
-def _signatures(arch):
-    """The keys by which an encoder is found: of every family, or of the architecture that is asked for."""
+def _signatures(arch: str | None) -> list[str]:
+    """Return the keys by which an encoder is found: those of every family, or of the architecture that is asked for."""
     if arch and ":" in arch:
-        # Of a stranger's network the longest name is the least likely to stand elsewhere.
+        # In a network that featcache does not know, the longest name is the least likely to occur elsewhere.
         asked = find_architecture(arch)
         keys = (key for key in asked.build().state_dict() if not key.startswith(asked.classifier))
         return [max(keys, key=len)]
@@ -99,36 +110,31 @@ def _signatures(arch):
     return list(dict.fromkeys(key for a in families for key in (a.signature, *a.layouts) if key))
 
 
-def _hints(encoder):
-    """What a method fixes and tensors do not say, see recognise."""
-    words = {word for name in (encoder.way, *encoder.others) for word in name.split(".")}
-    for method, own in TWELVE_HEADS.items():
-        if own <= words:
-            return {"twelve_heads": f"the names of the tensors, which are {method}'s"}
-    if words & {"teacher", "student"} and "mask_token" not in encoder.tensors:
-        return {"positions": "dino"}
-    return {}
+def _hints(encoder: Encoder) -> Hints:
+    return {"words": {word for name in (encoder.prefix, *encoder.others) for word in name.split(".")}}
 
 
-def _report(path, encoder, architecture, loaded, asked):
-    """What was loaded and why, in lines for people."""
-    prefix = f"{encoder.way}." if encoder.way else ""
+def _report(
+    path: str | PathLike[str], encoder: Encoder, architecture: Architecture, loaded: Loaded, asked: bool
+) -> str:
+    """Return lines for people on what was loaded and why."""
+    prefix = dotted(encoder.prefix)
     left_out = [*(prefix + name for name in loaded.left_out), *encoder.others]
-    grounds = "as --arch says" if asked else "by tensor names and shapes"
+    reason = "as --arch says" if asked else "by tensor names and shapes"
     absent = f"{len(loaded.absent)} batch counters, which play no part" if loaded.absent else "none"
     return "\n".join(
         (
             f"{path}",
             f"  rule: {encoder.rule} ({prefix}*)",
-            f"  architecture: {architecture.name}, {grounds}",
+            f"  architecture: {architecture.name}, {reason}",
             f"  loaded: {loaded.used} tensors, {loaded.parameters / 1e6:.2f} M values",
-            f"  left out: {grouped(left_out, encoder.way)}",
+            f"  left out: {grouped(left_out, encoder.prefix)}",
             f"  missing: {absent}",
         )
     )
 
 
-def _random_network(architecture, seed):
+def _random_network(architecture: Architecture, seed: int) -> nn.Module:
     """Build a network with convolutions drawn as He et al. (ICCV 2015), fan-in mode.
 
     An architecture's own initialisation counts on batch statistics: in eval mode, where batch norm

@@ -1,28 +1,31 @@
 """What every module of a network yields, found out by running it once."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
-from featcache.backbones.architecture import Tokens
+from featcache.backbones.architecture import Architecture, Tokens
 from featcache.backbones.reductions import MAP, SEQUENCE, TOKENS, Output
 
-# More than one image, so that what is no tensor of images shows.
+# More than one image, so that an output which is not a batch of images shows.
 BATCH = 2
 
 
-def outputs(network, architecture, size):
+def outputs(network: nn.Module, architecture: Architecture, size: int) -> dict[str, Output]:
     """Run a network once and return {module path: Output}, in the order in which modules finish (their last call).
 
     Nothing is computed where the network allows it: its tensors are replaced by ones of the meta device.
     """
-    found = {}
+    modules: dict[str, Output] = {}
 
-    def keep(path):
-        def hook(module, inputs, output):
-            found.pop(path, None)
-            found[path] = Output(output, module, architecture, (size, size), BATCH)
+    def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            modules.pop(path, None)
+            modules[path] = Output(output, module, architecture, (size, size), BATCH)
 
         return hook
 
@@ -36,29 +39,29 @@ def outputs(network, architecture, size):
                 functional_call(network, shadows, (images.to("meta"),))
             except (RuntimeError, NotImplementedError):
                 # Some networks hold tensors that are no parameters, or look at values.
-                found.clear()
+                modules.clear()
                 network(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return modules
 
 
-def find_last(found):
-    """Path of the last module that yields a map of more than one position, or tokens; None if there is none."""
-    for path, output in reversed(found.items()):
+def find_last(modules: dict[str, Output]) -> str | None:
+    """Return the path of the last module that yields a map of more than one position, or tokens; None without one."""
+    for path, output in reversed(modules.items()):
         if output.kind in (TOKENS, SEQUENCE) or (output.kind == MAP and output.values.shape[2:].numel() > 1):
             return path
     return None
 
 
-def tokens_of(network, count, size):
-    """Layout of the `count` tokens that a network yields for size x size pixels; None if they are no square.
+def tokens_of(network: nn.Module, count: int, size: int) -> Tokens | None:
+    """Return how the `count` tokens that a network yields for size x size pixels are laid out; None if not a square.
 
-    Prefix tokens are as its attribute num_prefix_tokens says (timm's networks have it); without it a
-    square number of tokens are patches, and one more begins with a class token.
+    timm's networks say the number of prefix tokens as num_prefix_tokens. Without this attribute a square number of
+    tokens are patches, and one more begins with a class token.
     """
-    prefix = getattr(network, "num_prefix_tokens", None)
+    prefix: Any = getattr(network, "num_prefix_tokens", None)
     if prefix is None:
         prefix = 0 if math.isqrt(count) ** 2 == count else 1
         cls = prefix == 1

@@ -1,22 +1,27 @@
-"""In which arithmetic a backbone runs, and what that does to its features."""
+"""The arithmetic in which a backbone runs, and what that does to its features."""
 
 import copy
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from featcache.backbones.backbone import Backbone
 from featcache.device import multiplying, why_not
 from featcache.errors import BadInput, nearest
+from featcache.feature import Feature
 
 # The dtype of matrix products and convolutions; tf32 is a mode of float32.
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The most by which folding may move a feature, as a share of its largest value.
 FOLDED_WITHIN = 1e-5
 
 
-def check_precision(precision, device):
+def check_precision(precision: str, device: torch.device) -> None:
     """Raise BadInput for an unknown precision, and for one that the device cannot do."""
     if precision not in PRECISIONS:
         raise BadInput(
@@ -27,10 +32,10 @@ def check_precision(precision, device):
 
 
 @contextmanager
-def running(precision, device):
-    """Inference in a precision, for the duration.
+def running(precision: str, device: torch.device) -> Iterator[None]:
+    """Run inference in a precision within the block.
 
-    bf16 and fp16 are torch's autocast: weights stay as they are, and what is delicate stays in float32.
+    bf16 and fp16 are torch's autocast: weights stay as they are, and operations that need it stay in float32.
     """
     dtype = PRECISIONS[precision]
     with multiplying(precision), torch.inference_mode():
@@ -41,27 +46,29 @@ def running(precision, device):
                 yield
 
 
-def measure(model, images, features, precision):
+def measure(
+    backbone: Backbone, images: torch.Tensor, features: Sequence[Feature], precision: str
+) -> dict[str, bool | float]:
     """Compare a precision with float32 on a batch, and see whether batch norms can be folded.
 
-    images: normalised float32 [B, C, H, W], on the model's device. Returns {"folded": whether every
-    feature in float32 stays within FOLDED_WITHIN of its largest value, "cosine": to float32, the
-    minimum over features and images}, both plain JSON. Raises BadInput if a value overflows.
+    images: normalised float32 [B, C, H, W], on the backbone's device. Returns {"folded": whether folding leaves every
+    feature in float32 within FOLDED_WITHIN of its largest value, "cosine": to float32, the minimum over features and
+    images}, both plain JSON. Raises BadInput if a value overflows.
     """
     with running("float32", images.device):
-        exact = model(images, features)
-    plain, folded = model.trunk, fold_batch_norm(model.trunk, layers_of(features))
+        exact = backbone(images, features)
+    plain, folded = backbone.trunk, fold_batch_norm(backbone.trunk, layers_of(features))
     try:
         if folded is not None:
-            model.trunk = folded
+            backbone.trunk = folded
             with running("float32", images.device):
-                near = model(images, features)
+                near = backbone(images, features)
             if any((near[k] - exact[k]).abs().max() > FOLDED_WITHIN * exact[k].abs().max() for k in exact):
-                folded, model.trunk = None, plain
+                folded, backbone.trunk = None, plain
         with running(precision, images.device):
-            values = model(images, features)
+            values = backbone(images, features)
     finally:
-        model.trunk = plain
+        backbone.trunk = plain
     for name in values:
         if exact[name].isfinite().all() and not values[name].isfinite().all():
             raise BadInput(f"--precision {precision}: feature {name} overflows; use bf16 or float32")
@@ -69,24 +76,24 @@ def measure(model, images, features, precision):
     return {"folded": folded is not None, "cosine": round(cosine, 6)}
 
 
-def _cosine(a, b):
-    """Cosine in float64 of [B, ...] and [B, ...], row by row; 1 where both are zero."""
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the cosine in float64 of [B, ...] and [B, ...], row by row: [B], 1 where both are zero."""
     a, b = a.double().flatten(1), b.double().flatten(1)
     both_zero = (a == 0).all(1) & (b == 0).all(1)
     return torch.where(both_zero, 1, nn.functional.cosine_similarity(a, b, eps=1e-300))
 
 
-def layers_of(features):
-    """Paths of the modules whose outputs features are made of; of a layer written A+B, both."""
+def layers_of(features: Iterable[Feature]) -> list[str]:
+    """Return the paths of the modules whose outputs features are made of; of a layer written A+B, both."""
     return [path for feature in features for path in feature.layer.split("+")]
 
 
-def fold_batch_norm(trunk, layers):
+def fold_batch_norm(trunk: nn.Module, layers: Sequence[str]) -> nn.Module | None:
     """Return a copy of a network in eval mode whose convolutions do the batch norms' work, or None if none can.
 
-    A norm becomes an identity of the same name when nothing but it sees its convolution's output:
-    neither another module nor one of `layers`, the modules whose outputs are asked for. Weights are
-    computed in float64.
+    A norm becomes an identity of the same name where it alone sees its convolution's output: no other module does, and
+    the output is not asked for. layers: paths of the modules whose outputs are asked for. Weights are computed in
+    float64.
     """
     pairs = [
         (conv, norm)
@@ -97,7 +104,8 @@ def fold_batch_norm(trunk, layers):
         return None
     folded = copy.deepcopy(trunk)
     for conv_name, norm_name in pairs:
-        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(norm_name)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double()
         if conv.bias is not None:
@@ -115,12 +123,12 @@ def fold_batch_norm(trunk, layers):
     return folded
 
 
-def _within(name, layer):
+def _within(name: str, layer: str) -> bool:
     return name == layer or name.startswith(f"{layer}.")
 
 
-def _pairs(trunk):
-    """[(name of a convolution, name of the batch norm that alone sees its output)]."""
+def _pairs(trunk: nn.Module) -> list[tuple[str, str]]:
+    """Return [(name of a convolution, name of the batch norm that alone sees its output)]."""
     modules = dict(trunk.named_modules())
     norms = {
         name for name, module in modules.items() if type(module) is nn.BatchNorm2d and module.running_var is not None
@@ -131,43 +139,44 @@ def _pairs(trunk):
         nodes = fx.Tracer().trace(trunk).nodes
     except Exception:  # noqa: BLE001 - a network's own code may object to being traced in any way
         return _neighbours(modules, norms)
-    uses = Counter(node.target for node in nodes if node.op in ("call_module", "get_attr"))
-    pairs = []
+    uses = Counter(str(node.target) for node in nodes if node.op in ("call_module", "get_attr"))
+    pairs: list[tuple[str, str]] = []
     for node in nodes:
-        if node.op == "call_module" and node.target in norms and uses[node.target] == 1:
+        norm = str(node.target)
+        if node.op == "call_module" and norm in norms and uses[norm] == 1:
             (source,) = node.all_input_nodes
             conv = _convolution(source, modules)
             if conv and uses[conv] + uses[f"{conv}.weight"] == 1 and len(source.users) == 1:
-                pairs.append((conv, node.target))
+                pairs.append((conv, norm))
     return pairs
 
 
-def _convolution(node, modules):
-    """Name of the Conv2d that a node of a traced graph runs with its weight as it is, or None.
+def _convolution(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the name of the Conv2d that a node of a traced graph runs with its weight as it is, or None.
 
-    A subclass with a forward of its own, such as one that pads as TensorFlow does, is traced into:
-    then the node is the function conv2d. B-cos normalises the weight first, and so is not meant.
+    A subclass with a forward of its own, such as one that pads as TensorFlow does, is traced into: then the node is the
+    function conv2d. B-cos's convolutions normalise the weight first, and so give None.
     """
-    name = None
+    name: str | None = None
     if node.op == "call_module":
-        name = node.target
+        name = str(node.target)
         if type(modules[name]).forward is not nn.Conv2d.forward:
             return None
     elif node.op == "call_function" and node.target is F.conv2d:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1:
-            name, _, word = weight.target.rpartition(".")
-            name = name if word == "weight" else None
-    return name if isinstance(modules.get(name), nn.Conv2d) else None
+            path, _, word = str(weight.target).rpartition(".")
+            name = path if word == "weight" else None
+    return name if name is not None and isinstance(modules.get(name), nn.Conv2d) else None
 
 
-def _neighbours(modules, norms):
-    """As _pairs, where a network cannot be traced: neighbours in an nn.Sequential."""
-    pairs = []
+def _neighbours(modules: Mapping[str, nn.Module], norms: set[str]) -> list[tuple[str, str]]:
+    """Return what _pairs does where a network cannot be traced: neighbours in an nn.Sequential."""
+    pairs: list[tuple[str, str]] = []
     for name, module in modules.items():
         if type(module).forward is nn.Sequential.forward:
             children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
             for conv, norm in zip(children, children[1:], strict=False):
-                if norm in norms and type(modules.get(conv)).forward is nn.Conv2d.forward:
+                if norm in norms and getattr(type(modules.get(conv)), "forward", None) is nn.Conv2d.forward:
                     pairs.append((conv, norm))
     return pairs

@@ -1,10 +1,15 @@
 """What a layer yields, and what each reduction makes of it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from featcache.backbones.architecture import Architecture
 from featcache.errors import BadInput
+from featcache.feature import Feature
 
 VECTOR, MAP, TOKENS, SEQUENCE = "a vector [B, C]", "a map [B, C, H, W]", "tokens [B, N, D]", "a sequence [B, N, D]"
 ALLOWED = {
@@ -18,14 +23,18 @@ ALLOWED = {
 class Output:
     """The output of a layer for a batch of images, and what it is.
 
-    output: whatever the module returned. images: the size (H, W) of the input in pixels. values: the
-    same, but a map is [B, C, H, W]. kind: one of ALLOWED, or None if no feature can be made of it.
-    prefix: tokens before the patches. cls: whether the first of them is a class token.
+    output: whatever the module returned. values: the same, but a map is [B, C, H, W]. kind: one of ALLOWED, or None if
+    no feature can be made of it. prefix: number of tokens before the patches. cls: whether the first of them is a class
+    token. Made with images, the size (H, W) of the input in pixels, and batch, the number of images.
     """
 
-    def __init__(self, output, module, architecture, images, batch):
+    def __init__(
+        self, output: Any, module: nn.Module, architecture: Architecture, images: Sequence[int], batch: int
+    ) -> None:
         self.output = self.values = output
-        self.kind, self.prefix, self.cls = None, 0, False
+        self.kind: str | None = None
+        self.prefix, self.cls = 0, False
+        self.grid: tuple[int, ...] = ()
         usable = isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim in (2, 3, 4)
         # Not len(), which would fix the batch size of a traced program.
         if not (usable and output.shape[0] == batch):
@@ -49,11 +58,11 @@ class Output:
             self.kind = SEQUENCE
 
     @property
-    def reductions(self):
+    def reductions(self) -> tuple[str, ...]:
         """Words of the reductions that it allows."""
-        return tuple(word for word in ALLOWED.get(self.kind, ()) if word != "cls" or self.cls)
+        return tuple(word for word in ALLOWED.get(self.kind or "", ()) if word != "cls" or self.cls)
 
-    def reduce(self, feature, arch):
+    def reduce(self, feature: Feature, arch: str) -> torch.Tensor:
         """Return the feature [B, ...] as a tensor of its own. Raises BadInput if it is not allowed."""
         if feature.kind not in self.reductions:
             if self.kind is None:

@@ -1,5 +1,8 @@
 """Building networks without drawing the values of their parameters, which a checkpoint replaces at once."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -12,11 +15,17 @@ FILLING = {name for name in NAMES if name.endswith("_") and not name.endswith("_
 class Undrawn(TorchFunctionMode):
     """Within the block, parameters keep whatever was in their memory; buffers and other tensors are filled as ever.
 
-    Drawing takes seconds for a large network. On the meta device, where nothing is drawn, it is
-    torch's compiler that would be imported to find that out.
+    Drawing takes seconds for a large network. On the meta device nothing is drawn, but torch's compiler would be
+    imported to find that out.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Call func, unless it would fill a parameter."""
         kwargs = kwargs or {}
         if func.__name__ in FILLING:

@@ -1,9 +1,11 @@
-"""The command line: parse, call, print. Commands import what is heavy only when they run."""
+"""The command line: parse, call, print. Commands import heavy modules only when they run."""
 
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -27,9 +29,9 @@ from featcache.errors import BadInput, one_line
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 
 
-def _note(context, _option, debug):
-    """Note what main() has to know of a command that fails."""
-    noted = context.find_root().ensure_object(dict)
+def _note(context: click.Context, _option: click.Parameter, debug: bool) -> None:
+    """Note what main() has to know about the command if it fails."""
+    noted: dict[str, Any] = context.find_root().ensure_object(dict)
     noted["debug"] = noted.get("debug", False) or debug
     noted["options"] = {option.name for option in context.command.params}
 
@@ -48,7 +50,7 @@ debug_option = click.option(
 @click.group(context_settings={"show_default": True})
 @click.version_option(featcache.__version__)
 @debug_option
-def cli():
+def cli() -> None:
     """Extract frozen features once; train, score and explain whole grids of probes on them.
 
     Exit codes: 0 done, 1 verify or inspect --dataset found damage, 2 bad input or a fault of the machine, such as a
@@ -62,12 +64,12 @@ for command in (
     cli.add_command(debug_option(command))
 
 
-def main():
-    """Run the command line and exit. Whatever goes wrong is one line, and its traceback is for --debug."""
+def main() -> None:
+    """Run the command line and exit. Whatever goes wrong is said in one line; --debug shows the traceback too."""
     prepare_streams()
     # A scheduler's SIGTERM ends like Ctrl-C does: worker processes are stopped, and what is begun stays whole.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    noted = {"debug": False, "options": ()}
+    noted: dict[str, Any] = {"debug": False, "options": ()}
     try:
         code = run(sys.argv[1:], noted)
         sys.stdout.flush()
@@ -76,13 +78,13 @@ def main():
     sys.exit(code)
 
 
-def run(words, noted):
+def run(words: Sequence[str], noted: dict[str, Any]) -> int:
     """Run a command by its words; return its exit code, or raise what it raises.
 
-    Not by click's own main(), which ends with 1 where a pipe is broken. noted: see _note.
+    click's own main() would end with 1 at a broken pipe. noted: what main() has to know if the command fails.
     """
     if "_FEATCACHE_COMPLETE" in os.environ:
-        # The shell asks how a word may go on.
+        # The shell asks for completions of a word.
         cli.main(prog_name="featcache")
     try:
         with cli.make_context("featcache", list(words), obj=noted) as context:
@@ -92,15 +94,15 @@ def run(words, noted):
     return 0
 
 
-def _ended(error, noted):
-    """Say in one line how a command ended; return its exit code."""
+def _ended(error: BaseException, noted: dict[str, Any]) -> int:
+    """Say in one line why a command ended; return its exit code."""
     if isinstance(error, BrokenPipeError) and output_is_broken():
         # The reader of a pipe, such as head, has seen enough.
         drop_output()
         return BROKEN_PIPE
     if noted["debug"]:
         traceback.print_exception(error)
-    # Where Ctrl-C meets an import, the import fails.
+    # An import that Ctrl-C interrupts fails with another exception, which Ctrl-C is the cause or context of.
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("interrupted", err=True)
@@ -110,9 +112,9 @@ def _ended(error, noted):
         usage = isinstance(error, click.UsageError) and error.ctx
         if usage:
             click.echo(f"{usage.get_usage()}\nTry '{usage.command_path} --help' for help.\n", err=True)
-        # One line each, where there are several.
-        said = error.message if isinstance(error, BadInput) else one_line(error.format_message())
-        return _say(said, error.exit_code)
+        # A BadInput may have several lines.
+        text = error.message if isinstance(error, BadInput) else one_line(error.format_message())
+        return _say(text, error.exit_code)
     line = line or explain(error)
     if line is not None:
         drop_output()
@@ -128,9 +130,9 @@ def _ended(error, noted):
     )
 
 
-def _say(line, code):
-    """Say what went wrong, once where all processes of torchrun find the same; return the exit code."""
-    # Only what has met the others has imported this, and can ask them.
+def _say(line: str, code: int) -> int:
+    """Say what went wrong, only once if all processes of torchrun find the same; return the exit code."""
+    # Only a process that has imported this has met the others, and can ask them.
     ranks = sys.modules.get("featcache.ranks")
     if ranks is None or ranks.first_to_say(line):
         click.echo(f"Error: {line}", err=True)

@@ -1,5 +1,7 @@
 """`featcache compare`."""
 
+from typing import Any
+
 import click
 
 from featcache.cli.options import device_option
@@ -18,12 +20,12 @@ from featcache.cli.options import device_option
     "--store", "stores", multiple=True, type=click.Path(), help="Stores of the runs.  [default: the runs know]"
 )
 @device_option
-def compare(**options):
+def compare(**options: Any) -> None:
     """Test whether two probes differ, metric by metric, on the images that the run is judged on.
 
     The test is paired over images; docs/scores.md has the formula.
     """
-    from featcache.probes.scores.compare import compare as run
+    from featcache.probes.compare import compare as run
     from featcache.reporting.table import comparison_rows, format_table
 
     click.echo(format_table(*comparison_rows(run(**options))))

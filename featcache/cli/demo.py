@@ -12,7 +12,7 @@ import click
 )
 @click.option("--data-only", is_flag=True, help="Make the dataset and the grid, and stop.")
 @click.pass_context
-def demo(context, out, scale, data_only):
+def demo(context: click.Context, out: str, scale: float, data_only: bool) -> None:
     """See the whole idea work: real images, a real backbone, a grid of probes, heatmaps, one page.
 
     Every step prints the featcache command that does it.
@@ -20,7 +20,8 @@ def demo(context, out, scale, data_only):
     from featcache.demo.demo import make_data, run_demo
 
     if data_only:
-        return make_data(out, scale)
+        make_data(out, scale)
+        return
     from featcache.cli import run
 
-    return run_demo(lambda words: run(words, context.obj), out, scale)
+    run_demo(lambda words: run(words, context.obj), out, scale)

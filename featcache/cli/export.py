@@ -1,5 +1,7 @@
 """`featcache export`."""
 
+from typing import Any
+
 import click
 
 from featcache.cli.options import backbone_options
@@ -11,7 +13,7 @@ from featcache.cli.options import backbone_options
 @click.option("--run", type=click.Path(), help="Folder of a finished run: export one of its probes.")
 @click.option("--probe", metavar="ID", help="The probe.")
 @backbone_options(required=False)
-def export(**options):
+def export(**options: Any) -> None:
     """Write backbones, or a probe merged with its backbone, for programs that know nothing of featcache.
 
     \b

@@ -1,5 +1,7 @@
 """`featcache extract`."""
 
+from typing import Any
+
 import click
 
 from featcache.arguments import MOST_WORKERS
@@ -62,7 +64,7 @@ from featcache.cli.options import (
     help="draft: quicker on large JPEGs, not exact.",
 )
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
-def extract(compression, crop_scale, **options):
+def extract(compression: str, crop_scale: str | None, **options: Any) -> None:
     """Run a frozen backbone once over a dataset and write its features to a store.
 
     The same command again finishes what was interrupted, or says that nothing is left to do. Under
@@ -70,11 +72,11 @@ def extract(compression, crop_scale, **options):
     """
     from featcache.extraction.extract import extract as run
 
-    compression = None if compression == "none" else compression
+    scale = None
     if crop_scale is not None:
         try:
             low, high = (float(part) for part in crop_scale.split(","))
         except ValueError:
             raise click.UsageError(f"--crop-scale {crop_scale!r}: expected two numbers, as in 0.08,1") from None
-        crop_scale = low, high
-    run(compression=compression, crop_scale=crop_scale, **options)
+        scale = low, high
+    run(compression=None if compression == "none" else compression, crop_scale=scale, **options)

@@ -1,15 +1,16 @@
-"""What a machine can do to a command, each in one line with a remedy."""
+"""Faults of the machine that a command can meet, each said in one line with a remedy."""
 
 import errno
 import os
 import re
+from collections.abc import Collection
 
 from featcache.errors import of_the_system
 
 AGAIN = "and run the same command again"
-# What options of a command can do for want of memory.
+# How options of a command can make it take less memory.
 SMALLER = {"batch_size": "a smaller --batch-size", "workers": "fewer --workers", "memory": "less --memory"}
-# torch, and what it calls, have no exceptions of their own for these; the words are lower case.
+# torch and its libraries have no exceptions for these; only their messages tell, which are compared in lower case.
 NO_MEMORY = (
     "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory", "bad_alloc",
     "could not create a memory object", "could not create a primitive", "can't start new thread",
@@ -20,33 +21,35 @@ NO_SHARED_MEMORY = ("shared memory", "</torch_")
 WORKER_KILLED = "dataloader worker (pid"
 
 
-def explain(error):
-    """Return a line for an error that is the machine's, or None."""
+def explain(error: BaseException) -> str | None:
+    """Return a line for an error of the machine, or None for any other."""
     if isinstance(error, RecursionError):
         return "what was read is nested too deeply; make it flatter"
     if isinstance(error, OSError):
-        # A full disk, a folder without permission: the path and the system's word.
+        # For example a full disk, or a folder without permission.
         path = error.filename
         place = os.fsdecode(path) if isinstance(path, str | bytes) else "input or output"
         return f"{place}: {of_the_system(error)}"
     return None
 
 
-def scarcity(error, options=()):
-    """Return a line for want of memory or of files, else None, also where what met it took it for something else.
+def scarcity(error: BaseException, options: Collection[str] = ()) -> str | None:
+    """Return a line if memory or open files ran out, else None.
 
-    A file that cannot be read for want of memory looks damaged to its reader. options: names of the options that the
-    command has, for the remedy.
+    The error may be one that followed from that: to its reader a file looks damaged that cannot be read because
+    memory ran out. options: names of the options that the command has, for the remedy.
     """
-    while error is not None:
-        line = _scarce(error, options)
+    cause: BaseException | None = error
+    while cause is not None:
+        line = _scarce(cause, options)
         if line is not None:
             return line
-        error = error.__cause__ or error.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _scarce(error, options):
+def _scarce(error: BaseException, options: Collection[str]) -> str | None:
+    """As scarcity, for this error alone."""
     text = str(error).lower() if isinstance(error, (RuntimeError, OSError, ImportError)) else ""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EMFILE, errno.ENFILE) or any(word in text for word in NO_FILES):
@@ -69,7 +72,7 @@ def _scarce(error, options):
     return None
 
 
-def _first(error):
-    """What an error says first: torch explains at length."""
+def _first(error: BaseException) -> str:
+    """Return the beginning of an error's message; torch explains at length."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return ". ".join(re.sub(r"^\[enforce fail [^]]*\] .*?\. ", "", lines[0]).split(". ")[:2]).rstrip(".")

@@ -1,5 +1,7 @@
 """`featcache import-probes`."""
 
+from typing import Any
+
 import click
 
 from featcache.cli.options import device_option
@@ -14,7 +16,7 @@ from featcache.cli.options import device_option
 )
 @click.option("--offset", metavar="X", help="Added to every logit: a number, or -ln(C-1).  [default: How-to-Probe's]")
 @device_option
-def import_probes(**options):
+def import_probes(**options: Any) -> None:
     """Make a run of How-to-Probe's finished probes, as mmpretrain saves them, and score it on a store."""
     from featcache.exchange.import_probes import import_probes as run
     from featcache.reporting.table import format_table, score_rows

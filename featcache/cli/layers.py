@@ -1,5 +1,7 @@
 """`featcache layers`."""
 
+from typing import Any
+
 import click
 
 from featcache.cli.options import arch_option, size_option, weights_key_option
@@ -10,7 +12,7 @@ from featcache.cli.options import arch_option, size_option, weights_key_option
 @arch_option
 @weights_key_option
 @size_option
-def layers(checkpoint, **options):
+def layers(checkpoint: str, **options: Any) -> None:
     """List the layers of a checkpoint's network: path, aliases, shape, allowed reductions.
 
     CKPT is a checkpoint, or "random" with --arch. A feature is LAYER:REDUCE, with a path or an alias for LAYER. Modules
@@ -21,7 +23,7 @@ def layers(checkpoint, **options):
     from featcache.reporting.table import format_table
 
     backbone = load_backbone(checkpoint, **options)
-    click.echo(f"backbone: {backbone.grounds}\n", err=True)
+    click.echo(f"backbone: {backbone.load_report}\n", err=True)
     rows = [
         (layer.path, " ".join(layer.aliases), " x ".join(map(str, layer.shape)), " ".join(layer.reductions))
         for layer in run(backbone)

@@ -1,8 +1,14 @@
 """Options that several commands share, so that one word means one thing everywhere."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
 from featcache.arguments import MOST_SIDE
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Command], Command]
 
 arch_option = click.option(
     "--arch",
@@ -19,10 +25,10 @@ size_option = click.option(
 )
 
 
-def backbone_options(required):
+def backbone_options(required: bool) -> Option:
     """Add --backbone, --arch and --weights-key."""
 
-    def add(command):
+    def add(command: Command) -> Command:
         command = weights_key_option(arch_option(command))
         return click.option(
             "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
@@ -31,10 +37,10 @@ def backbone_options(required):
     return add
 
 
-def dataset_options(required):
+def dataset_options(required: bool) -> Option:
     """Add --dataset and --root."""
 
-    def add(command):
+    def add(command: Command) -> Command:
         command = click.option(
             "--root",
             type=click.Path(),
@@ -52,14 +58,15 @@ def dataset_options(required):
     return add
 
 
-def _three_numbers(context, option, text):
+def _three_numbers(context: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Read R,G,B as numbers; Preprocessing checks that there are three."""
     try:
         return text and tuple(float(number) for number in text.split(","))
     except ValueError:
         raise click.BadParameter(f"{text!r} is not three numbers R,G,B") from None
 
 
-def preprocessing_options(command):
+def preprocessing_options(command: Command) -> Command:
     """Add --size, --resize, --short-side, --interpolation, --mean and --std."""
     options = (
         click.option(
@@ -108,7 +115,7 @@ split_option = click.option(
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 
 
-def format_option(name, **settings):
+def format_option(name: str, **settings: Any) -> Option:
     """Add --format, or --to, of a store."""
     return click.option(name, "format", type=click.Choice(["zarr", "hdf5"]), **settings)
 

@@ -32,8 +32,9 @@ def train_probes(dry_run, run, seed, memory, **options):
 
         _print_plan(plan_probes(memory=memory, **options))
         return
+    from featcache.probes.scores.metrics import metric_kind
     from featcache.probes.train import train_probes as train
-    from featcache.reporting.table import METRIC_NAMES, format_table, score_rows, scored
+    from featcache.reporting.table import format_table, score_rows, scored
 
     finished = train(run=run, seed=seed, memory=memory, **options)
     if finished is None:
@@ -41,10 +42,14 @@ def train_probes(dry_run, run, seed, memory, **options):
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
     level = summary["chance"][finished.judge][metric]
-    chosen = f" by {finished.chosen_on} {METRIC_NAMES[metric]}" if finished.chosen_on else ""
+    chosen = f" by {finished.chosen_on} {metric_kind(metric).title}" if finished.chosen_on else ""
     click.echo(
         f"{'best' if chosen else 'first'} {min(10, summary['probes'])} of {summary['probes']} probes{chosen}; "
-        + (f"chance on {finished.judge}: {scored(metric, level)} %; " if level is not None else "")
+        + (
+            f"chance on {finished.judge}: {scored(metric, level)} {metric_kind(metric).unit()}; "
+            if level is not None
+            else ""
+        )
         + f"run: {finished.path}"
     )
     if finished.caution:
@@ -52,7 +57,6 @@ def train_probes(dry_run, run, seed, memory, **options):
 
 
 def _print_plan(plan):
-    from featcache.reporting.configuration import describe_head
     from featcache.reporting.table import format_table
 
     if plan.missing:
@@ -64,10 +68,10 @@ def _print_plan(plan):
     rows = [
         {
             "features": s.features,
-            "head": describe_head({f"head.{k}": v for k, v in vars(s.head).items()}),
+            "head": s.head.label,
             "loss": ", ".join(f"{count} {kind}" for kind, count in s.loss.items()),
             "optimiser": s.optimizer,
-            "epochs": "full batch" if s.optimizer == "lbfgs" else str(s.epochs),
+            "epochs": "full batch" if s.full_batch else str(s.epochs),
             "precision": s.precision,
             "batch": str(s.batch_size),
             "probes": str(s.probes),

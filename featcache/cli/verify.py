@@ -8,13 +8,13 @@ import click
 @click.command()
 @click.argument("path", metavar="STORE|RUN")
 @click.option("--repair", is_flag=True, help="Drop what is damaged; the same command again makes just that anew.")
-def verify(path, repair):
+def verify(path: str, repair: bool) -> None:
     """Check every byte of a STORE (path or URL), or of a RUN folder, against its checksums.
 
     Exit codes: 0 it is whole, 1 something is damaged or missing (each on a line), 2 bad input.
     """
-    from featcache.probes.verify import is_run
-    from featcache.probes.verify import verify as run
+    from featcache.probes.runs.verify import is_run
+    from featcache.probes.runs.verify import verify as run
 
     findings = run(path, repair)
     for finding in findings:

@@ -1,9 +1,10 @@
-"""Datasets by name: a registry of functions that read what people have on disk.
+"""Datasets by name: a registry of functions that read the layouts in which people keep them on disk.
 
-To add one, put `name -> function(root, splits=None) -> Dataset` into DATASETS.
+To add one, write a file with a function `(root, splits=None) -> Dataset` and put it into DATASETS under its name.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from featcache.errors import BadInput, nearest
 
 __all__ = ["DATASETS", "Augmentation", "Dataset", "Record", "list_records", "read_dataset"]
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "voc": partial(read_voc, year=2007),
     "voc2007": partial(read_voc, year=2007),
     "voc2012": partial(read_voc, year=2012),
@@ -45,18 +46,22 @@ DATASETS = {
 }
 
 
-def read_dataset(name, root=None, splits=None):
+def read_dataset(name: str, root: str | os.PathLike[str] | None = None, splits: Sequence[str] | None = None) -> Dataset:
     """Read a dataset's records, complete with the sizes of their images.
 
     root: folder; by default $FEATCACHE_DATA/<name>, else data/<name>.
     splits: names of splits; by default all that the dataset's protocol needs.
     Raises BadInput for an unknown name and for whatever is wrong on disk.
+
+        data = read_dataset("voc", "/data", splits=["train", "val"])
+        data.splits["train"][0].boxes  # float32 [M, 4]
+        data.labels("train")  # int8 [N, 20]
     """
     return completed(list_records(name, root, splits))
 
 
-def list_records(name, root=None, splits=None):
-    """Read a dataset's records as its layout lists them; images are not looked at. Arguments as of read_dataset."""
+def list_records(name: str, root: str | os.PathLike[str] | None = None, splits: Sequence[str] | None = None) -> Dataset:
+    """Read a dataset's records as its layout lists them, without looking at images. Takes read_dataset's arguments."""
     if name not in DATASETS:
         raise BadInput(f"unknown dataset {name!r}{nearest(name, DATASETS)} (known: {', '.join(DATASETS)})")
     if root is None:

@@ -1,6 +1,8 @@
 """A plain folder of images: ROOT/SPLIT/CLASS/image, or ROOT/CLASS/image as one split named `all`."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from featcache.datasets.layout import (
     folders_in,
@@ -20,11 +22,11 @@ SPLIT/CLASS/image.jpg ...    (or CLASS/image.jpg ... for one split)
 """
 
 
-def read_folder(root, splits=None):
+def read_folder(root: Path, splits: Sequence[str] | None = None) -> Dataset:
     """Read a folder of class folders as single-label records.
 
     Classes are the sorted names of the class folders of all splits together; images are in
-    torchvision's ImageFolder's order. A record's id is the path below the split's folder.
+    the order of torchvision's ImageFolder. A record's id is the path below the split's folder.
     Raises BadInput for another layout, and for a class folder without an image.
     """
     require_folder(root)
@@ -50,10 +52,10 @@ def read_folder(root, splits=None):
     )
 
 
-def _has_classes(folder):
+def _has_classes(folder: str) -> bool:
     return any(images_in(os.path.join(folder, name)) for name in folders_in(folder))
 
 
-def _records(folder, classes):
-    found = images_by_class(folder, classes)
-    return tuple(Record(id=path.removeprefix(folder + os.sep), image=path, labels=label) for path, label in found)
+def _records(folder: str, classes: Sequence[str]) -> tuple[Record, ...]:
+    images = images_by_class(folder, classes)
+    return tuple(Record(id=path.removeprefix(folder + os.sep), image=path, labels=label) for path, label in images)

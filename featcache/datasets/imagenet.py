@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from featcache.datasets.layout import (
     archives,
@@ -28,12 +30,12 @@ train_labeled_1percent.txt, 1percent.txt ...    for the split train-1percent; al
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
-def read_imagenet(root, splits=None):
+def read_imagenet(root: Path, splits: Sequence[str] | None = None) -> Dataset:
     """Read ImageNet as single-label records; class names are the sorted wnids, as torchvision's ImageFolder has them.
 
-    splits: train, val, and subsets such as train-1percent, which a list names. Where there is a list
-    it tells images, order and labels, as in mmpretrain; else the class folders do, else the devkit.
-    The id of a record is the image's file name without suffix.
+    splits: train, val, and subsets such as train-1percent, for which there is a list. A list decides on images, order
+    and labels, as in mmpretrain; without one the class folders do, else the devkit. A record's id is the image's file
+    name without suffix.
     Raises BadInput for a list whose labels contradict the wnids in its file names.
     """
     require_folder(root)
@@ -47,27 +49,27 @@ def read_imagenet(root, splits=None):
     )
 
 
-def _wnids(root):
-    """The sorted wnids, from the class folders, else from the folders that the lists name, else from the devkit."""
+def _wnids(root: Path) -> tuple[str, ...]:
+    """Return the sorted wnids of the class folders, else of the folders that the lists name, else of the devkit."""
     for split in SPLITS:
-        found = folders_in(root / split)
-        packed = [p for p in archives(root / split) if p.name.split(".")[0] not in found]
+        folders = folders_in(root / split)
+        packed = [p for p in archives(root / split) if p.name.split(".")[0] not in folders]
         if packed:
             raise wrong_layout(root, f"{root / split} is only half unpacked", TREE, root / split)
-        if found:
-            return tuple(found)
+        if folders:
+            return tuple(folders)
     for split in SPLITS:
         listed = _list_of(root, split)
-        found = {_wnid_of(image) for _, image, _ in read_list(listed)} if listed else set()
-        if found and None not in found:
-            return tuple(sorted(found))
+        wnids = [_wnid_of(image) for _, image, _ in read_list(listed)] if listed else []
+        if wnids and None not in wnids:
+            return tuple(sorted({wnid for wnid in wnids if wnid}))
     devkit = _devkit(root)
     if devkit:
         return tuple(sorted(_synsets(devkit).values()))
     raise wrong_layout(root, f"cannot tell ImageNet's classes in {root}", TREE)
 
 
-def _records(root, split, wnids):
+def _records(root: Path, split: str, wnids: tuple[str, ...]) -> tuple[Record, ...]:
     base, _, subset = split.partition("-")
     folder = root / base
     if base not in SPLITS:
@@ -75,21 +77,22 @@ def _records(root, split, wnids):
     if not folder.is_dir():
         raise wrong_layout(root, f"no folder {folder}", TREE)
     listed, devkit = _list_of(root, split), _devkit(root)
+    images: Iterable[tuple[str, int]]
     if listed:
-        found = _read_listed(listed, folder, wnids)
+        images = _read_listed(listed, folder, wnids)
     elif not subset and folders_in(folder):
-        found = images_by_class(folder, wnids)
+        images = images_by_class(folder, wnids)
     elif not subset and split == "val" and devkit:
-        found = _read_devkit(devkit, folder, wnids)
+        images = _read_devkit(devkit, folder, wnids)
     else:
         raise wrong_layout(
             root, f"no list of the split {split} in {root}" if subset else f"no labels of {folder}", TREE
         )
-    return tuple(Record(id=os.path.splitext(os.path.basename(p))[0], image=p, labels=label) for p, label in found)
+    return tuple(Record(id=os.path.splitext(os.path.basename(p))[0], image=p, labels=label) for p, label in images)
 
 
-def _list_of(root, split):
-    """The list of a split, by the names that mmpretrain, OpenMixup and SimCLR give it, or None."""
+def _list_of(root: Path, split: str) -> Path | None:
+    """Return the list of a split, by the names that mmpretrain, OpenMixup and SimCLR give it, or None."""
     base, _, subset = split.partition("-")
     names = [f"{base}_labeled_{subset}.txt", f"{base}_{subset}.txt", f"{subset}.txt"]
     if not subset:
@@ -98,40 +101,41 @@ def _list_of(root, split):
     return first_file(place / name for place in places for name in names)
 
 
-def _wnid_of(image):
-    """The wnid that a relative path shows: its folder, or what its file name begins with; else None."""
-    found = re.search(r"(?:^|/)(n\d{8})[/_]", image)
-    return found and found.group(1)
+def _wnid_of(image: str) -> str | None:
+    """Return the wnid in a relative path: its folder, or the beginning of its file name; None if there is none."""
+    match = re.search(r"(?:^|/)(n\d{8})[/_]", image)
+    return match and match.group(1)
 
 
-def _read_listed(path, folder, wnids):
-    """Yield (path, label). The label is the list's, or else that of the wnid in the file's name."""
+def _read_listed(path: Path, folder: Path, wnids: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Yield (path, label). The label is the list's, else that of the wnid in the file's name."""
     nested, index = bool(folders_in(folder)), {wnid: n for n, wnid in enumerate(wnids)}
     for number, image, label in read_list(path):
         wnid = _wnid_of(image)
         if wnid is not None and wnid not in index:
             raise BadInput(f"{path} line {number}: {wnid} is none of the {len(wnids)} classes")
-        if label is None and wnid is None:
-            raise BadInput(f"{path} line {number}: {image} has no label, and no wnid in its name")
-        if label is not None and label >= len(wnids):
+        if label is None:
+            if wnid is None:
+                raise BadInput(f"{path} line {number}: {image} has no label, and no wnid in its name")
+            label = index[wnid]
+        if label >= len(wnids):
             raise BadInput(f"{path} line {number}: label {label} is out of range, there are {len(wnids)} classes")
-        if label is not None and wnid is not None and wnids[label] != wnid:
+        if wnid is not None and wnids[label] != wnid:
             raise BadInput(f"{path} line {number}: label {label} is {wnids[label]}, the file is of {wnid}")
-        label = index[wnid] if label is None else label
         if nested and "/" not in image:
             image = f"{wnids[label]}/{image}"
         yield os.path.join(folder, image), label
 
 
-def _devkit(root):
-    """The devkit's data folder, or None."""
+def _devkit(root: Path) -> Path | None:
+    """Return the devkit's data folder, or None."""
     places = (root / "ILSVRC2012_devkit_t12" / "data", root / "devkit" / "data", root / "data", root)
-    found = first_file(place / GROUND_TRUTH for place in places)
-    return found and found.parent
+    truth = first_file(place / GROUND_TRUTH for place in places)
+    return truth and truth.parent
 
 
-def _synsets(devkit):
-    """{ILSVRC2012_ID: wnid} of the 1000 leaves, from map_clsloc.txt, else from meta.mat, which needs scipy."""
+def _synsets(devkit: Path) -> dict[int, str]:
+    """Return {ILSVRC2012_ID: wnid} of the 1000 leaves, from map_clsloc.txt, else from meta.mat, which needs scipy."""
     if (devkit / "map_clsloc.txt").is_file():
         words = [line.split() for _, line in read_lines(devkit / "map_clsloc.txt")]
         return {int(number): wnid for wnid, number, *_ in words}
@@ -148,20 +152,20 @@ def _synsets(devkit):
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         return {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
-    # scipy's own errors of a damaged file have no common base.
+    # The errors that scipy raises for a damaged file have no common base.
     except Exception as error:
         raise BadInput(f"cannot read {meta}: {error}") from None
 
 
-def _read_devkit(devkit, folder, wnids):
+def _read_devkit(devkit: Path, folder: Path, wnids: tuple[str, ...]) -> list[tuple[str, int]]:
     synsets, images = _synsets(devkit), images_in(folder)
     lines = read_lines(devkit / GROUND_TRUTH)
     if len(lines) != len(images):
         raise BadInput(f"{devkit / GROUND_TRUTH} has {len(lines)} lines, {folder} holds {len(images)} images")
-    found = []
+    labelled = []
     for (number, line), image in zip(lines, images, strict=True):
         wnid = synsets.get(int(line)) if line.isdecimal() else None
-        if wnid not in wnids:
+        if wnid is None or wnid not in wnids:
             raise BadInput(f"{devkit / GROUND_TRUTH} line {number}: {line!r} is the number of no class")
-        found.append((image, wnids.index(wnid)))
-    return found
+        labelled.append((image, wnids.index(wnid)))
+    return labelled

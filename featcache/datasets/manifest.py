@@ -3,26 +3,29 @@
 import csv
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from featcache.datasets.label_lists import SEPARATORS
+from featcache.datasets.label_lists import SEPARATORS, Where
 from featcache.datasets.labels import group_splits, index_labels
 from featcache.datasets.layout import parse_json, read_flag
-from featcache.datasets.record import Record
+from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, nearest, shown
 
 ONE_SPLIT = "all"
-# Names of the columns of labels, and how their texts are read, see split_texts.
+# {name of a column of labels: the rule by which its texts are read, see split_texts}
 LABELS = {"label": "label", "labels": "labels", "label:one": "one"} | {f"labels:{word}": word for word in SEPARATORS}
-# Columns with a meaning of their own; without one of LABELS, all others are classes.
+# Columns with a meaning of their own; if there is none of LABELS, all others are classes.
 COLUMNS = ("path", "split", "id", "boxes")
 HELP = "columns: path, then label, or labels (names with ; between), or a 0/1 column for each class; split, id, boxes"
 ADVICE = f"if that is wrong, call the column {', '.join(list(LABELS)[2:-1])} or {list(LABELS)[-1]}"
 
 
-def read_manifest_file(path, splits=None):
-    """Read a manifest. Docs: docs/datasets.md.
+def read_manifest_file(path: Path, splits: Sequence[str] | None = None) -> Dataset:
+    """Read a manifest, see docs/datasets.md.
 
     path: a .csv, .jsonl or .parquet file; image paths in it are relative to its folder. Classes are
     those of all its rows, whichever splits are asked for. Raises BadInput with the line at fault.
@@ -31,7 +34,7 @@ def read_manifest_file(path, splits=None):
     numbers = [number for number, _ in rows]
     values = [row for _, row in rows]
 
-    def where(n):
+    def where(n: int) -> str:
         return f"{path} {'row' if path.suffix == '.parquet' else 'line'} {numbers[n]}"
 
     for n, row in enumerate(values):
@@ -48,7 +51,7 @@ def read_manifest_file(path, splits=None):
     return group_splits("manifest", classes, task, records, splits, path)
 
 
-def _cell(row, column, default, where, n):
+def _cell(row: dict[str, Any], column: str, default: str, where: Where, n: int) -> str:
     value = row.get(column)
     if value is None or value == "":
         return default
@@ -57,8 +60,8 @@ def _cell(row, column, default, where, n):
     return str(value).strip()
 
 
-def _read_rows(path):
-    """[(line or row number, {column: value})]."""
+def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return [(line or row number, {column: value})]."""
     if not path.is_file():
         raise BadInput(f"manifest not found: {path} (give the .csv, .jsonl or .parquet file with --root)")
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -73,10 +76,10 @@ def _read_rows(path):
     return rows
 
 
-def _read_csv(path):
+def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
-        rows = [(reader.line_num, row) for row in reader]
+        rows: list[tuple[int, dict[Any, Any]]] = [(reader.line_num, row) for row in reader]
         columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):
         raise BadInput(f"{path} line 1: a column comes twice")
@@ -88,7 +91,7 @@ def _read_csv(path):
     return rows
 
 
-def _read_jsonl(path):
+def _read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
@@ -98,7 +101,7 @@ def _read_jsonl(path):
     return rows
 
 
-def _read_parquet(path):
+def _read_parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -110,8 +113,10 @@ def _read_parquet(path):
         raise BadInput(f"cannot read manifest {path}: {error}") from None
 
 
-def _labels(path, rows, where):
-    """Return (classes, task, labels) from whichever of the three ways the columns show."""
+def _labels(
+    path: Path, rows: Sequence[dict[str, Any]], where: Where
+) -> tuple[tuple[str, ...], str, Sequence[int | np.ndarray]]:
+    """Return (classes, task, labels), from the column `label`, the column `labels`, or a column for each class."""
     columns = dict.fromkeys(key for row in rows for key in row)
     given = [column for column in columns if column.partition(":")[0] in ("label", "labels")]
     if len(given) > 1:
@@ -136,8 +141,8 @@ def _labels(path, rows, where):
     return classes, "multi-label", matrix
 
 
-def _boxes(value, classes, where, n):
-    """A Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": may be missing}]."""
+def _boxes(value: Any, classes: tuple[str, ...], where: Where, n: int) -> dict[str, Any]:
+    """Return a Record's fields of boxes, from [{"box": [x0, y0, x1, y1], "label": class, "difficult": optional}]."""
     if value is None or value == "":
         return {}
     entries = parse_json(value, f"{where(n)}: boxes are broken JSON") if isinstance(value, str) else value
@@ -156,13 +161,13 @@ def _boxes(value, classes, where, n):
     return {"boxes": boxes, "box_classes": np.array(names, np.int64), "box_difficult": difficult}
 
 
-def _corners(box):
+def _corners(box: Any) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
         raise ValueError(f"{shown(box)} is no four numbers")
     return box
 
 
-def _class_of(label, classes):
+def _class_of(label: Any, classes: tuple[str, ...]) -> int:
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise TypeError(f"{shown(label)} is no class")
     if isinstance(label, int):

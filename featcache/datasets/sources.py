@@ -1,17 +1,24 @@
-"""Where the bytes of an image come from, if not from a file of its own.
-
-A source has open(), which yields a binary file of the encoded image, and a str() for messages. It is
-small and pickles, so that worker processes share nothing.
-"""
+"""Where the bytes of an image come from, if not from a file of its own."""
 
 import io
 import os
 from dataclasses import dataclass
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 
-def open_source(source):
+class Source(Protocol):
+    """Where an image is. str() names it in messages. A source is small and pickles, so that workers share nothing."""
+
+    def open(self) -> IO[bytes]:
+        """Return a binary file of the encoded image."""
+
+
+ImageSource = str | os.PathLike[str] | Source
+
+
+def open_source(source: ImageSource) -> IO[bytes]:
     """Open a Record's image, a path or a source, as a binary file."""
     return open(source, "rb") if isinstance(source, (str, os.PathLike)) else source.open()
 
@@ -25,30 +32,30 @@ class TarMember:
     offset: int
     length: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.archive}:{self.name}"
 
-    def open(self):
-        """A file that reads only what is asked for: a header costs no more than a header."""
+    def open(self) -> IO[bytes]:
+        """Open a file that reads only what is asked for, so that measuring an image reads only its header."""
         return io.BufferedReader(_Slice(self.archive, self.offset, self.length), 16384)
 
 
 class _Slice(io.RawIOBase):
-    def __init__(self, path, start, length):
+    def __init__(self, path: str, start: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._start, self._length, self._at = start, length, 0
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def seek(self, offset, whence=os.SEEK_SET):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = max(0, offset + (0, self._at, self._length)[whence])
         return self._at
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._length - self._at))
         self._file.seek(self._start + self._at)
         data = self._file.read(count)
@@ -56,7 +63,7 @@ class _Slice(io.RawIOBase):
         self._at += len(data)
         return len(data)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
         super().close()
 
@@ -68,10 +75,10 @@ class Pixels:
     name: str
     array: np.ndarray
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
-    def open(self):
-        """The pixels as a PPM file."""
+    def open(self) -> IO[bytes]:
+        """Open the pixels as a PPM file."""
         _, height, width = self.array.shape
         return io.BytesIO(b"P6 %d %d 255\n" % (width, height) + self.array.transpose(1, 2, 0).tobytes())

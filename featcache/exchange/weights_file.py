@@ -3,7 +3,10 @@
 import io
 import json
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import IO, Any, cast
 
 import click
 import safetensors.torch
@@ -18,56 +21,59 @@ META = "featcache.json"
 SAME_PROGRAM = ("weights_sha256", "probe_sha256", "probe")
 
 
-def check_suffix(path, suffixes):
+def check_suffix(path: str | PathLike, suffixes: Sequence[str]) -> None:
     """Raise BadInput unless the file's suffix is one of these."""
     if Path(path).suffix not in suffixes:
         raise BadInput(f"--to {path}: expected a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
 
 
-def write_state_dict(path, tensors, meta):
+def write_state_dict(path: str | PathLike, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
     """Write {name: tensor} as .safetensors, or as .pth or .pt: {"state_dict": tensors, "meta": meta}.
 
     meta: JSON values; in safetensors they are JSON text under the metadata key `featcache`. A file that
-    holds the same tensors already is left as it is; raises BadInput if it holds others, and if what was
+    holds the same tensors already is left as it is. Raises BadInput if the file holds anything else, or if what was
     written does not read back.
     """
-    path = Path(path)
+    file = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if path.exists():
-        _keep_or_refuse(path, _same(_read(path), tensors))
+    if file.exists():
+        _keep_or_refuse(file, _same(_read(file), tensors))
         return
-    if path.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
         data = safetensors.torch.save(tensors, metadata={"featcache": json.dumps(meta)})
-        _write(path, lambda file: file.write(data), lambda: _same(_read(path), tensors))
+        _write(file, lambda stream: stream.write(data), lambda: _same(_read(file), tensors))
     else:
         # A view would be saved with all of what it is a view of.
         content = {"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}, "meta": meta}
-        _write(path, lambda file: torch.save(content, file), lambda: _same(_read(path), tensors))
+        _write(file, lambda stream: torch.save(content, stream), lambda: _same(_read(file), tensors))
 
 
-def write_program(path, trace, meta):
-    """Write a torch.export program as .pt2, with meta as its extra file featcache.json. Raises BadInput as above.
+def write_program(
+    path: str | PathLike, trace: Callable[[], torch.export.ExportedProgram], meta: Mapping[str, Any]
+) -> None:
+    """Write a torch.export program as .pt2, with meta as its extra file featcache.json.
 
-    trace: function that makes the program; not called if the file is there already, of the same weights.
+    trace: makes the program; not called if there is a file of the same weights already. Raises BadInput as
+    write_state_dict does.
     """
-    path = Path(path)
-    if path.exists():
-        _keep_or_refuse(path, all(_program_meta(path).get(key) == meta[key] for key in SAME_PROGRAM))
+    file = Path(path)
+    if file.exists():
+        _keep_or_refuse(file, all(_program_meta(file).get(key) == meta[key] for key in SAME_PROGRAM))
         return
     program = trace()
     _write(
-        path,
-        lambda file: torch.export.save(program, file, extra_files={META: json.dumps(meta)}),
-        lambda: _program_meta(path) == meta,
+        file,
+        lambda stream: torch.export.save(program, stream, extra_files={META: json.dumps(meta)}),
+        lambda: _program_meta(file) == meta,
     )
 
 
 class _Patient(io.FileIO):
-    """A file whose first error waits until the end: torch's writers, which are C++, abort the process at one."""
+    """A file that keeps its first error for the end, since torch's C++ writers abort the process at one."""
 
-    error = None
+    error: OSError | None = None
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
         """Write bytes, or drop them once a write has failed. Returns their number."""
         left = memoryview(data).cast("B")
         length = len(left)
@@ -79,13 +85,13 @@ class _Patient(io.FileIO):
         return length
 
 
-def _write(path, put, reads_back):
-    """Write a file by `put(file)`, whole or not at all. Raises BadInput, also unless `reads_back()` afterwards."""
+def _write(path: Path, put: Callable[[IO[bytes]], object], reads_back: Callable[[], bool]) -> None:
+    """Write a file by `put(file)`, whole or not at all. Raises BadInput if it cannot, or if it does not read back."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             patient = _Patient(file.fileno(), "wb", closefd=False)
-            put(patient)
+            put(cast(IO[bytes], patient))
             if patient.error:
                 raise patient.error
     except OSError as error:
@@ -98,14 +104,15 @@ def _write(path, put, reads_back):
     click.echo(f"export: {path}", err=True)
 
 
-def _keep_or_refuse(path, same):
+def _keep_or_refuse(path: Path, same: bool) -> None:
+    """Say that a file is there already. Raises BadInput if it is not the same."""
     if not same:
         raise BadInput(f"--to {path}: there is a file already, and it holds something else; remove it or name another")
     click.echo(f"export: {path} holds these tensors already", err=True)
 
 
-def _read(path):
-    """The tensors of a file written here, or None if it is anything else."""
+def _read(path: Path) -> Any:
+    """Return the tensors of a file written by write_state_dict, or None if it is anything else."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -114,7 +121,8 @@ def _read(path):
         return None
 
 
-def _same(old, new):
+def _same(old: Any, new: Mapping[str, torch.Tensor]) -> bool:
+    """Whether what was read is tensors of the same names, dtypes and values."""
     return (
         isinstance(old, dict)
         and old.keys() == new.keys()
@@ -124,12 +132,12 @@ def _same(old, new):
     )
 
 
-def _program_meta(path):
-    """The meta of a program written here, or {} if it is anything else."""
+def _program_meta(path: Path) -> dict[str, Any]:
+    """Return the meta of a program written by write_program, or {} if it is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith(f"/{META}"))
-            # None: every file in it has the checksum that it was written with.
+            # testzip returns None if every file has the checksum that it was written with.
             return json.loads(archive.read(name)) if archive.testzip() is None else {}
     except (OSError, ValueError, zipfile.BadZipFile):
         return {}

@@ -1,34 +1,29 @@
 """`featcache extract`: from a checkpoint and a dataset to a finished store."""
 
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
-import click
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of, measure, running
-from featcache.backbones.preprocessing import OWN
+from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
+from featcache.datasets.record import Dataset
 from featcache.device import choose_device
-from featcache.errors import BadInput, nearest
-from featcache.extraction.images import DECODERS, Images, check_decoder, image_batches
-from featcache.extraction.views import plan_views
-from featcache.feature import parse_features
-from featcache.ranks import join_ranks
-from featcache.store.dtype import STORED
-from featcache.store.folder import open_folder
-from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import FILE, feature_of, identity_hash, plan, read_manifest, split_of
+from featcache.errors import BadInput
+from featcache.extraction.fill import fill
+from featcache.extraction.job import Job, lay_out, measured, plan_job
+from featcache.extraction.settings import Settings
+from featcache.names import MANIFEST
+from featcache.ranks import Alone, join_ranks
+from featcache.store.manifest import Manifest, feature_of, read_manifest, split_of
 from featcache.store.reader import Store
-from featcache.store.records import changes, record_arrays, with_axes
+from featcache.store.records import changes, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import (
     check_same,
     check_shards,
@@ -37,10 +32,9 @@ from featcache.store.writer import (
     discard_if_empty,
     missing_files,
     missing_shards,
-    put_shard,
 )
 
-# Below this the features of a precision are not those of the network any more.
+# Below this cosine a precision's features are no longer those of the network.
 TRUSTED_COSINE = 0.99
 
 
@@ -51,305 +45,201 @@ TRUSTED_COSINE = 0.99
     decoder=NAME,
 )  # fmt: skip
 def extract(
-    backbone,
-    dataset,
-    root=None,
-    splits=None,
-    features=None,
-    store=None,
-    format=None,
-    compression=None,
-    arch=None,
-    weights_key=None,
-    size=None,
-    resize=None,
-    short_side=None,
-    interpolation=None,
-    mean=None,
-    std=None,
-    precision="float32",
-    dtype="float16",
-    batch_size=32,
-    workers=None,
-    device=None,
-    seed=0,
-    views=0,
-    crop_scale=None,
-    decoder="exact",
-):
-    """Run a frozen backbone over a dataset and write its features to a store.
+    backbone: str | os.PathLike[str],
+    dataset: str,
+    root: str | os.PathLike[str] | None = None,
+    splits: Sequence[str] | None = None,
+    features: str | Sequence[str] | None = None,
+    store: str | os.PathLike[str] | None = None,
+    format: str | None = None,
+    compression: str | None = None,
+    arch: str | None = None,
+    weights_key: str | None = None,
+    size: int | None = None,
+    resize: str | None = None,
+    short_side: int | None = None,
+    interpolation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    precision: str = "float32",
+    dtype: str = "float16",
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    views: int = 0,
+    crop_scale: Sequence[float] | None = None,
+    decoder: str = "exact",
+) -> str:
+    """Run a frozen backbone over a dataset and write its features to a store; return the store's path.
 
-    backbone: checkpoint path, or "random" with `arch`. weights_key: which of several encoders in it.
-    dataset: registered name. splits: names, by default all that the protocol needs. features: see
+    backbone: checkpoint path, or "random" with `arch`. weights_key: which of several encoders in the checkpoint.
+    dataset: registered name. splits: names, by default all that the protocol needs. features: names, see
     featcache.feature; by default pooled and spatial of the last layer, and cls if it has a class token.
     store: path or URL, by default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default
-    what the store's suffix says. compression: None, zstd or blosc. size, resize, short_side, interpolation, mean, std: see
-    Preprocessing; size and resize by default as the dataset's protocol says, the others as the backbone
-    does. precision: float32, tf32, bf16 or fp16, of the network; dtype: float16, float32 or bfloat16, of
-    the store. workers: decoding processes. device: torch device, by default cuda if there is one. seed:
-    of the random backbone, and of the views. views: how many augmented views of every training image to
-    make too. crop_scale: (lowest, highest) share of the image in their crops, by default that of the
-    dataset's protocol. decoder: exact, or draft, which is quicker on large JPEGs.
-    Returns the store's path. Finishes a store that was begun; returns at once if it is whole. Under
-    torchrun the processes share the work. Raises BadInput for whatever the user can mend.
+    what the store's suffix says. compression: None, zstd or blosc.
+    size, resize, short_side, interpolation, mean, std: fields of Preprocessing. By default the dataset's protocol says
+    size and resize, and the backbone the others.
+    precision: float32, tf32, bf16 or fp16, of the network. dtype: float16, float32 or bfloat16, of the store.
+    workers: number of processes that decode images. device: torch device, by default cuda if there is one.
+    seed: of the random backbone, and of the views. views: how many augmented views of every training image to add.
+    crop_scale: (lowest, highest) share of the image in their crops, by default that of the dataset's protocol.
+    decoder: exact, or draft, which is quicker on large JPEGs and not exact.
+
+    A store that was begun is finished; if it is whole, its path is returned at once. Under torchrun the processes share
+    the work. Raises BadInput for whatever the user can mend.
+
+        path = featcache.extract("ckpt.pth", "voc", root="/data", features="pooled,spatial")
+        features = featcache.open_store(path)["train"]["last:pooled"]
     """
+    settings = Settings(
+        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, splits=splits, size=size,
+        resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder, views=views,
+        crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size, workers=workers,
+        device=device, store=store, format=format, compression=compression, dtype=dtype,
+    )  # fmt: skip
     ranks = join_ranks()
-    say = click.echo if ranks.rank == 0 else (lambda *_, **__: None)
-    device = choose_device(device, ranks.local_rank)
-    if workers is None:
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
-    check_precision(precision, device)
-    data = read_dataset(dataset, root, splits)
+    job = _prepare(settings, ranks)
+    if _is_finished(job):
+        ranks.say(f"store: {job.folder} is finished already (id {job.id[:8]}: same backbone, data and settings)")
+    else:
+        _write(job, ranks)
+        ranks.say(f"store: {job.folder} (id {job.id[:8]})")
+    return str(job.folder)
+
+
+def _prepare(settings: Settings, ranks: Alone) -> Job:
+    """Read the dataset, load the backbone, and work out what the settings amount to. Raises BadInput."""
+    device = choose_device(settings.device, ranks.local_rank)
+    check_precision(settings.precision, device)
+    data = read_dataset(settings.dataset, settings.root, settings.splits)
     for line in describe_classes(data):
-        say(line, err=True)
-    model = load_backbone(
-        backbone,
-        arch=arch,
-        seed=seed,
-        weights_key=weights_key,
-        size=data.size if size is None else size,
-        # "crop" is the protocol of whole images, which leaves it to the weights to squash instead.
-        resize=(OWN if data.resize == "crop" else data.resize) if resize is None else resize,
-        short_side=short_side,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
+        ranks.say(line)
+    model = _load(settings, data)
+    ranks.say(f"backbone: {model.load_report}")
+    ranks.say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)))
+    return plan_job(settings, device, data, model)
+
+
+def _load(settings: Settings, data: Dataset) -> Backbone:
+    """Load the backbone, with the preprocessing that the settings or else the dataset ask for. Raises BadInput."""
+    # "crop" is the protocol of whole images, which leaves it to the weights to squash instead.
+    rule = OWN if data.resize == "crop" else data.resize
+    return load_backbone(
+        settings.backbone,
+        arch=settings.arch,
+        seed=settings.seed,
+        weights_key=settings.weights_key,
+        size=data.size if settings.size is None else settings.size,
+        resize=rule if settings.resize is None else settings.resize,
+        short_side=settings.short_side,
+        interpolation=settings.interpolation,
+        mean=settings.mean,
+        std=settings.std,
     )
-    say(f"backbone: {model.grounds}", err=True)
-    say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_grounds)), err=True)
-    check_decoder(decoder, model.preprocessing)
-    features = features or ("pooled,spatial,cls" if model.class_token else "pooled,spatial")
-    wanted = parse_features(features, model.aliases, model.layers)
-    views = plan_views(data, views, seed, crop_scale)
-    format = choose_format(format, store)
-    identity = _identity(model, data, wanted, dtype, precision, decoder) | views.describe()
-    id, storage = identity_hash(identity), {"format": format, "compression": compression}
-    default = Path("features") / f"{data.name}-{model.arch.replace(':', '-')}-{id[:8]}{FORMATS[format].SUFFIX}"
-    folder = open_folder(store or default)
-    FORMATS[format].check_place(folder, compression)
-    arrays = {split: record_arrays(data, split) for split in data.splits}
-    if FILE in folder.names():
-        begun = _begun(folder, identity, storage, arrays)
-        if not missing_shards(folder, begun) and not missing_files(folder, begun):
-            check_shards(folder, begun)
-            say(f"store: {folder} is finished already (id {id[:8]}: same backbone, data and settings)", err=True)
-            return str(folder)
-    manifest = plan(
-        identity=identity,
-        rows={split: len(records) for split, records in data.splits.items()}
-        | {group: len(data.splits[split]) for group, (split, _) in views.groups().items()},
-        shapes=_row_shapes(model, wanted),
-        dtype=dtype,
-        aliases=model.aliases,
-        classes=data.classes,
-        task=data.task,
-        compute={
-            "device": device.type,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "batch_size": batch_size,
-        },
-        storage=storage,
-    )
+
+
+def _is_finished(job: Job) -> bool:
+    """Return whether the store is whole already. Raises BadInput if another store is in its place, or it is damaged."""
+    if MANIFEST not in job.folder.names():
+        return False
+    manifest = _begun(job)
+    if missing_shards(job.folder, manifest) or missing_files(job.folder, manifest):
+        return False
+    check_shards(job.folder, manifest)
+    return True
+
+
+def _begun(job: Job) -> Manifest:
+    """Return the manifest of the begun store. Raises BadInput if it is another one, and says which images differ."""
+    try:
+        return check_same(job.folder, job.identity, job.storage)
+    except BadInput as error:
+        begun, lines = Store(job.folder), [error.message]
+        for split in begun.splits:
+            pair = [i["dataset"]["splits"].get(split) for i in (begun.manifest.identity, job.identity)]
+            if split in job.arrays and pair[0] != pair[1]:
+                lines.append(f"{split}: {changes(begun[split].arrays(), job.arrays[split])}")
+        raise BadInput("; ".join(lines)) from None
+
+
+def _write(job: Job, ranks: Alone) -> None:
+    """Write what the store lacks, together with the other processes. A store that stays empty is removed."""
+    folder, planned = job.folder, lay_out(job)
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
-            if leads:
-                if precision != "float32" and FILE not in folder.names():
-                    plain = Images(data, model.preprocessing, DECODERS[decoder])
-                    manifest = _measured(manifest, model, plain, wanted, device)
-                arrays = {group: with_axes(a) for group, a in views.arrays(arrays).items()}
-                manifest = create_store(folder, manifest, arrays)
-                todo = ranks.share(missing_shards(folder, manifest))
-            else:
-                todo = ranks.shared()
-                manifest = read_manifest(folder)
-            _go_on_as_begun(folder, manifest, model, device, batch_size, say)
-            _check_room(folder, manifest, todo, say)
-            crops = {group: Store(folder)[group].augmentation for group in views.groups()}
-            images = Images(data, model.preprocessing, DECODERS[decoder], crops)
-            _fill(folder, manifest, model, images, wanted, ranks, todo, workers, device)
+            manifest, todo = _begin(job, planned, ranks) if leads else _join(job, ranks)
+            _go_on_as_begun(job, manifest, ranks)
+            _check_room(job, manifest, todo, ranks)
+            images = job.images()
+            fill(job, manifest, todo, images, ranks)
             while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
-                say(f"notice: no news of {len(left)} shards that other processes took; doing them here", err=True)
-                _fill(folder, manifest, model, images, wanted, ranks.alone(), left, workers, device)
+                ranks.say(f"notice: no news of {len(left)} shards that other processes took; doing them here")
+                fill(job, manifest, left, images, ranks.alone())
             if leads:
-                # Something may have deleted or moved the store while it was written.
+                # The store may have been deleted or moved while it was written.
                 check_whole(folder, manifest)
         except BaseException:
             if ranks.size == 1:
-                discard_if_empty(folder, manifest)
+                discard_if_empty(folder, planned)
             raise
-    say(f"store: {folder} (id {id[:8]})", err=True)
-    return str(folder)
 
 
-def _begun(folder, identity, storage, arrays):
-    """The manifest of the store that is there. Raises BadInput if it is another one; of a dataset, says which images."""
-    try:
-        return check_same(folder, identity, storage)
-    except BadInput as error:
-        there = Store(folder)
-        said = []
-        for split in there.splits:
-            pair = [i["dataset"]["splits"].get(split) for i in (there.manifest.identity, identity)]
-            if split in arrays and pair[0] != pair[1]:
-                said.append(f"{split}: {changes(there[split].arrays(), arrays[split])}")
-        raise BadInput("; ".join([error.message, *said])) from None
+def _begin(job: Job, planned: Manifest, ranks: Alone) -> tuple[Manifest, list[Shard]]:
+    """Make the store, or restore what a begun one lacks; hand out and return its manifest and its missing shards."""
+    if job.settings.precision != "float32" and MANIFEST not in job.folder.names():
+        planned = measured(job, planned)
+    arrays = {split: with_axes(a) for split, a in job.views.arrays(job.arrays).items()}
+    manifest = create_store(job.folder, planned, arrays)
+    todo = missing_shards(job.folder, manifest)
+    ranks.share([(shard.split, shard.number) for shard in todo])
+    return manifest, todo
 
 
-def _go_on_as_begun(folder, manifest, model, device, batch_size, say):
-    """Take over what a begun store fixes, since it can change the last bits of a feature."""
-    begun = manifest.compute
-    if begun["device"] != device.type:
+def _join(job: Job, ranks: Alone) -> tuple[Manifest, list[Shard]]:
+    """Wait until the leading process has made the store; return its manifest and its missing shards."""
+    places = ranks.shared()
+    manifest = read_manifest(job.folder)
+    return manifest, [Shard(job.folder, manifest, split, number) for split, number in places]
+
+
+def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
+    """Take over what a begun store fixes because it can change the last bits of a feature. Raises BadInput."""
+    folder, begun = job.folder, manifest.compute
+    if begun["device"] != job.device.type:
         raise BadInput(
-            f"{folder} was begun on {begun['device']}; features made on {device.type} differ in their last bits: "
+            f"{folder} was begun on {begun['device']}; features made on {job.device.type} differ in their last bits: "
             f"go on with --device {begun['device']}, or choose another --store"
         )
-    if begun["batch_size"] != batch_size:
-        say(f"notice: {folder} was begun with batch size {begun['batch_size']}; going on with that", err=True)
+    if begun["batch_size"] != job.settings.batch_size:
+        ranks.say(f"notice: {folder} was begun with batch size {begun['batch_size']}; going on with that")
     if begun["threads"] and begun["threads"] != torch.get_num_threads():
-        say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that", err=True)
+        ranks.say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that")
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
-        model.trunk = fold_batch_norm(model.trunk, layers_of(map(feature_of, manifest.features)))
+        trunk = fold_batch_norm(job.model.trunk, layers_of(map(feature_of, manifest.features)))
+        # Of a store that was begun so there is always something to fold.
+        job.model.trunk = trunk if trunk is not None else job.model.trunk
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"
-        say(
+        ranks.say(
             f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first image every feature's "
-            f"cosine to float32 is at least {begun['cosine']:.6f}",
-            err=True,
+            f"cosine to float32 is at least {begun['cosine']:.6f}"
         )
         if begun["cosine"] < TRUSTED_COSINE:
-            say(
-                f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not",
-                err=True,
+            ranks.say(
+                f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not"
             )
 
 
-def _check_room(folder, manifest, todo, say):
-    """Raise BadInput before hours of work that cannot be stored; say what views cost."""
-    row_bytes = sum(manifest.row_bytes(f) for f in manifest.features)
-    sizes = {shard: row_bytes * (rows[1] - rows[0]) for shard in todo for rows in [manifest.rows_of(*shard)]}
-    needed, free = sum(sizes.values()), folder.free_bytes()
-    views = sum(size for (group, _), size in sizes.items() if split_of(group) != group)
+def _check_room(job: Job, manifest: Manifest, todo: Sequence[Shard], ranks: Alone) -> None:
+    """Raise BadInput before hours of work that cannot be stored, and say how much of the disk the views take."""
+    row_bytes = sum(manifest.row_bytes(feature) for feature in manifest.features)
+    needed, free = row_bytes * sum(map(len, todo)), job.folder.free_bytes()
+    views = row_bytes * sum(len(shard) for shard in todo if split_of(shard.split) != shard.split)
     if views:
-        say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views", err=True)
-    if free is not None and manifest.storage["compression"] is None and needed > free:
+        ranks.say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views")
+    if free is not None and job.storage["compression"] is None and needed > free:
         raise BadInput(
-            f"{folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
+            f"{job.folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
         )
-
-
-def _identity(model, data, features, dtype, precision, decoder):
-    if dtype not in STORED:
-        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, STORED)} (known: {', '.join(STORED)})")
-    return {
-        "arch": model.arch,
-        "weights_sha256": model.weights_sha256,
-        "preprocessing": model.preprocessing.describe(),
-        "features": sorted(str(f) for f in features),
-        "dtype": dtype,
-        "precision": precision,
-        "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
-        # The usual one is not named, so that stores from before there was a choice keep their ids.
-        **({"decoder": DECODERS[decoder]} if decoder != "exact" else {}),
-    }
-
-
-def _measured(manifest, model, images, features, device):
-    """The manifest with what its precision does to the first image, see featcache.backbones.precision.measure.
-
-    One image: float32 twice and once the precision cost as much as six or seven images of the extraction.
-    """
-    ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
-    image = model.to(device).preprocessing.normalise(image.to(device))
-    found = measure(model, image, features, manifest.identity["precision"])
-    return replace(manifest, compute=manifest.compute | found)
-
-
-def _row_shapes(model, features):
-    size = model.preprocessing.size
-    with torch.inference_mode():
-        images = model.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        results = model(images, features)
-    return {f: tuple(results[str(f)].shape[1:]) for f in features}
-
-
-def _fill(folder, manifest, model, images, features, ranks, todo, workers, device):
-    """Compute and write shards as they are drawn: workers decode, this thread infers, another writes."""
-    drawn = deque()
-
-    def batches():
-        for split, shard in ranks.draw(todo):
-            drawn.append((split, shard))
-            first, end = manifest.rows_of(split, shard)
-            # The last batch of a shard is short rather than reaching into the next one.
-            for start in range(first, end, manifest.compute["batch_size"]):
-                stop = min(start + manifest.compute["batch_size"], end)
-                yield [(split, row) for row in range(start, stop)]
-
-    model.to(device)
-    dtype = getattr(torch, next(iter(manifest.features.values()))["dtype"])
-    total = sum(end - first for first, end in (manifest.rows_of(*shard) for shard in todo))
-    progress = tqdm(total=total, unit="img", desc="extract", disable=ranks.rank != 0)
-    side = model.preprocessing.size
-    memory = torch.empty(manifest.compute["batch_size"], side, side, 3, device=device)
-    pending, row = None, 0
-    with ThreadPoolExecutor(1) as writer, progress:
-        for batch, digests in image_batches(images, batches(), workers, pin_memory=device.type == "cuda"):
-            if row == 0:
-                split, shard = drawn.popleft()
-                first, end = manifest.rows_of(split, shard)
-                ids = [record.id for record in images.records(split, first, end)]
-                seen = []
-                buffers = {
-                    str(f): torch.empty((end - first, *manifest.features[str(f)]["shape"]), dtype=dtype)
-                    for f in features
-                }
-            with running(manifest.identity["precision"], device):
-                pixels = model.preprocessing.normalise(batch.to(device, non_blocking=True), memory)
-                results = model(pixels, features)
-                for name, values in results.items():
-                    buffers[name][row : row + len(batch)] = _cast(
-                        values, dtype, name, first + row, ids[row:], manifest.identity["precision"]
-                    )
-            seen.append(digests)
-            row += len(batch)
-            progress.update(ranks.count(len(batch)) - progress.n)
-            if row == end - first:
-                if pending:
-                    pending.result()
-                stored = {name: _as_stored(rows) for name, rows in buffers.items()}
-                shown = np.concatenate(seen)
-                pending, row = writer.submit(put_shard, folder, manifest, split, shard, ids, stored, shown), 0
-        if pending:
-            pending.result()
-
-
-def _as_stored(rows):
-    """numpy view of a tensor; bfloat16, which numpy lacks, as uint16."""
-    return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
-
-
-def _cast(values, dtype, name, first_row, ids, precision="float32"):
-    """Cast float32 [B, ...] to the store's dtype, on the CPU. Raises BadInput for what the dtype cannot hold.
-
-    precision: what the network ran in, which an overflow may be due to.
-    """
-    cast = values.to(dtype)
-    fine = torch.isfinite(cast).flatten(1).all(1)
-    kind = str(dtype).removeprefix("torch.")
-    if not fine.all():
-        at = int((~fine).nonzero()[0])
-        peak = float(values[at].abs().max())
-        where = f"feature {name}, row {first_row + at} (id {ids[at]})"
-        if peak < float("inf"):
-            raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
-        lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
-        raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
-    # A map of values below float16's smallest normal number loses its digits without a word.
-    peak = float(values.abs().max())
-    if 0 < peak < torch.finfo(dtype).tiny:
-        raise BadInput(
-            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for {kind}; "
-            "extract with --dtype float32"
-        )
-    return cast.cpu()

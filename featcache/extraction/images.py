@@ -1,30 +1,39 @@
-"""Decoding images in worker processes, in batches that never straddle a shard."""
+"""Decoding images in worker processes, batch by batch."""
 
 import math
 import os
 import sys
 import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, parent_process
 from multiprocessing.queues import Queue
+from types import TracebackType
+from typing import NoReturn
 
 import click
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+import torch.utils.data
 
-from featcache.backbones.preprocessing import OPENCV, import_opencv
+from featcache.backbones.input.preprocessing import OPENCV, Preprocessing, import_opencv
 from featcache.datasets.image import read_image
+from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
 from featcache.store.manifest import split_of
 
-# What the identity of a store calls them.
+# What users call the decoders, and what the identity of a store calls them.
 DECODERS = {"exact": "pillow", "draft": "pillow-draft"}
-# A JPEG is decoded at a part of its sides only where that leaves this many pixels for one of the input.
+# A JPEG is decoded at a part of its sides only if that leaves so many pixels for each one of the input, on a side.
 DRAFT_PIXELS = 2
 
+# An image's input, uint8 [3, S, S], and its digest; or what is wrong with it.
+Item = tuple[torch.Tensor, bytes] | str
+# A batch's pixels, [B, S, S, 3], and digests, uint8 [B, 16]; or what is wrong with one of its images.
+Collated = tuple[torch.Tensor | np.ndarray, np.ndarray] | str
 
-def check_decoder(decoder, preprocessing):
-    """Raise BadInput for a decoder (one of DECODERS) that is not known or does not go with the preprocessing."""
+
+def check_decoder(decoder: str, preprocessing: Preprocessing) -> None:
+    """Raise BadInput for a decoder that is not one of DECODERS, or does not go with the preprocessing."""
     if decoder not in DECODERS:
         raise BadInput(f"unknown decoder {decoder!r} (known: {', '.join(DECODERS)})")
     if preprocessing.interpolation == OPENCV:
@@ -33,17 +42,28 @@ def check_decoder(decoder, preprocessing):
         import_opencv()
 
 
-def load_input(record, preprocessing, decoder="pillow", crop=None):
-    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S]. See read_input."""
+def load_input(
+    record: Record, preprocessing: Preprocessing, decoder: str = "pillow", crop: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Decode a record's image and bring it to the backbone's input: uint8 [3, S, S]. Takes the arguments of read_input.
+
+    record = read_dataset("voc", "/data").splits["val"][0]
+    pixels = load_input(record, load_backbone("ckpt.pth").preprocessing)
+    """
     return read_input(record, preprocessing, decoder, crop)[0]
 
 
-def read_input(record, preprocessing, decoder, crop):
-    """Return the input of the backbone, uint8 [3, S, S], of a record's image, and the image's digest.
+def read_input(
+    record: Record, preprocessing: Preprocessing, decoder: str, crop: Sequence[int] | None
+) -> tuple[torch.Tensor, bytes]:
+    """Return the backbone's input for a record's image, uint8 [3, S, S], and the image's digest.
 
-    decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a view, in pixels of the
-    original image, or None. Raises BadInput for an image that cannot be read or is not the annotated one.
+    record: with the size of its image. decoder: one of DECODERS' values. crop: (top, left, height, width, flip) of a
+    view, in pixels of the original image, or None. Raises BadInput for an image that cannot be read or is not the
+    annotated one.
     """
+    if record.height is None or record.width is None:
+        raise ValueError(f"record {record.id} does not say how large its image is; read_dataset completes records")
     top, left, height, width, flip = crop if crop is not None else (0, 0, record.height, record.width, 0)
     reduce = 1
     if decoder == DECODERS["draft"]:
@@ -57,86 +77,102 @@ def read_input(record, preprocessing, decoder, crop):
             f"image {record.image} is {image.width}x{image.height} pixels, its annotation says "
             f"{record.width}x{record.height}: boxes would be wrong"
         )
-    # Not the image's own size: that is rounded up where it was reduced.
+    # The size of a reduced image would not do: it is rounded up.
     box = (left / reduce, top / reduce, (left + width) / reduce, (top + height) / reduce)
     if crop is None:
         return preprocessing.apply(image, box), digest
     return preprocessing.apply_view(image, box, bool(flip)), digest
 
 
-class Images(Dataset):
-    """The decoded images of all splits and views. Index: (split or view, row). Item: (uint8 [3, S, S], its
-    digest, see read_image), or an error.
+class Images(torch.utils.data.Dataset[Item]):
+    """The decoded images of all splits and views, by (name of the split or view, row).
 
-    crops: {view's name: int [N, 5]}, see load_input. An error travels as text because DataLoader wraps
-    exceptions of its workers in a traceback.
+    crops: {name of a view: int [N, 5]}, see read_input. What is wrong with an image is an item too, since a DataLoader
+    would wrap an exception of its workers in a traceback.
     """
 
-    def __init__(self, dataset, preprocessing, decoder="pillow", crops=None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        decoder: str = "pillow",
+        crops: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.splits = dataset.splits
         self.preprocessing = preprocessing
         self.decoder = decoder
         self.crops = crops or {}
 
-    def records(self, group, first, end):
-        """The records of some rows of a split or view."""
-        return self.splits[split_of(group)][first:end]
+    def records(self, name: str, first: int, end: int) -> Sequence[Record]:
+        """Return the records of some rows of a split or view."""
+        return self.splits[split_of(name)][first:end]
 
-    def __getitem__(self, key):
-        group, row = key
-        crop = self.crops[group][row].tolist() if group in self.crops else None
+    def __getitem__(self, key: tuple[str, int]) -> Item:
+        name, row = key
+        crop = self.crops[name][row].tolist() if name in self.crops else None
         try:
-            return read_input(self.splits[split_of(group)][row], self.preprocessing, self.decoder, crop)
+            return read_input(self.splits[split_of(name)][row], self.preprocessing, self.decoder, crop)
         except BadInput as error:
             return error.message
 
 
-def _collate(items):
+def _collate(items: list[Item]) -> Collated:
+    good = []
     for item in items:
         if isinstance(item, str):
             return item
-    digests = np.array([np.frombuffer(digest, np.uint8) for _, digest in items])
-    # [S, S, 3] is how the pixels lie: the one copy goes straight into memory that the processes share,
-    # and what arrives is channels_last, as the backbone wants it.
-    pixels = [pixels.permute(1, 2, 0) for pixels, _ in items]
+        good.append(item)
+    digests = np.array([np.frombuffer(digest, np.uint8) for _, digest in good])
+    # In memory the pixels are [S, S, 3]: the one copy goes straight into memory that the processes share, and the batch
+    # arrives channels_last, as the backbone wants it.
+    pixels = [pixels.permute(1, 2, 0) for pixels, _ in good]
     try:
-        return default_collate(pixels), digests
+        return torch.utils.data.default_collate(pixels), digests
     except RuntimeError:
-        # Too little memory can be shared, 64 MB in Docker's containers: as an array the batch goes through a pipe.
+        # Too little memory can be shared, as in Docker's containers (64 MB): an array goes through a pipe.
         return torch.stack(pixels).numpy(), digests
 
 
-def _begin_worker(_number):
-    """Make a worker end with the main process, and never without its noticing."""
+def _begin_worker(_number: int) -> None:
+    """Make a worker end when the main process does, and never without the main process noticing."""
 
-    # A main process that is stopped while it fetches a batch hangs up, and the thread of the worker that hands
-    # batches over would print that as a traceback of its own, below the one line that says it was stopped.
-    def hook(kind, error, traceback):
+    # A main process that is stopped while it fetches a batch hangs up. The worker's thread that hands batches over would
+    # print that as a traceback, below the one line that says that the command was stopped.
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if not issubclass(kind, (EOFError, ConnectionError)):
             sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
-    # That thread would else drop a batch that it cannot hand over, and the main process would wait for it forever.
-    Queue._on_queue_feeder_error = staticmethod(lambda error, _batch: os._exit(getattr(error, "errno", None) or 1))
 
-    def follow():
-        connection.wait([parent_process().sentinel])
-        # Not sys.exit, which waits for batches to be read that nobody reads any more.
+    # That thread would otherwise drop a batch that it cannot hand over, for which the main process would wait forever.
+    def give_up(error: Exception, _batch: object) -> NoReturn:
+        os._exit(getattr(error, "errno", None) or 1)
+
+    # setattr, since this hook of the standard library is private and has no type.
+    setattr(Queue, "_on_queue_feeder_error", staticmethod(give_up))  # noqa: B010
+    main = parent_process()
+    assert main is not None, "a worker has a parent"
+
+    def follow() -> NoReturn:
+        connection.wait([main.sentinel])
+        # sys.exit would wait until somebody has read all batches, which nobody does any more.
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
-def image_batches(images, batches, workers, pin_memory=False):
-    """Yield (uint8 [B, 3, S, S], channels_last, and digests uint8 [B, 16]) for each batch, a list of keys of Images.
+def image_batches(
+    images: Images, batches: Iterable[list[tuple[str, int]]], workers: int, pin_memory: bool = False
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Yield (pixels uint8 [B, 3, S, S], channels_last, digests uint8 [B, 16]) for each batch.
 
-    Where the machine has too little for workers, or for handing batches over in shared memory, a notice says so,
-    and the same batches come more slowly. Raises BadInput for the first image that cannot be used, naming its path.
+    batches: lists of keys of Images. If the machine lacks what workers need, or shared memory, a notice says so, and the
+    same batches come more slowly. Raises BadInput for the first image that cannot be used, naming its path.
     """
 
-    def begin(workers):
+    def begin(workers: int) -> Iterator[Collated]:
         return iter(
-            DataLoader(
+            torch.utils.data.DataLoader(
                 images,
                 batch_sampler=batches,
                 num_workers=workers,
@@ -152,7 +188,7 @@ def image_batches(images, batches, workers, pin_memory=False):
     except OSError as error:
         if not workers:
             raise
-        # No semaphore in a full /dev/shm, or no process more.
+        # There is no room for a semaphore in /dev/shm, or no further process may be started.
         click.echo(f"notice: no worker can be started ({error.strerror}); images are decoded without workers", err=True)
         loader = begin(0)
     shared = True

@@ -2,30 +2,26 @@
 
 import time
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from featcache.arguments import PATH, takes
+from featcache.arguments import FLAG, PATH, takes
 from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
-from featcache.probes.features import feature_bytes, input_name, input_shape
+from featcache.probes.engine.blocks import Block
+from featcache.probes.engine.waves import blocks_by_input, plan_buffers
 from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
-from featcache.probes.heads.head import footprint
+from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
-from featcache.probes.scores.scoring import work
-from featcache.probes.stack import FULL_BATCH_BYTES, stack_key
-from featcache.probes.sweep import plan_buffers
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.store.reader import open_store
 
-# Copies of a probe's weights that training keeps: themselves, their gradient, and what the rule remembers.
-COPIES = {"sgd": 3, "lars": 3, "adam": 4, "adamw": 4, "lbfgs": FULL_BATCH_BYTES // 4}
-# About how often full-batch training goes over the images for a probe, by weight decays of 1e-8 to 0.1.
-PASSES = 150
-# What it keeps of each image: its features in both precisions, and logits, targets and their like.
-ROTATED_BYTES, LOGITS_BYTES = 12, 8 * 10
 # Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
 ACTIVATIONS = 4
 GEMM_SECONDS = 0.03
@@ -33,21 +29,22 @@ GEMM_SECONDS = 0.03
 
 @dataclass(frozen=True)
 class PlannedStack:
-    """Probes that train on the same mini-batches, in blocks that fit the cache: those of one stack.stack_key.
+    """Probes that train on the same mini-batches, in blocks that fit the cache: those of one Block.key.
 
-    loss: how many probes have which. precision: of the products. flops: of the whole training, of all probes, and
-    only about so many where the optimiser (lbfgs) goes on until it has converged. seconds: about, at the rate of the
-    stack's own matrix product. weight_bytes: weights, gradients and the optimiser's
-    memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as
-    they are kept; streamed: they do not fit into the memory for features.
+    loss: how many probes have which. full_batch: the optimizer sees all images at once. precision: of the products.
+    flops: of the whole training of all probes; an estimate where the optimizer goes on until it has converged. seconds:
+    an estimate, at the rate of the stack's own matrix product. weight_bytes: weights, gradients and the optimizer's
+    memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as they are kept;
+    streamed: they do not fit into the memory for features.
     """
 
     features: str
-    head: object
+    head: Head
     loss: dict
     optimizer: str
+    full_batch: bool
     precision: str
-    epochs: int
+    epochs: int | None
     batch_size: int
     probes: int
     blocks: int
@@ -67,36 +64,43 @@ class Plan:
     """
 
     grid: Grid
-    groups: list
-    stacks: list
+    groups: list[tuple[str, int]]
+    stacks: list[PlannedStack]
     rows: int
     device: str
     free: int
     missing: str | None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Plan({self.grid}, {len(self.stacks)} stacks, {self.rows} images)"
 
     @property
-    def probes(self):
+    def probes(self) -> int:
         """Number of probes."""
         return len(self.grid.specs)
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         """Seconds of training, about."""
         return sum(stack.seconds for stack in self.stacks)
 
     @property
-    def memory(self):
+    def memory(self) -> int:
         """Bytes at the same time, about: one block trains at a time, on one feature."""
         return max(
             (s.feature_bytes * (not s.streamed) + s.weight_bytes + s.activation_bytes for s in self.stacks), default=0
         )
 
 
-@takes(store=PATH)
-def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_overlap=False):
+@takes(store=PATH, allow_overlap=FLAG)
+def plan_probes(
+    grid: str | Path | dict[str, Any],
+    store: str | Path | None = None,
+    device: str | None = None,
+    parity: str | None = None,
+    memory: float | None = None,
+    allow_overlap: bool = False,
+) -> Plan:
     """Say what train_probes would do with the same arguments; nothing is written or trained.
 
     Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
@@ -113,81 +117,72 @@ def plan_probes(grid, store=None, device=None, parity=None, memory=None, allow_o
         return Plan(checked, groups, [], 0, str(device), free, error.message)
     if opened is None:
         return Plan(checked, groups, [], 0, str(device), free, "no store given")
-    found = resolve(checked, opened, device, allow_overlap)
-    specs, splits = found.specs, found.splits
+    resolved = resolve(checked, opened, device, allow_overlap)
+    specs, splits = resolved.specs, resolved.splits
     rows = sum(len(opened[name]) for name in splits["train"])
     buffers = plan_buffers(specs, opened, splits, memory, device)
-    rates, stacks = {}, []
-    for blocks, feature, pool in work(specs, opened, device):
-        dim, positions = input_shape(opened, feature, pool)
-        size = feature_bytes(opened, splits["train"], feature, pool)
-        streamed = buffers[input_name(feature, pool)] is not None
-        together = {}
+    rates: dict[Hashable, float] = {}
+    stacks = []
+    for read, blocks in blocks_by_input(specs, opened, device):
+        data = (read.feature, read.bytes(opened, splits["train"]), buffers[read.name] is not None)
+        alike: dict[Hashable, list[Block]] = {}
         for block in blocks:
-            together.setdefault(stack_key(block[0]), []).append(block)
-        for members in together.values():
-            shape = (dim, positions, rows, len(opened.classes))
-            stacks.append(_stack(members, feature, shape, size, streamed, device, rates))
+            alike.setdefault(block.key, []).append(block)
+        shape = (*read.shape(opened), rows, len(opened.classes))
+        stacks += [_stack(members, data, shape, device, rates) for members in alike.values()]
     return Plan(checked, groups, stacks, rows, str(device), free, None)
 
 
-def probe_flops(head, dim, positions, classes):
-    """Operations of one probe on one image, forward and backward: 4 D C for a linear one (docs/performance.md).
+def _stack(
+    blocks: Sequence[Block],
+    data: tuple[str, int, bool],
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    rates: dict[Hashable, float],
+) -> PlannedStack:
+    """Plan one stack.
 
-    A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the weights' gradient, at every
-    position; a layer behind it 2 n m more for the gradient of its input. The last layer of an MLP
-    sees the mean over positions. Attention costs 4 D h S + 4 D D forward (attentive.py), and three times that in all.
+    data: feature, bytes of the training rows, and whether they are streamed. shape: width, positions, rows and classes.
+    rates: {shape of a product: operations a second}, filled here.
     """
-    if head.type == "attentive":
-        return 3 * (4 * dim * (head.heads * positions + dim) + 2 * dim * classes)
-    widths = [dim, *[head.hidden] * (head.layers - 1), classes]
-    total = 0
-    for i in range(head.layers):
-        last = i == head.layers - 1
-        at = 1 if last and i and head.type == "mlp" else positions
-        total += (4 if i == 0 else 6) * widths[i] * widths[i + 1] * head.max_out * at
-    return total
-
-
-def _stack(blocks, feature, shape, size, streamed, device, rates):
-    """Plan one stack. shape: width, positions, rows and classes. rates: {product's shape: measured}, filled here."""
-    dim, positions, rows, classes = shape
+    (feature, feature_bytes, streamed), (dim, positions, rows, classes) = data, shape
     specs = [spec for block in blocks for spec in block]
-    first, largest = specs[0], max(len(block) for block in blocks)
-    lbfgs = first.optimizer.type == "lbfgs"
-    passes = PASSES if lbfgs else first.epochs
-    # Full-batch training sees no more directions than images.
-    width = min(rows, dim) if lbfgs else dim
-    flops = len(specs) * passes * rows * probe_flops(first.head, width, positions, classes)
+    first, largest = specs[0], max(map(len, blocks))
+    solver, head = first.optimizer, first.head
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
-    weights, outputs = footprint(first.head, dim, classes, positions)
-    batch = rows if lbfgs else min(first.batch_size, rows)
-    product = ((1 if lbfgs else largest) * max(weights // dim, 1), dim, batch * positions, first.precision)
-    activations = ACTIVATIONS * 4 * largest * outputs * batch * first.head.layers
-    if lbfgs:
-        activations = rows * (ROTATED_BYTES * width + LOGITS_BYTES * classes)
+    weights, outputs = head.footprint(dim, classes, positions)
+    if isinstance(solver, FullBatchSolver):
+        # It sees no more directions than images, and one probe at a time.
+        passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, 1
+        activations = rows * solver.image_bytes(width, classes)
+    else:
+        passes, width, batch, at_once = first.epochs or 0, dim, min(first.batch_size or rows, rows), largest
+        activations = ACTIVATIONS * 4 * largest * outputs * batch * head.depth
+    flops = len(specs) * passes * rows * head.flops(width, classes, positions)
+    product = (at_once * max(weights // dim, 1), dim, batch * positions, first.precision)
     if product not in rates:
         rates[product] = gemm_rate(*product, device)
     return PlannedStack(
         features=feature,
-        head=first.head,
+        head=head,
         loss=dict(Counter(s.loss.type for s in specs)),
-        optimizer=first.optimizer.type,
+        optimizer=solver.type,
+        full_batch=solver.full_batch,
         precision=first.precision,
         epochs=first.epochs,
-        batch_size=first.batch_size,
+        batch_size=first.batch_size or rows,
         probes=len(specs),
         blocks=len(blocks),
         flops=flops,
         seconds=flops / rates[product],
-        weight_bytes=COPIES[first.optimizer.type] * 4 * largest * numbers,
+        weight_bytes=solver.weight_copies * 4 * largest * numbers,
         activation_bytes=activations,
-        feature_bytes=size,
+        feature_bytes=feature_bytes,
         streamed=streamed,
     )
 
 
-def gemm_rate(outputs, inputs, columns, precision, device):
+def gemm_rate(outputs: int, inputs: int, columns: int, precision: str, device: torch.device) -> float:
     """Measure operations a second of a product [outputs, inputs] x [inputs, columns] in a precision on a device.
 
     Sizes beyond a few thousand make no difference and are cut, so that this takes a few hundredths of a second.
@@ -203,6 +198,6 @@ def gemm_rate(outputs, inputs, columns, precision, device):
     return 2 * times * left.numel() * right.shape[1] / (time.perf_counter() - started)
 
 
-def _wait(result):
-    """Until a device has computed a result."""
+def _wait(result: torch.Tensor) -> None:
+    """Wait until a device has computed a result."""
     result[0, 0].item()

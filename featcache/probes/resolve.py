@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
-from featcache.probes.features import input_of, input_shape
+from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import refuse
+from featcache.probes.inputs.input import Input
 from featcache.probes.overlap import Overlap, find_overlaps
-from featcache.probes.scores.metrics import TASK_METRICS
-from featcache.probes.spec import ProbeSpec, logit_offset
-from featcache.probes.stack import held_bytes
+from featcache.probes.scores.metrics import default_metric, metrics_of
+from featcache.probes.spec import ProbeSpec
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def resolve(grid, store, device, allow_overlap=False):
             )
         seen[found.id] = group.path
         specs.append(found)
-    if grid.search and any(spec.optimizer.type == "lbfgs" for spec in grid.specs):
-        errors.append("search: halving compares probes after some epochs, and the optimizer lbfgs has none")
+    without_epochs = [spec.optimizer.type for spec in grid.specs if spec.optimizer.full_batch]
+    if grid.search and without_epochs:
+        errors.append(
+            f"search: halving compares probes after some epochs, and the optimizer {without_epochs[0]} has none"
+        )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
     if split is None:
@@ -102,7 +105,10 @@ def _check_unchosen(grid, specs, store, errors):
 
 def _check_room(specs, store, device, errors):
     """A search holds all probes from rung to rung, where other grids train block after block."""
-    needed = sum(held_bytes(s.head, *input_shape(store, *input_of(s)), len(store.classes)) for s in specs)
+    needed = 0
+    for spec in specs:
+        dim, positions = Input.of(spec).shape(store)
+        needed += state_bytes(spec.head, dim, len(store.classes), positions)
     free = free_bytes(device)
     if needed > free:
         errors.append(
@@ -128,8 +134,8 @@ def _splits(grid, store, errors):
 
 
 def _metric(grid, store, errors):
-    metrics = TASK_METRICS[store.task]
-    metric = grid.metric or metrics[0]
+    metrics = metrics_of(store.task)
+    metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
     return metric
@@ -144,33 +150,28 @@ def _spec(spec, group, store, views, errors):
         errors.append(f"{where}: {error.message}")
         return None
     before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
-    width, positions = input_shape(store, *input_of(spec))
-    if kind == "tokens" and spec.head.type != "attentive":
+    width, positions = Input.of(spec).shape(store)
+    if kind == "tokens" and not spec.head.reads_tokens:
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
     elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
-        otherwise = "" if spec.head.type == "attentive" else ", or say pool: before if that is what you want"
+        otherwise = "" if spec.head.reads_tokens else ", or say pool: before if that is what you want"
         errors.append(
             f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
             f"{feature.layer}:spatial{otherwise}"
         )
-    elif spec.head.heads and width % spec.head.heads:
-        errors.append(
-            f"{group.where('head')}: {spec.head.heads} attention heads do not divide {feature}, which is {width} wide"
-        )
-    if spec.head.norm != "none" and min(spec.batch_size, spec.head.norm_batch or spec.batch_size) * positions == 1:
-        errors.append(
-            f"{group.where('head.norm_batch' if spec.head.norm_batch else 'batch_size')}: one image has no variance for head.norm to divide by; take 2 or more"
-        )
-    offset = spec.head.offset
+    elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
+        field, reason = misfit
+        errors.append(f"{group.where(field)}: {reason}")
+    head = spec.head
     try:
-        offset = logit_offset(offset, len(store.classes))
+        head = head.resolved(len(store.classes))
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
     count = _views(spec, group, store, views, errors)
     if len(errors) > before:
         return None
-    found = replace(spec, head=replace(spec.head, offset=offset), views=count)
+    found = replace(spec, head=head, views=count)
     if found.conflict:
         errors.append(f"{group.path}: {found.conflict}")
         return None

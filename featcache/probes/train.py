@@ -1,37 +1,69 @@
 """`featcache train-probes`: a grid on a store, into a run folder."""
 
 import hashlib
-import json
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 import yaml
 
-from featcache.arguments import PATH, takes, whole
+from featcache.arguments import FLAG, PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
-from featcache.probes.grids.grid import load_grid
-from featcache.probes.mend import drop_damaged, kept_files, without_summary
-from featcache.probes.probe_file import find_probes, load_specs
-from featcache.probes.resolve import resolve, undecided
-from featcache.probes.run import open_run
-from featcache.probes.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
-from featcache.probes.scores.scoring import finish_run
-from featcache.probes.sweep import plan_buffers, train_missing
-from featcache.probes.tables import read_table
+from featcache.probes.engine.sweep import train_missing
+from featcache.probes.engine.waves import Buffers, plan_buffers
+from featcache.probes.finish import finish_run
+from featcache.probes.grids.grid import Grid, load_grid
+from featcache.probes.resolve import Resolved, resolve, undecided
+from featcache.probes.runs.key import RunBasis
+from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.probe_file import Place, find_probes, load_specs
+from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
+from featcache.probes.runs.tables import read_table
+from featcache.probes.spec import ProbeSpec
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
-from featcache.store.reader import open_store
+from featcache.store.reader import Store, open_store
 
-# Of a run's first grid; later ones have the beginning of their key in the name.
+# The file of a run's first grid; those of later ones have the beginning of their key in the name.
 GRID = "grid.yaml"
 
 
-@takes(store=PATH, run=PATH, seed=whole())
-def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, memory=None, allow_overlap=False):
+@dataclass(frozen=True)
+class Task:
+    """A grid on a store, ready to be trained.
+
+    content: of the grid, with the names that the store has. source: path of the store, as it was given. key: of the grid
+    in its run.
+    """
+
+    grid: Grid
+    store: Store
+    source: str
+    resolved: Resolved
+    content: dict[str, Any]
+    basis: RunBasis
+    key: str
+
+
+@takes(store=PATH, run=PATH, seed=whole(), allow_overlap=FLAG)
+def train_probes(
+    grid: str | PathLike[str] | dict[str, Any],
+    store: str | PathLike[str] | None = None,
+    run: str | PathLike[str] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    parity: str | None = None,
+    memory: float | None = None,
+    allow_overlap: bool = False,
+) -> Run | None:
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
     grid: path of a YAML file, or its content as a dict. store: path; by default the grid's own.
@@ -42,113 +74,153 @@ def train_probes(grid, store=None, run=None, device=None, seed=0, parity=None, m
     Returns the Run; under torchrun, whose processes share the blocks, None in all but the first. Probes that
     the folder holds already are not trained again, and those of earlier grids are scored with the new ones; a
     finished run of the same grid is returned at once. Raises BadInput.
+
+        run = featcache.train_probes("grid.yaml", store="features/voc-resnet50-1a2b3c4d.zarr", device="cuda")
+        print(run.scores[0]["value"])
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
-    ranks = join_ranks()
-    device = choose_device(device, ranks.local_rank)
-    checked = load_grid(grid, parity)
-    source = store or checked.store
-    if source is None:
-        raise BadInput("no store: give --store, or write store: PATH into the grid")
-    opened = open_store(source)
-    found = resolve(checked, opened, device, allow_overlap)
-    specs, splits = found.specs, found.splits
-    if found.notice and ranks.rank == 0:
-        click.echo(f"notice: {found.notice}", err=True)
-    if checked.search and ranks.size > 1:
+    started, ranks = time.monotonic(), join_ranks()
+    chosen_device = choose_device(device, ranks.local_rank)
+    task = _prepare(load_grid(grid, parity), store, chosen_device, seed, allow_overlap)
+    specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
+    if task.resolved.notice and ranks.rank == 0:
+        click.echo(f"notice: {task.resolved.notice}", err=True)
+    if search and ranks.size > 1:
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
-    resolved = checked.content | {
-        "store": str(source),
-        "splits": {role: list(names) for role, names in splits.items()},
-        "select": {"metric": found.metric} | ({"split": found.split} if found.split else {}),
-        **({"allow_overlap": True} if found.overlaps else {}),
-    }
-    # Both decide which weights are kept, so that a run is of one choice.
-    chosen_by = {"select": resolved["select"], "search": checked.search and asdict(checked.search)}
-    if checked.search:
-        # It compares all probes with each other.
-        among = hashlib.sha256(" ".join(sorted(spec.id for spec in specs)).encode()).hexdigest()
-        chosen_by["search"]["among"] = f"{len(specs)} probes ({among[:8]})"
-    basis = {"store_id": opened.id, "seed": seed, "splits": resolved["splits"]} | chosen_by
-    asked = [basis, resolved["probes"], *([checked.rules] if checked.rules else [])]
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
-    basis["parity"] = checked.parity
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    folder = local_path(run or Path("runs") / f"{stem}-{key[:8]}", "--run")
-    planned = plan_buffers(specs, opened, splits, memory, device, ranks.local_size)
-    started = time.monotonic()
+    folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
+    buffers = plan_buffers(specs, task.store, splits, memory, chosen_device, ranks.local_size)
     place = open_folder(folder)
     with ranks.leading(place.locked(f"waiting: another process is training into {folder}")) as leads:
-        everything = specs
+        summary, everything = task.basis.to_json(), list(specs)
         if leads:
             place.sweep()
-            begun = _begun(folder, basis)
-            grids = _grids(begun)
-            known = begun if "store_id" in begun else basis | {"files": {}} | begun
-            whole = drop_damaged(folder, known, grids.get(key))
-            there = find_probes(folder)
-            whole &= there.keys() >= {spec.id for spec in specs} and begun.get("probes") == len(there)
-            if "key" in begun and key in grids and whole:
+            begun = _begin(folder, task, buffers)
+            if begun is None:
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
-            others = _others(folder, specs, there, _names(folder, begun))
-            everything = specs + others
-            if found.split is None and (reason := undecided(everything)):
-                raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
-            if others:
-                click.echo(
-                    f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True
-                )
-            # How features were read decides the order of the rows, so a begun run stays with it.
-            basis |= {"buffers": planned | begun.get("buffers", {}), "grids": grids}
-            # What an earlier grid asked for stays.
-            asked_for = {*checked.intervals, *begun.get("intervals", ())}
-            basis["intervals"] = [role for role in splits if role in asked_for]
-            basis["files"] = kept_files(folder, begun, grids.get(key)) if "store_id" in begun else {}
-            if others:
-                # In the scores they are called so until the tables are written anew.
-                basis["others"] = {spec.id: spec.name for spec in others}
-            grids[key], own = _begin(folder, basis, grids.get(key), key, resolved)
-            basis["files"] |= own
-            basis.pop("others", None)
-        judge, buffers, run_id = (found.metric, found.split), basis.get("buffers"), identity(basis)
-        train_missing(folder, specs, opened, splits, device, seed, judge, buffers, checked.search, ranks, run_id)
+            summary, everything = begun
+            buffers = summary["buffers"]
+        selection, run_id = (task.resolved.metric, task.resolved.split), identity(summary)
+        train_missing(folder, specs, task.store, splits, chosen_device, seed, selection, buffers, search, ranks, run_id)
         if not leads:
             return None
-        basis |= {"key": key, "store": str(source), "overlap": [asdict(overlap) for overlap in found.overlaps]}
-        return finish_run(folder, everything, opened, splits, basis, device, started, basis["intervals"])
+        overlaps = [asdict(overlap) for overlap in task.resolved.overlaps]
+        summary |= {"key": task.key, "store": task.source, "overlap": overlaps}
+        return finish_run(folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"])
 
 
-def _begun(folder, basis):
-    """What run.json says of a run that is there, finished or not; {} for a new one. Raises BadInput on other data."""
+def _prepare(
+    grid: Grid, store: str | PathLike[str] | None, device: torch.device, seed: int, allow_overlap: bool
+) -> Task:
+    """Bring a grid to its store. Raises BadInput."""
+    source = store or grid.store
+    if source is None:
+        raise BadInput("no store: give --store, or write store: PATH into the grid")
+    opened = open_store(source)
+    resolved = resolve(grid, opened, device, allow_overlap)
+    content = grid.content | {
+        "store": str(source),
+        "splits": {role: list(names) for role, names in resolved.splits.items()},
+        "select": {"metric": resolved.metric} | ({"split": resolved.split} if resolved.split else {}),
+        **({"allow_overlap": True} if resolved.overlaps else {}),
+    }
+    search = None
+    if grid.search:
+        # It compares all probes with each other.
+        among = hashlib.sha256(" ".join(sorted(spec.id for spec in resolved.specs)).encode()).hexdigest()
+        search = grid.search.model_dump() | {"among": f"{len(resolved.specs)} probes ({among[:8]})"}
+    basis = RunBasis(opened.id, seed, content["splits"], content["select"], search, grid.parity)
+    return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
+
+
+def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
+    """Make the run folder, or take up what it holds. Its run.json has no key, and so is unfinished, until all is written.
+
+    Returns (what run.json says so far, the specs of all probes that the run is going to have), or None if it is finished
+    already. Raises BadInput if the folder holds something else.
+    """
+    basis, specs = task.basis.to_json(), task.resolved.specs
+    begun = _begun(folder, basis)
+    grids = _grids(begun)
+    known = begun if "store_id" in begun else basis | {"files": {}} | begun
+    whole = drop_damaged(folder, known, grids.get(task.key))
+    places = find_probes(folder)
+    whole &= places.keys() >= {spec.id for spec in specs} and begun.get("probes") == len(places)
+    if "key" in begun and task.key in grids and whole:
+        return None
+    others = _others(folder, specs, places, _names(folder, begun))
+    everything = [*specs, *others]
+    if task.resolved.split is None and (reason := undecided(everything)):
+        raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
+    if others:
+        click.echo(f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True)
+    asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
+    summary = basis | {
+        # How features were read decides the order of the rows, so a begun run stays with it.
+        "buffers": planned | begun.get("buffers", {}),
+        "grids": grids,
+        # What an earlier grid asked for stays.
+        "intervals": [role for role in task.resolved.splits if role in asked_for],
+        "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
+    }
+    # In the scores they are called so until the tables are written anew.
+    names = {"others": {spec.id: spec.name for spec in others}} if others else {}
+    name, own = _write_grid(folder, summary | names, task, grids.get(task.key))
+    return summary | {"grids": grids | {task.key: name}, "files": summary["files"] | own}, everything
+
+
+def _write_grid(
+    folder: Path, summary: dict[str, Any], task: Task, name: str | None
+) -> tuple[str, dict[str, dict[str, int]]]:
+    """Write run.json and the grid's file. name: of that, None for a grid that is new here.
+
+    Returns the name, and {name: its entry in run.json}. Raises BadInput if they cannot be written.
+    """
+    data = yaml.safe_dump(task.content, sort_keys=False).encode()
+    try:
+        (folder / PROBES).mkdir(parents=True, exist_ok=True)
+        if name is None:
+            # Older versions did not note the key of a grid before they had trained it.
+            first = folder / GRID
+            name = GRID if not first.exists() or _same(first, data) else f"grid-{task.key[:8]}.yaml"
+        # The file is not listed before it is written.
+        write_summary(folder, summary | {"grids": summary["grids"] | {task.key: name}})
+        return name, {name: write_file(folder, name, data)}
+    except OSError as error:
+        raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
+
+
+def _begun(folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of a run that is there, finished or not; {} for a new one. Raises BadInput on other data."""
     # An empty folder is what the lock on it has just made.
     if not any(folder.iterdir()):
         return {}
     try:
-        there = read_summary(folder)
+        summary = read_summary(folder)
     except BadInput as error:
         if not holds_run(folder):
             raise
         return without_summary(folder, basis, error.message)
-    if "imported" in there:
+    if "imported" in summary:
         raise BadInput(f"run {folder} holds imported probes; train into another --run")
     for field, value in basis.items():
-        if there.get(field) != value:
+        if summary.get(field) != value:
             raise BadInput(
-                f"run {folder} was made with {field} {there.get(field)!r}, not {value!r}; choose another --run"
+                f"run {folder} was made with {field} {summary.get(field)!r}, not {value!r}; choose another --run"
             )
-    return there
+    return summary
 
 
-def _grids(begun):
-    """The grids of a run, {key: name of the file in its folder}; runs of older versions have one, and do not say so."""
+def _grids(begun: dict[str, Any]) -> dict[str, str]:
+    """Return the grids of a run, {key: name of the file in its folder}; runs of older versions have one, and do not say so."""
     return begun.get("grids") or ({begun["key"]: GRID} if "key" in begun else {})
 
 
-def _names(folder, begun):
-    """Names of the probes in a run folder, {id: name} in the order of its scores. begun: of run.json."""
+def _names(folder: Path, begun: dict[str, Any]) -> dict[str, str]:
+    """Return the names of the probes in a run folder, {id: name} in the order of its scores. begun: of run.json."""
     if "others" in begun:
         return begun["others"]
     try:
@@ -158,33 +230,15 @@ def _names(folder, begun):
         return {}
 
 
-def _others(folder, specs, there, names):
-    """Specs of the probes in a run folder that other grids trained. there: of find_probes. names: of _names."""
-    others = there.keys() - {spec.id for spec in specs}
+def _others(
+    folder: Path, specs: Sequence[ProbeSpec], places: dict[str, Place], names: dict[str, str]
+) -> list[ProbeSpec]:
+    """Return the specs of the probes in a run folder that other grids trained, in the order of names."""
+    others = places.keys() - {spec.id for spec in specs}
     order = {probe: place for place, probe in enumerate(names)}
-    found = sorted(load_specs(folder, others, there), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
+    found = sorted(load_specs(folder, others, places), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
     return [replace(spec, name=names.get(spec.id, spec.name)) for spec in found]
 
 
-def _begin(folder, basis, name, key, resolved):
-    """Make the run folder; its run.json has no key, and so is unfinished, until all is written.
-
-    name: of the grid's file, None for a grid that is new here. Returns it, and {it: its entry in run.json}.
-    """
-    data = yaml.safe_dump(resolved, sort_keys=False).encode()
-    try:
-        (folder / PROBES).mkdir(parents=True, exist_ok=True)
-        if name is None:
-            # Older versions did not note the key of a grid before they had trained it.
-            first = folder / GRID
-            name = GRID if not first.exists() or _same(first, data) else f"grid-{key[:8]}.yaml"
-        # The file is not listed before it is written.
-        write_summary(folder, basis | {"grids": basis["grids"] | {key: name}})
-        own = {name: write_file(folder, name, data)}
-    except OSError as error:
-        raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
-    return name, own
-
-
-def _same(path, data):
+def _same(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data

@@ -1,1 +1,1 @@
-"""Runs for people: tables on the terminal, and one self-contained page."""
+"""Runs as people read them: tables on the terminal, and one self-contained page."""

@@ -1,11 +1,20 @@
-"""EPG per probe and method, from a run's attribution.csv."""
+"""Localisation scores per probe and method, from a run's attribution.csv."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
-from featcache.probes.run import open_run
-from featcache.probes.run_file import ATTRIBUTION
+from featcache.attribution.results import IDENTITY
+from featcache.attribution.scores import LOCALISATION_SCORES
+from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run_file import ATTRIBUTION
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
 from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent
@@ -13,59 +22,127 @@ from featcache.reporting.table import percent
 EXPLAINED, MAPS = ATTRIBUTION
 
 
-def localisation_rows(folder):
-    """Return (columns, rows of strings): mean EPG with a 95% interval over images.
+@dataclass(frozen=True, eq=False)
+class Localisation:
+    """What attribution.csv says of the probes of a run.
 
-    The last column is what a uniform map scores: the boxes' mean share of the image. Maps without
-    positive energy have no EPG; they are counted, not averaged. Maps of probes that are not in the run any
-    more are left out, with a notice.
+    scores: those that it has columns of. rows: as in the file, with the values of the scores as floats, None where
+    a map has no score.
     """
-    run = open_run(folder)
-    groups = {}
-    for row in run.table(EXPLAINED, id=str, epg=float, box_share=float):
-        groups.setdefault((row["probe"], row["method"]), []).append(row)
-    texts, specs = naming(run), {r["probe"]: r for r in run.scores}
-    columns = ["probe", *texts, "method", "EPG %", "uniform map %", "maps", "empty"]
-    gone = list(dict.fromkeys(probe for probe, _ in groups if probe not in specs))
+
+    scores: Sequence[type[LocalisationScore]]
+    rows: Sequence[dict[str, Any]]
+
+    @cached_property
+    def _by_identity(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        return {tuple(row[name] for name in IDENTITY): row for row in self.rows}
+
+    def caption(self, panel: Sequence[str]) -> str:
+        """Write the scores of a map, such as "EPG 42%". panel: begins with the map's IDENTITY. Raises LookupError."""
+        row = self._by_identity[tuple(map(str, panel[: len(IDENTITY)]))]
+        lines = []
+        for score in self.scores:
+            value = row[score.columns[0]]
+            lines.append(f"no {score.lacking}" if value is None else f"{score.heading} {100 * value:.0f}%")
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Say what each score is, in a line for people."""
+        return [
+            f"{score.summary()} A map without {score.lacking} has none and is counted as empty."
+            for score in self.scores
+        ]
+
+
+def read_localisation(run: Run) -> Localisation:
+    """Read attribution.csv. Raises BadInput for damage.
+
+    Maps of probes that the run does not have any more are left out, and so are the columns of scores that are not
+    installed; a notice names them.
+    """
+    table = run.table(EXPLAINED, probe=str, method=str, id=str)
+    names = list(table[0]) if table else []
+    scores = [score for score in LOCALISATION_SCORES.values() if set(score.columns) <= set(names)]
+    if table and not scores:
+        raise run.damaged(EXPLAINED, "it has no columns of a localisation score")
+    columns = [column for score in scores for column in score.columns]
+    try:
+        rows = [row | {c: float(row[c]) if row[c] else None for c in columns} for row in table]
+    except ValueError as error:
+        raise run.damaged(EXPLAINED, error) from None
+    probes = {row["probe"] for row in run.scores}
+    gone = list(dict.fromkeys(row["probe"] for row in rows if row["probe"] not in probes))
     if gone:
         click.echo(
-            f"notice: {EXPLAINED} of run {folder} has {len(gone)} probes that the run does not have "
+            f"notice: {EXPLAINED} of run {run.path} has {len(gone)} probes that the run does not have "
             f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
             err=True,
         )
-    result = []
+    unknown = [name for name in names if name not in (*IDENTITY, *columns)]
+    if unknown:
+        click.echo(
+            f"notice: {EXPLAINED} of run {run.path} has columns of localisation scores that are not installed "
+            f"({', '.join(unknown)}); they are left out",
+            err=True,
+        )
+    return Localisation(scores, [row for row in rows if row["probe"] in probes])
+
+
+def localisation_rows(folder: str | PathLike) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows of strings) for a run's folder: the mean of each score, with a 95% interval over images.
+
+    Beside it stands what a uniform map scores on average. Maps without a score are counted, not averaged.
+    """
+    run = open_run(folder)
+    return table_of(run, read_localisation(run))
+
+
+def table_of(run: Run, localisation: Localisation) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows of strings) of a run's Localisation, as localisation_rows does."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in localisation.rows:
+        groups.setdefault((row["probe"], row["method"]), []).append(row)
+    texts, specs = naming(run), {row["probe"]: row for row in run.scores}
+    columns = ["probe", *texts, "method"]
+    for score in localisation.scores:
+        columns += [f"{score.heading} %", "uniform map %", "maps", "empty"]
+    rows = []
     for (probe, method), members in groups.items():
-        if probe in gone:
-            continue
-        scored = [r for r in members if r["epg"] is not None]
-        share = np.mean([r["box_share"] for r in members])
-        result.append([
-            probe, *(text(specs[probe]) for text in texts.values()), method,
-            percent(*_mean_with_interval(scored)), percent(share), str(len(members)), str(len(members) - len(scored)),
-        ])  # fmt: skip
-    return columns, result
+        rows.append([probe, *(text(specs[probe]) for text in texts.values()), method])
+        for score in localisation.scores:
+            rows[-1] += _cells(members, *score.columns)
+    return columns, rows
 
 
-def explained(run, name):
-    """Whether a file that attribute writes is there. A notice says where it is missing, or was not finished."""
-    files, there = run.summary.get("files"), (run.path / name).exists()
-    if files is None or there == (name in files):
-        return there
+def _cells(rows: Sequence[Mapping[str, Any]], column: str, uniform: str) -> list[str]:
+    """A score of some maps as text: its mean, what a uniform map scores, how many maps, and how many have none."""
+    scored = [row for row in rows if row[column] is not None]
+    levels = [row[uniform] for row in rows if row[uniform] is not None]
+    mean, level = percent(*_mean_with_interval(scored, column)), percent(np.mean(levels) if levels else None)
+    return [mean, level, str(len(rows)), str(len(rows) - len(scored))]
+
+
+def explained(run: Run, name: str) -> bool:
+    """Whether a file that attribute writes is there. A notice says if it is missing, or was not finished."""
+    files, exists = run.summary.get("files"), (run.path / name).exists()
+    if files is None or exists == (name in files):
+        return exists
     click.echo(
-        f"notice: {name} of run {run.path} {'has no checksum in run.json' if there else 'is missing'}; it is left out, attribute again",
+        f"notice: {name} of run {run.path} {'has no checksum in run.json' if exists else 'is missing'}; "
+        "it is left out, attribute again",
         err=True,
     )
     return False
 
 
-def _mean_with_interval(rows):
-    """Mean EPG of rows, with its 95% interval over images, which may have several maps each."""
+def _mean_with_interval(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float | None, ...]:
+    """Mean of a column, with its 95% interval over images, which may have several maps each; (None,) without rows."""
     if not rows:
         return (None,)
-    images = {i: n for n, i in enumerate(dict.fromkeys(r["id"] for r in rows))}
-    at = torch.tensor([images[r["id"]] for r in rows])
-    energy = torch.tensor([r["epg"] for r in rows], dtype=torch.float64)
-    sums, maps = (torch.zeros(len(images)).double().index_add_(0, at, e) for e in (energy, torch.ones_like(energy)))
+    images = {i: n for n, i in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    at = torch.tensor([images[row["id"]] for row in rows])
+    values = torch.tensor([row[column] for row in rows], dtype=torch.float64)
+    sums, maps = (torch.zeros(len(images)).double().index_add_(0, at, v) for v in (values, torch.ones_like(values)))
     mean = sums.sum() / maps.sum()
     deviation = deviations(influences(mean, (sums.sum() - sums) / (maps.sum() - maps)))
     return tuple(end.item() for end in (mean, *fraction_interval(mean, deviation, mean.new_tensor(len(images)))))

@@ -3,12 +3,19 @@
 import base64
 import io
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from featcache.attribution.results import IDENTITY
 from featcache.errors import BadInput, printable, without_middle
-from featcache.probes.scores.metrics import gain
+from featcache.probes.losses import LOSSES
+from featcache.probes.runs.run import Run
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
+from featcache.reporting.localisation import Localisation
 from featcache.reporting.table import heading, scored
 
 try:
@@ -18,29 +25,46 @@ except ImportError:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
 
-COLOURS = {"bce": "#0b6e99", "ce": "#c2571a", "focal": "#4b8f29", "asymmetric": "#8a4fa8"}
+# Of the first losses, in the order of their registry.
+COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=False))
 MARKERS = "osD^vP*X"
-# Of the plot of learning rates.
+# More lines over the learning rate than this are not drawn.
 MOST_LINES = 12
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
-# Names are of data: a dollar sign begins no formula.
-STYLE = {
+# Names come from data, where a dollar sign begins no formula.
+STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache",
     "text.parse_math": False,
 }  # fmt: skip
 # Longer names are drawn without their middle. What tells recipes apart may be anywhere in them.
 LONGEST_NAME, LONGEST_RECIPE, BESIDE_MAP = 60, 400, 24
+# Number of a run, and type of head.
+PanelKey = tuple[int, str]
+# Edges x0, y0, x1, y1; whether the box is of the class that is explained; whether it is difficult.
+Box = tuple[np.ndarray, bool, bool]
 
 
-def _drawn(name, most=LONGEST_NAME):
-    """A name as it can be drawn: on one line, not too long, and in a legend, which leaves out "_x"."""
+@dataclass(frozen=True)
+class RateLine:
+    """A line over the learning rate: the loss, and in each panel the scores of all seeds by their rate."""
+
+    loss: str
+    panels: dict[PanelKey, dict[float, list[float]]]
+
+
+def _drawn(name: str, most: int = LONGEST_NAME) -> str:
+    """Make a name fit to be drawn: on one line, not too long, and not like "_x", which legends leave out."""
     text = without_middle(printable(name), most)
     return f" {text}" if text.startswith("_") else text
 
 
-def _embed(figure, kind, pad=None):
+def _embed(figure: Figure, kind: Literal["svg", "png"], pad: float | None = None) -> str:
+    """Close a figure and return it as a data URL. pad: between its axes, in font sizes."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
     with warnings.catch_warnings():
@@ -54,75 +78,79 @@ def _embed(figure, kind, pad=None):
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def learning_rates(runs, metric):
+def learning_rates(runs: Sequence[Run], metric: str) -> str | None:
     """Plot the validation score over the learning rate: a panel per run and type of head, a line per configuration.
 
-    Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is chance. The
-    best MOST_LINES lines are drawn, and the legend says of how many. Probes without a rate and runs that choose
-    nothing are left out. Returns a data URL, or None if nothing is left.
+    Points are means over seeds, bars reach from the lowest to the highest seed; the dotted line is chance. Only the
+    best MOST_LINES lines are drawn, and the legend says how many there are. Probes without a rate and runs that
+    choose nothing are left out. Returns a data URL, or None if nothing is left.
     """
     runs = [run for run in runs if run.chosen_on]
-    rows = [[r for r in _of(run, metric, run.chosen_on) if r["optimizer.lr"]] for run in runs]
-    panels = [(n, head) for n, some in enumerate(rows) for head in dict.fromkeys(r["head.type"] for r in some)]
+    scale = 100 if metric_kind(metric).unit() else 1
+    panels, lines = _rate_lines(runs, metric, scale)
     if not panels:
         return None
-    scale = 1 if metric == "nll" else 100
-    titles, lines, losses = {}, {}, {}
-    for number, head in panels:
-        members = [r for r in rows[number] if r["head.type"] == head]
-        texts = naming(runs[number], {r["probe"] for r in members})
-        heads = {describe_head(r) for r in members}
-        # A panel of one head says which in its title.
-        titles[number, head] = heads.pop() if len(heads) == 1 else head
-        implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
-        texts = {name: text for name, text in texts.items() if name not in implied}
-        for row in members:
-            losses.setdefault(name := recipe(row, texts), row["loss.type"])
-            points = lines.setdefault(name, {}).setdefault((number, head), {})
-            points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
-    order = sorted(lines, key=lambda name: -_height(lines[name], metric))
-    styles = _line_styles(sorted(order[:MOST_LINES]), losses)
+    order = sorted(lines, key=lambda name: -_height(lines[name].panels, metric))
+    styles = _line_styles(sorted(order[:MOST_LINES]), {name: line.loss for name, line in lines.items()})
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, squeeze=False)
-        for axis, panel in zip(axes[0], panels, strict=True):
+        for axis, (panel, title) in zip(axes[0], panels.items(), strict=True):
             run = runs[panel[0]]
             for name, style in styles.items():
-                if panel in lines[name]:
-                    _rate_line(axis, lines[name][panel], _drawn(name, LONGEST_RECIPE), style)
+                if panel in lines[name].panels:
+                    _rate_line(axis, lines[name].panels[panel], _drawn(name, LONGEST_RECIPE), style)
             level = run.summary["chance"][run.chosen_on][metric]
             if level is not None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")
-            axis.set_title(f"{_drawn(run.path.name)}: {titles[panel]}", fontsize=10)
-            axis.set_xscale("log")
-            rates = sorted({rate for points in lines.values() for rate in points.get(panel, ())})
-            axis.set_xticks(rates[:: -(-len(rates) // 5)], [f"{r:.2g}" for r in rates[:: -(-len(rates) // 5)]])
-            axis.minorticks_off()
-            axis.set_xlabel("learning rate")
+            axis.set_title(f"{_drawn(run.path.name)}: {title}", fontsize=10)
+            _rate_axis(axis, sorted({rate for line in lines.values() for rate in line.panels.get(panel, ())}))
         axes[0][0].set_ylabel(f"{runs[0].chosen_on} {heading(metric)}")
-        entries = dict(zip(*reversed(_legend(axes[0])), strict=True))
-        title = f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None
-        beside = max(map(len, entries)) < 40
-        place = (
-            {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-            if beside
-            else {"loc": "upper left", "bbox_to_anchor": (0, 0)}
-        )
-        figure.legend(entries.values(), entries.keys(), title=title, frameon=False, **place)
+        _legend(figure, axes[0], f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None)
         return _embed(figure, "svg")
 
 
-def _of(run, metric, split):
-    """The rows of a run's scores by a metric on a split of which there are values."""
+def _rate_lines(runs: Sequence[Run], metric: str, scale: float) -> tuple[dict[PanelKey, str], dict[str, RateLine]]:
+    """Return the panels, (number of the run, type of head), with their titles, and the lines by their names."""
+    panels: dict[PanelKey, str] = {}
+    lines: dict[str, RateLine] = {}
+    for number, run in enumerate(runs):
+        rows = [row for row in _of(run, metric, run.chosen_on) if row["optimizer.lr"]]
+        for head in dict.fromkeys(row["head.type"] for row in rows):
+            members = [row for row in rows if row["head.type"] == head]
+            texts = naming(run, {row["probe"] for row in members})
+            heads = {describe_head(row) for row in members}
+            # The title of a panel names its head, if it has only one.
+            panels[number, head] = heads.pop() if len(heads) == 1 else head
+            implied = ("name", "lr", "seed", *([] if heads else [HEAD]))
+            texts = {name: text for name, text in texts.items() if name not in implied}
+            for row in members:
+                line = lines.setdefault(recipe(row, texts), RateLine(row["loss.type"], {}))
+                points = line.panels.setdefault((number, head), {})
+                points.setdefault(float(row["optimizer.lr"]), []).append(scale * row["value"])
+    return panels, lines
+
+
+def _rate_axis(axis: Axes, rates: Sequence[float]) -> None:
+    """Label a logarithmic axis of learning rates at no more than five of them."""
+    step = -(-len(rates) // 5)
+    axis.set_xscale("log")
+    axis.set_xticks(rates[::step], [f"{rate:.2g}" for rate in rates[::step]])
+    axis.minorticks_off()
+    axis.set_xlabel("learning rate")
+
+
+def _of(run: Run, metric: str, split: str | None) -> list[Mapping[str, Any]]:
+    """The rows of a run's scores by a metric on a split that have a value."""
     return [r for r in run.scores if r["metric"] == metric and r["split"] == split and r["value"] is not None]
 
 
-def _height(panels, metric):
+def _height(panels: Mapping[PanelKey, Mapping[float, Sequence[float]]], metric: str) -> float:
     """The best mean over seeds of a line, the higher the better."""
-    return max(gain(metric, np.mean(values)) for points in panels.values() for values in points.values())
+    return max(gain(metric, float(np.mean(values))) for points in panels.values() for values in points.values())
 
 
-def _line_styles(names, losses):
-    """Colour and marker of each line: the hue says the loss, where the lines of a loss are few enough for shades."""
+def _line_styles(names: Sequence[str], losses: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each line. The hue says the loss, if the lines of each loss are few enough for shades."""
     alike = {loss: [name for name in names if losses[name] == loss] for loss in losses.values()}
     few = max(map(len, alike.values())) <= 4
     styles = {}
@@ -134,25 +162,30 @@ def _line_styles(names, losses):
     return styles
 
 
-def _rate_line(axis, points, name, style):
+def _rate_line(axis: Axes, points: Mapping[float, Sequence[float]], name: str, style: Mapping[str, Any]) -> None:
+    """Draw the scores of all seeds {rate: scores} as their means, with bars from the lowest to the highest."""
     rates = sorted(points)
     means = np.array([np.mean(points[r]) for r in rates])
     bars = [means - [min(points[r]) for r in rates], [max(points[r]) for r in rates] - means]
     axis.errorbar(rates, means, bars, markersize=4, linewidth=1, label=name, **style)
 
 
-def _legend(axes):
-    handles, labels = [], []
+def _legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> None:
+    """Draw one legend for all axes: beside them, or below if a name is long."""
+    entries: dict[str, Any] = {}
     for axis in axes:
-        more = axis.get_legend_handles_labels()
-        handles, labels = handles + more[0], labels + more[1]
-    return handles, labels
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries[name] = handle
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0)}
+    if max(map(len, entries)) < 40:
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    figure.legend(list(entries.values()), list(entries), title=title, frameon=False, **place)
 
 
-def class_bars(run, probes):
-    """Draw the average precision of every class on the judged split, a bar a probe; the dots are the share of positives.
+def class_bars(run: Run, probes: Sequence[str]) -> str:
+    """Draw the average precision of every class on the judged split, a bar for each probe, and its share of positives.
 
-    probes: ids. Classes are in order of the first probe's. Returns a data URL.
+    probes: ids. Classes are in order of the first probe's scores. Returns a data URL.
     """
     columns = {"probe": str, "split": str, "class": str, "ap": float, "positives": int}
     table = run.table("scores_per_class.csv", **columns)
@@ -179,10 +212,10 @@ def class_bars(run, probes):
         return _embed(figure, "svg")
 
 
-def reliability(runs, choose):
-    """Draw how often what a probe says with some confidence is so: a panel a run, a line a probe.
+def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> str:
+    """Draw how often probes are right over their confidence: a panel for each run, a line for each probe.
 
-    choose: function of a run to probe ids. A dot's area grows with its share of the pairs. Returns a data URL.
+    choose: from a run to the ids of probes. A dot's area grows with its share of the pairs. Returns a data URL.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 3.2), sharey=True, squeeze=False)
@@ -194,13 +227,9 @@ def reliability(runs, choose):
             probes = choose(run)
             texts, colours = labels(run, probes), _colours(run, probes)
             for probe in probes:
-                bins = [r for r in table if r["probe"] == probe]
-                x, y = (np.array([100 * r[k] for r in bins]) for k in ("confidence", "outcome"))
-                pairs = np.array([r["pairs"] for r in bins])
+                bins = [row for row in table if row["probe"] == probe]
                 error = scored("ece", run.value(probe, "ece", run.judge)["value"])
-                axis.plot(x, y, color=colours[probe], linewidth=1, label=f"{_drawn(texts[probe])}: ECE {error}%")
-                sizes = 4 + 60 * np.sqrt(pairs / pairs.sum())
-                axis.scatter(x, y, sizes, color=colours[probe], alpha=0.8, linewidth=0)
+                _reliability_line(axis, bins, f"{_drawn(texts[probe])}: ECE {error}%", colours[probe])
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
             axis.set_title(_drawn(run.path.name), fontsize=10)
             axis.legend(loc="upper left", frameon=False, fontsize=8)
@@ -208,79 +237,99 @@ def reliability(runs, choose):
         return _embed(figure, "svg")
 
 
-def _colours(run, probes):
-    """The colour of each probe: that of its loss, where they differ in it."""
+def _reliability_line(axis: Axes, bins: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
+    """Draw the bins of calibration.csv of one probe, as dots on a line."""
+    x, y = (np.array([100 * row[column] for row in bins]) for column in ("confidence", "outcome"))
+    pairs = np.array([row["pairs"] for row in bins])
+    axis.plot(x, y, color=colour, linewidth=1, label=name)
+    axis.scatter(x, y, 4 + 60 * np.sqrt(pairs / pairs.sum()), color=colour, alpha=0.8, linewidth=0)
+
+
+def _colours(run: Run, probes: Sequence[str]) -> dict[str, str]:
+    """The colour of each probe: that of its loss, if no two probes have the same."""
     losses = [run.value(probe, run.metric, run.judge)["loss.type"] for probe in probes]
-    known = len(set(losses)) == len(losses)
-    return {
-        p: COLOURS.get(loss, f"C{n}") if known else f"C{n}"
-        for n, (p, loss) in enumerate(zip(probes, losses, strict=True))
-    }
+    different = len(set(losses)) == len(losses)
+    numbered = enumerate(zip(probes, losses, strict=True))
+    return {probe: COLOURS.get(loss, f"C{n}") if different else f"C{n}" for n, (probe, loss) in numbered}
 
 
-def heatmaps(run, kept):
+def heatmaps(run: Run, kept: Mapping[str, np.ndarray], localisation: Localisation) -> str | None:
     """Draw example images with boxes, and beside each the maps of every method and probe that the run has.
 
-    kept: the contents of attribution.npz. Returns a data URL, or None if there are no examples.
+    kept: the contents of attribution.npz. Returns a data URL, or None if there are no examples. Raises LookupError
+    if `localisation` lacks one of the maps.
     """
-    there = {row["probe"] for row in run.scores}
+    probes = {row["probe"] for row in run.scores}
     panels = [
-        (dict(zip(("probe", "method", "split", "id", "class", "epg", "share"), p, strict=True)), values)
-        for p, values in zip(kept["panels"], kept["maps"], strict=True)
-        if p[0] in there
+        (dict(zip(IDENTITY, map(str, texts), strict=False)), localisation.caption(texts), values)
+        for texts, values in zip(kept["panels"], kept["maps"], strict=True)
+        if texts[0] in probes
     ]
     if not panels:
         return None
-    lines = list(dict.fromkeys((p["id"], p["class"]) for p, _ in panels))
-    columns = list(dict.fromkeys((p["method"], p["probe"]) for p, _ in panels))
-    texts = labels(run, list(dict.fromkeys(probe for _, probe in columns)))
-    ids, size = list(kept["ids"]), kept["maps"].shape[1]
+    lines = list(dict.fromkeys((panel["id"], panel["class"]) for panel, _, _ in panels))
+    columns = list(dict.fromkeys((panel["method"], panel["probe"]) for panel, _, _ in panels))
+    ids = list(kept["ids"])
     with plt.rc_context(STYLE | {"font.size": 8}):
-        shape = (len(lines), len(columns) + 1)
-        figure, axes = plt.subplots(*shape, figsize=(1.75 * shape[1], 1.75 * shape[0]), squeeze=False)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            for side in axis.spines.values():
-                side.set_visible(False)
-        for axis, (method, probe) in zip(axes[0][1:], columns, strict=True):
-            axis.set_title(f"{method}\n{_drawn(texts[probe])}", fontsize=8)
-        axes[0][0].set_title("image, boxes", fontsize=8)
+        figure, axes = _sheet(len(lines), len(columns) + 1)
+        _head_columns(run, columns, axes[0])
         for line, (image_id, label) in zip(axes, lines, strict=True):
-            number = ids.index(image_id)
-            boxes = [
-                (edges, str(name) == label, difficult)
-                for at, edges, name, difficult in zip(*(kept[k] for k in BOX_ARRAYS), strict=True)
-                if at == number
-            ]
-            picture = kept["images"][number] if "images" in kept else np.full((size, size, 3), 230, np.uint8)
+            picture, boxes = _example(kept, ids.index(image_id), label)
             line[0].imshow(picture)
             line[0].set_ylabel(f"{_drawn(image_id, BESIDE_MAP)}\n{_drawn(label, BESIDE_MAP)}", fontsize=8)
             _draw_boxes(line[0], boxes)
-            for panel, values in panels:
+            for panel, caption, values in panels:
                 if (panel["id"], panel["class"]) == (image_id, label):
                     axis = line[1 + columns.index((panel["method"], panel["probe"]))]
                     _draw_map(axis, picture, values)
                     _draw_boxes(axis, boxes)
-                    epg = float(panel["epg"])
-                    axis.set_xlabel(
-                        "no positive energy" if epg != epg else f"EPG {100 * epg:.0f}%", fontsize=7, labelpad=2
-                    )
+                    axis.set_xlabel(caption, fontsize=7, labelpad=2)
         return _embed(figure, "png", pad=0.4)
 
 
-def _draw_map(axis, picture, values):
+def _sheet(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of frameless square axes, [rows, columns]."""
+    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 1.75 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    return figure, axes
+
+
+def _head_columns(run: Run, columns: Sequence[tuple[str, str]], axes: Sequence[Axes]) -> None:
+    """Title the first row of axes: the image, then (method, probe)."""
+    texts = labels(run, list(dict.fromkeys(probe for _, probe in columns)))
+    for axis, (method, probe) in zip(axes[1:], columns, strict=True):
+        axis.set_title(f"{method}\n{_drawn(texts[probe])}", fontsize=8)
+    axes[0].set_title("image, boxes", fontsize=8)
+
+
+def _example(kept: Mapping[str, np.ndarray], number: int, label: str) -> tuple[np.ndarray, list[Box]]:
+    """Return the picture of an example, grey where images were not kept, and its boxes as _draw_boxes takes them."""
+    boxes = [
+        (edges, str(name) == label, difficult)
+        for at, edges, name, difficult in zip(*(kept[k] for k in BOX_ARRAYS), strict=True)
+        if at == number
+    ]
+    size = kept["maps"].shape[1]
+    return kept["images"][number] if "images" in kept else np.full((size, size, 3), 230, np.uint8), boxes
+
+
+def _draw_map(axis: Axes, picture: np.ndarray, values: np.ndarray) -> None:
+    """Draw a map [S, S] over its picture [S, S, 3]."""
     grey = picture.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
     positive = np.clip(values, 0, None)
-    # The 99.5th percentile, or one bright pixel would leave the rest dark.
+    # With the maximum as the peak, one bright pixel would leave the rest dark.
     peak = np.quantile(positive, 0.995) or positive.max() or 1
-    shown = np.clip(positive / peak, 0, 1)
     axis.imshow(grey, alpha=0.5)
-    axis.imshow(shown, cmap="inferno", alpha=0.75, vmin=0, vmax=1)
+    axis.imshow(np.clip(positive / peak, 0, 1), cmap="inferno", alpha=0.75, vmin=0, vmax=1)
 
 
-def _draw_boxes(axis, boxes):
-    """Draw boxes [(edges, whether of the explained class, difficult)]."""
+def _draw_boxes(axis: Axes, boxes: Sequence[Box]) -> None:
+    """Draw boxes: (edges, whether of the class that is explained, whether difficult)."""
     for (x0, y0, x1, y1), explained, difficult in boxes:
         colour, width = ("#9ad900", 1.4) if explained else ("white", 0.6)
-        edge = dict(fill=False, edgecolor=colour, linewidth=width, linestyle=":" if difficult else "-")
-        axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **edge))
+        style = ":" if difficult else "-"
+        corner, sides = (x0 - 0.5, y0 - 0.5), (x1 - x0, y1 - y0)
+        axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=width, linestyle=style))

@@ -3,27 +3,33 @@
 import io
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
-from featcache.probes.run import best, open_run
-from featcache.probes.scores.metrics import LOWER_IS_BETTER
-from featcache.probes.spec import IMPORTED
-from featcache.reporting.configuration import HEAD, LOSS, describe_head, labels, naming, recipe
-from featcache.reporting.localisation import EXPLAINED, MAPS, explained, localisation_rows
-from featcache.reporting.table import METRIC_NAMES, heading, score_rows, scored, seed_texts
+from featcache.probes.runs.run import Run, best, open_run
+from featcache.probes.scores.metrics import metric_kind, task_of
+from featcache.reporting.configuration import head_and_loss, labels, naming, training
+from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
+from featcache.reporting.table import heading, score_rows, scored, seed_texts
 
 
 @takes(runs=PATHS, out=PATH)
-def report(runs, out="report.html"):
+def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike = "report.html") -> Path:
     """Write an HTML page: best probes beside chance, learning rates, localisation and heatmaps.
 
     runs: folder of a finished run, or several, which must be scored with the same metric. Returns the page's
     path. Raises BadInput for an unfinished run or a missing package (extra: report).
+
+        featcache.report(["runs/imagenet", "runs/random"], "report.html")
     """
     try:
         import jinja2
@@ -31,7 +37,7 @@ def report(runs, out="report.html"):
         raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
     from featcache.reporting import plots
 
-    out = local_path(out, "--out")
+    page_path = local_path(out, "--out")
     opened = [open_run(run) for run in listed(runs)]
     metrics = sorted({run.metric for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
@@ -40,7 +46,7 @@ def report(runs, out="report.html"):
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
     page = {
-        "metric": METRIC_NAMES[metric],
+        "metric": metric_kind(metric).title,
         "heading": heading(metric),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "judge": opened[0].judge,
@@ -52,7 +58,7 @@ def report(runs, out="report.html"):
         "classes": [
             (run.path.name, len(run.summary["classes"]), plots.class_bars(run, _pictured(run)))
             for run in opened
-            if "map" in run.metrics
+            if task_of(run.metrics) == "multi-label"
         ],
         "reliability": plots.reliability(opened, _pictured),
         "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
@@ -62,42 +68,44 @@ def report(runs, out="report.html"):
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("featcache.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        page_path.parent.mkdir(parents=True, exist_ok=True)
         # Half a surrogate pair, which JSON may hold, has no bytes.
-        write_whole(out, environment.from_string(source).render(page).encode(errors="backslashreplace"))
+        write_whole(page_path, environment.from_string(source).render(page).encode(errors="backslashreplace"))
     except OSError as error:
-        raise BadInput(f"cannot write {out}: {of_the_system(error)}") from None
-    return out
+        raise BadInput(f"cannot write {page_path}: {of_the_system(error)}") from None
+    return page_path
 
 
-def _pictured(run):
+def _pictured(run: Run) -> list[str]:
     """The probes of a run whose classes and calibration are drawn."""
     return best(run, "loss")
 
 
-def _best_rows(run, metric):
+def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
     """The selected probe of every head and loss, then chance, as dicts of strings for the page."""
     seeds, probes = seed_texts(run, metric), best(run, "head,loss")
-    texts = {name: text for name, text in naming(run).items() if name not in (HEAD, LOSS)}
+    texts = naming(run)
+    # A bar that is full for a perfect score.
+    barred = metric_kind(metric).unit() and metric_kind(metric).higher_is_better
     for probe in probes:
         test = run.value(probe, metric, run.judge)
-        imported = test["optimizer.type"] == IMPORTED
         yield {
             "run": run.path.name,
-            "probe": f"{describe_head(test)}, {test['loss.type']}",
-            "recipe": f"imported ({test['name']})" if imported else recipe(test, texts),
+            "probe": head_and_loss(test),
+            "recipe": training(test, texts),
             "chosen_by": scored(metric, run.value(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
-            "width": None if metric in LOWER_IS_BETTER else f"{100 * test['value']:.1f}",
+            "width": f"{100 * test['value']:.1f}" if barred else None,
         }
     level = run.summary["chance"][run.judge][metric]
     if level is not None:
-        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": f"{100 * level:.1f}"}
+        width = f"{100 * level:.1f}" if barred else None
+        yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": width}
 
 
-def _measured(run):
-    """Of the same probes, every metric on the judged split: (run, probe, [(score, interval)])."""
+def _measured(run: Run) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """Yield (run, probe, [(score, score with interval)]) of the same probes: every metric on the judged split."""
     probes = best(run, "head,loss")
     for probe, name in labels(run, probes).items():
         rows = [run.value(probe, m, run.judge) for m in run.metrics]
@@ -105,14 +113,17 @@ def _measured(run):
         yield run.path.name, name, cells
 
 
-def _localisation(run, plots):
-    columns, rows = localisation_rows(run.path)
+def _localisation(run: Run, plots: ModuleType) -> dict[str, Any]:
+    """The page's section on a run's maps: table, explanations and picture. Raises BadInput for damage."""
+    localisation = read_localisation(run)
+    columns, rows = table_of(run, localisation)
     picture = None
     if explained(run, MAPS):
         data = io.BytesIO(run.read(MAPS))
         try:
             with np.load(data, allow_pickle=False) as kept:
-                picture = plots.heatmaps(run, dict(kept))
+                picture = plots.heatmaps(run, dict(kept), localisation)
         except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
             raise run.damaged(MAPS, error) from None
-    return {"name": run.path.name, "columns": columns, "rows": rows, "picture": picture}
+    notes = localisation.notes()
+    return {"name": run.path.name, "columns": columns, "rows": rows, "notes": notes, "picture": picture}

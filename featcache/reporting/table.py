@@ -1,20 +1,20 @@
 """Tables on the terminal, and the words for scores."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from featcache.errors import printable
-from featcache.probes.scores.metrics import gain
-from featcache.probes.scores.seeds import over_seeds
+from featcache.probes.runs.run import Run
+from featcache.probes.runs.seeds import over_seeds
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.configuration import naming
 
-METRIC_NAMES = {
-    "map": "mAP", "precision_macro": "macro precision", "recall_macro": "macro recall", "f1_macro": "macro F1",
-    "precision_micro": "micro precision", "recall_micro": "micro recall", "f1_micro": "micro F1",
-    "top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "nll": "NLL", "ece": "ECE",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from featcache.probes.compare import Comparison
 
 
-def format_table(columns, rows):
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows of strings under their columns, numbers to the right. Returns text."""
     rows = [[printable(cell) for cell in row] for row in rows]
     cells = [columns, *rows]
@@ -27,39 +27,40 @@ def format_table(columns, rows):
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def _is_number(text):
+def _is_number(text: str) -> bool:
     return not text or text[0].isdigit() or text[0] in "-+"
 
 
-def percent(value, low=None, high=None):
+def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """Format a fraction as percent, with its interval if given; a missing value is a dash."""
     return _with_interval(value, low, high, 100, "{:.1f}")
 
 
-def scored(metric, value, low=None, high=None):
-    """Format a score: as percent, but for NLL, which is a number of nats; a missing value is a dash."""
-    return _with_interval(value, low, high, 1, "{:.3f}") if metric == "nll" else percent(value, low, high)
+def scored(metric: str, value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """Format a score: as percent if the metric is a fraction, else as a number; a missing value is a dash."""
+    return percent(value, low, high) if metric_kind(metric).unit() else _with_interval(value, low, high, 1, "{:.3f}")
 
 
-def heading(metric):
+def heading(metric: str) -> str:
     """Name a metric, with the unit in which `scored` writes it."""
-    return METRIC_NAMES[metric] if metric == "nll" else f"{METRIC_NAMES[metric]} %"
+    return f"{metric_kind(metric).title} {metric_kind(metric).unit()}".strip()
 
 
-def _with_interval(value, low, high, scale, pattern):
+def _with_interval(value: float | None, low: float | None, high: float | None, scale: float, pattern: str) -> str:
     if value is None or math.isnan(value):
         return "-"
-    if low is None or math.isnan(low):
+    if low is None or high is None or math.isnan(low):
         return pattern.format(scale * value)
     interval = f" [{pattern.format(scale * low)}, {pattern.format(scale * high)}]"
     return pattern.format(scale * value) + interval
 
 
-def score_rows(run, most=None):
-    """Return (columns, rows of strings) of a run's probes, best on the selection split first.
+def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows of strings) of a run's probes, those that score best on the selection split first.
 
-    Head and loss, then whatever varies between the probes; where they differ in their seed alone, the last column
-    has mean and standard deviation over their seeds. Where nothing is chosen, the order is that of the scores.
+    Head and loss come first, then whatever varies between the probes. If some differ in their seed alone, the last
+    column has mean and standard deviation over their seeds. Without a selection split the order is that of the scores.
+    most: rows to return, by default all.
     """
     metric, split, name = run.metric, run.chosen_on, heading(run.metric)
     chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.judge)]
@@ -78,10 +79,10 @@ def score_rows(run, most=None):
     return columns, rows
 
 
-def seed_texts(run, metric):
-    """Return {probe: mean ± std (n)} over the seeds on the judged split, for probes of which there are several seeds."""
+def seed_texts(run: Run, metric: str) -> dict[str, str]:
+    """Return {probe: mean ± std (n)} over the seeds on the judged split, for probes that have several seeds."""
     rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.judge]
-    texts = {}
+    texts: dict[str, str] = {}
     for group in over_seeds(rows):
         if group["std"] is not None:
             text = f"{scored(metric, group['mean'])} ± {scored(metric, group['std'])} ({group['n']})"
@@ -89,12 +90,12 @@ def seed_texts(run, metric):
     return texts
 
 
-def comparison_rows(comparisons):
-    """Return (columns, rows of strings) of the Comparisons of two probes."""
+def comparison_rows(comparisons: Sequence["Comparison"]) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows of strings) for the Comparisons of two probes."""
     first, second = comparisons[0].probes
     columns = [f"on {comparisons[0].split}", first, second, "difference [95%]", "p"]
     rows = []
     for c in comparisons:
-        scores = [scored(c.metric, score) for score in c.scores]
-        rows.append([heading(c.metric), *scores, scored(c.metric, c.difference, c.low, c.high), f"{c.p:.3f}"])
+        values = [scored(c.metric, score) for score in c.scores]
+        rows.append([heading(c.metric), *values, scored(c.metric, c.difference, c.low, c.high), f"{c.p:.3f}"])
     return columns, rows

@@ -1,16 +1,22 @@
 """`featcache inspect`: what a store is a store of, how whole it is, and what its features look like."""
 
+import os
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from featcache.store.feature_array import FeatureArray
 from featcache.store.marker import committed
 from featcache.store.reader import Store
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all values of a feature in a split. zeros: their share. peak: largest |x| that is finite."""
+    """Statistics of all values of a feature in a split.
+
+    zeros: the share of values that are zero. peak: the largest |x| that is finite. not_finite: how many values are not;
+    mean, std and peak leave these out.
+    """
 
     mean: float
     std: float
@@ -19,15 +25,18 @@ class Statistics:
     not_finite: int
 
 
-def describe(store):
+def describe(store: str | os.PathLike[str]) -> tuple[Store, dict[str, tuple[int, int]]]:
     """Open a store, whole or not, and count its shards: (Store, {split or view: (committed, all)})."""
     opened = Store(store)
     manifest = opened.manifest
     return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in manifest.splits}
 
 
-def statistics(array, progress=None):
-    """Statistics of a FeatureArray, read once from end to end. Sums are in float64 (Chan et al. 1979)."""
+def statistics(array: FeatureArray, progress: tqdm | None = None) -> Statistics:
+    """Return the Statistics of a feature, which is read once from end to end.
+
+    Means and variances of pieces are merged in float64 (Chan et al. 1979). progress: is told the bytes as they are read.
+    """
     import torch
 
     count, mean, squares, zeros, bad, peak = 0, 0.0, 0.0, 0, 0, 0.0
@@ -51,14 +60,17 @@ def statistics(array, progress=None):
     return Statistics(mean, (squares / count) ** 0.5, zeros / (count + bad), peak, bad)
 
 
-def inspect(store):
-    """Return {split: {feature: Statistics}} of a store's features; splits and views that are not whole are left out."""
+def inspect(store: str | os.PathLike[str]) -> dict[str, dict[str, Statistics]]:
+    """Return {split: {feature: Statistics}} of a store; splits and views that are not whole are left out.
+
+    featcache.inspect("voc.zarr")["train"]["layer4:pooled"].std
+    """
     opened, shards = describe(store)
-    whole = [split for split, (there, total) in shards.items() if there == total]
+    whole = [split for split, (done, total) in shards.items() if done == total]
     arrays = [(split, name, opened[split][name]) for split in whole for name in opened.manifest.features]
-    result = {split: {} for split in whole}
-    total = sum(array.nbytes for _, _, array in arrays)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="inspect", leave=False) as progress:
+    result: dict[str, dict[str, Statistics]] = {split: {} for split in whole}
+    size = sum(array.nbytes for _, _, array in arrays)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="inspect", leave=False) as progress:
         for split, name, array in arrays:
             result[split][name] = statistics(array, progress)
     return result

@@ -1,19 +1,22 @@
-"""What a store is a store of: its identity, shapes and geometry, in manifest.json."""
+"""The manifest: a store's identity, shapes and geometry, in manifest.json."""
 
 import hashlib
 import json
 import math
+import os
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypedDict
 
 from featcache.errors import BadInput, nearest, shown
 from featcache.feature import Feature, parse_feature
+from featcache.names import COMMITS, MANIFEST
 from featcache.store.dtype import STORED
-from featcache.store.folder import open_folder
+from featcache.store.folder import Folder, open_folder
 from featcache.store.manifest_fields import check_fields, check_names
 from featcache.store.sealed import seal, unseal
 
-FILE = "manifest.json"
 FORMAT = "featcache-store"
 VERSION = 1
 
@@ -22,79 +25,117 @@ CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 256
 
 
+class Geometry(TypedDict):
+    """The rows of a split, and how many of them a shard has; the last shard may have fewer."""
+
+    rows: int
+    shard_rows: int
+
+
+class FeatureSpec(TypedDict):
+    """The shape of one row of a feature, its dtype (one of STORED), and how many rows a chunk has.
+
+    A chunk is a run of rows with a checksum of its own; a shard is made of whole chunks.
+    """
+
+    shape: list[int]
+    dtype: str
+    chunk_rows: int
+
+
+class Storage(TypedDict):
+    """The format, zarr or hdf5, and the compression: zstd, blosc or None."""
+
+    format: str
+    compression: str | None
+
+
+class FileEntry(TypedDict):
+    """Length and checksum of a file."""
+
+    bytes: int
+    crc32: int
+
+
 @dataclass(frozen=True, repr=False)
 class Manifest:
     """The contents of manifest.json.
 
-    identity: what the features depend on; its hash is the store's id. splits: name to {rows,
-    shard_rows}. features: name to {shape (of one row), dtype, chunk_rows}. aliases: layer names for
-    people to module paths. classes, task: of the dataset. compute: {device, threads, batch_size} of
-    the extraction, fixed for the store because they can change the last bits of a feature. storage:
-    {format, compression}. files: name to {bytes, crc32} of all files but the shards and markers.
+    identity: what the features depend on; its hash is the store's id. splits: by name. A view of a split is one of
+    them, see view_name. features: by name. aliases: layer names for people to module paths. classes, task: those of the
+    dataset. compute: {device, threads, batch_size, ...} of the extraction, fixed for the store because they can change
+    the last bits of a feature. files: all files but the shards and markers, by name.
     """
 
-    identity: dict
-    splits: dict
-    features: dict
-    aliases: dict
-    classes: list
+    identity: dict[str, Any]
+    splits: dict[str, Geometry]
+    features: dict[str, FeatureSpec]
+    aliases: dict[str, str]
+    classes: list[str]
     task: str
-    compute: dict
-    storage: dict
-    files: dict
+    compute: dict[str, Any]
+    storage: Storage
+    files: dict[str, FileEntry]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Manifest(id {self.id[:8]}, {', '.join(self.features)})"
 
     @property
-    def id(self):
+    def id(self) -> str:
         """sha256 (hex) of the identity, independent of the order of its keys."""
         return identity_hash(self.identity)
 
-    def shards(self, split):
-        """Number of shards of a split."""
+    def shards(self, split: str) -> int:
+        """Return the number of shards of a split."""
         return -(-self.splits[split]["rows"] // self.splits[split]["shard_rows"])
 
-    def all_shards(self):
-        """Every (split, shard), in order."""
-        return [(split, shard) for split in self.splits for shard in range(self.shards(split))]
-
-    def rows_of(self, split, shard):
-        """First row and end row of a shard."""
+    def rows_of(self, split: str, number: int) -> tuple[int, int]:
+        """Return the first row and the end row of a shard, given by its number within the split."""
         size = self.splits[split]["shard_rows"]
-        return shard * size, min((shard + 1) * size, self.splits[split]["rows"])
+        return number * size, min((number + 1) * size, self.splits[split]["rows"])
 
-    def row_bytes(self, feature):
-        """Bytes of one row of a feature, uncompressed."""
+    def row_bytes(self, feature: str | Feature) -> int:
+        """Return the bytes of one row of a feature, uncompressed."""
         spec = self.features[str(feature)]
         return math.prod(spec["shape"]) * STORED[spec["dtype"]].itemsize
 
-    def feature(self, name):
-        """Resolve a feature's name or alias. Raises BadInput if the store does not hold it."""
+    def feature(self, name: object) -> Feature:
+        """Return the feature of a name, aliases resolved. Raises BadInput if the store does not hold it."""
         feature = parse_feature(name, self.aliases)
         if str(feature) not in self.features:
             hint = nearest(feature, self.features)
             raise BadInput(f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)})")
         return feature
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """Return the bytes of manifest.json."""
         return seal({"format": FORMAT, "version": VERSION, "id": self.id} | asdict(self))
 
 
-def identity_hash(identity):
-    """sha256 (hex) of an identity, a dict of JSON values."""
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of an identity, a mapping of JSON values."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def plan(identity, rows, shapes, dtype, aliases, classes, task, compute, storage):
-    """Lay out a store: shard and chunk sizes follow from the bytes of a row.
+def plan(
+    identity: dict[str, Any],
+    rows: Mapping[str, int],
+    shapes: Mapping[Feature, tuple[int, ...]],
+    dtype: str,
+    aliases: Mapping[str, str],
+    classes: Iterable[str],
+    task: str,
+    compute: dict[str, Any],
+    storage: Storage,
+) -> Manifest:
+    """Lay out a store: the sizes of shards and chunks follow from the bytes of a row.
 
-    rows: {split: N}, views as view_group names them. shapes: {Feature: shape of one row}. dtype: of STORED. The others as in
-    Manifest, whose `files` stay empty here. All features of a split have the same rows per shard;
-    chunks are powers of two of rows, so that they divide it.
+    rows: of each split and view. shapes: of one row of each feature. dtype: one of STORED. The others are those of
+    Manifest, whose `files` stay empty here. All features of a split have the same number of rows per shard; the rows
+    of a chunk are a power of two, so that chunks divide a shard.
     """
-    features, row_bytes = {}, 0
+    features: dict[str, FeatureSpec] = {}
+    row_bytes = 0
     for feature, shape in shapes.items():
         size = math.prod(shape) * STORED[dtype].itemsize
         chunk_rows = min(CHUNK_ROWS, _power_of_two_below(CHUNK_BYTES // size))
@@ -102,39 +143,39 @@ def plan(identity, rows, shapes, dtype, aliases, classes, task, compute, storage
         row_bytes += size
     unit = max(f["chunk_rows"] for f in features.values())
     full = max(SHARD_BYTES // row_bytes // unit, 1) * unit
-    splits = {
+    splits: dict[str, Geometry] = {
         split: {"rows": count, "shard_rows": min(full, -(-count // unit) * unit)} for split, count in rows.items()
     }
     check_names(splits, features)
     return Manifest(identity, splits, features, dict(aliases), list(classes), task, compute, storage, {})
 
 
-def _power_of_two_below(number):
+def _power_of_two_below(number: int) -> int:
     return 1 << (max(number, 1).bit_length() - 1)
 
 
-def read_manifest(place):
-    """Read the manifest of the store at a path, URL or folder. Raises BadInput if there is none or it is damaged."""
+def read_manifest(place: object) -> Manifest:
+    """Read the manifest of a store. place: path, URL or Folder. Raises BadInput if it is damaged or not there."""
     folder = open_folder(place)
     try:
-        data = folder.read(FILE)
+        data = folder.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         entries = folder.names()
-        if FILE in entries:
-            raise BadInput(f"damaged manifest {folder}/{FILE}: it is no file; {remedy(folder)}") from None
-        if "commits" in entries:
+        if MANIFEST in entries:
+            raise BadInput(f"damaged manifest {folder}/{MANIFEST}: it is no file; {remedy(folder)}") from None
+        if COMMITS in entries:
             raise BadInput(
-                f"store {folder} has lost its {FILE}: run the same extract again, which makes it anew"
+                f"store {folder} has lost its {MANIFEST}: run the same extract again, which makes it anew"
             ) from None
-        if not entries and (folder.remote or not folder.path.exists()):
+        if not entries and (folder.remote or not os.path.exists(folder.path)):
             raise BadInput(f"store not found: {folder}") from None
-        raise BadInput(f"not a featcache store (it has no {FILE}): {folder}") from None
+        raise BadInput(f"not a featcache store (it has no {MANIFEST}): {folder}") from None
     return parse_manifest(data, folder)
 
 
-def parse_manifest(data, folder):
+def parse_manifest(data: bytes, folder: Folder) -> Manifest:
     """Turn the bytes of a manifest.json into a Manifest. Raises BadInput for damage and for other versions."""
-    where = f"{folder}/{FILE}"
+    where = f"{folder}/{MANIFEST}"
     try:
         content = unseal(data)
     except ValueError as error:
@@ -157,7 +198,7 @@ def parse_manifest(data, folder):
     return manifest
 
 
-def read_file(folder, manifest, name):
+def read_file(folder: Folder, manifest: Manifest, name: str) -> bytes:
     """Return the bytes of a file that the manifest names. Raises BadInput if it is gone or damaged."""
     entry = manifest.files.get(name)
     if entry is None:
@@ -171,14 +212,14 @@ def read_file(folder, manifest, name):
     return data
 
 
-def remedy(folder):
-    """What to do about damage, for the end of an error's line."""
+def remedy(folder: Folder) -> str:
+    """Return what to do about damage, which an error ends with."""
     return f"run featcache verify {folder} --repair, then the same extract again"
 
 
-def difference(old, new, prefix=""):
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return lines that name the fields in which two identities differ, as `field: old -> new`."""
-    lines = []
+    lines: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -188,22 +229,22 @@ def difference(old, new, prefix=""):
     return lines
 
 
-def view_group(split, view):
-    """Name of the group that holds a view of a split; view 0 is the split itself."""
+def view_name(split: str, view: int) -> str:
+    """Return the name of a view of a split, such as train@1; view 0 is the split itself."""
     return f"{split}@{view}" if view else split
 
 
-def split_of(group):
-    """The split that a group is a view of; a split is its own."""
-    return group.partition("@")[0]
+def split_of(name: str) -> str:
+    """Return the name of the split that a view, given by its name, is of; for a split, its own."""
+    return name.partition("@")[0]
 
 
-def feature_of(name):
+def feature_of(name: str) -> Feature:
     """Turn a manifest's feature name back into a Feature."""
     layer, _, reduction = name.rpartition(":")
     return Feature(layer, reduction)
 
 
-def stored_as(manifest, format, compression):
-    """The manifest of the same store in another format or compression."""
+def stored_as(manifest: Manifest, format: str, compression: str | None) -> Manifest:
+    """Return the manifest of the same store in another format or compression; its `files` are still empty."""
     return replace(manifest, storage={"format": format, "compression": compression}, files={})

@@ -1,24 +1,25 @@
-"""What the fields of a manifest may hold. A store may come from anyone, and names in it become files here."""
+"""What the fields of a manifest may hold: a store may come from anyone, and its names become files here."""
 
 import math
 import re
 import unicodedata
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_feature
-from featcache.names import BESIDE_SPLITS, file_name, path_within, split_name
+from featcache.names import BESIDE_SPLITS, COMMITS, MANIFEST, file_name, path_within, split_name
 from featcache.store.dtype import STORED
 
-COMMITS = "commits"
 TASKS = ("multi-label", "single-label")
-COMPRESSIONS = {"zarr": (None, "zstd", "blosc"), "hdf5": (None,)}
-# Far beyond any store (128 TB); a larger number is no size but an attempt to fill the memory.
+COMPRESSIONS: dict[str, tuple[str | None, ...]] = {"zarr": (None, "zstd", "blosc"), "hdf5": (None,)}
+# No store is nearly as large (128 TB): larger numbers are attempts to fill the memory.
 MOST_SHARDS = 10**6
 MOST_BYTES = 1 << 50
 
 
-def check_fields(content):
-    """Check types, ranges and names of all fields of a manifest, a dict of JSON values. Raises BadInput."""
+def check_fields(content: dict[str, Any]) -> None:
+    """Check types, ranges and names of all fields of a manifest, which is a dict of JSON values. Raises BadInput."""
     _dict(content["identity"], "identity")
     _dict(content["identity"].get("preprocessing", {}), "identity.preprocessing")
     dataset = _dict(content["identity"].get("dataset", {}), "identity.dataset")
@@ -49,13 +50,13 @@ def check_fields(content):
     for name, entry in _dict(content["files"], "files").items():
         _keys(entry, {"bytes", "crc32"}, f"file {shown(name)}")
         _whole(entry["bytes"], f"bytes of file {shown(name)}", 0, MOST_BYTES)
-        check_crc(entry["crc32"], f"crc32 of file {shown(name)}")
+        _whole(entry["crc32"], f"crc32 of file {shown(name)}", 0, (1 << 32) - 1)
         first = path_within(name, "file").partition("/")[0]
-        if first in (COMMITS, "manifest.json") or first not in (*BESIDE_SPLITS, *content["splits"]):
+        if first in (COMMITS, MANIFEST) or first not in (*BESIDE_SPLITS, *content["splits"]):
             raise BadInput(f"file {shown(name)} belongs to no split")
 
 
-def check_names(splits, features):
+def check_names(splits: Collection[str], features: Iterable[str]) -> None:
     """Check the names of splits, views and features, which become folders. Raises BadInput."""
     for split in splits:
         base, at, view = split.partition("@")
@@ -71,9 +72,9 @@ def check_names(splits, features):
     _told_apart([Feature(*name.rsplit(":", 1)).folder for name in features], "features")
 
 
-def _told_apart(names, what):
-    """Some file systems take two names for one that differ only by case, or by how an accent is written."""
-    seen = {}
+def _told_apart(names: Iterable[str], what: str) -> None:
+    """Raise BadInput for names that differ only by case or by how an accent is written: they can be the same file."""
+    seen: dict[str, str] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name).casefold()
         if key in seen:
@@ -83,10 +84,11 @@ def _told_apart(names, what):
         seen[key] = name
 
 
-def _check_features(features):
-    if not _dict(features, "features"):
+def _check_features(features: object) -> None:
+    specs = _dict(features, "features")
+    if not specs:
         raise BadInput("it names no features")
-    for name, spec in features.items():
+    for name, spec in specs.items():
         where = f"feature {shown(name)}"
         _keys(spec, {"shape", "dtype", "chunk_rows"}, where)
         if not isinstance(spec["dtype"], str) or spec["dtype"] not in STORED:
@@ -100,7 +102,7 @@ def _check_features(features):
             raise BadInput(f"a chunk of {where} is larger than any memory")
 
 
-def _check_compute(compute):
+def _check_compute(compute: dict[str, Any]) -> None:
     _text(compute.get("device", ""), "compute.device")
     if compute.get("threads") is not None:
         _whole(compute["threads"], "compute.threads", 1, 1 << 20)
@@ -111,29 +113,25 @@ def _check_compute(compute):
         raise BadInput(f"compute.cosine is {shown(compute['cosine'])}")
 
 
-def check_crc(value, where):
-    """Check that a value is a checksum of 32 bits. Raises BadInput."""
-    return _whole(value, where, 0, (1 << 32) - 1)
-
-
-def _whole(value, where, least, most):
-    if type(value) is not int or not least <= value <= most:
+def _whole(value: object, where: str, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise BadInput(f"{where} is {shown(value)}, not a whole number from {least} to {most}")
     return value
 
 
-def _text(value, where):
+def _text(value: object, where: str) -> None:
     if not isinstance(value, str):
         raise BadInput(f"{where} is {shown(value)}, not text")
 
 
-def _dict(value, where):
+def _dict(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{where} is {shown(value)}, not an object")
     return value
 
 
-def _keys(value, keys, where):
-    if _dict(value, where).keys() != keys:
-        raise BadInput(f"{where} has the fields {shown(sorted(value))}, not {', '.join(sorted(keys))}")
-    return value
+def _keys(value: object, keys: set[str], where: str) -> dict[str, Any]:
+    fields = _dict(value, where)
+    if fields.keys() != keys:
+        raise BadInput(f"{where} has the fields {shown(sorted(fields))}, not {', '.join(sorted(keys))}")
+    return fields

@@ -3,116 +3,141 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from featcache.digest import DIGEST_BYTES
 from featcache.errors import BadInput
-from featcache.store.manifest import remedy
-from featcache.store.manifest_fields import COMMITS
+from featcache.names import COMMITS
+from featcache.store.folder import Folder
+from featcache.store.manifest import Manifest, remedy
+from featcache.store.records import ids_array
 from featcache.store.sealed import seal, unseal
+from featcache.store.shard import Shard
 
 # Byte n of this file is the lock of the n-th shard.
 LOCK = f"{COMMITS}/lock"
-# The first bytes of the sha256 of an image's file.
-DIGEST_BYTES = 16
 
 
-def marker_name(split, shard):
-    """Name of a shard's marker within the store."""
-    return f"{COMMITS}/{split}/{shard:06d}.json"
+class ShardFile(TypedDict):
+    """What a marker says about the file of a feature; see docs/store-format.md."""
+
+    bytes: int
+    crc32: int
+    offset: int
+    rows_crc32c: list[int]
 
 
-def ids_sha256(ids):
-    """sha256 (hex) over the ids of a shard's rows, one a line."""
-    return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
+class Marker(TypedDict):
+    """The contents of a marker; see docs/store-format.md. Markers of early versions lack `images`."""
+
+    store: str
+    split: str
+    shard: int
+    rows: list[int]
+    ids_sha256: str
+    images: NotRequired[str]
+    files: dict[str, ShardFile]
 
 
-def write_marker(folder, manifest, split, shard, ids, files, digests=None):
-    """Write the marker of a shard, last of all: from now on the shard exists.
+def ids_sha256(ids: np.ndarray) -> str:
+    """Return the sha256 (hex) of the ids of a shard, one a line. ids: uint8 [n, L], padded with zero bytes."""
+    # A byte is padding unless it, or a byte to its right, is not zero.
+    text = np.logical_or.accumulate(ids[:, ::-1] != 0, axis=1)[:, ::-1]
+    lines = np.pad(ids, ((0, 0), (0, 1)), constant_values=ord("\n"))
+    return hashlib.sha256(lines[np.pad(text, ((0, 0), (0, 1)), constant_values=True)].tobytes()).hexdigest()
 
-    ids: of its rows. files: {feature name: {bytes, crc32, offset, rows_crc32c}}, see docs/store-format.md.
-    digests: uint8 [rows, 16] of the images, None if they are not known.
+
+def write_marker(
+    shard: Shard, ids: Sequence[str], files: Mapping[str, ShardFile], digests: np.ndarray | None = None
+) -> None:
+    """Write the marker of a shard, last of all its files: from now on the shard exists.
+
+    ids: of its rows. files: by the names of the features. digests: uint8 [rows, 16] of the images, None if they are
+    not known.
     """
     content = {
-        "store": manifest.id,
-        "split": split,
-        "shard": shard,
-        "rows": list(manifest.rows_of(split, shard)),
-        "ids_sha256": ids_sha256(ids),
+        "store": shard.manifest.id,
+        "split": shard.split,
+        "shard": shard.number,
+        "rows": list(shard.rows),
+        "ids_sha256": ids_sha256(ids_array(ids)),
         **({} if digests is None else {"images": digests.tobytes().hex()}),
         "files": files,
     }
-    with folder.writing(marker_name(split, shard)) as file:
+    with shard.folder.writing(shard.marker_name) as file:
         file.write(seal(content))
 
 
-def committed(folder, manifest, split):
-    """The shards of a split that have a marker, whatever it says: set of int."""
+def committed(folder: Folder, manifest: Manifest, split: str) -> set[int]:
+    """Return the numbers of the shards of a split that have a marker, whatever it says."""
     names = folder.names(f"{COMMITS}/{split}")
-    return {shard for shard in range(manifest.shards(split)) if f"{shard:06d}.json" in names}
+    return {number for number in range(manifest.shards(split)) if f"{number:06d}.json" in names}
 
 
-def read_marker(folder, manifest, split, shard):
-    """Return a shard's marker, or None if the shard is not committed. Raises BadInput if it is damaged."""
-    name = marker_name(split, shard)
+def find_marker(shard: Shard) -> Marker | None:
+    """Return a shard's marker, or None if the shard is not committed. Raises BadInput if the marker is damaged."""
+    folder, name, id = shard.folder, shard.marker_name, shard.manifest.id
     try:
-        marker = unseal(folder.read(name))
+        content = unseal(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise BadInput(f"damaged marker {folder}/{name}: {error}; {remedy(folder)}") from None
-    if isinstance(marker.get("store"), str) and marker["store"] != manifest.id:
+    if isinstance(content.get("store"), str) and content["store"] != id:
         raise BadInput(
-            f"marker {folder}/{name} belongs to another store (id {marker['store'][:8]}, this is {manifest.id[:8]}); "
+            f"marker {folder}/{name} belongs to another store (id {content['store'][:8]}, this is {id[:8]}); "
             f"{remedy(folder)}"
         )
-    if not _is_of(marker, manifest, split, shard):
+    if not _is_marker(content, shard):
         raise BadInput(f"marker {folder}/{name} is not that of its shard; {remedy(folder)}")
+    return cast(Marker, content)
+
+
+def read_marker(shard: Shard) -> Marker:
+    """Return a shard's marker. Raises BadInput if it is damaged, or gone."""
+    marker = find_marker(shard)
+    if marker is None:
+        name = f"{shard.folder}/{shard.marker_name}"
+        raise BadInput(f"{name} is gone: the shard is not committed; {remedy(shard.folder)}")
     return marker
 
 
-def _is_of(marker, manifest, split, shard):
-    """Whether a marker has all that the marker of a shard has, of the right types."""
-    rows = manifest.rows_of(split, shard)
-    place = {"store": manifest.id, "split": split, "shard": shard, "rows": list(rows)}
-    count, files = rows[1] - rows[0], marker.get("files")
-    # As JSON, in which true is not 1.
-    if json.dumps({field: marker.get(field) for field in place}) != json.dumps(place):
+def _is_marker(content: dict[str, Any], shard: Shard) -> bool:
+    """Return whether a JSON object has every field of the shard's marker, with values of the right types."""
+    place = {"store": shard.manifest.id, "split": shard.split, "shard": shard.number, "rows": list(shard.rows)}
+    files, features = content.get("files"), shard.manifest.features
+    # They are compared as JSON, in which true is not 1.
+    if json.dumps({field: content.get(field) for field in place}) != json.dumps(place):
         return False
-    if not isinstance(files, dict) or files.keys() != manifest.features.keys():
+    if not isinstance(files, dict) or files.keys() != features.keys():
         return False
-    if not _is_hex(marker.get("ids_sha256"), 32):
+    if not _is_hex(content.get("ids_sha256"), 32):
         return False
-    if "images" in marker and not _is_hex(marker["images"], DIGEST_BYTES * count):
+    if "images" in content and not _is_hex(content["images"], DIGEST_BYTES * len(shard)):
         return False
-    for name, entry in files.items():
-        chunks = -(-count // manifest.features[name]["chunk_rows"])
-        if not isinstance(entry, dict) or entry.keys() != {"bytes", "crc32", "offset", "rows_crc32c"}:
-            return False
-        crcs = entry["rows_crc32c"]
-        if not isinstance(crcs, list) or len(crcs) != chunks:
-            return False
-        numbers = (entry["bytes"], entry["crc32"], entry["offset"], *crcs)
-        if any(type(number) is not int or number < 0 for number in numbers) or entry["offset"] > entry["bytes"]:
-            return False
-    return True
+    return all(_is_shard_file(file, -(-len(shard) // features[name]["chunk_rows"])) for name, file in files.items())
 
 
-def _is_hex(text, length):
+def _is_shard_file(file: object, chunks: int) -> bool:
+    """Return whether a JSON value is a ShardFile of so many chunks."""
+    if not isinstance(file, dict) or file.keys() != {"bytes", "crc32", "offset", "rows_crc32c"}:
+        return False
+    crcs = file["rows_crc32c"]
+    if not isinstance(crcs, list) or len(crcs) != chunks:
+        return False
+    numbers = (file["bytes"], file["crc32"], file["offset"], *crcs)
+    return all(type(number) is int and number >= 0 for number in numbers) and file["offset"] <= file["bytes"]
+
+
+def _is_hex(text: object, length: int) -> bool:
     return isinstance(text, str) and len(text) == 2 * length and re.fullmatch("[0-9a-f]*", text) is not None
 
 
-def ids_sha256_of(array, rows):
-    """ids_sha256 of the shards of a split, list of str; array: its ids, uint8 [N, L], rows: (first, end) of each."""
-    lengths = np.where(array.any(1), array.shape[1] - np.argmax(array[:, ::-1] != 0, axis=1), 0)
-    lines = np.concatenate([array, np.full((len(array), 1), ord("\n"), np.uint8)], axis=1)
-    kept = np.arange(lines.shape[1]) < lengths[:, None]
-    kept[:, -1] = True
-    return [hashlib.sha256(lines[a:b][kept[a:b]].tobytes()).hexdigest() for a, b in rows]
-
-
-def digests_of(marker):
-    """Digests of the images of a shard, uint8 [rows, 16], None in a marker from before there were any."""
+def digests_of(marker: Marker) -> np.ndarray | None:
+    """Return the digests of a shard's images, uint8 [rows, 16]; None if the marker is from before there were any."""
     if "images" not in marker:
         return None
     first, end = marker["rows"]

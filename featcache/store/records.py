@@ -1,6 +1,12 @@
-"""What a store knows of its rows besides features: ids, labels, boxes and sizes, as small arrays."""
+"""What a store knows about its rows besides features: ids, labels, boxes and sizes, as small arrays."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+
+# Small arrays by name, each with the names of its axes.
+AxedArrays = Mapping[str, tuple[np.ndarray, tuple[str, ...]]]
 
 AXES = {
     "ids": ("row", "id_byte"),
@@ -17,18 +23,26 @@ RECORD_ARRAYS = ("ids", "labels", "sizes", "image_bytes", "boxes", "box_classes"
 VIEW_ARRAYS = ("ids", "labels", "augmentation")
 
 
-def with_axes(arrays):
+class HasRecords(Protocol):
+    """The part of a Dataset that is stored."""
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[Any]]: ...
+
+    def labels(self, split: str) -> np.ndarray: ...
+
+
+def with_axes(arrays: Mapping[str, np.ndarray]) -> AxedArrays:
     """Turn {name: array} into {name: (array, names of its axes)}."""
     return {name: (array, AXES[name][: array.ndim]) for name, array in arrays.items()}
 
 
-def record_arrays(dataset, split):
-    """The small arrays of a dataset's split, {name: array}; docs/store-format.md describes them."""
+def record_arrays(dataset: HasRecords, split: str) -> dict[str, np.ndarray]:
+    """Return the small arrays of a dataset's split, {name: array}; docs/store-format.md describes them."""
     records = dataset.splits[split]
-    ids = np.array([r.id.encode() for r in records])
     counts = [len(r.boxes) for r in records]
     return {
-        "ids": ids.view(np.uint8).reshape(len(records), ids.itemsize),
+        "ids": ids_array([r.id for r in records]),
         "labels": dataset.labels(split),
         "sizes": np.array([(r.height, r.width) for r in records], dtype=np.int32),
         "image_bytes": np.array([r.image_bytes for r in records], dtype=np.int64),
@@ -39,15 +53,15 @@ def record_arrays(dataset, split):
     }
 
 
-def view_arrays(arrays, augmentation):
-    """The small arrays of a view, {name: array}, from those of its split and its augmentation, int32 [N, 5]."""
+def view_arrays(arrays: Mapping[str, np.ndarray], augmentation: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the small arrays of a view, {name: array}, given those of its split and its augmentation, int32 [N, 5]."""
     return {"ids": arrays["ids"], "labels": arrays["labels"], "augmentation": augmentation}
 
 
-def wrong_with(name, array, rows, classes, task):
-    """What is wrong with a small array of a split of so many rows and classes; None if nothing is."""
+def wrong_with(name: str, array: np.ndarray, rows: int, classes: int, task: str) -> str | None:
+    """Return what is wrong with a small array of a split of so many rows and classes; None if nothing is."""
     several = task == "multi-label"
-    dtype, shape = {
+    shapes: dict[str, tuple[str, tuple[int | None, ...]]] = {
         "ids": ("u1", (rows, None)),
         "labels": ("i1", (rows, classes)) if several else ("i8", (rows,)),
         "sizes": ("i4", (rows, 2)),
@@ -57,7 +71,8 @@ def wrong_with(name, array, rows, classes, task):
         "box_difficult": ("u1", (None,)),
         "box_offsets": ("i8", (rows + 1,)),
         "augmentation": ("i4", (rows, 5)),
-    }[name]
+    }
+    dtype, shape = shapes[name]
     fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if array.dtype != np.dtype(dtype) or not fits:
         return f"it is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {[n or 'any' for n in shape]}"
@@ -77,31 +92,37 @@ def wrong_with(name, array, rows, classes, task):
     return None
 
 
-def ids_of(array):
-    """The ids of an array uint8 [N, L], list of str."""
+def ids_array(ids: Iterable[str]) -> np.ndarray:
+    """Return ids as uint8 [N, L]: UTF-8, padded with zero bytes."""
+    encoded = np.array([i.encode() for i in ids])
+    return encoded.view(np.uint8).reshape(len(encoded), encoded.itemsize)
+
+
+def ids_of(array: np.ndarray) -> list[str]:
+    """Return the ids of an array uint8 [N, L]."""
     return [bytes(row).rstrip(b"\0").decode() for row in array]
 
 
-def changes(old, new):
-    """Say in a few words how the records of a split changed: new against old arrays of the same names."""
+def changes(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> str:
+    """Return in a few words how the records of a split changed. old, new: its small arrays before and after."""
     before, after = ids_of(old["ids"]), ids_of(new["ids"])
     if before != after:
-        known, given = set(before), set(after)
-        added, removed = [i for i in after if i not in known], [i for i in before if i not in given]
-        said = [
-            f"{len(rows)} images {word} (first {rows[0]})"
-            for rows, word in ((added, "added"), (removed, "removed"))
-            if rows
-        ]
-        return ", ".join(said) or "the images are in another order"
-    said = []
+        return _changed_ids(before, after)
+    parts = []
     for name, word in (("labels", "labels"), ("sizes", "size"), ("image_bytes", "image file")):
         if old[name].shape != new[name].shape:
-            said.append(f"{word}: shape {old[name].shape} -> {new[name].shape}")
+            parts.append(f"{word}: shape {old[name].shape} -> {new[name].shape}")
             continue
         rows = np.flatnonzero((old[name] != new[name]).reshape(len(after), -1).any(1))
         if len(rows):
-            said.append(f"{word} of {len(rows)} images changed (first {after[rows[0]]})")
-    if not said:
-        said.append("boxes changed")
-    return ", ".join(said)
+            parts.append(f"{word} of {len(rows)} images changed (first {after[rows[0]]})")
+    return ", ".join(parts) or "boxes changed"
+
+
+def _changed_ids(before: list[str], after: list[str]) -> str:
+    known, given = set(before), set(after)
+    added, removed = [i for i in after if i not in known], [i for i in before if i not in given]
+    parts = [
+        f"{len(ids)} images {word} (first {ids[0]})" for ids, word in ((added, "added"), (removed, "removed")) if ids
+    ]
+    return ", ".join(parts) or "the images are in another order"

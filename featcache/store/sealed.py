@@ -2,16 +2,18 @@
 
 import json
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 
-def seal(content):
-    """Return the bytes of a dict as JSON, with a last field `crc32` over the JSON of the others."""
+def seal(content: Mapping[str, object]) -> bytes:
+    """Return a mapping as the bytes of a JSON object whose last field `crc32` is that of the JSON without it."""
     body = json.dumps(content, indent=1)
-    return (json.dumps(content | {"crc32": zlib.crc32(body.encode())}, indent=1) + "\n").encode()
+    return (json.dumps({**content, "crc32": zlib.crc32(body.encode())}, indent=1) + "\n").encode()
 
 
-def unseal(data):
-    """Return the dict of sealed bytes. Raises ValueError unless they are just what `seal` made."""
+def unseal(data: bytes) -> dict[str, Any]:
+    """Return the content of sealed bytes. Raises ValueError unless they are exactly what `seal` makes of it."""
     try:
         content = json.loads(data)
         if not isinstance(content, dict) or "crc32" not in content:

@@ -1,81 +1,111 @@
-"""Rows of one feature of a split, from the shard files: mapped where they are plain bytes, else through zarr."""
+"""The rows of one feature of a split, from the shard files: mapped where they are plain bytes, else through zarr."""
 
 import errno
 import mmap
 import os
+import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from threading import Thread
+from typing import Any
 
 import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
-from featcache.store.formats import FORMATS, shard_file
-from featcache.store.manifest import feature_of, read_file, remedy
-from featcache.store.marker import marker_name, read_marker
+from featcache.store.folder import Folder, LocalFolder
+from featcache.store.formats import Format, format_of
+from featcache.store.manifest import Manifest, feature_of, read_file, remedy
+from featcache.store.marker import ShardFile, read_marker
+from featcache.store.shard import Shard
 from featcache.store.zarr_format import crc_of
 
 # Each mapping holds a file handle; a store may have more shards than a process may have handles.
 MAPPED_SHARDS = 128
 # Fewer bytes are not worth a thread.
 ASIDE_BYTES = 8 << 20
+# A kernel may map up to a huge page around the page that is read.
+AROUND = 2 << 20
+
+# For each shard's file, by shard and stamp, which of its chunks are known to fit their checksums.
+Checked = dict[tuple[int, object], bytearray]
 
 
-def open_source(folder, manifest, split, feature, ids=None, checked=None):
-    """Return the source of a feature's rows, with `take_range`, `take`, `check` and `release`.
+def open_source(
+    folder: Folder,
+    manifest: Manifest,
+    split: str,
+    feature: object,
+    ids: list[str] | None = None,
+    checked: Checked | None = None,
+) -> "MappedShards | DecodedShards":
+    """Return the source of a feature's rows, with `take_range`, `fill`, `take` and `release`.
 
-    ids: the ids_sha256 of each shard, which its marker must have; None if that is not to be looked at.
-    checked: a dict in which it is remembered which chunks are known to fit their checksums.
+    ids: the ids_sha256 that the marker of each shard must have; None leaves it unchecked.
+    checked: remembers what is known to fit its checksum.
     """
     kind = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
     return kind(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
 
 
-def chunk_of(view, number, step, rows):
-    """The rows of a chunk from a view [blocks, rows of a block, ...] of a shard of so many rows; step: chunk_rows."""
+def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
+    """Return the rows of a chunk, given by its number, of a shard of so many rows.
+
+    view: of the shard, [blocks, rows of a block, ...]. step: chunk_rows.
+    """
     block, start = divmod(number * step, view.shape[1])
     return view[block, start : start + min(step, rows - number * step)]
 
 
 class _Shards:
-    def __init__(self, folder, manifest, split, feature, ids, checked):
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        split: str,
+        feature: str,
+        ids: list[str] | None,
+        checked: Checked,
+    ) -> None:
         self.folder, self.manifest, self.split, self.feature = folder, manifest, split, feature
         self.spec = manifest.features[feature]
         self.row = tuple(self.spec["shape"])
         self.dtype = STORED[self.spec["dtype"]]
         self.shard_rows, self.chunk_rows = manifest.splits[split]["shard_rows"], self.spec["chunk_rows"]
-        self._ids, self._checked, self._entries = ids, checked, {}
+        self._ids, self._checked = ids, checked
+        self._entries: dict[int, ShardFile] = {}
 
-    def __getstate__(self):
-        # Another process looks again at what it reads.
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process checks again what it reads.
         return self.__dict__ | {"_checked": {}, "_entries": {}}
 
     @property
-    def layout(self):
+    def layout(self) -> Format:
         """The module of the store's format."""
-        return FORMATS[self.manifest.storage["format"]]
+        return format_of(self.manifest)
 
-    def name(self, shard):
-        """Name of a shard's file."""
-        return shard_file(self.manifest, self.split, shard, self.feature)
+    def _shard(self, shard: int) -> Shard:
+        return Shard(self.folder, self.manifest, self.split, shard)
 
-    def entry(self, shard):
-        """What the marker says of a shard's file. Raises BadInput if there is no marker, or one for other ids."""
+    def name(self, shard: int) -> str:
+        """Return the name of a shard's file."""
+        return self._shard(shard).file_name(self.feature)
+
+    def entry(self, shard: int) -> ShardFile:
+        """Return what the marker says about a shard's file. Raises BadInput if it is gone, or was made for other ids."""
         if shard not in self._entries:
-            name = f"{self.folder}/{marker_name(self.split, shard)}"
-            marker = read_marker(self.folder, self.manifest, self.split, shard)
-            if marker is None:
-                raise BadInput(f"{name} is gone: the shard is not committed; {remedy(self.folder)}")
+            marker = read_marker(self._shard(shard))
             if self._ids is not None and marker["ids_sha256"] != self._ids[shard]:
+                name = f"{self.folder}/{self._shard(shard).marker_name}"
                 raise BadInput(f"marker {name} was made for other ids; {remedy(self.folder)}")
             self._entries[shard] = marker["files"][self.feature]
         return self._entries[shard]
 
-    def damaged(self, shard, reason):
-        """The error for a shard file that cannot be used."""
+    def damaged(self, shard: int, reason: object) -> BadInput:
+        """Return the error for a shard file that cannot be used."""
         return BadInput(f"damaged shard file {self.folder}/{self.name(shard)}: {reason}; {remedy(self.folder)}")
 
-    def _chunks(self, start, stop):
+    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (shard, chunk within the shard, first row, end row) of all chunks that rows start to stop touch."""
         row = start
         while row < stop:
@@ -85,23 +115,27 @@ class _Shards:
             yield shard, chunk, shard * self.shard_rows + chunk * self.chunk_rows, min(end, len(self))
             row = end
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.manifest.splits[self.split]["rows"]
 
-    def _known(self, shard):
-        """For each chunk of a shard, whether it is known to fit its checksum: bytearray."""
-        # What was found out about another file of that name does not hold for this one.
+    def take_range(self, start: int, stop: int) -> np.ndarray:
+        """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
+        raise NotImplementedError
+
+    def _known(self, shard: int) -> bytearray:
+        """Return for each chunk of a shard whether it is known to fit its checksum."""
+        # What is known about another file of that name does not hold for this one.
         key = shard, self._stamp(shard)
         if key not in self._checked:
             self._checked[key] = bytearray(len(self.entry(shard)["rows_crc32c"]))
         return self._checked[key]
 
-    def _stamp(self, shard):
-        """What tells a shard's file from another one of the same name."""
+    def _stamp(self, shard: int) -> object:
+        """Return what distinguishes a shard's file from another one of the same name."""
         return None
 
-    def _fits(self, shard, chunk, rows):
-        """Compare a chunk's rows with the marker's checksum, once. Raises BadInput that names the rows."""
+    def _fits(self, shard: int, chunk: int, rows: np.ndarray) -> None:
+        """Compare a chunk's rows with the marker's checksum, once. Raises BadInput, which names the rows."""
         known = self._known(shard)
         if not known[chunk]:
             if crc_of(rows) != self.entry(shard)["rows_crc32c"][chunk]:
@@ -109,8 +143,8 @@ class _Shards:
                 raise self.damaged(shard, f"damaged rows {first} to {first + len(rows) - 1} of split {self.split}")
             known[chunk] = 1
 
-    def _check_chunks(self, indices):
-        """Check the chunks of rows by their numbers, int [n]."""
+    def _check_chunks(self, indices: np.ndarray) -> None:
+        """Check the chunks of some rows, given by their numbers, int [n]."""
         # A chunk never reaches into the next shard, since shard_rows is a multiple of chunk_rows.
         for number in np.unique(indices // self.chunk_rows).tolist():
             shard, local = divmod(number * self.chunk_rows, self.shard_rows)
@@ -120,21 +154,24 @@ class _Shards:
 
 
 class MappedShards(_Shards):
-    """Shard files mapped into memory; the last used ones stay mapped. Safe to fork and to pickle."""
+    """Shard files mapped into memory; those used last stay mapped. Safe to fork and to pickle."""
 
-    def __init__(self, *arguments):
+    folder: LocalFolder
+
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._views, self._stamps = OrderedDict(), {}
+        self._views: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._stamps: dict[int, tuple[int, int, int]] = {}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_views": OrderedDict(), "_stamps": {}}
 
-    def release(self):
-        """Let go of all mappings, so that their pages no longer count as this process's memory."""
+    def release(self) -> None:
+        """Unmap all shards, so that their pages no longer count as this process's memory."""
         self._views.clear()
 
-    def view(self, shard):
-        """A shard as [blocks, rows of a block, ...], read-only; the last block may hold padding."""
+    def view(self, shard: int) -> np.ndarray:
+        """Return a shard as [blocks, rows of a block, ...], read-only; the last block may hold padding."""
         view = self._views.get(shard)
         if view is None:
             view = self._map(shard)
@@ -143,7 +180,7 @@ class MappedShards(_Shards):
                 self._views.popitem(last=False)
         return view
 
-    def _map(self, shard):
+    def _map(self, shard: int) -> np.ndarray:
         entry = self.entry(shard)
         try:
             with open(self.folder.file(self.name(shard)), "rb") as file:
@@ -160,35 +197,76 @@ class MappedShards(_Shards):
         self._stamps[shard] = (status.st_ino, status.st_size, status.st_mtime_ns)
         first, end = self.manifest.rows_of(self.split, shard)
         try:
-            return self.layout.view_shard(data, entry, self.spec, self.shard_rows, end - first)
+            return self.layout.view_shard(data, entry["offset"], self.spec, self.shard_rows, end - first)
         except ValueError as error:
             raise self.damaged(shard, error) from None
 
-    def _stamp(self, shard):
+    def _stamp(self, shard: int) -> object:
         self.view(shard)
         return self._stamps[shard]
 
-    def take_range(self, start, stop):
+    def take_range(self, start: int, stop: int) -> np.ndarray:
         """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         out = np.empty((stop - start, *self.row), dtype=self.dtype)
-        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if stop > start else 0):
+        for _ in self._filled(out, start):
+            pass
+        return out
+
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Copy rows from `start` on into out [n, ...], checked as in take_range, and let go of their pages."""
+        for shard, low, high in self._filled(out, start):
+            self._drop(shard, low, high)
+
+    def _filled(self, out: np.ndarray, start: int) -> Iterator[tuple[int, int, int]]:
+        """Copy and check rows as `fill` does; yield (shard, first row, end row within it) after each shard."""
+        stop = start + len(out)
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows) if len(out) else 0):
             base, end = self.manifest.rows_of(self.split, shard)
             low, high = max(start, base), min(stop, end)
             view, target = self.view(shard), out[low - start : high - start]
-            # A copy waits for memory, so that a second thread computes checksums meanwhile.
-            copy = Thread(target=_copy, args=(view, low - base, target))
-            aside = target.nbytes >= ASIDE_BYTES and not all(self._known(shard))
-            copy.start() if aside else copy.run()
-            try:
-                for _, chunk, *_ in self._chunks(low, high):
-                    self._fits(shard, chunk, chunk_of(view, chunk, self.chunk_rows, end - base))
-            finally:
-                if aside:
+            if target.nbytes < ASIDE_BYTES or all(self._known(shard)):
+                _copy(view, low - base, target)
+                self._check(shard, low, high, target)
+            else:
+                # The copy waits for memory; this thread computes checksums meanwhile.
+                copy = Thread(target=_copy, args=(view, low - base, target))
+                copy.start()
+                try:
+                    self._check(shard, low, high)
+                finally:
                     copy.join()
-        return out
+            yield shard, low - base, high - base
 
-    def take(self, indices, check=False):
-        """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""
+    def _check(self, shard: int, low: int, high: int, copied: np.ndarray | None = None) -> None:
+        """Check all chunks that rows low to high touch.
+
+        copied: a copy of these rows. A chunk that lies in it whole is checked there, where it is in the processor's cache.
+        """
+        base, end = self.manifest.rows_of(self.split, shard)
+        for _, chunk, first, last in self._chunks(low, high):
+            if copied is not None and low <= first and last <= high:
+                rows = copied[first - low : last - low]
+            else:
+                rows = chunk_of(self.view(shard), chunk, self.chunk_rows, end - base)
+            self._fits(shard, chunk, rows)
+
+    def _drop(self, shard: int, low: int, high: int) -> None:
+        """Let go of the pages of a shard's rows low to high; the shard stays mapped."""
+        if sys.platform != "linux":
+            # Other systems may ignore the advice.
+            del self._views[shard]
+            return
+        view = self._views[shard]
+        block_rows, (block, row) = view.shape[1], view.strides[:2]
+        offset = self.entry(shard)["offset"]
+        start, end = (offset + at // block_rows * block + at % block_rows * row for at in (low, high))
+        # The bytes that a view lies in are the mapped file.
+        data: Any = view.base
+        start, end = start // AROUND * AROUND, min(end + AROUND, len(data))
+        data.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
+        """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""
         if check:
             self._check_chunks(indices)
         out = np.empty((len(indices), *self.row), dtype=self.dtype)
@@ -203,8 +281,8 @@ class MappedShards(_Shards):
         return out
 
 
-def _copy(view, start, out):
-    """Copy rows from `start` on of a view [blocks, rows of a block, ...] of a shard into out [n, ...]."""
+def _copy(view: np.ndarray, start: int, out: np.ndarray) -> None:
+    """Copy the rows of a shard from `start` on into out, [n, ...]. view: [blocks, rows of a block, ...]."""
     row, block_rows = 0, view.shape[1]
     while row < len(out):
         block, within = divmod(start + row, block_rows)
@@ -223,30 +301,32 @@ def _copy(view, start, out):
 class DecodedShards(_Shards):
     """Compressed or remote shards, read through zarr-python.
 
-    It checks that a chunk fits its own crc32c; that it is the chunk that was written here, the marker says.
+    zarr-python checks that a chunk fits its own crc32c; the marker says whether it is the chunk that was written here.
     """
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._array, self._process, self._there = None, None, set()
+        self._array: Any = None
+        self._process: int | None = None
+        self._present: set[int] = set()
 
-    def __getstate__(self):
-        return super().__getstate__() | {"_array": None, "_process": None, "_there": set()}
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_array": None, "_process": None, "_present": set()}
 
-    def release(self):
-        """Nothing is held."""
+    def release(self) -> None:
+        """Do nothing: nothing is held."""
 
-    def _look(self, rows):
-        """Raise BadInput if a shard is missing: zarr would show it as NaN."""
+    def _check_presence(self, rows: np.ndarray) -> None:
+        """Raise BadInput if the shard of one of the rows is missing: zarr would show it as NaN."""
         for shard in np.unique(rows // self.shard_rows).tolist():
-            if shard not in self._there:
+            if shard not in self._present:
                 size, expected = self.folder.size(self.name(shard)), self.entry(shard)["bytes"]
                 if size != expected:
                     raise self.damaged(shard, "it is missing" if size is None else f"{size} bytes, not {expected}")
-                self._there.add(shard)
+                self._present.add(shard)
 
-    def _open(self):
-        """The zarr array."""
+    def _open(self) -> Any:
+        """Return the zarr array, opened by this process."""
         if self._process != os.getpid():
             import zarr
 
@@ -254,7 +334,7 @@ class DecodedShards(_Shards):
             # With another dtype or shape in it, zarr would read other values.
             read_file(self.folder, self.manifest, f"{name}/zarr.json")
             if self.folder.remote:
-                place = zarr.storage.FsspecStore.from_url(f"{self.folder}/{name}", read_only=True)
+                place: Any = zarr.storage.FsspecStore.from_url(f"{self.folder}/{name}", read_only=True)
             else:
                 place = self.folder.path / name
             array = zarr.open_array(place, mode="r")
@@ -263,8 +343,9 @@ class DecodedShards(_Shards):
             self._array, self._process = array, os.getpid()
         return self._array
 
-    def _read(self, rows, select):
-        self._look(rows)
+    def _read(self, rows: np.ndarray, select: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """Return `select(array)` of the zarr array, which reads these rows. Raises BadInput for damage."""
+        self._check_presence(rows)
         where = f"{self.folder}/{self.split}/{self.feature}"
         try:
             values = select(self._open())
@@ -273,16 +354,16 @@ class DecodedShards(_Shards):
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise BadInput(f"damaged rows of {where}: {error}; {remedy(self.folder)}") from None
         except Exception as error:
-            # The service, not the store; each library has exceptions of its own.
+            # The service failed, not the store; each library has exceptions of its own.
             raise BadInput(f"{where} cannot be read: {error}") from None
         first = values.reshape(len(values), -1)[:, 0]
         if (np.isnan(first) | (first == hole(self.spec["dtype"]))).any():
-            # A shard may have gone since it was looked at.
-            self._there.clear()
-            self._look(rows)
+            # A shard may have been deleted since.
+            self._present.clear()
+            self._check_presence(rows)
         return values
 
-    def take_range(self, start, stop):
+    def take_range(self, start: int, stop: int) -> np.ndarray:
         """Copy rows start to stop. Every chunk that they touch is checked. Raises BadInput for damage."""
         if start == stop:
             return np.empty((0, *self.row), self.dtype)
@@ -293,8 +374,12 @@ class DecodedShards(_Shards):
             self._fits(shard, chunk, rows[first - low : end - low])
         return rows[start - low : stop - low]
 
-    def take(self, indices, check=False):
-        """Copy rows by their numbers, int [n]; check: their chunks first, see take_range."""
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Copy rows from `start` on into out [n, ...], checked as in take_range."""
+        out[:] = self.take_range(start, start + len(out))
+
+    def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
+        """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""
         if not len(indices):
             return np.empty((0, *self.row), self.dtype)
         if check:

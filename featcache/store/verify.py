@@ -1,19 +1,22 @@
-"""`featcache verify`: every byte of a store against its checksums; `--repair` drops what is bad."""
+"""`featcache verify`: every byte of a store against its checksums; `--repair` drops what is damaged."""
 
+import os
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 from featcache.errors import BadInput
-from featcache.store.folder import open_folder
-from featcache.store.formats import FORMATS, shard_file
-from featcache.store.manifest import FILE, FORMAT, parse_manifest, read_file, read_manifest
-from featcache.store.manifest_fields import COMMITS
-from featcache.store.marker import LOCK, ids_sha256, marker_name, read_marker
-from featcache.store.records import ids_of
+from featcache.names import COMMITS, MANIFEST
+from featcache.store.folder import Folder, open_folder
+from featcache.store.formats import format_of
+from featcache.store.manifest import FORMAT, Manifest, parse_manifest, read_file, read_manifest
+from featcache.store.marker import LOCK, ShardFile, find_marker, ids_sha256
 from featcache.store.sealed import unseal
+from featcache.store.shard import Shard
 from featcache.store.sources import chunk_of
 from featcache.store.zarr_format import bad_chunks, crc_of
 
@@ -25,38 +28,27 @@ class Finding:
     where: str
     what: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.where}: {self.what}"
 
 
-def verify(store, repair=False):
+def verify(store: str | os.PathLike[str] | Folder, repair: bool = False) -> list[Finding]:
     """Check every marker, length and checksum of a store; return the list of Findings, empty if it is whole.
 
-    store: path or URL. repair: drop what is damaged, so that the same `extract` again makes just that
-    anew. Shards that are missing are findings too. Raises BadInput if there is no store at all.
+    store: path or URL. repair: drop what is damaged, so that the same `extract` makes only that again. Shards that are
+    missing are findings too. Raises BadInput if there is no store at all.
+
+        for finding in featcache.verify("voc.zarr"):
+            print(finding.where, finding.what)
     """
     folder = open_folder(store)
-    try:
-        manifest = parse_manifest(folder.read(FILE), folder)
-    except FileNotFoundError:
-        if not folder.names() & {COMMITS, FILE}:
-            read_manifest(folder)
+    manifest = _check_manifest(folder)
+    if isinstance(manifest, Finding):
         if repair:
-            folder.delete(FILE)
-        return [Finding(FILE, "missing; the same extract again makes it anew, and checks all that is there")]
-    except BadInput as error:
-        if _sealed(folder):
-            raise
-        if repair:
-            folder.delete(FILE)
-        return [Finding(FILE, f"{error.message}; without it nothing else can be checked")]
-    other = _other_store(folder, manifest)
-    if other:
-        if repair:
-            folder.delete(FILE)
-        return [Finding(FILE, f"it is the manifest of store {manifest.id[:8]}, all markers are of store {other[:8]}")]
+            folder.delete(MANIFEST)
+        return [manifest]
     findings = [*_check_files(folder, manifest, repair)]
-    lost = {finding.where for finding in findings}
+    ids_are_whole = not findings
     if "lock" in folder.names(COMMITS) and folder.size(LOCK) is None:
         if repair:
             folder.delete(LOCK)
@@ -64,22 +56,40 @@ def verify(store, repair=False):
     total = sum(entry["bytes"] for entry in manifest.files.values()) or 1
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for split in manifest.splits:
-            ids = None if lost else _read_ids(folder, manifest, split)
-            for shard in range(manifest.shards(split)):
-                findings += _check_shard(folder, manifest, split, shard, ids, repair, progress)
+            ids = _read_ids(folder, manifest, split) if ids_are_whole else None
+            for number in range(manifest.shards(split)):
+                findings += _check_shard(Shard(folder, manifest, split, number), ids, repair, progress)
     return findings
 
 
-def _sealed(folder):
-    """Whether the manifest's bytes are those that were written, and so of another version rather than damaged."""
+def _check_manifest(folder: Folder) -> Manifest | Finding:
+    """Return the manifest of a store, or what is wrong with it. Raises BadInput if it is not one that can be mended."""
     try:
-        return unseal(folder.read(FILE)).get("format") == FORMAT
+        manifest = parse_manifest(folder.read(MANIFEST), folder)
+    except FileNotFoundError:
+        if not folder.names() & {COMMITS, MANIFEST}:
+            read_manifest(folder)
+        return Finding(MANIFEST, "missing; the same extract again makes it anew, and checks all that is there")
+    except BadInput as error:
+        if _is_sealed(folder):
+            raise
+        return Finding(MANIFEST, f"{error.message}; without it nothing else can be checked")
+    other = _other_store(folder, manifest)
+    if other:
+        return Finding(MANIFEST, f"it is the manifest of store {manifest.id[:8]}, all markers are of store {other[:8]}")
+    return manifest
+
+
+def _is_sealed(folder: Folder) -> bool:
+    """Return whether the manifest's bytes are as they were written: then it is of another version, and not damaged."""
+    try:
+        return unseal(folder.read(MANIFEST)).get("format") == FORMAT
     except ValueError:
         return False
 
 
-def _other_store(folder, manifest):
-    """The id of another store if all markers are of that one; None otherwise."""
+def _other_store(folder: Folder, manifest: Manifest) -> str | None:
+    """Return the id of another store if all markers are of that one; None otherwise."""
     ids = set()
     for split in sorted(folder.names(COMMITS) - {"lock"}):
         for name in sorted(folder.names(f"{COMMITS}/{split}")):
@@ -93,18 +103,17 @@ def _other_store(folder, manifest):
     return other if isinstance(other, str) else None
 
 
-def _read_ids(folder, manifest, split):
-    """The ids of a split, None where the files that should hold them are whole, and hold none."""
+def _read_ids(folder: Folder, manifest: Manifest, split: str) -> np.ndarray | None:
+    """Return the ids of a split, uint8 [N, L]; None where the files that should hold them are whole but do not."""
     try:
-        return ids_of(
-            FORMATS[manifest.storage["format"]].read_array(partial(read_file, folder, manifest), split, "ids")
-        )
+        ids = format_of(manifest).read_array(partial(read_file, folder, manifest), split, "ids")
     except (BadInput, ValueError, KeyError, TypeError):
         return None
+    return ids if ids.ndim == 2 and ids.dtype == np.uint8 else None
 
 
-def _check_files(folder, manifest, repair):
-    """The files beside the shards."""
+def _check_files(folder: Folder, manifest: Manifest, repair: bool) -> Iterator[Finding]:
+    """Check the files beside the shards."""
     for name, entry in manifest.files.items():
         try:
             data = folder.read(name)
@@ -120,66 +129,68 @@ def _check_files(folder, manifest, repair):
             yield Finding(name, "its bytes do not fit the manifest's checksum")
 
 
-def _check_shard(folder, manifest, split, shard, ids, repair, progress):
-    first, end = manifest.rows_of(split, shard)
-    here = f"split {split}, shard {shard} (rows {first} to {end - 1})"
+def _check_shard(shard: Shard, ids: np.ndarray | None, repair: bool, progress: tqdm) -> list[Finding]:
+    """Check a shard. ids: those of its split, uint8 [N, L], None if they are not known."""
     try:
-        marker = read_marker(folder, manifest, split, shard)
+        marker = find_marker(shard)
     except BadInput as error:
         if repair:
-            drop_shard(folder, manifest, split, shard, ())
-        return [Finding(marker_name(split, shard), f"{here}: {error.message.split(';')[0]}")]
+            drop_shard(shard, ())
+        return [Finding(shard.marker_name, f"{shard}: {error.message.split(';')[0]}")]
     if marker is None:
         if repair:
-            drop_shard(folder, manifest, split, shard, ())
-        return [Finding(marker_name(split, shard), f"{here} is missing")]
+            drop_shard(shard, ())
+        return [Finding(shard.marker_name, f"{shard} is missing")]
     findings, bad = [], []
+    first, end = shard.rows
     if ids is not None and ids_sha256(ids[first:end]) != marker["ids_sha256"]:
-        findings.append(Finding(marker_name(split, shard), f"{here}: it was made for other ids"))
-    for feature, entry in marker["files"].items():
-        name = shard_file(manifest, split, shard, feature)
-        progress.total = max(progress.total, progress.n + entry["bytes"])
-        what = _wrong_with(folder, manifest, split, shard, feature, name, entry)
-        progress.update(entry["bytes"])
-        if what:
+        findings.append(Finding(shard.marker_name, f"{shard}: it was made for other ids"))
+    for feature, file in marker["files"].items():
+        progress.total = max(progress.total or 0, progress.n + file["bytes"])
+        reason = _wrong_with_file(shard, feature, file)
+        progress.update(file["bytes"])
+        if reason:
             bad.append(feature)
-            findings.append(Finding(name, f"{here}, feature {feature}: {what}"))
+            findings.append(Finding(shard.file_name(feature), f"{shard}, feature {feature}: {reason}"))
     if findings and repair:
-        drop_shard(folder, manifest, split, shard, bad)
+        drop_shard(shard, bad)
     return findings
 
 
-def _wrong_with(folder, manifest, split, shard, feature, name, entry):
-    """What is wrong with a shard's file, None if nothing is."""
+def _wrong_with_file(shard: Shard, feature: str, file: ShardFile) -> str | None:
+    """Return what is wrong with a shard's file of a feature, None if nothing is. file: what the marker says of it."""
     try:
-        data = folder.read(name)
+        data = shard.folder.read(shard.file_name(feature))
     except FileNotFoundError:
         return "the file is missing"
     except BadInput as error:
         return error.message
-    if len(data) != entry["bytes"]:
-        return f"{len(data)} bytes, its marker says {entry['bytes']}"
-    if zlib.crc32(data) == entry["crc32"]:
+    if len(data) != file["bytes"]:
+        return f"{len(data)} bytes, its marker says {file['bytes']}"
+    if zlib.crc32(data) == file["crc32"]:
         return None
-    spec, shard_rows = manifest.features[feature], manifest.splits[split]["shard_rows"]
-    first, end = manifest.rows_of(split, shard)
-    step = spec["chunk_rows"]
     try:
-        if manifest.storage["compression"]:
-            chunks = bad_chunks(data, spec, shard_rows)
-        else:
-            view = FORMATS[manifest.storage["format"]].view_shard(data, entry, spec, shard_rows, end - first)
-            chunks = [
-                n for n, crc in enumerate(entry["rows_crc32c"]) if crc_of(chunk_of(view, n, step, end - first)) != crc
-            ]
+        chunks = _damaged_chunks(shard, feature, file, data)
     except ValueError as error:
         return str(error)
+    (first, end), step = shard.rows, shard.manifest.features[feature]["chunk_rows"]
     rows = ", ".join(f"{first + c * step} to {min(first + (c + 1) * step, end) - 1}" for c in chunks)
     return f"damaged rows {rows}" if rows else "its bytes do not fit its marker's checksum"
 
 
-def drop_shard(folder, manifest, split, shard, names):
-    """Take a shard out of a store: first its marker, then the files of the features `names`."""
-    folder.delete(marker_name(split, shard))
-    for name in names:
-        folder.delete(shard_file(manifest, split, shard, name))
+def _damaged_chunks(shard: Shard, feature: str, file: ShardFile, data: bytes) -> list[int]:
+    """Return the numbers of the chunks that do not fit their checksums. Raises ValueError if none can be looked at."""
+    manifest, rows = shard.manifest, len(shard)
+    spec, shard_rows = manifest.features[feature], manifest.splits[shard.split]["shard_rows"]
+    if manifest.storage["compression"]:
+        return bad_chunks(data, spec, shard_rows)
+    view = format_of(manifest).view_shard(data, file["offset"], spec, shard_rows, rows)
+    crcs = enumerate(file["rows_crc32c"])
+    return [number for number, crc in crcs if crc_of(chunk_of(view, number, spec["chunk_rows"], rows)) != crc]
+
+
+def drop_shard(shard: Shard, features: Sequence[str]) -> None:
+    """Take a shard out of its store: first its marker, then its files of some features."""
+    shard.folder.delete(shard.marker_name)
+    for feature in features:
+        shard.folder.delete(shard.file_name(feature))

@@ -5,37 +5,45 @@ the index (offset and length of every inner chunk, uint64) and the crc32c of the
 """
 
 import json
+import mmap
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 
 from featcache.errors import BadInput
 from featcache.store.dtype import STORED, hole
-from featcache.store.manifest import feature_of
+from featcache.store.folder import Folder
+from featcache.store.manifest import FeatureSpec, Manifest, feature_of
+from featcache.store.manifest_fields import COMPRESSIONS
+from featcache.store.records import AxedArrays
 
 SUFFIX = ".zarr"
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
-COMPRESSIONS = ("zstd", "blosc")
 ZSTD_LEVEL = 3
-BLOSC = {"cname": "zstd", "clevel": 5}
+BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 5}
 
 
-def shard_name(split, feature, shard, axes):
-    """Name of a shard's file; axes: number of axes of the array, rows included."""
-    return "/".join([split, feature_of(feature).folder, "c", str(shard), *["0"] * (axes - 1)])
+def shard_name(split: str, feature: str, number: int, axes: int) -> str:
+    """Return the name of a shard's file of a feature.
+
+    number: of the shard within its split. axes: how many the array has, rows included.
+    """
+    return "/".join([split, feature_of(feature).folder, "c", str(number), *["0"] * (axes - 1)])
 
 
-def metadata_files(manifest, arrays):
+def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict[str, bytes]:
     """Return {name: bytes} of all Zarr metadata and of the small arrays.
 
-    arrays: {split: {name: (array, names of its axes)}}.
+    arrays: the small arrays of each split and view.
     """
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    files = {}
+    files: dict[str, Any] = {}
     attributes = {"id": manifest.id, "classes": manifest.classes, "identity": manifest.identity}
     root = zarr.create_group(zarr.storage.MemoryStore(files), attributes={"featcache": attributes})
     for split, geometry in manifest.splits.items():
@@ -43,9 +51,15 @@ def metadata_files(manifest, arrays):
         for name, (array, axes) in arrays[split].items():
             # A chunk may not be empty, an array may.
             chunks = tuple(max(size, 1) for size in array.shape)
-            settings = {"chunks": chunks, "compressors": [Crc32cCodec()], "dimension_names": axes}
-            # zarr-python would leave out a chunk of nothing but zeros.
-            group.create_array(name, data=array, config={"write_empty_chunks": True}, **settings)
+            group.create_array(
+                name,
+                data=array,
+                chunks=chunks,
+                compressors=[Crc32cCodec()],
+                dimension_names=axes,
+                # zarr-python would leave out a chunk of nothing but zeros.
+                config={"write_empty_chunks": True},
+            )
         for name, spec in manifest.features.items():
             feature, row = feature_of(name), tuple(spec["shape"])
             group.create_array(
@@ -60,14 +74,14 @@ def metadata_files(manifest, arrays):
                 attributes={"dtype": spec["dtype"]},
             )
     with warnings.catch_warnings():
-        # zarr-python warns that consolidated metadata is not in the v3 specification; readers that
-        # do not know it ignore it, others open the store without listing folders.
+        # zarr-python warns that consolidated metadata is not in the v3 specification. Readers that do not know it ignore
+        # it, and the others open the store without listing folders.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(root.store)
     return {name: files[name].to_bytes() for name in sorted(files)}
 
 
-def _zarr_codecs(compression, dtype):
+def _zarr_codecs(compression: str | None, dtype: str) -> list[Any]:
     from zarr.codecs import BloscCodec, ZstdCodec
 
     if compression == "zstd":
@@ -77,8 +91,8 @@ def _zarr_codecs(compression, dtype):
     return []
 
 
-def _compressor(compression):
-    """Return a function from the array of a chunk to its bytes."""
+def _compressor(compression: str | None) -> Callable[[np.ndarray], Any]:
+    """Return a function from the array of a chunk to a buffer of its bytes, compressed."""
     if compression == "zstd":
         from numcodecs.zstd import Zstd
 
@@ -90,7 +104,7 @@ def _compressor(compression):
     return lambda chunk: chunk.reshape(-1).view(np.uint8)
 
 
-def write_shard(file, rows, spec, shard_rows, compression):
+def write_shard(file: BinaryIO, rows: np.ndarray, spec: FeatureSpec, shard_rows: int, compression: str | None) -> int:
     """Write rows [n, ...], as they are stored, as one shard. Returns 0, the offset of the first row.
 
     The last inner chunk is padded with NaN; inner chunks beyond the rows are absent.
@@ -116,19 +130,20 @@ def write_shard(file, rows, spec, shard_rows, compression):
     return 0
 
 
-def crc_of(data):
-    """crc32c of bytes or of an array's bytes."""
+def crc_of(data: Any) -> int:
+    """Return the crc32c of a buffer, or of an array's bytes."""
     if isinstance(data, np.ndarray):
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        # google_crc32c takes no buffer that could change under it.
+        # google_crc32c refuses a buffer that could change meanwhile.
         data.flags.writeable = False
-    return google_crc32c.value(data)
+    crc: int = google_crc32c.value(data)
+    return crc
 
 
-def view_shard(data, entry, spec, shard_rows, rows):
-    """View the bytes of an uncompressed shard file as [chunks, chunk_rows, ...]; the last may hold padding.
+def view_shard(data: bytes | mmap.mmap, offset: int, spec: FeatureSpec, shard_rows: int, rows: int) -> np.ndarray:
+    """View the bytes of an uncompressed shard file as [chunks, chunk_rows, ...]; the last chunk may hold padding.
 
-    Raises ValueError if the index is not the one that our writer makes.
+    offset: of the first row, 0 in this format. Raises ValueError if the index is not the one that our writer makes.
     """
     index, chunk_rows, dtype = read_index(data, spec, shard_rows), spec["chunk_rows"], STORED[spec["dtype"]]
     stride = chunk_rows * int(np.prod(spec["shape"])) * dtype.itemsize + CRC_BYTES
@@ -142,8 +157,11 @@ def view_shard(data, entry, spec, shard_rows, rows):
     return np.ndarray((present, chunk_rows, *spec["shape"]), dtype, buffer=data, strides=(stride, *row_strides))
 
 
-def read_index(data, spec, shard_rows):
-    """The index of a shard file, uint64 [chunks, 2] of offset and length. Raises ValueError if it is damaged."""
+def read_index(data: bytes | mmap.mmap, spec: FeatureSpec, shard_rows: int) -> np.ndarray:
+    """Return the index of a shard file: offset and length of each chunk, uint64 [chunks, 2].
+
+    Raises ValueError if it is damaged.
+    """
     entries = shard_rows // spec["chunk_rows"]
     start = len(data) - entries * 16 - CRC_BYTES
     if start < 0:
@@ -154,8 +172,8 @@ def read_index(data, spec, shard_rows):
     return index.reshape(entries, 2)
 
 
-def bad_chunks(data, spec, shard_rows):
-    """Numbers of the chunks of a shard file, compressed or not, that do not fit their own checksums.
+def bad_chunks(data: bytes, spec: FeatureSpec, shard_rows: int) -> list[int]:
+    """Return the numbers of the chunks of a shard file, compressed or not, that do not fit their own checksums.
 
     Raises ValueError if the index is damaged.
     """
@@ -165,10 +183,10 @@ def bad_chunks(data, spec, shard_rows):
     return [n for n, (chunk, crc) in enumerate(zip(chunks, crcs, strict=True)) if chunk[-CRC_BYTES:] != crc]
 
 
-def read_array(read, split, name):
+def read_array(read: Callable[[str], bytes], split: str, name: str) -> np.ndarray:
     """Read one of the small arrays: a single chunk with its crc32c. Raises ValueError if it is damaged.
 
-    read: a function from the name of a file to its bytes.
+    read: returns the bytes of a file of the store.
     """
     described = json.loads(read(f"{split}/{name}/zarr.json"))
     shape, dtype = tuple(described["shape"]), np.dtype(described["data_type"])
@@ -180,7 +198,8 @@ def read_array(read, split, name):
     return np.frombuffer(data[:-CRC_BYTES], dtype.newbyteorder("<")).reshape(shape).copy()
 
 
-def check_place(folder, compression):
-    """Every place and compression will do."""
-    if compression not in (None, *COMPRESSIONS):
-        raise BadInput(f"unknown compression {compression!r} (known: none, {', '.join(COMPRESSIONS)})")
+def check_place(folder: Folder, compression: str | None) -> None:
+    """Raise BadInput for an unknown compression. Any place will do."""
+    known = COMPRESSIONS["zarr"]
+    if compression not in known:
+        raise BadInput(f"unknown compression {compression!r} (known: {', '.join(name or 'none' for name in known)})")

@@ -12,18 +12,19 @@ from torch import nn
 from torchvision.models import resnet18
 
 import featcache
-from featcache.attribution.epg import box_mask, energy_in_boxes
-from featcache.attribution.gradcam import gradcam, upsample
-from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.attribution.methods.gradcam import gradcam, upsample
+from featcache.attribution.methods.input_x_gradient import input_x_gradient
+from featcache.attribution.scores.epg import EPG
+from featcache.attribution.targets import box_mask
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
 from featcache.feature import Feature
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import select
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import select
 from featcache.reporting.localisation import _mean_with_interval
 
 GRID = {
@@ -69,7 +70,7 @@ def images(scenes):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_gradcam_from_the_cache_equals_gradcam_through_the_backbone(run, store, checkpoint, images, number):
     probe = load_probe(run.path, [r["probe"] for r in run.scores][3 * number])
-    head = Head(probe.spec, probe.weights)
+    head = HeadModule(probe.spec.head, probe.weights)
     classes = torch.arange(8)
     cached = torch.from_numpy(featcache.open_store(store)["test"]["spatial"][:8])
     got = gradcam(head, cached, classes)
@@ -83,7 +84,7 @@ def test_gradcam_from_the_cache_equals_gradcam_through_the_backbone(run, store, 
 
 def test_input_x_gradient_equals_captum(run, checkpoint, images):
     probes = [load_probe(run.path, p) for p in dict.fromkeys(r["probe"] for r in run.scores)]
-    heads = [Head(p.spec, p.weights) for p in probes]
+    heads = [HeadModule(p.spec.head, p.weights) for p in probes]
     backbone = load_backbone(checkpoint, size=64)
     # Several targets for an image, none for another, and heads mixed.
     targets = [(0, 0, 1), (0, 0, 2), (1, 2, 3), (0, 1, 1), (3, 2, 0), (7, 1, 9), (7, 0, 9)]
@@ -101,7 +102,7 @@ def test_epg_by_hand():
     #  1   3 |
     maps = torch.tensor([[[2.0, -5.0], [1.0, 3.0]], [[-1.0, -1.0], [0.0, 0.0]], [[0.0, 0.0], [7.0, 0.0]]])
     mask = torch.tensor([[True, False], [True, False]]).expand(3, 2, 2)
-    values = energy_in_boxes(maps, mask).tolist()
+    values = EPG().measure(maps, mask).tolist()
     assert values[0] == pytest.approx(0.5) and np.isnan(values[1]) and values[2] == 1
 
 
@@ -124,7 +125,7 @@ def test_box_masks_by_hand():
 
 def test_a_uniform_map_scores_the_boxes_share():
     mask = squashed_mask([(0, 0, 50, 50)], 100, 100, 20)
-    assert energy_in_boxes(torch.ones(1, 20, 20), mask[None]).item() == pytest.approx(0.25)
+    assert EPG().measure(torch.ones(1, 20, 20), mask[None]).item() == pytest.approx(0.25)
 
 
 def attribute_words(run, *more):
@@ -136,12 +137,12 @@ def test_the_interval_of_epg_holds_its_mean_and_that_of_other_images():
     random, rows = np.random.default_rng(0), []
     for _ in range(400):
         images = [(i, random.beta(2, 3)) for i in range(60) for _ in range(random.integers(1, 4))]
-        rows.append(_mean_with_interval([{"id": i, "epg": (epg + i % 2) / 2} for i, epg in images]))
+        rows.append(_mean_with_interval([{"id": i, "epg": (epg + i % 2) / 2} for i, epg in images], "epg"))
     mean, low, high = np.array(rows).T
     truth = (0.4 + 0.5) / 2
     assert ((0 <= low) & (low <= mean) & (mean <= high) & (high <= 1)).all()
     assert 0.92 <= ((low <= truth) & (truth <= high)).mean()
-    one = _mean_with_interval([{"id": "a", "epg": 0.5}])
+    one = _mean_with_interval([{"id": "a", "epg": 0.5}], "epg")
     assert one[0] == 0.5 and one[2] - one[1] > 0.7
 
 
@@ -161,7 +162,7 @@ def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):
     (probe,) = select(run, "best map")
     rows = featcache.attribute(tmp_path / "r", probes=[probe], limit=5, examples=0)
     trained, test = load_probe(run.path, probe), featcache.open_store(store)["test"]
-    head, expected = Head(trained.spec, trained.weights), []
+    head, expected = HeadModule(trained.spec.head, trained.weights), []
     for row in range(len(test)):
         boxes, classes, difficult = test.boxes[row]
         height, width = test.sizes[row]

@@ -11,8 +11,8 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.families.positions import RULES, resize_positions
 from featcache.backbones.load import load_backbone
-from featcache.backbones.positions import RULES, resize_positions
 from featcache.backbones.recognise import _without_memory, find_architecture, recognise
 from featcache.errors import BadInput
 from featcache.feature import parse_features
@@ -152,7 +152,9 @@ def test_torchvision_vit_at_another_size(tmp_path):
     source = models.vit_b_32(weights=None, image_size=128)
     nn.init.normal_(source.heads.head.weight, std=0.01)
     backbone = loaded(tmp_path, source.state_dict(), size=96)
-    assert backbone.arch == "vit_b_32" and "positions 4x4 resized to 3x3, bicubic, corners aligned" in backbone.grounds
+    assert (
+        backbone.arch == "vit_b_32" and "positions 4x4 resized to 3x3, bicubic, corners aligned" in backbone.load_report
+    )
     expected = models.vit_b_32(weights=None, image_size=96).eval().to(memory_format=torch.channels_last)
     expected.load_state_dict(interpolate_embeddings(96, 32, source.state_dict()))
     cls, tokens = features_of(backbone, images_of(96), "cls,tokens")
@@ -206,7 +208,7 @@ def test_caffe_style_strides_in_the_first_convolution(tmp_path):
     plain = load_backbone(tmp_path / "x.pth")
     assert torch.equal(caffe, maps)
     assert not torch.allclose(caffe, features_of(plain, images_of(64), "spatial")[0])
-    assert "tensors cannot tell it from resnet50_caffe, timm:resnetaa50, timm:resnetblur50: say so" in plain.grounds
+    assert "tensors cannot tell it from resnet50_caffe, timm:resnetaa50, timm:resnetblur50: say so" in plain.load_report
 
 
 def tiny_vit(make=VisionTransformer, size=32, **more):
@@ -298,7 +300,7 @@ def test_dinov2_names_and_positions(tmp_path, registers, size):
     assert backbone.architecture.size == 224, "as its evaluation has it"
     if size == 32:
         how = RULES["antialias" if registers else "dino"]
-        assert f"positions 6x6 resized to 4x4, bicubic, {how}" in backbone.grounds
+        assert f"positions 6x6 resized to 4x4, bicubic, {how}" in backbone.load_report
     elif registers:
         # timm's own conversion of the official names is another witness.
         converted = checkpoint_filter_fn(dict(tensors), network)
@@ -401,7 +403,7 @@ def test_clip_resnets_equal_open_clips(tmp_path, pool):
         if pool:
             assert torch.equal(features_of(backbone, images_of(64), "attnpool:pooled")[0], network(images_of(64)))
             larger = load_backbone(tmp_path / "x.pth", size=96)
-            assert "positions 2x2 resized to 3x3" in larger.grounds
+            assert "positions 2x2 resized to 3x3" in larger.load_report
             assert features_of(larger, images_of(96), "attnpool:pooled")[0].shape == (2, 24)
     assert any("downsample.-1" in name for name in backbone.layers)
 
@@ -422,7 +424,7 @@ def test_clip_transformers_equal_open_clips(tmp_path, activation):
     assert torch.equal(embedding, expected) and torch.equal(cls @ network.proj, expected)
     assert torch.equal(second, inner["image_intermediates"][0])
     if activation is QuickGELU:
-        assert f"tensors cannot tell it from {name}_gelu" in backbone.grounds
+        assert f"tensors cannot tell it from {name}_gelu" in backbone.load_report
         tensors = network.state_dict()
         del tensors["proj"]
         assert torch.equal(features_of(loaded(tmp_path, tensors), images_of(32), "embedding:pooled")[0], cls)

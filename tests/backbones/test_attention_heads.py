@@ -159,7 +159,7 @@ def test_heads_of_every_layout(layout, tmp_path):
     other = {k: v + 1 for k, v in network.state_dict().items()}
     torch.save(build(network.state_dict(), other), tmp_path / "vit.pth")
     backbone = load_backbone(tmp_path / "vit.pth", size=64)
-    assert f"\n  {said}" in backbone.grounds
+    assert f"\n  {said}" in backbone.load_report
     assert torch.equal(tokens_of(backbone), forward(network))
 
 
@@ -198,16 +198,16 @@ def test_names_say_the_heads(width, heads, arch, name, tmp_path):
     network = vit(width, heads)
     torch.save(network.state_dict(), tmp_path / "vit.pth")
     backbone = load_backbone(tmp_path / "vit.pth", arch=arch, size=64)
-    assert backbone.arch == name and f"\n  heads: {heads}, as --arch says" in backbone.grounds
+    assert backbone.arch == name and f"\n  heads: {heads}, as --arch says" in backbone.load_report
     assert torch.equal(tokens_of(backbone), forward(network))
 
 
 def test_the_other_heads_are_picked_as_the_report_says(tmp_path):
     for network, other in ((vit(384, 6), 12), (moco_v3(384, 12), 6)):
         torch.save({"state_dict": under("encoder.", network.state_dict())}, tmp_path / "vit.pth")
-        said = load_backbone(tmp_path / "vit.pth", size=64).grounds
+        said = load_backbone(tmp_path / "vit.pth", size=64).load_report
         picked = load_backbone(tmp_path / "vit.pth", size=64, arch=re.search(r"--arch (\w+)\)", said)[1])
-        assert picked.architecture.heads == other and f"heads: {other}, as --arch says" in picked.grounds
+        assert picked.architecture.heads == other and f"heads: {other}, as --arch says" in picked.load_report
 
 
 def test_large_networks_by_name():
@@ -216,7 +216,10 @@ def test_large_networks_by_name():
         with torch.device("meta"):
             tensors = VisionTransformer(embed_dim=width, depth=depth, num_heads=heads).state_dict()
         for asked in (name, f"{name}_heads{heads}", "vit"):
-            assert find_architecture(asked, tensors, {"twelve_heads": "its names"}).name == name
+            assert (
+                find_architecture(asked, tensors, {"words": {"base_encoder", "momentum_encoder", "predictor"}}).name
+                == name
+            )
         assert find_architecture(f"{name}_heads8", tensors).name == f"{name}_heads8"
         with pytest.raises(BadInput, match=rf"_heads5: 5 does not divide {width}"):
             find_architecture(f"{name}_heads5", tensors)
@@ -238,9 +241,9 @@ def test_clip_towers_by_name(tmp_path):
     tower = CLIPTransformer(64, 16, 128, 2, 4, 4.0, output_dim=24, act_layer=QuickGELU).eval().requires_grad_(False)
     torch.save({f"visual.{k}": v for k, v in tower.state_dict().items()}, tmp_path / "clip.pth")
     guessed = load_backbone(tmp_path / "clip.pth")
-    assert "\n  heads: 2, a guess from the width\n" in guessed.grounds
+    assert "\n  heads: 2, a guess from the width\n" in guessed.load_report
     named = load_backbone(tmp_path / "clip.pth", arch=f"{guessed.arch}_heads4")
-    assert "\n  heads: 4, as --arch says" in named.grounds
+    assert "\n  heads: 4, as --arch says" in named.load_report
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.allclose(named.trunk(images), tower(images), atol=1e-6)

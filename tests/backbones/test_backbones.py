@@ -167,7 +167,7 @@ def test_unknown_names_suggest(checkpoint, tmp_path):
     with pytest.raises(BadInput, match="cannot tell the architecture .*alien.pth.*--arch"):
         load_backbone(tmp_path / "alien.pth")
     backbone = load_backbone(checkpoint)
-    assert "fc.bias, fc.weight" in backbone.grounds, "the classifier left out is named"
+    assert "fc.bias, fc.weight" in backbone.load_report, "the classifier left out is named"
     with pytest.raises(BadInput, match="no layer 'layer44'; did you mean 'layer4"):
         parse_features("layer44:pooled", backbone.aliases, backbone.layers)
     with pytest.raises(BadInput, match="'poled' is not one of pooled, spatial, .*; did you mean 'pooled'"):

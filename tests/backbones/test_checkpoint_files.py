@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.models import resnet18
 
-from featcache.backbones.checkpoint_file import read_checkpoint
+from featcache.backbones.checkpoints.files import read_checkpoint
 from featcache.backbones.load import load_backbone
 from featcache.errors import BadInput
 
@@ -234,7 +234,7 @@ def test_zip_bombs_are_refused_before_they_unfold(tmp_path):
 def memory_of(path):
     """Peak memory in MB of a process that reads a checkpoint, and its error."""
     code = (
-        "import sys, resource; from featcache.backbones.checkpoint_file import read_checkpoint\n"
+        "import sys, resource; from featcache.backbones.checkpoints.files import read_checkpoint\n"
         "from featcache.errors import BadInput\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_checkpoint(sys.argv[1])\n"

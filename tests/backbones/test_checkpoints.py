@@ -197,7 +197,7 @@ def test_every_layout_gives_the_network_that_was_saved(layout, trained, tmp_path
     loaded = backbone.trunk.state_dict()
     assert backbone.arch == "resnet18"
     assert all(torch.equal(loaded[k], v) for k, v in trained[0].items())
-    assert rule in backbone.grounds and "missing: none" in backbone.grounds
+    assert rule in backbone.load_report and "missing: none" in backbone.load_report
     network = resnet18()
     network.load_state_dict(trained[0], strict=False)
     network.fc = torch.nn.Identity()
@@ -223,7 +223,7 @@ def test_two_encoders_are_an_error_that_lists_the_keys(trained, tmp_path):
     for key, expected in (("state_dict", a), ("state_dict_ema", b), ("state_dict_ema.module", b)):
         backbone = load_backbone(path, weights_key=key)
         assert torch.equal(backbone.trunk.conv1.weight, expected["conv1.weight"])
-        assert f"as --weights-key {key} says" in backbone.grounds
+        assert f"as --weights-key {key} says" in backbone.load_report
     with pytest.raises(BadInput, match=r"--weights-key state_dict_em: no encoder .*did you mean 'state_dict_ema'"):
         load_backbone(path, weights_key="state_dict_em")
 
@@ -234,7 +234,7 @@ def test_the_key_picks_against_the_rule(trained, tmp_path):
     torch.save(content, tmp_path / "dino.pth")
     backbone = load_backbone(tmp_path / "dino.pth", weights_key="student")
     assert torch.equal(backbone.trunk.conv1.weight, student["conv1.weight"])
-    assert "left out: teacher.* (120)" in backbone.grounds, "what is left out is named"
+    assert "left out: teacher.* (120)" in backbone.load_report, "what is left out is named"
 
 
 def test_one_encoder_under_two_names_is_one(trained, tmp_path):
@@ -245,7 +245,7 @@ def test_one_encoder_under_two_names_is_one(trained, tmp_path):
 def test_encoder_k_alone_is_not_taken_for_encoder(trained, tmp_path):
     """A prefix `encoder` without its dot would turn encoder_q and encoder_k into q.* and k.*."""
     torch.save({"state_dict": under("encoder_k.", trained[0])}, tmp_path / "k.pth")
-    assert "encoder_k.*" in load_backbone(tmp_path / "k.pth").grounds
+    assert "encoder_k.*" in load_backbone(tmp_path / "k.pth").load_report
     a, b = trained
     torch.save({"state_dict": under("encoder.", a) | under("encoder_q.", b)}, tmp_path / "three.pth")
     with pytest.raises(BadInput, match="holds 2 encoders"):
@@ -264,7 +264,7 @@ def test_what_the_network_lacks_is_an_error_unless_it_is_of_training(trained, tm
     with pytest.raises(BadInput, match=r"unexpected: adapter\.weight"):
         load_backbone(tmp_path / "a.pth")
     torch.save(trained[0] | {"projection_head.0.weight": torch.zeros(3), "queue": torch.zeros(3)}, tmp_path / "b.pth")
-    assert "left out: projection_head.0.weight, queue" in load_backbone(tmp_path / "b.pth").grounds
+    assert "left out: projection_head.0.weight, queue" in load_backbone(tmp_path / "b.pth").load_report
 
 
 def test_safetensors_whole_and_sharded(trained, tmp_path):
@@ -441,7 +441,7 @@ def test_every_layout_of_a_vision_transformer_gives_the_network_that_was_saved(l
     network, other = tiny_vit(0, **changed), tiny_vit(1, **changed)
     torch.save(build(network.state_dict(), other.state_dict()), tmp_path / "vit.pth")
     backbone = load_backbone(tmp_path / "vit.pth", size=64)
-    assert (rule or "") in backbone.grounds
+    assert (rule or "") in backbone.load_report
     images = torch.randn(2, 3, 64, 64)
     wanted = parse_features("last:tokens,cls,pooled,last2:cls", backbone.aliases, backbone.layers)
     with torch.inference_mode():
@@ -464,8 +464,8 @@ def test_clip_archives_give_the_image_tower(tmp_path):
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         torch.save(tensors, tmp_path / "clip.pt")
         backbone = load_backbone(tmp_path / "clip.pt", size=64)
-        assert "CLIP's image tower (visual.*)" in backbone.grounds and backbone.preprocessing.mean[0] == 0.48145466
-        assert not any("transformer" in line and "missing" in line for line in backbone.grounds.split("\n"))
+        assert "CLIP's image tower (visual.*)" in backbone.load_report and backbone.preprocessing.mean[0] == 0.48145466
+        assert not any("transformer" in line and "missing" in line for line in backbone.load_report.split("\n"))
 
 
 def test_bcos_checkpoints_of_the_package_of_lightning_and_of_mmengine(tmp_path):

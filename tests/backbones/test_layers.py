@@ -17,9 +17,9 @@ import featcache
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.architecture import Architecture, Tokens
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.layers import layers
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.feature import Feature, parse_feature, parse_features
 from featcache.store.manifest import feature_of
@@ -307,7 +307,7 @@ def test_probes_on_tokens_and_grids(scenes, vit_checkpoint, tmp_path):
         grid = {"probes": [group | {"optimizer": {"type": "sgd", "lr": 0.1}}]}
         return featcache.train_probes(grid, store, run=tmp_path / name)
 
-    from featcache.probes.probe_file import load_probe
+    from featcache.probes.runs.probe_file import load_probe
 
     run = train(["cls", "patch_mean", "spatial", "grid(2,2,0)"])
     by_feature = {row["features"]: row for row in run.scores if row["split"] == "test" and row["metric"] == "map"}
@@ -319,7 +319,7 @@ def test_probes_on_tokens_and_grids(scenes, vit_checkpoint, tmp_path):
     test = featcache.open_store(store)["test"]
     probe = load_probe(run.path, by_feature["norm:grid(2,2,0)"]["probe"])
     flat = torch.from_numpy(test["grid(2,2,0)"][:]).flatten(1)
-    from featcache.probes.stack import Predictor
+    from featcache.probes.engine.predict import Predictor
 
     logits = Predictor([probe.spec], [probe.weights], len(test.store.classes), "cpu")(flat)
     by_hand = flat @ probe.weights["fc0.weight"].T + probe.weights["fc0.bias"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from featcache.backbones.checkpoint import BYSTANDERS
+from featcache.backbones.checkpoints.strict import BYSTANDERS
+from featcache.backbones.families.lookalikes import FIXED, VITS
 from featcache.backbones.load import load_backbone
-from featcache.backbones.lookalikes import FIXED, VITS
 from featcache.backbones.recognise import find_architecture, recognise
 from featcache.errors import BadInput
 

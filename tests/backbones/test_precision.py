@@ -20,7 +20,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.backbones.precision import PRECISIONS, check_precision, fold_batch_norm, measure, running
 from featcache.errors import BadInput
-from featcache.extraction.extract import _cast
+from featcache.extraction.fill import _cast
 from featcache.feature import parse_features
 from featcache.store.manifest import read_manifest
 

@@ -22,11 +22,11 @@ from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 
 import featcache
-from featcache.attribution.epg import box_mask
-from featcache.attribution.input_x_gradient import input_x_gradient
+from featcache.attribution.methods.input_x_gradient import input_x_gradient
+from featcache.attribution.targets import box_mask
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import DATASETS, read_dataset
 from featcache.datasets.image import open_image
 from featcache.datasets.record import Record

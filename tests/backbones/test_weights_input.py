@@ -15,11 +15,12 @@ from torchvision import models
 from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import InterpolationMode
 
-from featcache.backbones import ARCHITECTURES, vit
+from featcache.backbones import ARCHITECTURES
+from featcache.backbones.families import vit
+from featcache.backbones.input.preprocessing import OWN, preprocessing_of
+from featcache.backbones.input.stated import timm_input
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import OWN, preprocessing_of
 from featcache.backbones.recognise import _without_memory
-from featcache.backbones.stated_input import timm_input
 from featcache.store.manifest import read_manifest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,7 +41,7 @@ def same_pixels(preprocessing, transform):
 def input_of(path, **options):
     """The weights' own transform of a checkpoint, and what is said of it."""
     backbone = load_backbone(path, **{"resize": OWN} | options)
-    return backbone.preprocessing, "\n".join(backbone.preprocessing_grounds)
+    return backbone.preprocessing, "\n".join(backbone.preprocessing_report)
 
 
 @pytest.mark.parametrize("name", models.list_models(module=models))
@@ -140,7 +141,7 @@ def test_a_name_of_timm_takes_its_transform():
         data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
         made = load_backbone("random", arch=f"timm:{name}", resize=OWN).preprocessing
         assert (made.size, made.short) == (160, math.floor(160 / data["crop_pct"])) and made.mean == data["mean"]
-    said = load_backbone("random", arch="timm:resnet18", resize=OWN).preprocessing_grounds
+    said = load_backbone("random", arch="timm:resnet18", resize=OWN).preprocessing_report
     assert "a guess; --arch timm:resnet18.TAG" in "".join(said)
 
 
@@ -178,7 +179,7 @@ def test_the_published_vits_of_timm(step):
             total += 1
             same = (made.mean, made.std) == (tuple(config.mean), tuple(config.std))
             right += same
-            assert same or "a guess" in made.said.get("mean", ""), tag
+            assert same or "a guess" in made.origins.get("mean", ""), tag
     assert total > 150 / step and right > 0.85 * total, (right, total)
 
 
@@ -324,8 +325,8 @@ def test_timms_own_file_is_read_back(tmp_path):
 def test_a_damaged_or_foreign_config_is_a_notice(tmp_path, text, notice):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     backbone = load_backbone(saved(tmp_path, small_vit()))
-    assert (notice in backbone.grounds) if notice else ("config.json" not in backbone.grounds)
-    assert backbone.preprocessing.interpolation == "bicubic" and "\n\n" not in backbone.grounds
+    assert (notice in backbone.load_report) if notice else ("config.json" not in backbone.load_report)
+    assert backbone.preprocessing.interpolation == "bicubic" and "\n\n" not in backbone.load_report
 
 
 MMPRETRAIN = """
@@ -358,10 +359,10 @@ def test_the_checkpoints_own_meta(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     backbone = load_backbone(saved(tmp_path, {"meta": {"cfg": MMPRETRAIN}, "state_dict": tensors}), resize=OWN)
     assert backbone.preprocessing.std == (0.2, 0.2, 0.4) and backbone.preprocessing.short == 71
-    assert "config.json says another std, which is not used" in backbone.grounds
+    assert "config.json says another std, which is not used" in backbone.load_report
     for text in ("model = dict(", "x = " + "(" * 5000, 3):
         backbone = load_backbone(saved(tmp_path, {"meta": {"cfg": text}, "state_dict": tensors}), mean=(0, 0, 0))
-        assert ("the checkpoint's meta is not used" in backbone.grounds) == isinstance(text, str)
+        assert ("the checkpoint's meta is not used" in backbone.load_report) == isinstance(text, str)
 
 
 def test_what_export_wrote_is_read_back(tmp_path, command):

@@ -25,8 +25,8 @@ from PIL import Image
 from skimage import data
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.backbones.preprocessing import Preprocessing
 from featcache.datasets import Dataset, Record
 from featcache.datasets.image import open_image
 from featcache.extraction.images import DECODERS, Images, image_batches, load_input

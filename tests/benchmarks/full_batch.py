@@ -13,12 +13,12 @@ import warnings
 
 import numpy as np
 import torch
+from parts import Head, Loss, Optimizer, Schedule
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from featcache.probes.convex import fit_convex
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.spec import ProbeSpec
 
 
 def data(images, width, classes, positive=0.07):
@@ -58,12 +58,13 @@ def main(images, width, classes, decays, loss):
     features, multi, single = data(images, width, classes)
     labels = multi if loss == "bce" else single
     specs = [
-        ProbeSpec("x", "l", Head("linear"), Loss(loss), Optimizer("lbfgs", None, 0.0, float(decay), iterations=1000),
+        ProbeSpec("x", "l:pooled", Head("linear"), Loss(loss), Optimizer("lbfgs", None, 0.0, float(decay), iterations=1000),
                   Schedule(), 1, 64, 0)
         for decay in np.logspace(-8, -1, decays)
     ]  # fmt: skip
     started = time.perf_counter()
-    weights, _, short = fit_convex(specs, features, labels, classes)
+    fits = specs[0].optimizer.fit(specs, features, labels, classes)
+    weights, short = [fit.weights for fit in fits], [not fit.converged for fit in fits]
     ours = time.perf_counter() - started
     print(f"featcache: {ours:.2f} s, {sum(short)} of {decays} not converged")
     other = 0

@@ -20,12 +20,13 @@ import time
 from functools import partial
 
 import torch
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks
-from featcache.probes.training import train_block
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.spec import ProbeSpec
 
 DIM = 2048
 # So that what is done once a probe, such as drawing its weights, weighs about as little as in a whole training.

@@ -14,7 +14,7 @@ import time
 import torch
 from sklearn.metrics import average_precision_score
 
-from featcache.probes.scores.tally import MultiLabelTally, SingleLabelTally
+from featcache.probes.scores.tally import Tally
 
 CHUNK = 1024
 
@@ -26,13 +26,17 @@ def timed(run):
     return result, time.process_time() - started
 
 
-def gathered(kind, probes, images, classes, labels):
-    """A tally of random logits, CPU seconds to add them without drawing them, and those of the floor."""
+def drawn(probes, images, classes):
+    """Yield chunks of random logits [P, n, C], in memory class by class, as predictions are."""
     generator = torch.Generator().manual_seed(0)
-    tally, seconds, floor = kind(labels, classes, ["ce"] * probes if labels.ndim == 1 else ["bce"] * probes), 0.0, 0.0
     for rows in torch.arange(images).split(CHUNK):
-        # In memory class by class, as predictions are.
-        logits = torch.randn(probes, classes, len(rows), generator=generator).transpose(1, 2)
+        yield torch.randn(probes, classes, len(rows), generator=generator).transpose(1, 2)
+
+
+def gathered(probes, images, classes, labels):
+    """A tally of random logits, CPU seconds to add them without drawing them, and those of the floor."""
+    tally, seconds, floor = Tally(labels, classes, [labels.ndim == 1] * probes), 0.0, 0.0
+    for logits in drawn(probes, images, classes):
         seconds += timed(lambda part=logits: tally.add(part))[1]
         if labels.ndim == 1:
             floor += timed(lambda part=logits: [p.t().double().logsumexp(0) for p in part])[1]
@@ -42,7 +46,7 @@ def gathered(kind, probes, images, classes, labels):
 def multi_label(probes, images, classes=20):
     """(A tally, labels, CPU seconds to make the tally and score it)."""
     labels = (torch.rand(images, classes, generator=torch.Generator().manual_seed(1)) < 0.06).to(torch.int8)
-    tally, add, _ = gathered(MultiLabelTally, probes, images, classes, labels)
+    tally, add, _ = gathered(probes, images, classes, labels)
     return tally, labels, add + timed(tally.estimates)[1]
 
 
@@ -56,11 +60,11 @@ def main():
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}\n")
     tally, labels, _ = multi_label(arguments.plain, 4952)
-    logits, truth = tally._logits.numpy(), labels.numpy()
+    logits, truth = torch.cat(list(drawn(arguments.plain, *labels.shape)), dim=1).numpy(), labels.numpy()
     expected, plain = timed(
-        lambda: [[average_precision_score(truth[:, c], each[c]) for c in range(len(each))] for each in logits]
+        lambda: [[average_precision_score(truth[:, c], each[:, c]) for c in range(each.shape[1])] for each in logits]
     )
-    torch.testing.assert_close(tally.average_precisions(), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(tally.by_class()["map"], torch.tensor(expected, dtype=torch.float64))
     print(f"scikit-learn, average precision alone, 4952 images: {1000 * plain / arguments.plain:.0f} ms a probe\n")
     print(
         "| images | 20 classes, nine metrics with intervals, ms a probe | microseconds an image |\n| --- | --- | --- |"
@@ -73,7 +77,7 @@ def main():
     print("| --- | --- | --- | --- | --- |")
     for classes in (1000, 10_000, 21_000):
         labels = torch.randint(classes, (arguments.rows,), generator=torch.Generator().manual_seed(1))
-        tally, add, floor = gathered(SingleLabelTally, 2, arguments.rows, classes, labels)
+        tally, add, floor = gathered(2, arguments.rows, classes, labels)
         _, seconds = timed(tally.estimates)
         add, floor = (1e9 * s / (2 * arguments.rows * classes) for s in (add, floor))
         print(f"| {classes} | {add:.2f} | {floor:.2f} | {add / floor:.1f} | {500 * seconds:.1f} |")

@@ -14,10 +14,11 @@ import platform
 import time
 
 import torch
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks
-from featcache.probes.training import train_block
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.spec import ProbeSpec
 
 DIM = 2048
 
@@ -59,7 +60,9 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for head in (Head("mlp", 3, a.hidden, "bn"), Head("bcos", 3, a.hidden, "bnu", False, b=2.0)):
         optimizer, schedule = Optimizer("sgd", 0.01, 0.9), Schedule()
-        specs = [ProbeSpec("x", "l", head, Loss("bce"), optimizer, schedule, 1, a.batch, p) for p in range(a.probes)]
+        specs = [
+            ProbeSpec("x", "l:pooled", head, Loss("bce"), optimizer, schedule, 1, a.batch, p) for p in range(a.probes)
+        ]
         cuts = {len(made[0]): made for made in (blocks(specs, DIM, a.positions, a.classes), [specs])}
         runs = {
             size: lambda made=made: [train_block(block, features, labels, a.classes, 0) for block in made]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import h5py
@@ -28,6 +29,7 @@ from featcache.store.folder import open_folder
 from featcache.store.manifest import plan
 from featcache.store.reader import open_store
 from featcache.store.records import record_arrays, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import create_store, put_shard
 
 BATCH = 256
@@ -57,7 +59,7 @@ def write_store(path, rows, format):
     for shard in range(manifest.shards("train")):
         first, end = manifest.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
-        put_shard(folder, manifest, "train", shard, ids, {str(FEATURE): rows[first:end]})
+        put_shard(Shard(folder, manifest, "train", shard), ids, {str(FEATURE): rows[first:end]})
     return time.perf_counter() - started
 
 
@@ -138,16 +140,13 @@ def reading(folder, rows, batches, repeats):
         seconds |= {name: s * len(many) / len(few) for name, s in compare(slow, 1).items()}
         table("shuffled batches of 256 rows, picked by number and not checked", seconds, many.size * rows[0].nbytes)
         every = np.array_split(order, -(-len(order) // BATCH))
-        epoch = {
-            "numpy.memmap": lambda: [mapped[b] for b in every],
-            **{
-                f"featcache {f}, batches(256, shuffle=True), checked": lambda o=o: list(
-                    o().batches(BATCH, shuffle=True)
-                )
-                for f, o in ours.items()
-            },
+        epochs = {
+            "numpy.memmap": lambda: (mapped[b] for b in every),
+            **{f"featcache {f}": lambda o=o: o().batches(BATCH, shuffle=True) for f, o in ours.items()},
         }
-        table("an epoch of shuffled batches of 256 rows", compare(epoch, repeats), rows.nbytes)
+        for title, use in {"all kept": list, "each dropped before the next": lambda batches: deque(batches, 0)}.items():
+            seconds = compare({name: lambda e=e, use=use: use(e()) for name, e in epochs.items()}, repeats)
+            table(f"an epoch of shuffled batches of 256 rows, checked, {title}", seconds, rows.nbytes)
 
 
 def opening(folder):

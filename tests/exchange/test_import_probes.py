@@ -13,6 +13,7 @@ from bcos.models.resnet import resnet18 as bcos_resnet18
 from bcos.modules import BcosConv2d, LogitLayer
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from folders import tree_hash
+from parts import Head
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.models import resnet18
@@ -22,11 +23,11 @@ from featcache.backbones import ARCHITECTURES
 from featcache.backbones.architecture import Architecture
 from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published, published_offset, to_published
-from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import select
-from featcache.probes.spec import Head, imported_spec
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import select
+from featcache.probes.spec import imported_spec
 from featcache.store.sealed import seal, unseal
 
 C, H = 10, 12
@@ -134,7 +135,7 @@ def test_logits_and_scores_are_those_of_the_published_head(run, ids, store, head
     maps = torch.from_numpy(test["spatial"][:])
     with torch.inference_mode():
         expected = heads[name](maps)
-        torch.testing.assert_close(HeadModule(probe.spec, probe.weights)(maps), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(HeadModule(probe.spec.head, probe.weights)(maps), expected, rtol=1e-5, atol=1e-5)
     values = []
     for c in range(C):
         known = test.labels[:, c] != -1

@@ -20,7 +20,7 @@ from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.image import open_image
 from featcache.errors import BadInput
-from featcache.extraction.extract import _cast
+from featcache.extraction.fill import _cast
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -174,7 +174,7 @@ def test_a_dead_rank_hangs_nobody(scenes, checkpoint, tmp_path):
     )
     dying = SMALL_SHARDS.replace(
         "from featcache.cli",
-        "import os, featcache.extraction.extract as e; put, n = e.put_shard, [0]; "
+        "import os, featcache.extraction.fill as e; put, n = e.put_shard, [0]; "
         "e.put_shard = lambda *a: (n.append(0), put(*a))[1] if len(n) < 3 else os._exit(9); from featcache.cli",
     )
     port = str(free_port())

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from extracting import SIZE, START, options, torchrun
 from folders import tree_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import Head, Loss, Optimizer, Schedule
 from PIL import Image
 from skimage import data as photographs
 from sklearn.metrics import average_precision_score
@@ -24,25 +25,19 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 import featcache
-from featcache.backbones.preprocessing import Preprocessing
+from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import Augmentation, augmentation, read_dataset
 from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
-from featcache.probes import features as probe_features
-from featcache.probes.features import epoch_order
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import load_probe
+from featcache.probes.identity import spec_to_dict
+from featcache.probes.inputs.batches import epoch_order
+from featcache.probes.inputs.input import Input
 from featcache.probes.resolve import _views
-from featcache.probes.spec import (
-    Head,
-    Loss,
-    Optimizer,
-    ProbeSpec,
-    Schedule,
-    spec_from_dict,
-)
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.spec import ProbeSpec, spec_from_dict
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3
@@ -251,19 +246,20 @@ def test_training_rotates_the_views(viewed, tmp_path, monkeypatch, room):
     """Where one view and a half fit into memory, and where all do; never are two held that do not fit."""
     train = featcache.open_store(viewed)["train"]
     loads, alive, size = [], [], train["pooled"].nbytes
-    load = probe_features.load_features
+    load = Input.load
 
-    def watched(*arguments):
-        loads.append(arguments[5])
-        result = load(*arguments)
+    def watched(self, opened, splits, device, view):
+        loads.append(view)
+        result = load(self, opened, splits, device, view)
         alive.append(weakref.ref(result))
         return result
 
     def free(_):
         return int(room * size) - size * sum(reference() is not None for reference in alive)
 
-    monkeypatch.setattr(probe_features, "load_features", watched)
-    monkeypatch.setattr(probe_features, "free_bytes", free)
+    monkeypatch.setattr(Input, "load", watched)
+    for module in ("input", "resident"):
+        monkeypatch.setattr(f"featcache.probes.inputs.{module}.free_bytes", free)
     run = featcache.train_probes({"probes": [GROUP | {"views": [0, 2, "all"]}]}, store=viewed, run=tmp_path / "r")
     assert loads == ([0, 1, 2, 3] if room == 100 else [0, 1, 2, 1, 2, 1, 2, 3, 1, 2])
     probes = {r["views"]: r["probe"] for r in run.scores}
@@ -291,8 +287,8 @@ def test_scores_are_those_of_the_images_as_they_are(viewed, tmp_path):
 
 def test_a_probe_without_views_keeps_its_id():
     assert SPEC.id == "ef7aa49fc4", "the id that it had before there were views"
-    fields = asdict(SPEC)
-    assert fields.pop("views") == 0
+    fields = spec_to_dict(SPEC)
+    assert "views" not in fields
     assert spec_from_dict(fields) == SPEC, "a probe file from before there were views"
     assert len({replace(SPEC, views=views).id for views in (0, 1, 2, None)}) == 4
 
@@ -305,8 +301,8 @@ def refuse(**change):
     ("content", "message"),
     [
         (refuse(views=4), r"probes\[0\].views: 4 views asked for, and store .* has 3 of train; write views: 0"),
-        (refuse(views=-1), r"probes\[0\].views: -1 is not a whole number of at least 0, nor all"),
-        (refuse(views="some"), "'some' is not a whole number of at least 0, nor all"),
+        (refuse(views=-1), r"probes\[0\].views: -1 is not a whole number of at least 0, or all"),
+        (refuse(views="some"), "'some' is not a whole number of at least 0, or all"),
         (refuse(views=[3, "all"]), r"probes\[0\]: repeats a probe of probes\[0\]; features and views"),
         (refuse(optimizer="lbfgs"), "optimizer lbfgs trains on the images as they are: say views: 0"),
         (refuse() | {"splits": {"train": "train@1"}}, "no split 'train@1'"),

@@ -5,19 +5,21 @@ import math
 import pytest
 import torch
 from captum.attr import InputXGradient, LayerGradCam
+from loop import train_block
+from parts import Head
 from plain import Plain
 from stacks import C, D, S, largest_difference, specs
 from torch import nn
 
 import featcache
-from featcache.attribution.gradcam import gradcam
+from featcache.attribution.methods.gradcam import gradcam
 from featcache.errors import BadInput
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.engine.memory import CPU
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.spec import Head, logit_offset
-from featcache.probes.stack import CPU_ROOM, Predictor, blocks
-from featcache.probes.training import train_block
 from featcache.reporting.configuration import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)
@@ -51,7 +53,7 @@ def test_values_and_gradients_equal_the_package(data, head):
     features = maps.mean(2) if head.type == "linear" else maps
     logits = Predictor(several, weights, C, "cpu")(features)
     for spec, own, got in zip(several, weights, logits, strict=True):
-        published, module = Plain(head, own).eval().double(), HeadModule(spec, own).double()
+        published, module = Plain(head, own).eval().double(), HeadModule(spec.head, own).double()
         inputs = maps.double().unflatten(2, (2, 2)).requires_grad_()
         expected = published(inputs)
         torch.testing.assert_close(got, expected.float().detach(), rtol=1e-6, atol=2e-6)
@@ -81,7 +83,7 @@ def test_one_layer_before_and_after_pooling_are_different_models(data):
     """The linear head commutes with the mean, a B-cos layer does not: |cos| is that of a position."""
     maps = data[1].float()
     (spec,) = specs(1, ONE)
-    module = HeadModule(spec, initial_weights(spec, D, C))
+    module = HeadModule(spec.head, initial_weights(spec, D, C))
     after, before = module(maps[..., None]), module(maps.mean(2)[..., None, None])
     assert (after - before).abs().max() > 1e-2
     assert not ONE.pools_first and Head("bcos", pool="before").pools_first and Head("linear").pools_first
@@ -96,7 +98,7 @@ def test_maps_equal_captums(head):
     weights = initial_weights(spec, D, C)
     model = nn.Sequential(trunk, Plain(head, weights).eval())
     images, classes = torch.randn(4, 3, 8, 8).requires_grad_(), torch.tensor([0, 3, 6, 1])
-    module = HeadModule(spec, weights)
+    module = HeadModule(spec.head, weights)
     oracle = LayerGradCam(model, model[0]).attribute(images, classes, relu_attributions=False)[:, 0]
     torch.testing.assert_close(gradcam(module, trunk(images.detach()), classes), oracle.detach(), rtol=1e-5, atol=1e-6)
     expected = InputXGradient(model).attribute(images, classes)
@@ -111,8 +113,8 @@ def test_blocks_of_b_cos_heads_fit_the_cache():
         made = blocks(specs(40, head, batch_size=8), 256, 49, classes)
         for block in made:
             outputs = head.max_out * classes
-            assert len(block) * outputs * 256 * 4 <= CPU_ROOM.weights
-            assert len(block) * outputs * 8 * 49 * 4 <= CPU_ROOM.activations
+            assert len(block) * outputs * 256 * 4 <= CPU.weights
+            assert len(block) * outputs * 8 * 49 * 4 <= CPU.activations
         assert sum(len(b) for b in made) == 40
 
 
@@ -130,9 +132,10 @@ def test_grid_fields():
     (spec,) = parse_grid(group("bcos")).specs
     assert spec.head == ONE and describe_head({f"head.{k}": str(v) for k, v in vars(spec.head).items()}) == "bcos-1"
     assert parse_grid(group({"type": "mlp", "norm": "bnu"})).specs[0].head.norm == "bnu"
-    assert logit_offset("-ln(C-1)", 1000) == -math.log(999) and logit_offset(0.5, 1) == 0.5
+    assert Head("bcos", offset="-ln(C-1)").resolved(1000).offset == -math.log(999)
+    assert Head("bcos", offset=0.5).resolved(1).offset == 0.5
     with pytest.raises(BadInput, match="at least two classes"):
-        logit_offset("-ln(C-1)", 1)
+        Head("bcos", offset="-ln(C-1)").resolved(1)
 
 
 @pytest.mark.parametrize(

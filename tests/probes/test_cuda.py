@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from featcache.probes.engine.training import Training
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.training import Training
 
 # Not the attentive one, whose gradients are autograd's, and that asks for a real device.
 HEADS = ["linear", {"type": "mlp", "hidden": 16}, {"type": "mlp", "hidden": 16, "activation": "gelu", "norm": "bnu"},
@@ -45,7 +45,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, command):
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3 GiB is free"
         )
 
-    monkeypatch.setattr("featcache.probes.verify.verify", allocate)
+    monkeypatch.setattr("featcache.probes.runs.verify.verify", allocate)
     code, _, err = command("verify", "s.zarr")
     assert code == 2
     assert err == (

@@ -10,9 +10,9 @@ from grids import GRID
 import featcache
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid, read_grid
-from featcache.probes.probe_file import find_probes
-from featcache.probes.run import best, open_run, select
-from featcache.probes.run_file import checksum
+from featcache.probes.runs.probe_file import find_probes
+from featcache.probes.runs.run import best, open_run, select
+from featcache.probes.runs.run_file import checksum
 from featcache.reporting.table import score_rows
 from featcache.store.sealed import seal, unseal
 

@@ -4,19 +4,20 @@ import math
 
 import pytest
 import torch
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule, every_field
 from plain import Plain, assert_near
 from torch import nn
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.heads.head import STACKS, footprint
-from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights, stacked_weights
-from featcache.probes.probe_file import load_probe
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import Predictor, blocks
-from featcache.probes.training import train_block
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.spec import ProbeSpec
 
 P, B, D, C, S = 3, 24, 16, 5, 6
 HEADS = [
@@ -51,7 +52,7 @@ def specs(head, count=P, **change):
         "epochs": 3,
         "batch_size": 7,
     }
-    return [ProbeSpec("x", "l", head, seed=n, **(given | change)) for n in range(count)]
+    return [ProbeSpec("x", "l:pooled", head, seed=n, **(given | change)) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def in_float64(head, dim):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return STACKS[head.type](specs(head), stacked_weights(specs(head), dim, C, "cpu"))
+        return head.stack(stacked_weights(specs(head), dim, C, "cpu"), "float32")
     finally:
         torch.set_default_dtype(default)
 
@@ -124,7 +125,7 @@ def test_a_training_step_equals_plain_modules(maps, head, positions):
                 torch.testing.assert_close(stack.weights[name][p], state[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if head.norm != "none"], ids=str)
+@pytest.mark.parametrize("head", [head for head in HEADS if every_field("head", head).norm != "none"], ids=str)
 def test_a_row_alone_goes_by_the_running_statistics(maps, head):
     """It has no variance; as modules in eval mode do, and the statistics stay."""
     stack = in_float64(head, D)
@@ -146,7 +147,7 @@ def test_a_row_alone_goes_by_the_running_statistics(maps, head):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_values_and_gradients_in_float32(maps, head):
     """As they are trained: to 1e-6 of the largest."""
-    stack = STACKS[head.type](specs(head), stacked_weights(specs(head), D, C, "cpu"))
+    stack = head.stack(stacked_weights(specs(head), D, C, "cpu"), "float32")
     perturbed(stack)
     start = [of_probe(stack.weights, p) for p in range(P)]
     gradient = torch.randn(B, P, C, generator=torch.Generator().manual_seed(2)) / B
@@ -164,7 +165,7 @@ def test_values_and_gradients_in_float32(maps, head):
 def test_prediction_and_the_single_module(maps, head):
     """A Predictor, which hands batches to one stack in turn, the module, and plain modules in evaluation mode."""
     several = specs(head)
-    stack = STACKS[head.type](several, stacked_weights(several, D, C, "cpu"))
+    stack = head.stack(stacked_weights(several, D, C, "cpu"), "float32")
     perturbed(stack)
     weights = [of_probe(stack.weights, p) for p in range(P)]
     many = maps.repeat(60, 1, 1) * torch.linspace(0.5, 2, 60 * B)[:, None, None]
@@ -174,7 +175,7 @@ def test_prediction_and_the_single_module(maps, head):
     for spec, own, got in zip(several, weights, logits, strict=True):
         expected = Plain(head, own).eval()(many.unsqueeze(3)).detach()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        module = HeadModule(spec, own)
+        module = HeadModule(spec.head, own)
         torch.testing.assert_close(module(many.view(-1, D, 2, 3)), expected, rtol=1e-5, atol=1e-5)
         assert not any(p.requires_grad for p in module.parameters())
 
@@ -192,7 +193,7 @@ def test_a_probe_among_many_equals_the_same_probe_alone(maps, head):
 
 def test_stacks_do_not_write_to_memory_that_another_one_still_needs(maps):
     members = specs(Head("mlp", 2, 12, "bn"))
-    one, other = (STACKS["mlp"](members, stacked_weights(members, D, C, "cpu")) for _ in range(2))
+    one, other = (members[0].head.stack(stacked_weights(members, D, C, "cpu"), "float32") for _ in range(2))
     logits = one.forward(maps, training=True)
     kept = logits.clone()
     other.forward(maps, training=True)
@@ -221,7 +222,7 @@ def test_attention_heads_must_divide_the_width():
 
 def test_attention_needs_little_of_the_positions():
     """What a block plans with: products with all positions, but no keys or values of them."""
-    weights, activations = footprint(Head("attentive", heads=8), 768, 1000, 196)
+    weights, activations = Head("attentive", heads=8).footprint(768, 1000, 196)
     assert weights == 4 * 768**2 and activations == 8 * (196 + 768)
     made = blocks(specs(Head("attentive", heads=8), 40, batch_size=64), 768, 196, 10)
     assert sum(map(len, made)) == 40 and max(map(len, made)) > 1
@@ -273,4 +274,4 @@ def test_a_run_of_many_kinds(store, tmp_path):
     assert run.summary["probes"] == 4 + 8 + 2 and run.summary["diverged"] == []
     for spec_id in {row["probe"] for row in run.scores}:
         probe = load_probe(run.path, spec_id)
-        assert HeadModule(probe.spec, probe.weights)(torch.randn(2, 512, 2, 2)).shape == (2, 10)
+        assert HeadModule(probe.spec.head, probe.weights)(torch.randn(2, 512, 2, 2)).shape == (2, 10)

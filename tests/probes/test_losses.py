@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import Loss
 from plain import plain_loss
 from sklearn.utils.class_weight import compute_class_weight
 
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.losses import LossFunction, class_weights
-from featcache.probes.spec import Loss
+from featcache.probes.losses.loss import LossFunction
 
 share = st.floats(0, 1)
 LOSSES = st.one_of(
@@ -88,11 +88,10 @@ def test_losses_at_their_limits(loss, dtype):
 
 def test_a_difficult_label_pushes_down_where_it_is_a_negative():
     labels = torch.tensor([[-1, 1]], dtype=torch.int8)
-    for loss in ("bce", "ce", "focal", "asymmetric"):
-        found = LossFunction(Loss(loss, gamma=1.0, alpha=0.5, difficult="negative"), labels, 2)(
-            torch.zeros(1, 1, 2), labels
-        )
-        as_absent = LossFunction(Loss(loss, gamma=1.0, alpha=0.5), labels, 2)(
+    focal = {"gamma": 1.0, "alpha": 0.5}
+    for loss, fields in (("bce", {}), ("ce", {}), ("focal", focal), ("asymmetric", {})):
+        found = LossFunction(Loss(loss, difficult="negative", **fields), labels, 2)(torch.zeros(1, 1, 2), labels)
+        as_absent = LossFunction(Loss(loss, **fields), labels, 2)(
             torch.zeros(1, 1, 2), torch.tensor([[0, 1]], dtype=torch.int8)
         )
         assert torch.equal(found[1], as_absent[1]) and found[1][0, 0, 0] > 0
@@ -114,13 +113,17 @@ def test_uniform_off_labels_of_how_to_probe():
 def test_balanced_weights():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
-    assert class_weights(Loss("ce"), labels, 3).tolist() == pytest.approx(expected.tolist())
-    assert class_weights(Loss("ce"), labels, 4)[3] == 1, "a class that nothing trains"
-    assert class_weights(Loss("bce"), labels, 3).tolist() == pytest.approx([1.0, 2.0, 5.0])
+    assert Loss("ce", class_weights="balanced").weigh_classes(labels, 3).tolist() == pytest.approx(expected.tolist())
+    assert Loss("ce", class_weights="balanced").weigh_classes(labels, 4)[3] == 1, "a class that nothing trains"
+    assert Loss("bce", class_weights="balanced").weigh_classes(labels, 3).tolist() == pytest.approx([1.0, 2.0, 5.0])
     multi = torch.tensor([[1, 1, -1], [0, 1, 1], [0, 1, -1], [-1, 1, 0]], dtype=torch.int8)
-    assert class_weights(Loss("bce"), multi, 3).tolist() == pytest.approx([2.0, 1.0, 1.0])
-    assert class_weights(Loss("bce", difficult="negative"), multi, 3).tolist() == pytest.approx([3.0, 1.0, 3.0])
-    assert class_weights(Loss("ce"), multi, 3).tolist() == pytest.approx([6 / 3, 6 / 12, 6 / 3])
+    assert Loss("bce", class_weights="balanced").weigh_classes(multi, 3).tolist() == pytest.approx([2.0, 1.0, 1.0])
+    assert Loss("bce", class_weights="balanced", difficult="negative").weigh_classes(
+        multi, 3
+    ).tolist() == pytest.approx([3.0, 1.0, 3.0])
+    assert Loss("ce", class_weights="balanced").weigh_classes(multi, 3).tolist() == pytest.approx(
+        [6 / 3, 6 / 12, 6 / 3]
+    )
 
 
 def test_grid_fields():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import Loss
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
@@ -15,19 +16,20 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from featcache.probes.losses import LossFunction
+from featcache.probes.losses.loss import LossFunction
 from featcache.probes.scores import average_precision as ap_module
-from featcache.probes.scores import tally as tally_module
+from featcache.probes.scores import gatherers
 from featcache.probes.scores.average_precision import average_precision
+from featcache.probes.scores.evidence import BINS
 from featcache.probes.scores.jackknife import Z, fraction_interval, influences, interval, paired_test
-from featcache.probes.scores.metrics import TASK_METRICS, UNBOUNDED, chance, gain
-from featcache.probes.scores.tally import BINS, MultiLabelTally, SingleLabelTally
-from featcache.probes.spec import Loss
+from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
+from featcache.probes.scores.tally import Tally
 
 
 def tallied(kind, logits, labels, losses, chunk=7):
     """A tally of numpy logits [P, N, C] that were added in chunks."""
-    tally = kind(torch.from_numpy(labels), logits.shape[2], losses)
+    assert kind == ("multi-label" if labels.ndim == 2 else "single-label")
+    tally = Tally(torch.from_numpy(labels), logits.shape[2], [loss == "ce" for loss in losses])
     for part in torch.from_numpy(logits.astype(np.float32)).split(chunk, dim=1):
         tally.add(part)
     return tally
@@ -53,7 +55,7 @@ def sklearn_map(scores, labels):
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(1, 8), st.booleans())
 def test_map_equals_scikit_learn(seed, images, classes, ties):
     logits, labels = multi_label(seed, images, classes, ties=ties)
-    got = tallied(MultiLabelTally, logits, labels, ["bce"] * 3).scores()["map"]
+    got = tallied("multi-label", logits, labels, ["bce"] * 3).scores()["map"]
     for p in range(3):
         assert got[p].item() == pytest.approx(sklearn_map(logits[p], labels), abs=1e-12, nan_ok=True)
 
@@ -61,7 +63,7 @@ def test_map_equals_scikit_learn(seed, images, classes, ties):
 def test_a_score_that_hangs_on_one_image_has_a_wide_interval():
     """Without it no class is left; what remains of the sums by rounding must not count."""
     logits, labels = next(kinds(1845423, 3, 6))[1:]
-    scores, deviation, count = tallied(MultiLabelTally, logits, labels, ["ce"] * 3).estimates()["map"]
+    scores, deviation, count = tallied("multi-label", logits, labels, ["ce"] * 3).estimates()["map"]
     low, high = fraction_interval(scores, deviation, count)
     assert deviation.isnan().all() and (high - low > 0.7).all()
 
@@ -79,10 +81,10 @@ def test_average_precision_by_hand():
 
 
 def kinds(seed, images, classes, ties=False):
-    """(kind of tally, logits [3, N, C], labels) of both tasks, of random images."""
+    """(kind of labels, logits [3, N, C], labels) of both tasks, of random images."""
     logits, labels = multi_label(seed, images, classes, ties=ties)
-    yield MultiLabelTally, logits, labels
-    yield SingleLabelTally, logits, np.random.default_rng(seed).integers(0, classes, images)
+    yield "multi-label", logits, labels
+    yield "single-label", logits, np.random.default_rng(seed).integers(0, classes, images)
 
 
 def drawn_in(whole, without, labels):
@@ -99,7 +101,7 @@ def test_scores_without_an_image_are_those_of_the_other_images(loss, seed, image
     """Down to classes of one image and ties; in pieces of a few images and probes, as large splits have them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ap_module, "AT_ONCE", {"cpu": 40})
-        patch.setattr(tally_module, "AT_ONCE", {"cpu": 40})
+        patch.setattr(gatherers, "AT_ONCE", {"cpu": 40})
         for kind, logits, labels in kinds(seed, images, classes, ties):
             tally = tallied(kind, logits, labels, [loss] * 3)
             got = tally.influences()
@@ -107,8 +109,8 @@ def test_scores_without_an_image_are_those_of_the_other_images(loss, seed, image
                 rest = np.arange(images) != i
                 others = tallied(kind, logits[:, rest], labels[rest], [loss] * 3)
                 without = others.scores()
-                if kind is MultiLabelTally:
-                    without["map"] = drawn_in(tally.average_precisions(), others.average_precisions(), labels)
+                if kind == "multi-label":
+                    without["map"] = drawn_in(tally.by_class()["map"], others.by_class()["map"], labels)
                 for metric, (scores, found) in got.items():
                     expected = (scores - without[metric]) * (images - 1) / images
                     torch.testing.assert_close(found[:, i], expected, rtol=0, atol=1e-11, equal_nan=True, msg=metric)
@@ -120,11 +122,11 @@ def test_scores_without_an_image_are_those_of_the_other_images(loss, seed, image
 def test_an_interval_holds_its_estimate(loss, seed, images, classes, ties, knowing):
     """From a single image up, of probes that know nothing to those that are always right; never of no width."""
     for kind, logits, labels in kinds(seed, images, classes, ties):
-        truth = labels if kind is MultiLabelTally else np.eye(classes)[labels]
+        truth = labels if kind == "multi-label" else np.eye(classes)[labels]
         tally = tallied(kind, logits + knowing * truth, labels, [loss] * 3)
         for metric, (scores, *found) in tally.estimates().items():
-            low, high = interval(metric, scores, *found)
-            if metric in UNBOUNDED:
+            low, high = interval(scores, *found, metric_kind(metric).bounds)
+            if metric_kind(metric).bounds[1] > 1:
                 assert (low.isnan() | ((0 <= low) & (low <= scores) & (scores <= high))).all()
             else:
                 assert (scores.isnan() | ((0 <= low) & (low <= scores) & (scores <= high) & (high <= 1))).all()
@@ -136,7 +138,7 @@ def test_an_interval_holds_its_estimate(loss, seed, images, classes, ties, knowi
 def test_precision_recall_f1_equal_scikit_learn(seed, images, classes):
     """Where a label is -1, prediction and truth count as 0, as How-to-Probe has it."""
     logits, labels = multi_label(seed, images, classes)
-    got = tallied(MultiLabelTally, logits, labels, ["bce", "focal", "asymmetric"]).scores()
+    got = tallied("multi-label", logits, labels, ["bce", "focal", "asymmetric"]).scores()
     for p in range(3):
         said = (1 / (1 + np.exp(-logits[p].astype(np.float64))) >= 0.5) & (labels >= 0)
         for average in ("macro", "micro"):
@@ -151,7 +153,7 @@ def test_precision_recall_f1_equal_scikit_learn(seed, images, classes):
 def test_top_k_balanced_accuracy_and_nll_equal_scikit_learn():
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(2, 80, 9)).astype(np.float32), random.integers(0, 8, 80)
-    got = tallied(SingleLabelTally, logits, labels, ["ce", "ce"]).scores()
+    got = tallied("single-label", logits, labels, ["ce", "ce"]).scores()
     for p in range(2):
         probabilities = np.exp(logits[p].astype(np.float64))
         probabilities /= probabilities.sum(1, keepdims=True)
@@ -165,13 +167,13 @@ def test_top_k_balanced_accuracy_and_nll_equal_scikit_learn():
             expected = balanced_accuracy_score(labels, logits[p].argmax(1))
             assert got["balanced_accuracy"][p].item() == pytest.approx(expected)
         assert got["nll"][p].item() == pytest.approx(log_loss(labels, probabilities, labels=range(9)))
-    few = tallied(SingleLabelTally, logits[:, :, :3], labels % 3, ["ce", "ce"]).scores()
+    few = tallied("single-label", logits[:, :, :3], labels % 3, ["ce", "ce"]).scores()
     assert few["top5"].eq(1).all()
 
 
 def test_a_constant_gets_no_credit():
     labels = np.arange(40) % 4
-    got = tallied(SingleLabelTally, np.zeros((1, 40, 4)), labels, ["ce"]).scores()
+    got = tallied("single-label", np.zeros((1, 40, 4)), labels, ["ce"]).scores()
     assert got["top1"].item() == got["balanced_accuracy"].item() == 0.25
     assert got["nll"].item() == pytest.approx(math.log(4)) and got["ece"].item() == pytest.approx(0)
 
@@ -183,7 +185,7 @@ def test_nll_is_the_loss_that_a_probe_is_trained_with(single, loss):
     # An image without a class adds nothing to ce but counts there; a softmax cannot be judged by it.
     labels[:, 0] = np.where((labels == 1).any(1), labels[:, 0], 1)
     labels = np.random.default_rng(0).integers(0, 5, 60) if single else labels
-    kind = SingleLabelTally if single else MultiLabelTally
+    kind = "single-label" if single else "multi-label"
     got = tallied(kind, logits, labels, [loss] * 3).scores()["nll"]
     stacked = torch.from_numpy(logits).double().transpose(0, 1)
     expected, _ = LossFunction(Loss(loss), torch.from_numpy(labels), 5)(stacked, torch.from_numpy(labels))
@@ -213,7 +215,7 @@ def test_ece_by_a_slow_loop(single, loss):
         if inside:
             table[b] = len(inside), sum(p for p, _ in inside), sum(y for _, y in inside)
             error += len(inside) / len(pairs) * abs(np.mean([p for p, _ in inside]) - np.mean([y for _, y in inside]))
-    tally = tallied(SingleLabelTally if single else MultiLabelTally, logits, labels, [loss])
+    tally = tallied("single-label" if single else "multi-label", logits, labels, [loss])
     assert tally.scores()["ece"].item() == pytest.approx(error, abs=1e-9)
     np.testing.assert_allclose(tally.calibration()[0], table, atol=1e-9)
 
@@ -222,10 +224,9 @@ def test_a_probe_is_scored_as_if_it_were_alone():
     logits, labels = multi_label(5, 200, 6, probes=5)
     losses = ["bce", "bce", "ce", "focal", "ce"]
     logits[3, 17, 2] = math.nan
-    for kind, truth in ((MultiLabelTally, labels), (SingleLabelTally, labels.argmax(1).astype(np.int64))):
+    for kind, truth in (("multi-label", labels), ("single-label", labels.argmax(1).astype(np.int64))):
         together = tallied(kind, logits, truth, losses).estimates()
-        task = "multi-label" if kind is MultiLabelTally else "single-label"
-        assert set(together) == set(TASK_METRICS[task])
+        assert set(together) == set(metrics_of(kind))
         for p in (0, 2, 4):
             alone = tallied(kind, logits[p : p + 1], truth, losses[p : p + 1]).estimates()
             for metric, columns in alone.items():
@@ -239,7 +240,7 @@ def test_intervals_by_hand():
     random = np.random.default_rng(1)
     labels = random.integers(0, 5, 400)
     logits = random.normal(size=(1, 400, 5)) + 2 * np.eye(5)[labels]
-    scores, deviation, count = tallied(SingleLabelTally, logits, labels, ["ce"]).estimates()["top1"]
+    scores, deviation, count = tallied("single-label", logits, labels, ["ce"]).estimates()["top1"]
     p = scores.item()
     assert count.item() == 400
     assert deviation.item() == pytest.approx(math.sqrt(p * (1 - p) / 400))
@@ -281,14 +282,14 @@ def test_the_paired_test_holds_its_level_and_finds_differences():
 def drawn(kind, images, generator, probes=1, classes=20):
     """Logits [P, N, 20] of probes of the same worth, and labels: 6% positives in each class, or one class an image."""
     labels = torch.rand(images, classes, generator=generator) < 0.06
-    if kind is SingleLabelTally:
+    if kind == "single-label":
         labels = torch.eye(classes)[torch.randint(classes, (images,), generator=generator)] > 0
     logits = torch.randn(probes, images, classes, generator=generator) + 2 * labels - 2
-    return logits, labels.to(torch.int8) if kind is MultiLabelTally else labels.int().argmax(1)
+    return logits, labels.to(torch.int8) if kind == "multi-label" else labels.int().argmax(1)
 
 
 def estimated(kind, logits, labels, loss="bce"):
-    tally = kind(labels, logits.shape[2], [loss] * len(logits))
+    tally = Tally(labels, logits.shape[2], [loss == "ce"] * len(logits))
     tally.add(logits)
     return tally
 
@@ -296,14 +297,16 @@ def estimated(kind, logits, labels, loss="bce"):
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [150, 2000])
 @pytest.mark.parametrize("loss", ["bce", "ce"])
-@pytest.mark.parametrize("kind", [MultiLabelTally, SingleLabelTally])
+@pytest.mark.parametrize("kind", ["multi-label", "single-label"])
 def test_intervals_cover_the_score_expected_of_as_many_images(kind, loss, images):
     """In 92 to 98 of 100 draws of images. That of ECE where it is near 0, its sign unsure, more often."""
     generator, found = torch.Generator().manual_seed(images), {}
     for _ in range(1000 if images < 1000 else 300):
         logits, labels = drawn(kind, images, generator)
         for metric, (score, *rest) in estimated(kind, 2 * logits, labels, loss).estimates().items():
-            found.setdefault(metric, []).append(torch.stack([score, *interval(metric, score, *rest)]))
+            found.setdefault(metric, []).append(
+                torch.stack([score, *interval(score, *rest, metric_kind(metric).bounds)])
+            )
     for metric, rows in found.items():
         score, low, high = torch.cat(rows, dim=1)
         cover = ((low <= score.mean()) & (score.mean() <= high)).double().mean().item()
@@ -311,7 +314,7 @@ def test_intervals_cover_the_score_expected_of_as_many_images(kind, loss, images
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [MultiLabelTally, SingleLabelTally])
+@pytest.mark.parametrize("kind", ["multi-label", "single-label"])
 def test_the_paired_test_finds_no_difference_where_there_is_none(kind):
     """Two probes of the same worth differ at 0.05 in one of twenty draws of 150 images."""
     generator, p = torch.Generator().manual_seed(0), {}
@@ -325,11 +328,15 @@ def test_the_paired_test_finds_no_difference_where_there_is_none(kind):
         assert low <= np.mean(found) <= 0.065, (metric, np.mean(found))
 
 
+def chance(metric, labels, classes):
+    return metric_kind(metric)(type=metric).chance(labels, classes)
+
+
 def test_chance_is_what_a_random_ranking_scores():
     random = np.random.default_rng(0)
     labels = random.choice([1, 0, -1], p=[0.1, 0.8, 0.1], size=(60, 6)).astype(np.int8)
-    simulated = tallied(MultiLabelTally, random.normal(size=(3000, 60, 6)), labels, ["bce"] * 3000, chunk=60)
-    values = simulated.average_precisions().mean(1)
+    simulated = tallied("multi-label", random.normal(size=(3000, 60, 6)), labels, ["bce"] * 3000, chunk=60)
+    values = simulated.by_class()["map"].mean(1)
     error = values.std().item() / math.sqrt(3000)
     assert chance("map", torch.from_numpy(labels), 6) == pytest.approx(values.mean().item(), abs=4 * error)
     assert chance("top1", None, 20) == chance("balanced_accuracy", None, 20) == 1 / 20

@@ -2,23 +2,20 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from loop import fit_convex, train_block
+from parts import Head, Loss, Optimizer, Schedule, changed
 from plain import assert_near, plain_loss, train_plain
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from featcache.errors import BadInput
-from featcache.probes.convex import fit_convex
+from featcache.probes.engine.blocks import blocks
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.losses import class_weights
-from featcache.probes.optimizers import OPTIMIZERS
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import blocks
-from featcache.probes.training import train_block
+from featcache.probes.spec import ProbeSpec
 
 N, D, C, S, BATCH, EPOCHS = 20, 8, 4, 3, 8, 20
 HEADS = [
@@ -71,11 +68,11 @@ def specs(head, rule, losses):
     """Sixteen probes that differ in all that may differ within a stack."""
     made = []
     for n, loss in zip(range(16), itertools.cycle(losses), strict=False):
-        optimizer = replace(
+        optimizer = changed(
             rule, lr=rule.lr * (1 + n % 3), weight_decay=0.01 * (n % 4), clip=(0, 0.05)[n % 2], lr_base=(0, 16)[n % 2],
-            momentum=rule.momentum and rule.momentum - 0.1 * (n % 2),
+            momentum=getattr(rule, "momentum", 0.0) and rule.momentum - 0.1 * (n % 2),
         )  # fmt: skip
-        made.append(ProbeSpec("x", "l", head, loss, optimizer, Schedule(), EPOCHS, BATCH, n))
+        made.append(ProbeSpec("x", "l:pooled", head, loss, optimizer, Schedule(), EPOCHS, BATCH, n))
     return made
 
 
@@ -110,9 +107,9 @@ def test_clipping_is_of_each_probe_alone():
     parameters = [torch.zeros(3, 4, 5), torch.zeros(3, 4)]
     gradients = [(torch.randn(12, 6), torch.randn(6, 5)), torch.randn(3, 4)]
     rules = [Optimizer("sgd", 1.0, clip=clip) for clip in (0.5, 0.0, 1e6)]
-    wanted = [ProbeSpec("x", "l", Head("linear"), Loss("bce"), rule, Schedule(), 1, 1, 0) for rule in rules]
+    wanted = [ProbeSpec("x", "l:pooled", Head("linear"), Loss("bce"), rule, Schedule(), 1, 1, 0) for rule in rules]
     dense = [(gradients[0][0] @ gradients[0][1]).view(3, 4, 5), gradients[1].clone()]
-    OPTIMIZERS["sgd"](parameters, wanted, "cpu").step(gradients, torch.ones(3))
+    wanted[0].optimizer.rule(parameters, [s.optimizer for s in wanted], "float32", "cpu").step(gradients, torch.ones(3))
     for p, rule in enumerate(rules):
         own = [nn.Parameter(torch.zeros_like(g[p])) for g in dense]
         for parameter, gradient in zip(own, dense, strict=True):
@@ -123,9 +120,9 @@ def test_clipping_is_of_each_probe_alone():
 
 
 def test_the_scaling_rule():
-    spec = ProbeSpec("x", "l", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1), Schedule(), 1, 512, 0)
-    assert spec.rate == 0.1
-    assert replace(spec, optimizer=Optimizer("sgd", 0.1, lr_base=256)).rate == pytest.approx(0.2)
+    spec = ProbeSpec("x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1), Schedule(), 1, 512, 0)
+    assert spec.optimizer.rate(spec.batch_size) == 0.1
+    assert Optimizer("sgd", 0.1, lr_base=256).rate(512) == pytest.approx(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +140,13 @@ def problem():
 
 def lbfgs(loss, decay, iterations=1000, **head):
     optimizer = Optimizer("lbfgs", weight_decay=decay, iterations=iterations)
-    return ProbeSpec("x", "l", Head("linear", **head), loss, optimizer, Schedule(), 1, 64, 0)
+    return ProbeSpec("x", "l:pooled", Head("linear", **head), loss, optimizer, Schedule(), 1, 64, 0)
 
 
 def objective(spec, weights, features, labels):
     """Mean loss plus decay, of float64 weights, by autograd's torch."""
     logits = features.double() @ weights["fc0.weight"].double().t() + weights["fc0.bias"].double()
-    counts = class_weights(spec.loss, labels, 4) if spec.loss.class_weights == "balanced" else None
+    counts = spec.loss.weigh_classes(labels, 4)
     penalty = spec.optimizer.weight_decay / 2 * weights["fc0.weight"].double().square().sum()
     return plain_loss(spec.loss, logits, labels, counts) + penalty
 
@@ -209,7 +206,7 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
     ]
     wanted = [lbfgs(loss, 10.0**-n, iterations=(30, 200)[n % 2], temperature=0.5) for n, loss in enumerate(losses)]
     together, histories, _ = fit_convex(wanted, features, multi, 4)
-    monkeypatch.setattr("featcache.probes.convex.CHUNK_ROWS", 64)
+    monkeypatch.setattr("featcache.probes.solvers.convex.CHUNK_ROWS", 64)
     for n, spec in enumerate(wanted):
         (alone,), (history,), _ = fit_convex([spec], features, multi, 4)
         assert_near(together[n], alone, 1e-4)
@@ -261,7 +258,7 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
 def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.convex.RESOLUTION", 0.0)
+    monkeypatch.setattr("featcache.probes.solvers.convex.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 
@@ -285,7 +282,7 @@ def group(**change):
 
 def test_grid_fields():
     (spec,) = parse_grid(group()).specs
-    assert spec.optimizer == Optimizer("lbfgs", iterations=1000) and spec.optimizer.lr is None
+    assert spec.optimizer == Optimizer("lbfgs", iterations=1000)
     sgd = {"type": "sgd", "lr": 0.1, "nesterov": [True, False], "clip": [0, 1], "lr_base": [0, 256]}
     assert len({s.id for s in parse_grid(group(optimizer=sgd)).specs}) == 8
     lars = parse_grid(group(optimizer={"type": "lars", "lr": 1})).specs[0].optimizer
@@ -314,5 +311,5 @@ def test_a_block_of_lbfgs_probes_trains(problem):
     (block,) = blocks(wanted, 12, 1, 4)
     trained = train_block(block, features, multi, 4, 0)
     fitted, losses, _ = fit_convex(block, features, multi, 4)
-    assert [t.spec for t in trained] == block and [t.losses for t in trained] == losses
+    assert [t.spec for t in trained] == list(block) and [t.losses for t in trained] == losses
     assert all(torch.equal(t.weights["fc0.weight"], w["fc0.weight"]) for t, w in zip(trained, fitted, strict=True))

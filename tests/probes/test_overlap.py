@@ -14,7 +14,7 @@ from stores import write_store
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.run import open_run
+from featcache.probes.runs.run import open_run
 from featcache.store.sealed import seal, unseal
 
 PROBE = {"features": "pooled", "head": "linear", "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}, "epochs": 1}

@@ -5,17 +5,17 @@ import torch
 import yaml
 from folders import tree_hash
 from grids import GRID
+from parts import Head
 from torch.utils.flop_counter import FlopCounterMode
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.engine.waves import blocks_by_input
 from featcache.probes.grids.grid import load_grid
-from featcache.probes.heads.head import Head as HeadModule
+from featcache.probes.heads.module import HeadModule
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.plan import gemm_rate, plan_probes, probe_flops
+from featcache.probes.plan import gemm_rate, plan_probes
 from featcache.probes.resolve import resolve
-from featcache.probes.scores.scoring import work
-from featcache.probes.spec import Head
 
 
 def test_stacks_of_a_grid(store):
@@ -61,7 +61,7 @@ def test_stacks_are_those_that_train(store):
     ]
     opened = featcache.open_store(store)
     found = resolve(load_grid({"probes": groups}), opened, torch.device("cpu"))
-    ((trained, *_),) = work(found.specs, opened, torch.device("cpu"))
+    ((_, trained),) = blocks_by_input(found.specs, opened, torch.device("cpu"))
     assert [[len(block) for block in trained]] == [[s.probes for s in plan.stacks]]
     few, many = plan.stacks[-2:]
     assert many.flops == few.flops, "both end when they have converged"
@@ -81,21 +81,21 @@ def test_what_does_not_fit_is_streamed(store):
         Head("bcos", layers=1, bias=False, b=2.0, max_out=2),
         Head("bcos", layers=3, hidden=32, norm="bnu", bias=False, b=2.0),
     ],
-    ids=lambda h: f"{h.type}-{h.layers}",
+    ids=lambda h: f"{h.type}-{h.depth}",
 )
 def test_operations_are_those_of_the_layers(head):
     """Against torch's own count over the trained head as a module, pooled before the last layer of an MLP."""
     dim, side, classes = 24, 3, 5
     positions = 1 if head.type == "linear" else side * side
     spec = type("Spec", (), {"head": head, "seed": 0})
-    module = HeadModule(spec, initial_weights(spec, dim, classes)).requires_grad_(True)
+    module = HeadModule(spec.head, initial_weights(spec, dim, classes)).requires_grad_(True)
     if head.type == "mlp":
-        last = module.layers[f"fc{head.layers - 1}"]
+        last = module.layers[f"fc{head.depth - 1}"]
         last.register_forward_pre_hook(lambda _, maps: maps[0].mean((2, 3), keepdim=True))
     counter = FlopCounterMode(display=False)
     with counter:
         module(torch.randn(1, dim, *([1, 1] if positions == 1 else [side, side]))).sum().backward()
-    assert probe_flops(head, dim, positions, classes) == counter.get_total_flops()
+    assert head.flops(dim, classes, positions) == counter.get_total_flops()
 
 
 def test_the_rate_is_about_that_of_the_device():

@@ -9,15 +9,16 @@ import safetensors
 import torch
 import yaml
 from folders import unpack
+from parts import Head, Loss, Optimizer, Schedule
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.probe_file import Origin, find_probes, load_probe, load_probes, save_probes
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.stack import TrainedProbe
+from featcache.probes.runs.probe_file import Origin, find_probes, load_probe, load_probes, save_probes
+from featcache.probes.spec import ProbeSpec
+from featcache.probes.trained import TrainedProbe
 
 SPEC = ProbeSpec(
-    "x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1, 0.9), Schedule("step", (3.0, 0.6)), 4, 16, 0
+    "x", "l:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1, 0.9), Schedule("step", (0.6, 3.0)), 4, 16, 0
 )
 ORIGIN = Origin("store", "run")
 

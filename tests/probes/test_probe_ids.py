@@ -5,7 +5,8 @@ import yaml
 from folders import DATA
 
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.spec import spec_from_dict, spec_to_dict
+from featcache.probes.identity import REGISTRIES, spec_to_dict
+from featcache.probes.spec import spec_from_dict
 
 PLAIN = {
     "name": "p",
@@ -31,7 +32,5 @@ def test_a_probes_id_stays(known):
 
 
 def test_every_kind_has_a_known_id():
-    from featcache.probes.grids.fields import SECTIONS
-
-    covered = {name: {getattr(spec_of(k["group"]), name).type for k in KNOWN} for name in SECTIONS}
-    assert covered == {name: set(types) for name, (_, types) in SECTIONS.items()}
+    covered = {name: {getattr(spec_of(k["group"]), name).type for k in KNOWN} for name in REGISTRIES}
+    assert covered == {name: {kind.word() for kind in kinds.own} for name, kinds in REGISTRIES.items()}

@@ -15,7 +15,7 @@ import yaml
 from folders import unpack
 
 import featcache
-from featcache.probes.probe_file import find_probes, load_probe
+from featcache.probes.runs.probe_file import find_probes, load_probe
 
 # What a machine's own order of additions may change.
 ROUNDING = 1e-5

@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
+from parts import Schedule
 from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.schedules import factors
-from featcache.probes.spec import Schedule
+from featcache.probes.schedules.schedule import WarmedUp
 
 
 def course(schedule, epochs, steps):
-    return torch.cat([factors(schedule, epochs, steps, epoch) for epoch in range(epochs)]).tolist()
+    return torch.cat([schedule.factors(epochs, steps, epoch) for epoch in range(epochs)]).tolist()
 
 
 def torch_course(make, count):
@@ -61,13 +61,13 @@ PER_STEP = [
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
-@pytest.mark.parametrize(("schedule", "make"), PER_EPOCH, ids=lambda v: str(v) if isinstance(v, Schedule) else "")
+@pytest.mark.parametrize(("schedule", "make"), PER_EPOCH, ids=lambda v: str(v) if isinstance(v, WarmedUp) else "")
 def test_epochs_are_torchs(schedule, make):
     assert course(schedule, EPOCHS, STEPS) == pytest.approx(each(torch_course(make, EPOCHS), STEPS), abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
-@pytest.mark.parametrize(("schedule", "make"), PER_STEP, ids=lambda v: str(v) if isinstance(v, Schedule) else "")
+@pytest.mark.parametrize(("schedule", "make"), PER_STEP, ids=lambda v: str(v) if isinstance(v, WarmedUp) else "")
 def test_steps_are_torchs(schedule, make):
     assert course(schedule, EPOCHS, STEPS) == pytest.approx(torch_course(make, EPOCHS * STEPS), abs=1e-12)
 

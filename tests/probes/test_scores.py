@@ -1,6 +1,7 @@
 """The tables of a run's scores, the choice of probes, and the comparison of two."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import statistics
@@ -13,10 +14,10 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import load_probe
-from featcache.probes.run import open_run, select
-from featcache.probes.scores import scoring
+from featcache.probes.engine import memory
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.run import open_run, select
 from featcache.reporting.table import score_rows
 from featcache.store.sealed import seal, unseal
 
@@ -50,7 +51,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
     for probe in {r["probe"] for r in run.scores if r["loss.type"] == "bce"}:
         trained = load_probe(run.path, probe)
         maps = torch.from_numpy(test[trained.spec.features.replace(":pooled", ":spatial")][:]).float()
-        logits = Head(trained.spec, trained.weights)(maps).double().numpy()
+        logits = HeadModule(trained.spec.head, trained.weights)(maps).double().numpy()
         known = labels >= 0
         p = 1 / (1 + np.exp(-logits))
         for c, name in enumerate(classes):
@@ -77,7 +78,7 @@ def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monke
     (tmp_path / "r/run.json").write_text(
         json.dumps({k: summary[k] for k in ("store_id", "seed", "splits", "select", "search")})
     )
-    monkeypatch.setattr(scoring, "HELD_BYTES", 60_000)
+    monkeypatch.setattr(memory, "CPU", dataclasses.replace(memory.CPU, scores=60_000))
     featcache.train_probes(GRID, store=store, run=tmp_path / "r")
     for name in ("scores.csv", "scores_per_class.csv", "calibration.csv", "seeds.csv", "history.csv"):
         assert (tmp_path / "r" / name).read_bytes() == (run.path / name).read_bytes()

@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loop import train_block
+from parts import Head, changed
 from plain import assert_near, train_plain
 from stacks import C, D, N, S, largest_difference, specs
 
-from featcache.probes.heads.head import Head as HeadModule
-from featcache.probes.heads.layers import Memory
-from featcache.probes.schedules import factors
-from featcache.probes.spec import Head
-from featcache.probes.stack import Predictor, blocks, room_of
-from featcache.probes.training import Training, train_block
+from featcache.probes.engine.blocks import blocks
+from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.predict import Predictor
+from featcache.probes.engine.training import Training
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.heads.stacked_layers import Memory
 
 LINEAR, MLP3 = Head("linear"), Head("mlp", 3, 16, "bn")
 
@@ -31,7 +33,7 @@ def test_a_probe_among_32_equals_the_same_probe_alone(data, head, optimizer, lab
     targets = multi if labels == "multi" else single
     (block,) = blocks(specs(32, head, optimizer), D, S, C)
     together = train_block(block, features, targets, C, 0)
-    assert [t.spec for t in together] == block
+    assert [t.spec for t in together] == list(block)
     for number in (0, 7, 15, 16, 31):
         (alone,) = train_block([block[number]], features, targets, C, 0)
         assert largest_difference(alone.weights, together[number].weights) < 1e-5
@@ -50,10 +52,10 @@ def test_a_stack_equals_plain_torch(data, head, loss, optimizer):
     logits = Predictor(block, [t.weights for t in trained], C, "cpu")(features)
     for number, probe in enumerate(trained):
         steps = math.ceil(N / probe.spec.batch_size)
-        rates = [factors(probe.spec.schedule, probe.spec.epochs, steps, epoch) for epoch in range(probe.spec.epochs)]
+        rates = [probe.spec.schedule.factors(probe.spec.epochs, steps, epoch) for epoch in range(probe.spec.epochs)]
         alone = train_plain(probe.spec, maps, multi, lambda epoch, step, r=rates: float(r[epoch][step]))
         assert_near(probe.weights, alone, 2e-5)
-        module = HeadModule(probe.spec, probe.weights)(maps.float()[..., None])
+        module = HeadModule(probe.spec.head, probe.weights)(maps.float()[..., None])
         torch.testing.assert_close(module, logits[number], rtol=1e-5, atol=1e-5)
 
 
@@ -61,7 +63,7 @@ def test_linear_on_the_map_equals_linear_on_pooled(data):
     pooled, maps, multi, _ = data
     (spec,) = specs(1, LINEAR)
     (trained,) = train_block([spec], pooled, multi, C, 0)
-    module = HeadModule(spec, trained.weights)
+    module = HeadModule(spec.head, trained.weights)
     torch.testing.assert_close(module(maps.float()[..., None]), module(pooled[..., None, None]), rtol=1e-5, atol=1e-5)
 
 
@@ -77,7 +79,7 @@ def test_one_diverging_probe_costs_its_neighbours_nothing(data, head):
     pooled, maps, multi, _ = data
     features = pooled if head.type == "linear" else maps
     good = specs(6, head, loss="bce")
-    wild = replace(good[2], optimizer=replace(good[2].optimizer, lr=1e30))
+    wild = replace(good[2], optimizer=changed(good[2].optimizer, lr=1e30))
     trained = train_block([*good[:2], wild, *good[3:]], features, multi, C, 0)
     healthy = train_block(good, features, multi, C, 0)
     assert trained[2].diverged is not None and all(w.isnan().all() for w in trained[2].weights.values())
@@ -99,7 +101,7 @@ def test_blocks_hold_what_fits_and_lose_nobody():
 
 def test_blocks_of_heavy_probes_fit_into_memory():
     """Attention has many weights, whatever the size of the map."""
-    room = room_of(torch.device("cpu"))
+    room = MemoryBudget.of(torch.device("cpu"))
     made = blocks(specs(200, Head("attentive", heads=8)), 768, 196, 20)
     assert len(made) > 1 and max(map(len, made)) * 4 * 4 * 768**2 <= room.activations
 
@@ -125,5 +127,5 @@ def test_scoring_takes_no_more_memory_than_training(data, head):
 def test_a_gpu_takes_all_probes_of_a_grid_in_one_step():
     """64 of ImageNet's size; on a CPU a few at a time, whose weights stay in the cache."""
     wanted = specs(64, LINEAR, batch_size=1024)
-    assert [len(block) for block in blocks(wanted, 2048, 1, 1000, room_of(torch.device("cuda")))] == [64]
-    assert max(len(block) for block in blocks(wanted, 2048, 1, 1000, room_of(torch.device("cpu")))) == 3
+    assert [len(block) for block in blocks(wanted, 2048, 1, 1000, MemoryBudget.of(torch.device("cuda")))] == [64]
+    assert max(len(block) for block in blocks(wanted, 2048, 1, 1000, MemoryBudget.of(torch.device("cpu")))) == 3

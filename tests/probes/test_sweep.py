@@ -13,16 +13,19 @@ import pytest
 import torch
 import yaml
 from extracting import SIZE
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.features import MiniBatches, Streamed, epoch_order
+from featcache.probes.engine.sweep import rung_epoch, rungs
+from featcache.probes.engine.training import Training, state_path
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.weights import initial_weights
-from featcache.probes.probe_file import Origin, find_probes, load_probe, load_probes
-from featcache.probes.spec import Head, Loss, Optimizer, ProbeSpec, Schedule
-from featcache.probes.sweep import rung_epoch, rungs
-from featcache.probes.training import Training, state_path, train_block
+from featcache.probes.inputs.batches import MiniBatches, epoch_order
+from featcache.probes.inputs.streamed import Streamed
+from featcache.probes.runs.probe_file import Origin, find_probes, load_probe, load_probes
+from featcache.probes.spec import ProbeSpec
 from featcache.store import manifest
 
 LINEAR = {
@@ -118,7 +121,7 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
 
 
 STEP = (
-    "import featcache.probes.sweep as s; s.SAVE_SECONDS = 0; s.TELL_SECONDS = 0.05; "
+    "import featcache.probes.engine.sweep as s; s.SAVE_SECONDS = 0; s.TELL_SECONDS = 0.05; "
     "from featcache.cli import main; main()"
 )
 

@@ -9,7 +9,7 @@ from folders import unpack
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.tables import find_table, read_table, write_table
+from featcache.probes.runs.tables import find_table, read_table, write_table
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def old(tmp_path, monkeypatch):
 
 def test_one_of_two_names(tmp_path, monkeypatch):
     for size in (10, 2000, 10):
-        monkeypatch.setattr("featcache.probes.tables.LARGE", 1000)
+        monkeypatch.setattr("featcache.probes.runs.tables.LARGE", 1000)
         write_table(tmp_path, "a.csv", b"x\n" * (size // 2))
         (path,) = tmp_path.iterdir()
         assert path == find_table(tmp_path, "a.csv") and path.suffix == (".gz" if size > 1000 else ".csv")
@@ -31,7 +31,7 @@ def test_one_of_two_names(tmp_path, monkeypatch):
 def test_a_run_with_compressed_tables_is_read_like_others(old, monkeypatch, command):
     grid = yaml.safe_load(Path("run/grid.yaml").read_text())
     plain = featcache.train_probes(grid, run="plain")
-    monkeypatch.setattr("featcache.probes.tables.LARGE", 500)
+    monkeypatch.setattr("featcache.probes.runs.tables.LARGE", 500)
     packed = featcache.train_probes(grid, run="packed")
     assert packed.scores == plain.scores and packed.fields == plain.fields
     assert not Path("packed/scores.csv").exists()

@@ -16,10 +16,10 @@ from stores import write_store
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.heads.head import Head
-from featcache.probes.probe_file import find_probes, load_probe, load_probes
-from featcache.probes.run import open_run, select
-from featcache.probes.scores.metrics import TASK_METRICS
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import find_probes, load_probe, load_probes
+from featcache.probes.runs.run import open_run, select
+from featcache.probes.scores.metrics import metrics_of
 from featcache.store.manifest import identity_hash
 from featcache.store.sealed import seal, unseal
 
@@ -44,7 +44,7 @@ def test_the_run_folder(run):
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == ["probe", "name", "split", "metric", "value", "low", "high", "epoch", "features"]
     assert len(rows) == 9 * 3 * 9 and {r["split"] for r in rows} == {"train", "val", "test"}
-    assert {r["metric"] for r in rows} == set(TASK_METRICS["multi-label"])
+    assert {r["metric"] for r in rows} == set(metrics_of("multi-label"))
     assert {r["features"] for r in rows} == {"layer4:pooled", "layer4:spatial"}, "aliases are resolved"
     assert {r["low"] + r["high"] for r in rows if r["split"] == "train"} == {""}, (
         "intervals of train are for the asking"
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
     maps, labels = torch.from_numpy(test["spatial"][:]).float(), test.labels
     for probe in {r["probe"] for r in run.scores}:
         trained = load_probe(run.path, probe)
-        logits = Head(trained.spec, trained.weights)(maps).numpy()
+        logits = HeadModule(trained.spec.head, trained.weights)(maps).numpy()
         values = []
         for c in range(labels.shape[1]):
             known = labels[:, c] != -1

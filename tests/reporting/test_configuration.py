@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import featcache
-from featcache.probes.run import short_names
+from featcache.probes.runs.run import short_names
 from featcache.reporting import plots
 from featcache.reporting.configuration import labels, naming
 from featcache.reporting.localisation import localisation_rows

@@ -120,7 +120,7 @@ def test_s3_killed_and_resumed(scenes, checkpoint, tmp_path, server):
     # Killed while it writes its fourth shard.
     dying = SMALL_SHARDS.replace(
         "from featcache.cli",
-        "import os, featcache.extraction.extract as e; put, n = e.put_shard, [0]; "
+        "import os, featcache.extraction.fill as e; put, n = e.put_shard, [0]; "
         "e.put_shard = lambda *a: (n.append(0), put(*a))[1] if len(n) < 4 else os.kill(os.getpid(), 9); "
         "from featcache.cli",
     )

@@ -158,6 +158,7 @@ def test_what_is_not_a_store(tmp_path, command):
 def test_equal_shards_agree_and_unequal_ones_are_an_error(tmp_path):
     """Two writers that come with the same shard."""
     from featcache.store.manifest import read_manifest
+    from featcache.store.shard import Shard
     from featcache.store.writer import put_shard
 
     features = write_store(tmp_path / "x.zarr")
@@ -165,8 +166,8 @@ def test_equal_shards_agree_and_unequal_ones_are_an_error(tmp_path):
     folder, manifest = open_folder(tmp_path / "x.zarr"), read_manifest(tmp_path / "x.zarr")
     ids = [f"picture-{n}é" for n in range(8)]
     shard = {name: rows[:8] for name, rows in features.items()}
-    put_shard(folder, manifest, "train", 0, ids, shard)
+    put_shard(Shard(folder, manifest, "train", 0), ids, shard)
     shard["layer4:pooled"] = shard["layer4:pooled"] + 1
     with pytest.raises(BadInput, match="committed with other values"):
-        put_shard(folder, manifest, "train", 0, ids, shard)
+        put_shard(Shard(folder, manifest, "train", 0), ids, shard)
     assert tree_hash(tmp_path / "x.zarr") == before

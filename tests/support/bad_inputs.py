@@ -231,7 +231,9 @@ def manifest_cases(root):
         if where == "all":
             return token == "missing"
         if where in ("split", "id"):
-            return token in ("word", "number", "missing", "null", "empty") or (where == "id" and token in TEXTS)
+            return token in ("word", "number", "negative", "huge", "missing", "null", "empty") or (
+                where == "id" and token in TEXTS
+            )
         return where in ("label", "boxes", "boxes.0", "boxes.0.label") and token in (*TEXTS, "list", "missing", "of null") or (
             where.startswith("boxes.0.box.") and token in NUMBERS) or where in ("boxes.0.difficult",) and token in ("missing", "true")  # fmt: skip
 
@@ -255,7 +257,7 @@ def parquet_cases(root):
 
 def places_cases(root):
     file = root / "trainvalsplit_places205/train_places205.csv"
-    yield from fields("places205", file, r"([\w/]+\.jpg),(\d)", lambda n, w: False)
+    yield from fields("places205", file, r"([\w/]+\.jpg),(\d)", lambda n, w: n == 2 and w == "number")
     yield from damaged_bytes("places205", file, 15, True)
 
 

@@ -7,11 +7,12 @@ import torch
 import torchvision
 from bcos.modules import BcosConv2d, LogitLayer
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
+from parts import every_field
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.probes.features import epoch_order
 from featcache.probes.heads.weights import initial_weights
+from featcache.probes.inputs.batches import epoch_order
 
 
 class Attention(nn.Module):
@@ -48,6 +49,7 @@ class Plain(nn.Module):
 
     def __init__(self, head, weights):
         super().__init__()
+        head = every_field("head", head)
         layers, self.names = [], {}
         if head.type == "attentive":
             layers.append(Attention(len(weights["attention.token"]), head.heads))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+from parts import Loss, Optimizer, Schedule
 
-from featcache.probes.spec import Loss, Optimizer, ProbeSpec, Schedule
+from featcache.probes.spec import ProbeSpec
 
 # Images, width, classes, positions.
 N, D, C, S = 150, 48, 7, 4

@@ -12,6 +12,7 @@ from featcache.store.folder import open_folder
 from featcache.store.formats import choose_format
 from featcache.store.manifest import plan
 from featcache.store.records import record_arrays, with_axes
+from featcache.store.shard import Shard
 from featcache.store.writer import create_store, put_shard
 
 ROWS = 23
@@ -84,7 +85,7 @@ def write_store(
         first, end = plan_.rows_of("train", shard)
         ids = [r.id for r in records[first:end]]
         rows_of_shard = {n: f[first:end] for n, f in features.items()}
-        put_shard(folder, plan_, "train", shard, ids, rows_of_shard, digests[first:end] if known else None)
+        put_shard(Shard(folder, plan_, "train", shard), ids, rows_of_shard, digests[first:end] if known else None)
     return features
 
 

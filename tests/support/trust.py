@@ -23,7 +23,7 @@ from torch import nn
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes import sweep
+from featcache.probes.engine import sweep
 from featcache.store import manifest
 
 SIZE = 32

@@ -21,7 +21,7 @@ from processes import free_port, stop_group
 
 import featcache
 from featcache.cli import main
-from featcache.probes import sweep
+from featcache.probes.engine import sweep
 from featcache.store import manifest
 
 pytestmark = pytest.mark.process

@@ -63,7 +63,7 @@ def test_too_many_open_files_is_one_line(scenes, checkpoint, tmp_path):
 
 
 def test_a_bug_is_one_line_and_a_traceback_on_request(monkeypatch, tmp_path):
-    code = "import featcache.store.verify as v; import featcache.probes.verify as p\n"
+    code = "import featcache.store.verify as v; import featcache.probes.runs.verify as p\n"
     code += "def broken(*_): raise KeyError('what')\np.verify = broken\n" + MAIN
     start = [sys.executable, "-c", code, "verify", str(tmp_path)]
     done = subprocess.run(start, capture_output=True, text=True)

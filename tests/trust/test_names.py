@@ -129,7 +129,7 @@ def name_a_split(place, images, name):
     with place.watched() as inside:
         name = place.name(name)
         listed = write_manifest(images, inside, split=name)
-        through(inside, listed, trust.GRID | {"splits": {"train": name or "all", "val": "val", "test": "test"}})
+        through(inside, listed, trust.GRID | {"splits": {"train": name.strip() or "all", "val": "val", "test": "test"}})
 
 
 def name_an_id(place, images, name):

@@ -17,11 +17,11 @@ from folders import unpack
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes import probe_file, train
-from featcache.probes.probe_file import find_probes, load_probe
-from featcache.probes.run import open_run
-from featcache.probes.scores import scoring
-from featcache.probes.tables import write_table
+from featcache.probes import finish, train
+from featcache.probes.runs import probe_file
+from featcache.probes.runs.probe_file import find_probes, load_probe
+from featcache.probes.runs.run import open_run
+from featcache.probes.runs.tables import write_table
 from featcache.store.sealed import seal, unseal
 
 # Bytes for features: less than any has, so that all are streamed.
@@ -319,7 +319,7 @@ def test_a_table_that_is_a_bomb_is_one_line(run, content):
 
 
 def test_a_table_that_would_look_like_a_bomb_is_not_compressed(tmp_path, monkeypatch):
-    monkeypatch.setattr("featcache.probes.tables.LARGE", 1000)
+    monkeypatch.setattr("featcache.probes.runs.tables.LARGE", 1000)
     assert write_table(tmp_path, "a.csv", b"x\n" * 100_000).keys() == {"a.csv"}
 
 
@@ -342,14 +342,14 @@ def test_a_relative_store_is_found_from_another_folder(parts, tmp_path, monkeypa
 
 @pytest.mark.parametrize("lost", ["probes", "history.csv", "seeds.csv", "grid.yaml", "run.json", "scores.csv", ""])
 def test_what_is_lost_while_a_run_is_made_is_not_claimed(parts, tmp_path, monkeypatch, lost):
-    opened = scoring.open_run
+    opened = finish.open_run
 
     def lose(folder):
         path = folder / lost
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         return opened(folder)
 
-    monkeypatch.setattr(scoring, "open_run", lose)
+    monkeypatch.setattr(finish, "open_run", lose)
     with pytest.raises(BadInput):
         again(parts, tmp_path / "run")
 
@@ -365,7 +365,7 @@ def test_names_stay_when_a_second_grid_is_killed_amid_its_tables(parts, run, tmp
         pass
 
     writes = []
-    write = scoring.write_table
+    write = finish.write_table
 
     def killed(folder, name, data):
         if len(writes) == stop:
@@ -376,7 +376,7 @@ def test_names_stay_when_a_second_grid_is_killed_amid_its_tables(parts, run, tmp
     for stop in range(4):  # noqa: B007 (killed() reads it)
         writes.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(scoring, "write_table", killed)
+            patch.setattr(finish, "write_table", killed)
             again(parts, tmp_path / "r", OTHER)
         assert all("not finished" in f.what for f in featcache.verify(tmp_path / "r"))
         with pytest.raises(BadInput, match="is not finished"):
@@ -388,7 +388,7 @@ def test_names_stay_when_a_second_grid_is_killed_amid_its_tables(parts, run, tmp
 
 def test_maps_that_were_not_finished_are_left_out_with_a_notice(run, monkeypatch, capsys):
     """A kill between the two files of attribute, or before their checksums."""
-    attribution = __import__("featcache.attribution.attribute", fromlist=["x"])
+    attribution = __import__("featcache.attribution.results", fromlist=["x"])
     write = attribution.write_file
 
     class Killed(BaseException):

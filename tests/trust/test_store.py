@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-import featcache
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.manifest_fields import check_names
@@ -368,7 +366,7 @@ def test_a_store_that_goes_while_it_is_written(scenes, checkpoint, tmp_path, mon
             done.append(True)
             shutil.rmtree(path / gone) if (path / gone).is_dir() else (path / gone).unlink()
 
-    monkeypatch.setattr(sys.modules[featcache.extract.__module__], "put_shard", deleting)
+    monkeypatch.setattr("featcache.extraction.fill.put_shard", deleting)
     words = ["extract", *options(scenes, checkpoint, path, features="pooled")]
     code, _, err = command(*words)
     assert code == 2 and "store: " not in err, err

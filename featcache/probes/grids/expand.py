@@ -2,11 +2,20 @@
 
 import itertools
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from featcache.errors import nearest, shown
-from featcache.probes.grids.fields import DEFAULTS, FIELDS, SECTIONS, Choice, Milestones, Number
+from featcache.kinds import Kind, Registry
+from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields, word_of
+from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
+from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 MOST_PROBES = 100_000
@@ -15,23 +24,42 @@ MOST_REPEATS = 1000
 # In place of a draw, to look at all that a search may draw before it does.
 EVERYTHING = "everything"
 # Of a ProbeSpec, in the order in which they multiply.
-KEYS = ("name", *FIELDS, *SECTIONS)
-RANDOM = {"n": Number(1, MOST_PROBES, integer=True), "seed": Number(0, 2**63 - 1, integer=True, default=0)}
+KEYS = ("name", *probe_fields(), *REGISTRIES)
+RANDOM = {
+    "n": GridField("n", FieldInfo.from_annotated_attribute(int, Field(ge=1, le=MOST_PROBES))),
+    "seed": GridField("seed", FieldInfo.from_annotated_attribute(int, Field(0, ge=0, lt=2**63))),
+}
+# Fields that people write outside their section.
+SECTION_OF = {
+    name: section
+    for section in ("schedule", "loss", "optimizer", "head")
+    for kind in REGISTRIES[section].own
+    for name in part_fields(kind)
+}
 
 
-def check_known(fields, known, path, errors):
+def check_known(fields: Iterable[Any], known: Iterable[str], path: str, errors: list[str]) -> None:
     """Add an error for every field that is not known, with the nearest that is. path: ends in a dot."""
+    known = list(known)
     for key in fields:
         if key not in known:
-            errors.append(f"{path}{key}: unknown field{nearest(key, known)} (known: {', '.join(known)})")
+            errors.append(f"{path}{key}: unknown field{_meant(key, known)} (known: {', '.join(known)})")
 
 
-def all_specs(groups, errors):
+def _meant(key: Any, known: Sequence[str]) -> str:
+    """Return a hint at the field that an unknown one may be: that of a section, or the nearest."""
+    section = SECTION_OF.get(key) if isinstance(key, str) else None
+    if section in known:
+        return f"; did you mean '{section}.{key}', {key} in the section {section}?"
+    return nearest(key, known)
+
+
+def all_specs(groups: Iterable[Group], errors: list[str]) -> dict[ProbeSpec, Group]:
     """Return {ProbeSpec: its Group} of all groups, each probe once."""
     specs, seen = {}, {}
     for group in groups:
         for spec in _group_specs(group, errors):
-            same = replace(spec, name="")
+            same = replace(spec, name="probe")
             if same in seen:
                 errors.append(f"{group.path}: repeats a probe of {seen[same]}")
                 break
@@ -43,7 +71,7 @@ def all_specs(groups, errors):
     return specs
 
 
-def _group_specs(group, errors):
+def _group_specs(group: Group, errors: list[str]) -> Iterable[ProbeSpec]:
     """Return the ProbeSpecs of one group, or none if anything in it is wrong."""
     before = len(errors)
     if not isinstance(group.fields, dict):
@@ -61,7 +89,7 @@ def _group_specs(group, errors):
     return _searched(group, random, errors) if len(errors) == before else []
 
 
-def _searched(group, random, errors):
+def _searched(group: Group, random: dict[str, int], errors: list[str]) -> list[ProbeSpec]:
     """Return the ProbeSpecs of a random search: of draws that differ, until there are n."""
     before = len(errors)
     changing = [key for key in KEYS if draws_from(group.fields.get(key))]
@@ -78,82 +106,132 @@ def _searched(group, random, errors):
     return list(found)
 
 
-def _random(value, path, errors):
+def _random(value: Any, path: str, errors: list[str]) -> dict[str, int] | None:
     """Return {n, seed} of a group's random search, or None and errors."""
     if not isinstance(value, dict):
         errors.append(f"{path}: expected n, how many to draw, and seed")
         return None
     check_known(value, RANDOM, f"{path}.", errors)
-    read = {k: alternatives(value.get(k, f.default), f, f"{path}.{k}", k, None, errors) for k, f in RANDOM.items()}
+    read = {k: _axis(value, f, f"{path}.{k}", k, None, errors) for k, f in RANDOM.items()}
     for key, values in read.items():
         if len(values) > 1:
             errors.append(f"{path}.{key}: expected one value, not several")
     return {key: values[0] for key, values in read.items()} if all(read.values()) else None
 
 
-def _axes(group, keys, draw, errors):
+def _axes(group: Group, keys: Iterable[str], draw: Any, errors: list[str]) -> dict[str, list[Any]]:
     """Return {field of a ProbeSpec: its alternatives}, in the order of `keys`. draw: as for alternatives()."""
-    axes = {}
+    axes: dict[str, list[Any]] = {}
     for key in keys:
         path = group.where(key)
         if key == "name":
             axes[key] = [group.fields.get(key, "probe")]
-        elif key in FIELDS:
-            field = FIELDS[key]
-            axes[key] = alternatives(group.fields.get(key, field.default), field, path, key, draw, errors)
-        else:
-            make, types = SECTIONS[key]
+        elif key in REGISTRIES:
             origins = {k[1]: where for k, where in group.origins.items() if isinstance(k, tuple) and k[0] == key}
-            given = group.fields.get(key, DEFAULTS.get(key))
-            axes[key] = [make(**fields) for fields in sections(given, types, path, key, origins, draw, errors)]
-        if key == "head":
-            axes[key] = list(dict.fromkeys(axes[key]))
+            given = group.fields.get(key, _default(key))
+            axes[key] = list(dict.fromkeys(sections(given, REGISTRIES[key], path, key, origins, draw, errors)))
+        else:
+            axes[key] = _axis(group.fields, probe_fields()[key], path, key, draw, errors)
+            if key == "epochs" and key not in group.fields and not _may_lack_epochs(group.fields.get("optimizer")):
+                errors.append(f"{path}: missing")
     return axes
 
 
-def _multiplied(axes, group, errors):
+def _default(section: str) -> str | None:
+    """Return the name of the kind that a section is where a grid does not say, or None if it must."""
+    field = ProbeSpec.__pydantic_fields__[section]
+    return None if field.is_required() else field.get_default(call_default_factory=True).type
+
+
+def _may_lack_epochs(optimizer: Any) -> bool:
+    """Whether a group's optimizers, or some of them, see all images at once."""
+    items = optimizer if isinstance(optimizer, list) else [optimizer]
+    for item in items:
+        with suppress(ValueError):
+            solvers = REGISTRIES["optimizer"]
+            if solvers[word_of(item.get("type") if isinstance(item, dict) else item, solvers)].full_batch:
+                return True
+    return False
+
+
+def _axis(given: Mapping[Any, Any], field: GridField, path: str, name: str, draw: Any, errors: list[str]) -> list[Any]:
+    """Return the alternatives of a field: what is given, else its default."""
+    if field.name in given:
+        return alternatives(given[field.name], field, path, name, draw, errors)
+    if field.default is MISSING:
+        errors.append(f"{path}: missing")
+        return []
+    return [field.default]
+
+
+def _multiplied(axes: dict[str, list[Any]], group: Group, errors: list[str]) -> list[ProbeSpec]:
     if _too_many(axes.values(), group.path, errors):
         return []
     specs = [ProbeSpec(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    if any(spec.epochs is None and not spec.optimizer.full_batch for spec in specs):
+        errors.append(f"{group.where('epochs')}: missing")
     conflicts = [spec.conflict for spec in specs]
     errors.extend(f"{group.path}: {conflict}" for conflict in dict.fromkeys(conflicts) if conflict)
     return specs
 
 
-def _too_many(axes, path, errors):
+def _too_many(axes: Iterable[Sequence[Any]], path: str, errors: list[str]) -> bool:
     count = math.prod(map(len, axes))
     if count > MOST_PROBES:
         errors.append(f"{path}: {count:,} combinations; a grid has at most {MOST_PROBES:,} probes")
     return count > MOST_PROBES
 
 
-def sections(value, types, path, name, origins, draw, errors):
-    """Return the fields of a section, {"type": ..., ...}, for every combination of its alternatives.
+def sections(
+    value: Any,
+    registry: Registry[Any],
+    path: str,
+    name: str,
+    origins: Mapping[str, str],
+    draw: Any,
+    errors: list[str],
+) -> list[Kind]:
+    """Return the kinds that a section stands for, one for every combination of its alternatives.
 
     name: of the section, for draws. origins: paths of fields that were written elsewhere.
     """
     if value is None:
-        errors.append(f"{path}: missing (one of {', '.join(types)})")
+        errors.append(f"{path}: missing (one of {', '.join(registry)})")
         return []
     result = []
     for item, where in _items(value, path, name, draw, errors):
         fields = item if isinstance(item, dict) else {"type": item}
         place = f"{where}.type" if fields is item else where
-        for kind in alternatives(fields.get("type"), Choice(*types), place, f"{name}.type", draw, errors):
-            schema = types[kind]
+        for word in _words(fields.get("type"), registry, place, f"{name}.type", draw, errors):
+            kind = registry[word]
+            known = part_fields(kind)
             for key in fields:
-                check_known([key], ("type", *schema), origins.get(key, f"{where}.{key}").removesuffix(str(key)), errors)
+                check_known([key], ("type", *known), origins.get(key, f"{where}.{key}").removesuffix(str(key)), errors)
             axes = [
-                alternatives(fields.get(k, f.default), f, origins.get(k, f"{where}.{k}"), f"{name}.{k}", draw, errors)
-                for k, f in schema.items()
+                _axis(fields, field, origins.get(k, f"{where}.{k}"), f"{name}.{k}", draw, errors)
+                for k, field in known.items()
             ]
             if draw is EVERYTHING or not _too_many(axes, where, errors):
                 several = itertools.islice(itertools.product(*axes), MOST_REPEATS if draw is EVERYTHING else None)
-                result += [{"type": kind, **dict(zip(schema, values, strict=True))} for values in several]
+                result += [kind(**dict(zip(known, values, strict=True))) for values in several]
     return result
 
 
-def _items(value, path, name, draw, errors):
+def _words(value: Any, registry: Registry[Any], path: str, name: str, draw: Any, errors: list[str]) -> list[str]:
+    """Return the names of kinds that a type stands for: one, a list's, or a choice's."""
+    if value is None:
+        errors.append(f"{path}: missing")
+        return []
+    words = []
+    for item, where in _items(value, path, name, draw, errors):
+        try:
+            words.append(word_of(item, registry))
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
+    return words
+
+
+def _items(value: Any, path: str, name: str, draw: Any, errors: list[str]) -> list[tuple[Any, str]]:
     """Return [(item, its path)] of a list or a choice; of anything else, itself."""
     if isinstance(value, list):
         if not value:
@@ -169,7 +247,7 @@ def _items(value, path, name, draw, errors):
     return [(value, path)]
 
 
-def alternatives(value, field, path, name, draw, errors):
+def alternatives(value: Any, field: GridField, path: str, name: str, draw: Any, errors: list[str]) -> list[Any]:
     """Return the values that a field stands for: one, a list's, or a range's.
 
     draw: of a random search, or EVERYTHING that it may draw; None is no such search.
@@ -177,10 +255,10 @@ def alternatives(value, field, path, name, draw, errors):
     if value is None:
         errors.append(f"{path}: missing")
         return []
-    if isinstance(field, Milestones) and not is_range(value):
+    if field.listed and not is_range(value):
         several = isinstance(value, list) and value and isinstance(value[0], list)
         items = [(item, path) for item in (value if several else [value])]
-    elif isinstance(field, Number) and isinstance(value, dict) and not (is_range(value) and "choice" in value):
+    elif field.numeric and isinstance(value, dict) and not (is_range(value) and "choice" in value):
         items = [(number, path) for number in _numbers(value, field, path, name, draw, errors)]
     else:
         items = _items(value, path, name, draw, errors)
@@ -188,13 +266,14 @@ def alternatives(value, field, path, name, draw, errors):
     for item, where in items:
         try:
             result.append(field.read(item))
-        except (ValueError, TypeError) as error:
-            reason = error if isinstance(error, ValueError) else f"{shown(item)} is not a list"
-            errors.append(f"{where}: {reason}")
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
     return result
 
 
-def _numbers(value, field, path, name, draw, errors):
+def _numbers(
+    value: dict[Any, Any], field: GridField, path: str, name: str, draw: Any, errors: list[str]
+) -> Sequence[float]:
     """Return the numbers that a range of a field stands for."""
     if not is_range(value):
         meant = nearest(next(iter(value), ""), RANGES)

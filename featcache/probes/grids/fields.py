@@ -1,236 +1,185 @@
-"""The fields of a grid's group: what each may be, and its default."""
+"""The fields of a grid: what each may be, as the classes of its parts say it."""
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from featcache.errors import BadInput, nearest, shown
-from featcache.feature import parse_feature
-from featcache.probes.gemm import PRECISIONS
-from featcache.probes.spec import (
-    PER,
-    UNIFORM_OFFSET,
-    UNIFORM_TARGET,
-    Head,
-    Loss,
-    Optimizer,
-    Schedule,
-)
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from featcache.errors import nearest, shown
+from featcache.kinds import Kind, Registry
+from featcache.probes.identity import REGISTRIES
+from featcache.probes.spec import ProbeSpec
+
+MISSING = object()
 
 
-class Number:
-    """A number in a range; text such as 1e-3, which YAML 1.1 does not read as a number, is coerced."""
+@dataclass(frozen=True, eq=False)
+class GridField:
+    """A field of a kind, or of a probe. info: pydantic's, with type, bounds, default and description.
 
-    def __init__(self, low, high=math.inf, integer=False, above=False, default=None):
-        self.low, self.high, self.integer, self.above, self.default = low, high, integer, above, default
+    words: {word: value} of words that stand for a value of another type.
+    """
 
-    def read(self, value):
-        """Return the number, or raise ValueError that says what is expected."""
-        kind = "a whole number" if self.integer else "a number"
-        expected = f"{kind} {'above' if self.above else 'of at least'} {self.low:g}"
-        expected += f" and at most {self.high:g}" if self.high < math.inf else ""
+    name: str
+    info: FieldInfo
+    words: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def default(self) -> Any:
+        """What it is where a grid does not say, MISSING if it must."""
+        return MISSING if self.info.is_required() else self.info.get_default(call_default_factory=True)
+
+    @cached_property
+    def types(self) -> tuple[Any, ...]:
+        """The alternatives of its type, without None."""
+        return tuple(kind for kind in _alternatives(self.info.annotation) if kind is not type(None))
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it may be a number, and so a range of numbers."""
+        return any(kind in (int, float) for kind, _ in self._typed)
+
+    @property
+    def integer(self) -> bool:
+        """Whether its numbers are whole."""
+        return any(kind is int for kind, _ in self._typed)
+
+    @property
+    def listed(self) -> bool:
+        """Whether its value is a list by nature."""
+        return any(get_origin(kind) is tuple for kind, _ in self._typed)
+
+    @cached_property
+    def _typed(self) -> list[tuple[Any, list[Any]]]:
+        """[(type, bounds)] of its alternatives."""
+        outer = [*self.info.metadata]
+        return [(*_unwrapped(kind, outer),) for kind in self.types]
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        annotation = self.info.annotation
+        for bound in self.info.metadata:
+            annotation = Annotated[annotation, bound]
+        return TypeAdapter(annotation)
+
+    def read(self, value: Any) -> Any:
+        """Return a value as its type, or raise ValueError that says what is expected.
+
+        Text such as 1e-3, which YAML 1.1 does not read as a number, is one.
+        """
+        for word, meaning in self.words:
+            if value == word:
+                return meaning
+        if self.listed and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{shown(value)} is not a list")
         try:
-            # A whole number stays what it is: a float has 53 bits, and a seed 63.
-            number = value if isinstance(value, int) and self.integer else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        inside = (number > self.low if self.above else number >= self.low) and number <= self.high
-        whole = not self.integer or (abs(number) < 2**63 and number == int(number))
-        if isinstance(value, bool) or not inside or not whole or number == math.inf:
-            raise ValueError(f"{shown(value)} is not {expected}")
-        return int(number) if self.integer else number
+            return self._adapter.validate_python(self._numbers(value), strict=True)
+        except ValidationError as error:
+            raise ValueError(self._reason(value, error)) from None
 
-
-class Choice:
-    """One of a few words, or true/false."""
-
-    def __init__(self, *words, default=None):
-        self.words, self.default = words, default
-
-    def read(self, value):
-        """Return the word, or raise ValueError with the nearest one."""
-        for word in self.words:
-            if value == word and isinstance(value, bool) == isinstance(word, bool):
-                return word
-        raise ValueError(f"{shown(value)} is not one of {', '.join(map(str, self.words))}{nearest(value, self.words)}")
-
-
-class Text:
-    """A non-empty string."""
-
-    default = None
-
-    def read(self, value):
-        """Return the string, or raise ValueError."""
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{shown(value)} is not a word")
-        return value
-
-
-class FeatureName(Text):
-    """LAYER:REDUCE; the layer is looked for in the store."""
-
-    def read(self, value):
-        """Return the string, or raise ValueError."""
-        try:
-            parse_feature(super().read(value), {})
-        except BadInput as error:
-            raise ValueError(error.message) from None
-        return value
-
-
-class NumberOr(Number):
-    """A number, or a formula, which becomes one when the number of classes is known."""
-
-    def __init__(self, formula, low, high, default):
-        super().__init__(low, high, default=default)
-        self.formula = formula
-
-    def read(self, value):
-        """Return the number or the formula, or raise ValueError."""
-        if value == self.formula:
+    def _numbers(self, value: Any) -> Any:
+        """Return text that is a number as one, in a list, too."""
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self._numbers, value)) if self.listed else value
+        if not (self.numeric or self.listed) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return value
         try:
-            return super().read(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, or {self.formula}{nearest(value, [self.formula])}") from None
+            # A whole number stays what it is: a float has 53 bits, and a seed 63.
+            if isinstance(value, int) and self.integer:
+                # Larger ones are no numbers to torch and numpy.
+                return value if abs(value) < 2**63 else str(value)
+            number = float(value)
+        except (ValueError, OverflowError):
+            return value
+        if not math.isfinite(number):
+            # No field takes what is no number.
+            return str(value)
+        return int(number) if self.integer and number == int(number) else number
+
+    def _reason(self, value: Any, error: ValidationError) -> str:
+        first = error.errors()[0]
+        if first["type"] == "value_error":
+            own = str(first["ctx"]["error"])
+            return f"{shown(value)} {own}" if own.startswith("is ") else own
+        if self.listed and first["loc"]:
+            entry = first["loc"][0]
+            return f"{shown(value[entry] if isinstance(entry, int) else value)} is not {self.expected}"
+        words = [w for kind, _ in self._typed if get_origin(kind) is Literal for w in get_args(kind)]
+        words += [word for word, _ in self.words]
+        return f"{shown(value)} is not {self.expected}{nearest(value, words) if words else ''}"
+
+    @cached_property
+    def expected(self) -> str:
+        """What it may be, in words."""
+        choices = [get_args(kind) for kind, _ in self._typed if get_origin(kind) is Literal]
+        choices += [(True, False) for kind, _ in self._typed if kind is bool]
+        if choices and len(self._typed) == 1:
+            return f"one of {', '.join(map(str, choices[0]))}"
+        parts = []
+        for kind, bounds in self._typed:
+            if get_origin(kind) is tuple:
+                kind, bounds = _unwrapped(get_args(kind)[0], [])
+            if kind in (int, float):
+                parts.append(_range_in_words("a whole number" if kind is int else "a number", bounds))
+            elif kind is str:
+                parts.append("a word")
+        parts += [str(word) for group in choices for word in group]
+        parts += [word for word, _ in self.words]
+        return ", or ".join(parts)
 
 
-class Milestones:
-    """A list by nature: epochs (whole numbers) or fractions of the run (below 1), rising."""
-
-    default = ()
-
-    def read(self, value):
-        """Return a tuple of floats, or raise ValueError."""
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        points = tuple(Number(0, above=True).read(v) for v in value)
-        if list(points) != sorted(set(points)) or any(p >= 1 and p != int(p) for p in points):
-            raise ValueError(f"{shown(value)} is not a rising list of epochs, or of fractions below 1")
-        return points
+@cache
+def part_fields(kind: type[Kind]) -> dict[str, GridField]:
+    """Return the fields of a kind by name, without its type."""
+    return {name: GridField(name, info) for name, info in kind.model_fields.items() if name != "type"}
 
 
-class Views:
-    """A whole number, or `all`, which reads as None: all that the store has."""
-
-    default = "all"
-
-    def read(self, value):
-        """Return the number or None, or raise ValueError."""
-        if value == "all":
-            return None
-        try:
-            return Number(0, integer=True).read(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, nor all{nearest(value, ['all'])}") from None
+@cache
+def probe_fields() -> dict[str, GridField]:
+    """Return the fields of a probe that are no parts, by name, in the order in which they multiply."""
+    infos = ProbeSpec.__pydantic_fields__
+    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
+    words = {"views": (("all", None),)}
+    return {name: GridField(name, infos[name], words.get(name, ())) for name in names}
 
 
-def _head(type, **fields):
-    if type == "bcos":
-        fields["bias"] = False
-        if fields["layers"] == 1:
-            # Nothing lies between layers: the widths and norms of a grid are meant for its deeper heads.
-            fields |= {"hidden": 0, "norm": "none"}
-    if fields.get("norm") == "none":
-        fields["norm_batch"] = 0
-    return Head(type, **fields)
+def word_of(value: Any, registry: Registry[Any]) -> str:
+    """Return the name of a kind that a grid's word means, in any case, or under another name. Raises ValueError."""
+    if isinstance(value, str):
+        plain = value.lower().replace("-", "_")
+        for word, kind in registry.items():
+            if plain == word or plain in kind.aliases:
+                return word
+    raise ValueError(f"{shown(value)} is not one of {', '.join(registry)}{nearest(value, registry)}")
 
 
-def _schedule(type, per=None, **fields):
-    # Written out or not, the type's own way is the same schedule.
-    return Schedule(type, per=None if per == PER[type] else per, **fields)
+def known_fields(kinds: Mapping[str, type[Kind]]) -> Iterable[str]:
+    """Return the names of all fields that any of these kinds has."""
+    return dict.fromkeys(name for kind in kinds.values() for name in part_fields(kind))
 
 
-OFFSET = NumberOr(UNIFORM_OFFSET, -1e6, 1e6, default=0.0)
-# Of every head.
-SCALE = {"temperature": Number(0, above=True, default=1.0), "offset": OFFSET}
-LOGITS = {"pool": Choice("after", "before", default="after"), **SCALE}
-BIAS = {"bias": Choice(True, False, default=True)}
-HIDDEN = Number(1, integer=True, default=2048)
-NORM_BATCH = Number(0, integer=True, default=0)
-# Of every loss.
-DIFFICULT = {"difficult": Choice("ignored", "negative", default="ignored")}
-WEIGHED = {
-    "label_smoothing": Number(0, 1, default=0.0),
-    "class_weights": Choice("none", "balanced", default="none"),
-    **DIFFICULT,
-}
-# Of every optimiser, and of those that take a step for every mini-batch.
-DECAY = {"weight_decay": Number(0, default=0.0)}
-RATE = {"lr": Number(0, above=True)}
-STEPS = {
-    **DECAY,
-    "clip": Number(0, default=0.0),
-    "lr_base": Number(0, integer=True, default=0),
-}
-MOMENTUM = Number(0, 0.9999, default=0.9)
-# Of every schedule.
-WARMUP = {"warmup_epochs": Number(0, default=0.0), "warmup_start": Number(0, 1, default=0.0)}
-# Sections that are chosen by their `type`, with the fields of each type.
-SECTIONS = {
-    "head": (_head, {
-        "linear": {**BIAS, **LOGITS},
-        "mlp": {
-            "layers": Number(2, 8, integer=True, default=2),
-            "hidden": HIDDEN,
-            "activation": Choice("relu", "gelu", default="relu"),
-            "norm": Choice("bn", "bnu", "none", default="bn"),
-            "norm_batch": NORM_BATCH,
-            **BIAS,
-            **LOGITS,
-        },
-        "bcos": {
-            "layers": Number(1, 8, integer=True, default=1),
-            "hidden": HIDDEN,
-            "b": Number(1, 16, default=2.0),
-            "max_out": Number(1, 64, integer=True, default=1),
-            "norm": Choice("bnu", "none", default="bnu"),
-            "norm_batch": NORM_BATCH,
-            **LOGITS,
-        },
-        "attentive": {"heads": Number(1, 1024, integer=True, default=8), **BIAS, **SCALE},
-    }),
-    "loss": (Loss, {
-        "bce": {"off_label": NumberOr(UNIFORM_TARGET, 0, 1, default=0.0), **WEIGHED},
-        "ce": WEIGHED,
-        "focal": {"gamma": Number(0, 100, default=2.0), "alpha": Number(0, 1, default=0.25), **DIFFICULT},
-        "asymmetric": {
-            "gamma_pos": Number(0, 100, default=0.0),
-            "gamma_neg": Number(0, 100, default=4.0),
-            "clip": Number(0, 0.9999, default=0.05),
-            **DIFFICULT,
-        },
-    }),
-    "optimizer": (Optimizer, {
-        "sgd": {**RATE, "momentum": MOMENTUM, "nesterov": Choice(True, False, default=False), **STEPS},
-        "adam": {**RATE, **STEPS},
-        "adamw": {**RATE, **STEPS},
-        "lars": {**RATE, "momentum": MOMENTUM, "trust": Number(0, above=True, default=0.001), **STEPS},
-        "lbfgs": {**DECAY, "iterations": Number(1, 1_000_000, integer=True, default=1000)},
-    }),
-    "schedule": (_schedule, {
-        "constant": WARMUP,
-        "step": {
-            "milestones": Milestones(),
-            "every": Number(0, integer=True, default=0),
-            "gamma": Number(0, 1, above=True, default=0.1),
-            "per": Choice("step", "epoch", default="epoch"),
-            **WARMUP,
-        },
-        "cosine": {"final": Number(0, 1, default=0.0), "per": Choice("step", "epoch", default="step"), **WARMUP},
-    }),
-}  # fmt: skip
-FIELDS = {
-    "features": FeatureName(),
-    "epochs": Number(1, integer=True),
-    "batch_size": Number(1, integer=True, default=64),
-    "seed": Number(0, 2**63 - 1, integer=True, default=0),
-    "views": Views(),
-    "keep": Choice("last", "best", default="last"),
-    "patience": Number(0, integer=True, default=0),
-    "precision": Choice(*PRECISIONS, default="float32"),
-}
-DEFAULTS = {"schedule": "constant"}
-# Of the grid as a whole.
-SEARCH = {
-    "halving": {"factor": Number(1, 100, above=True, default=3.0), "first": Number(0, 1, above=True, default=0.1)},
-}
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _unwrapped(annotation: Any, bounds: list[Any]) -> tuple[Any, list[Any]]:
+    """Return the type in an Annotated, and the bounds that it and what is around it say."""
+    if get_origin(annotation) is not Annotated:
+        return annotation, bounds
+    inner, *metadata = get_args(annotation)
+    found = [b for m in metadata for b in (m.metadata if isinstance(m, FieldInfo) else [m])]
+    return _unwrapped(inner, [*bounds, *found])
+
+
+def _range_in_words(kind: str, bounds: list[Any]) -> str:
+    low = next((f"above {b.gt:g}" for b in bounds if isinstance(b, Gt)), None)
+    low = low or next((f"of at least {b.ge:g}" for b in bounds if isinstance(b, Ge)), None)
+    high = next((f"at most {b.le:g}" for b in bounds if isinstance(b, Le)), None)
+    high = high or next((f"below {b.lt:g}" for b in bounds if isinstance(b, Lt)), None)
+    return " ".join(filter(None, (kind, " and ".join(filter(None, (low, high))))))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from featcache.arguments import is_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.expand import all_specs, check_known, sections
-from featcache.probes.grids.fields import SEARCH, SECTIONS
 from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
 from featcache.probes.grids.rules import changed, without
+from featcache.probes.grids.search import SEARCHES, Halving
+from featcache.probes.identity import REGISTRIES
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
@@ -19,18 +20,6 @@ TOP = (
 )  # fmt: skip
 # What a probe scores on the images that it learned says little of others.
 INTERVALS = ("val", "test")
-
-
-@dataclass(frozen=True)
-class Search:
-    """halving: successive halving (Jamieson & Talwalkar, AISTATS 2016).
-
-    All probes train for the share `first` of their epochs, the best 1/factor of them go on, and so on.
-    """
-
-    type: str
-    factor: float
-    first: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +40,7 @@ class Grid:
     split: str | None
     store: str | None
     content: dict
-    search: Search | None = None
+    search: Halving | None = None
     parity: str | None = None
     intervals: tuple[str, ...] = INTERVALS
 
@@ -93,7 +82,7 @@ def parse_grid(content, path="grid", parity=None):
         raise BadInput(f"grid {path}: expected fields such as store, splits, select and probes at the top")
     check_size(content, path)
     errors = []
-    written = assemble(content, path, TOP, SECTIONS, errors)
+    written = assemble(content, path, TOP, REGISTRIES, errors)
     content = written.content
     at = {key: f"{written.origins.get(key, '')}{key}" for key in TOP}
     parity = parity or content.get("parity")
@@ -211,7 +200,7 @@ def _intervals(value, path, errors):
 def _search(value, path, errors):
     if value is None:
         return None
-    found = [Search(**fields) for fields in sections(value, SEARCH, path, "search", {}, None, errors)]
+    found = sections(value, SEARCHES, path, "search", {}, None, errors)
     if len(found) > 1:
         errors.append(f"{path}: expected one value for each field, not several")
     return found[0] if found else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from featcache.errors import BadInput, nearest, shown
+from featcache.names import unwritable
 from featcache.probes.grids.ranges import is_range
 
 # Anchors may make a few lines stand for any number of nodes.
@@ -114,16 +115,18 @@ def assemble(content, path, known, sections, errors):
 
 
 def check_size(content, path):
-    """Raise BadInput if a grid refers to itself, or aliases blow it up."""
+    """Raise BadInput if a grid refers to itself, if aliases blow it up, or if a text in it cannot be written."""
 
     def count(value, within):
+        if isinstance(value, str) and (reason := unwritable(value)):
+            raise BadInput(f"grid {path}: it holds {shown(value)}, {reason}")
         if not isinstance(value, (dict, list)):
             return 1
         if id(value) in within:
             raise BadInput(f"grid {path}: an alias refers to what it stands in")
         if id(value) not in sizes:
             inside = within | {id(value)}
-            parts = value.values() if isinstance(value, dict) else value
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(count(part, inside) for part in parts)
         return sizes[id(value)]
 

@@ -1,21 +1,27 @@
 """Rules over the probes of a grid: which ones it excludes, and what a parity profile changes."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from featcache.errors import nearest
+from featcache.kinds import Kind
 from featcache.probes.grids.expand import alternatives, check_known, sections
-from featcache.probes.grids.fields import FIELDS, SECTIONS
-from featcache.probes.spec import PER
+from featcache.probes.grids.fields import known_fields, part_fields, probe_fields
+from featcache.probes.identity import REGISTRIES
+from featcache.probes.spec import ProbeSpec
 
-# All fields of a probe, as rules name them: {field: names of its parts}.
-PARTS = {key: () for key in ("name", *FIELDS)} | {
-    key: ("type", *dict.fromkeys(part for schema in types.values() for part in schema))
-    for key, (_, types) in SECTIONS.items()
-}
+# A rule, read: [((field, its part or None), value or list of values)].
+Rule = list[tuple[tuple[str, str | None], Any]]
 
 
-def without(specs, rules, errors):
+def _parts_of(field: str) -> tuple[str, ...]:
+    """Return the fields of a section of a probe, () for a field that is none."""
+    return ("type", *known_fields(REGISTRIES[field])) if field in REGISTRIES else ()
+
+
+def without(specs: list[ProbeSpec], rules: list[tuple[str, Any]], errors: list[str]) -> list[ProbeSpec]:
     """Drop the probes that a rule matches. A rule that drops none is an error, and so is one that leaves none.
 
     rules: [(path, rule)]. Nothing is dropped where there are errors already.
@@ -34,19 +40,19 @@ def without(specs, rules, errors):
     return left
 
 
-def changed(specs, changes, path, errors):
+def changed(specs: list[ProbeSpec], changes: Any, path: str, errors: list[str]) -> list[ProbeSpec]:
     """Return the specs with the changes of a profile: [{where: rule, set: fields}], one after another."""
     if not isinstance(changes, list):
         errors.append(f"{path}: expected a list of where and set")
         return specs
     for number, change in enumerate(changes):
         specs = _changed(specs, change, f"{path}[{number}]", errors)
-    if not errors and len({replace(spec, name="") for spec in specs}) < len(specs):
+    if not errors and len({replace(spec, name="probe") for spec in specs}) < len(specs):
         errors.append(f"{path}: makes two probes the same")
     return specs
 
 
-def _changed(specs, change, path, errors):
+def _changed(specs: list[ProbeSpec], change: Any, path: str, errors: list[str]) -> list[ProbeSpec]:
     if not isinstance(change, dict) or not isinstance(change.get("set"), dict):
         errors.append(f"{path}: expected where, which probes, and set, the fields to change")
         return specs
@@ -60,42 +66,39 @@ def _changed(specs, change, path, errors):
     return [_set(s, change["set"], f"{path}.set", errors) if m else s for s, m in zip(specs, meant, strict=True)]
 
 
-def _set(spec, values, path, errors):
+def _set(spec: ProbeSpec, values: dict[Any, Any], path: str, errors: list[str]) -> ProbeSpec:
     """Return a spec with some fields set; a section without a type keeps its other fields."""
-    check_known(values, (*FIELDS, *SECTIONS), f"{path}.", errors)
+    fields = probe_fields()
+    check_known(values, (*fields, *REGISTRIES), f"{path}.", errors)
     for key, value in values.items():
         where = f"{path}.{key}"
-        if key in FIELDS:
-            found = alternatives(value, FIELDS[key], where, key, None, errors)
-        elif key in SECTIONS:
-            make, types = SECTIONS[key]
-            if isinstance(value, dict) and "type" not in value:
-                found = _parts(getattr(spec, key), value, types, where, errors)
-            else:
-                found = sections(value, types, where, key, {}, None, errors)
-            found = [make(**fields) for fields in found]
+        if key in fields:
+            chosen: Sequence[Any] = alternatives(value, fields[key], where, key, None, errors)
+        elif key in REGISTRIES and isinstance(value, dict) and "type" not in value:
+            chosen = _parts(getattr(spec, key), value, where, errors)
+        elif key in REGISTRIES:
+            chosen = sections(value, REGISTRIES[key], where, key, {}, None, errors)
         else:
             continue
-        if len(found) > 1:
+        if len(chosen) > 1:
             errors.append(f"{where}: expected one value, not several")
-        elif found:
-            spec = replace(spec, **{key: found[0]})
+        elif chosen:
+            spec = replace(spec, **{key: chosen[0]})
     if spec.conflict:
         errors.append(f"{path}: {spec.conflict}")
     return spec
 
 
-def _parts(section, value, types, path, errors):
-    """Return the fields of a section with some of them set, as `sections` does."""
-    schema = types[section.type]
-    check_known(value, schema, f"{path}.", errors)
-    kept = {"type": section.type} | {key: getattr(section, key) for key in schema}
-    given = [key for key in value if key in schema]
-    read = [alternatives(value[key], schema[key], f"{path}.{key}", key, None, errors) for key in given]
-    return [kept | dict(zip(given, values, strict=True)) for values in itertools.product(*read)]
+def _parts(part: Kind, value: dict[Any, Any], path: str, errors: list[str]) -> list[Kind]:
+    """Return a part with some of its fields set, for every combination of them."""
+    fields = part_fields(type(part))
+    check_known(value, fields, f"{path}.", errors)
+    given = [key for key in value if key in fields]
+    axes = [alternatives(value[key], fields[key], f"{path}.{key}", key, None, errors) for key in given]
+    return [type(part)(**dict(part) | dict(zip(given, values, strict=True))) for values in itertools.product(*axes)]
 
 
-def _read(rule, path, errors):
+def _read(rule: Any, path: str, errors: list[str]) -> Rule | None:
     """Turn {head: {type: bcos}, "optimizer.lr": 30, loss: ce} into [((field, part or None), value)].
 
     A list of values stands for any of them. Returns None, and adds to `errors`, if anything is wrong.
@@ -105,41 +108,36 @@ def _read(rule, path, errors):
         return None
     before, result = len(errors), []
     for key, value in rule.items():
-        if PARTS.get(key):
+        if key in REGISTRIES:
             parts = value if isinstance(value, dict) else {"type": value}
-            check_known(parts, PARTS[key], f"{path}.{key}.", errors)
+            check_known(parts, _parts_of(key), f"{path}.{key}.", errors)
             result += [((key, part), wanted) for part, wanted in parts.items()]
             continue
         field, _, part = str(key).partition(".")
-        if key in PARTS or part in PARTS.get(field, ()):
+        whole = ("name", *probe_fields())
+        if key in whole or part in _parts_of(field):
             result.append(((field, part or None), value))
         else:
-            words = [*PARTS, *(f"{field}.{part}" for field, parts in PARTS.items() for part in parts)]
+            words = [*whole, *REGISTRIES, *(f"{field}.{part}" for field in REGISTRIES for part in _parts_of(field))]
             errors.append(f"{path}.{key}: unknown field{nearest(key, words)}")
     return result if len(errors) == before else None
 
 
-def _matches(spec, rule):
+def _matches(spec: ProbeSpec, rule: Rule) -> bool:
     for (field, part), wanted in rule:
         value = getattr(spec, field)
         if part is not None:
-            # A type's own parts: what stands in for the others is no value that anybody gave.
-            if part != "type" and part not in SECTIONS[field][1].get(value.type, ()):
+            # A part's own fields: it has no value of another type's.
+            if part not in type(value).model_fields:
                 return False
             value = getattr(value, part)
-        if not _is(_written(value, field, part, spec), wanted):
+        # A grid writes None as all, for views.
+        if not _is("all" if value is None and field == "views" else value, wanted):
             return False
     return True
 
 
-def _written(value, field, part, spec):
-    """A value as a grid writes it, where None stands for a word."""
-    if value is not None:
-        return value
-    return {("views", None): "all", ("schedule", "per"): PER.get(spec.schedule.type)}.get((field, part))
-
-
-def _is(value, wanted):
+def _is(value: Any, wanted: Any) -> bool:
     """Whether a probe's value is the one that a rule names, or one of them."""
     if isinstance(value, tuple):
         return isinstance(wanted, list) and len(wanted) == len(value) and all(map(_is, value, wanted))

@@ -1,1 +1,10 @@
-"""Heads: their layers and weights, many side by side and one alone."""
+"""Heads: what a probe puts on the features. One kind in one file."""
+
+from featcache.kinds import Registry
+from featcache.probes.heads.attentive import Attentive
+from featcache.probes.heads.bcos import Bcos
+from featcache.probes.heads.head import Head
+from featcache.probes.heads.linear import Linear
+from featcache.probes.heads.mlp import Mlp
+
+HEADS = Registry(Head, "featcache.heads", "head", [Linear, Mlp, Bcos, Attentive])

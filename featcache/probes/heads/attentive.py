@@ -1,13 +1,79 @@
 """Attentive pooling: a learned query attends to the positions of a map, or the tokens, and a linear layer follows.
 
-The cross-attention of the attentive probes of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al., TMLR 2024)
-alone: torch's nn.MultiheadAttention with one learned query, without their norms and V-JEPA's MLP.
+It is the cross-attention alone of the attentive probes of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al., TMLR
+2024): torch's nn.MultiheadAttention with one learned query, without their norms and V-JEPA's MLP.
 """
 
 import math
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
+
+from featcache.errors import BadInput
+from featcache.feature import Feature
+from featcache.probes.heads.head import Gradient, Head
+from featcache.probes.heads.layered import drawn_layer, filled, taken
+
+
+class Attentive(Head):
+    """A learned query attends to the positions with `heads` attention heads, and one linear layer follows."""
+
+    type: Literal["attentive"] = "attentive"
+    heads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="attention heads; they must divide the width of the feature"
+    )
+    bias: bool = Field(True, description="whether the linear layer has a bias")
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
+    reads_tokens: ClassVar[bool] = True
+
+    def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the weights of a torch.nn.MultiheadAttention, `attention.{query,key,value,out}.weight` and `.bias`,
+        `attention.token`, its learned query [D], from N(0, 0.02^2), and the linear layer's.
+
+        As torch does: Xavier over the three products of the input in one.
+        """
+        if dim % self.heads:
+            raise BadInput(f"head attentive: {self.heads} heads do not divide features of width {dim}")
+        shared = math.sqrt(6 / (4 * dim))
+        bounds = {"query": shared, "key": shared, "value": shared, "out": 1 / math.sqrt(dim)}
+        weights = {"attention.token": torch.empty(dim).normal_(0, 0.02, generator=generator)}
+        for name, bound in bounds.items():
+            weights[f"attention.{name}.weight"] = torch.empty(dim, dim).uniform_(-bound, bound, generator=generator)
+            # A bias of the keys moves all scores of a query alike, which the softmax takes away again.
+            if name != "key":
+                weights[f"attention.{name}.bias"] = torch.zeros(dim)
+        return weights | drawn_layer("fc0", dim, classes, self.bias, generator)
+
+    def stack(self, weights: dict[str, Tensor], precision: str) -> "AttentiveStack":
+        """See Head.stack."""
+        return AttentiveStack(self, weights)
+
+    def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """See Head.modules."""
+        pooling = AttentivePooling(self.heads, taken(weights, "attention"))
+        layer = taken(weights, "fc0")
+        outputs, inputs = layer["weight"].shape
+        linear = filled(
+            nn.Conv2d(inputs, outputs, 1, bias="bias" in layer), layer | {"weight": layer["weight"][:, :, None, None]}
+        )
+        return {"attention": pooling, "fc0": linear}
+
+    def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
+        """See Head.footprint."""
+        return 4 * dim * dim, self.heads * (positions + dim)
+
+    def flops(self, dim: int, classes: int, positions: int) -> int:
+        """Return three times the forward pass: 4 D h S + 4 D D for the attention, 2 D C for the layer."""
+        return 3 * (4 * dim * (self.heads * positions + dim) + 2 * dim * classes)
+
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+        """See Head.misfit: every attention head takes an equal share of the feature."""
+        if width % self.heads:
+            return "head", f"{self.heads} attention heads do not divide {feature}, which is {width} wide"
+        return None
 
 
 class AttentiveStack:
@@ -17,12 +83,11 @@ class AttentiveStack:
     values' weights act on the mean of the positions, so that no position has keys or values of its own.
     """
 
-    def __init__(self, specs, weights):
-        self.head = specs[0].head
-        self.weights = weights
+    def __init__(self, head: Attentive, weights: dict[str, Tensor]):
+        self.head, self.weights = head, weights
         self.parameters = list(self.weights.values())
 
-    def forward(self, features, training=False):
+    def forward(self, features: Tensor, training: bool = False) -> Tensor:
         """Map features to logits [B, P, C]; with training, on an autograd graph."""
         maps = features.unsqueeze(2) if features.ndim == 2 else features
         with torch.set_grad_enabled(training):
@@ -34,7 +99,7 @@ class AttentiveStack:
                 logits = logits + self.weights["fc0.bias"].unsqueeze(1)
             return (logits / self.head.temperature + self.head.offset).transpose(0, 1)
 
-    def _attend(self, maps):
+    def _attend(self, maps: Tensor) -> Tensor:
         held = {name.removeprefix("attention."): w for name, w in self.weights.items() if name.startswith("attention.")}
         probes, heads, (batch, dim, _) = len(held["token"]), self.head.heads, maps.shape
         query = torch.einsum("pod,pd->po", held["query.weight"], held["token"]) + held["query.bias"]
@@ -47,18 +112,17 @@ class AttentiveStack:
         values = values + held["value.bias"].unsqueeze(1)  # The shares of attention sum to 1.
         return values @ held["out.weight"].transpose(1, 2) + held["out.bias"].unsqueeze(1)
 
-    def backward(self, features, logits, gradient):
+    def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
         """Return the parameters' gradients."""
         return list(torch.autograd.grad(logits, self.parameters, gradient))
 
 
 class AttentivePooling(nn.Module):
-    """The pooling of one trained head: maps [B, D, ...] to [B, D, 1, 1]. weights: those named `attention.`."""
+    """The pooling of one trained head: maps [B, D, ...] to [B, D, 1, 1]. weights: those named `attention.`, without that."""
 
-    def __init__(self, heads, weights):
+    def __init__(self, heads: int, weights: dict[str, Tensor]):
         super().__init__()
-        w = {name.removeprefix("attention."): value for name, value in weights.items()}
-        dim = len(w["token"])
+        w, dim = weights, len(weights["token"])
         self.token = nn.Parameter(w["token"].clone())
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         biases = [w["query.bias"], torch.zeros(dim), w["value.bias"]]
@@ -69,7 +133,7 @@ class AttentivePooling(nn.Module):
             "out_proj.bias": w["out.bias"],
         })  # fmt: skip
 
-    def forward(self, maps):
+    def forward(self, maps: Tensor) -> Tensor:
         """Return the query's answer to the positions, as a map of one."""
         tokens = maps.flatten(2).transpose(1, 2)
         # Not len(maps), which torch.export would take for a constant.

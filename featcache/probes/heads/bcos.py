@@ -1,35 +1,89 @@
-"""B-cos layers (Böhle et al., CVPR 2022; TPAMI 2024) as 1x1 convolutions, and uncentred batch norm as a module.
+"""The B-cos head (Böhle et al., CVPR 2022; TPAMI 2024)."""
 
-The stacks use the layer of layers.py's kind, the single head the modules.
-"""
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from torch import Tensor, nn
 
 from featcache.probes.gemm import multiply
-from featcache.probes.heads.layers import Layer, uncentred_scale, weight_gradient
-
-PATCH_EPS = 1e-6
-
-
-def cosine_power(cosine, b):
-    """|cos|^(b - 1), and |cos| times its derivative; for b other than 2, 1e-6 is added to |cos| as the package does."""
-    if b == 2:
-        return cosine, cosine
-    return (cosine + PATCH_EPS).pow(b - 1), (b - 1) * cosine * (cosine + PATCH_EPS).pow(b - 2)
+from featcache.probes.heads.bcos_modules import PATCH_EPS, BcosConv2d, cosine_power
+from featcache.probes.heads.layer_stack import LayerStack
+from featcache.probes.heads.layered import LayeredHead, Layout, filled
+from featcache.probes.heads.mlp import without_idle_norm_batch
+from featcache.probes.heads.norms import norm_layers
+from featcache.probes.heads.stacked_layers import Layer, Mean, weight_gradient
+from featcache.probes.part import Count, CountOr0
 
 
-class Bcos(Layer):
+class Bcos(LayeredHead):
+    """B-cos layers without bias, with a norm between them; nothing else is non-linear."""
+
+    type: Literal["bcos"] = "bcos"
+    layers: Annotated[int, Field(ge=1, le=8)] = Field(1, description="number of layers")
+    hidden: Count = Field(2048, description="width of the layers between")
+    b: Annotated[float, Field(ge=1, le=16)] = Field(2.0, description="exponent of the layers; 1 makes them linear")
+    max_out: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="responses of each unit, of which the largest is kept"
+    )
+    norm: Literal["bnu", "none"] = Field(
+        "bnu", description="between layers: uncentred batch norm without bias, or none"
+    )
+    norm_batch: CountOr0 = Field(
+        0, description="images over which the norm takes its statistics in training; 0 takes the whole mini-batch"
+    )
+
+    bias: ClassVar[bool] = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_idle_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Let what cannot matter be one value: nothing lies between the layers of a head that has one."""
+        data = without_idle_norm_batch(data)
+        alone = isinstance(data, dict) and data.get("layers", 1) == 1
+        if alone:
+            data = {name: value for name, value in data.items() if name not in ("hidden", "norm", "norm_batch")}
+        head = handler(data)
+        if alone:
+            head.__dict__ |= {"hidden": 0, "norm": "none", "norm_batch": 0}
+        return head
+
+    @property
+    def layout(self) -> Layout:
+        """Its layers."""
+        return Layout(self.layers, self.hidden, self.norm, self.norm_batch, False, self.max_out)
+
+    def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
+        """See LayeredHead.footprint, for the wider of its layers, with all responses of each unit."""
+        width = self.max_out * max(self.hidden, classes)
+        return width * dim, width * positions
+
+    def stack(self, weights: dict[str, Tensor], precision: str) -> LayerStack:
+        """See Head.stack."""
+        layers: list[Layer] = []
+        for i in range(self.layers):
+            layers.append(BcosLayer(weights[f"fc{i}.weight"], self.b, self.max_out))
+            if i < self.layers - 1:
+                layers += norm_layers(self.layout, weights, i)
+        return LayerStack(self, weights, precision, [*layers, Mean()])
+
+    def convolution(self, weights: dict[str, Tensor]) -> nn.Module:
+        """See LayeredHead.convolution."""
+        outputs, inputs = weights["weight"].shape
+        module = BcosConv2d(inputs, outputs, self.b, self.max_out)
+        return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
+
+
+class BcosLayer(Layer):
     """y = s |cos|^(b - 1) with s = w.x / |w| and |cos| = |s| / sqrt(|x|^2 + 1e-6), which is the package's BcosConv2d.
 
     weight: [P, U max_out, D]. Of each unit's max_out responses s, which lie side by side, the largest is kept.
     """
 
-    def __init__(self, weight, b, max_out):
+    def __init__(self, weight: Tensor, b: float, max_out: int):
         self.weight, self.b, self.max_out = weight, b, max_out
 
-    def forward(self, rows, training):
+    def forward(self, rows: Tensor, training: bool) -> Tensor:
         """Map [D, R] or [P, D, R] to [P, U, R]."""
         self.rows = rows
         self.length = self.weight.norm(dim=2, keepdim=True).clamp(min=1e-12)
@@ -44,7 +98,7 @@ class Bcos(Layer):
         self.cosine = torch.abs(self.out, out=self.tensor("cosine", self.out.shape, rows)).div_(self.norm)
         return self.out.mul_(cosine_power(self.cosine, self.b)[0])
 
-    def backward(self, gradient):
+    def backward(self, gradient: Tensor) -> Tensor | None:
         """Return the gradient [P, D, R] of the input, or None if the probes share it."""
         shared = self.rows.ndim == 2
         if gradient.ndim == 4:
@@ -72,35 +126,3 @@ class Bcos(Layer):
             return None
         rows = self.input_gradient(self.unit, gradient)
         return rows if fall is None else rows.addcmul_(self.rows, fall)
-
-
-class BcosConv2d(nn.Module):
-    """A 1x1 B-cos convolution: maps [B, D, h, w] to [B, U, h, w]. weight: [U * max_out, D, 1, 1]."""
-
-    def __init__(self, inputs, outputs, b, max_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1))
-        self.b, self.max_out = b, max_out
-
-    def forward(self, maps):
-        """Return the scaled responses."""
-        out = F.conv2d(maps, F.normalize(self.weight, dim=1))
-        if self.max_out > 1:
-            out = out.unflatten(1, (-1, self.max_out)).max(2).values
-        if self.b == 1:
-            return out
-        cosine = out.abs() / (maps.square().sum(1, keepdim=True) + PATCH_EPS).sqrt()
-        return cosine_power(cosine, self.b)[0] * out
-
-
-class BatchNormUncentered2d(nn.Module):
-    """The bcos package's norm of that name without bias, in eval mode: a fixed factor per channel."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, maps):
-        """Scale maps [B, D, h, w]; the mean is not taken away."""
-        return maps * uncentred_scale(self.weight, self.running_var)[:, None, None]

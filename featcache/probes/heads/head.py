@@ -1,27 +1,128 @@
-"""Heads: many of one shape side by side for training, and one alone as an ordinary module."""
+"""What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
-from torch import nn
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from featcache.probes.gemm import multiply
-from featcache.probes.heads.attentive import AttentivePooling, AttentiveStack
-from featcache.probes.heads.bcos import BatchNormUncentered2d, Bcos, BcosConv2d
-from featcache.probes.heads.layers import GELU, BatchNorm, GhostNorm, Linear, Mean, Memory, ReLU, UncentredBatchNorm
-from featcache.probes.heads.weights import NORMS
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
-NORM_LAYERS = {"bn": BatchNorm, "bnu": UncentredBatchNorm}
-ACTIVATIONS = {"relu": (ReLU, nn.ReLU), "gelu": (GELU, nn.GELU)}
+from featcache.errors import BadInput
+from featcache.feature import Feature
+from featcache.probes.gemm import PRECISIONS
+from featcache.probes.part import Part, Positive
+
+# The logit offset at which an all-zero B-cos head starts every class at p = 1/C.
+UNIFORM_OFFSET = "-ln(C-1)"
+Offset = Annotated[float, Field(ge=-1e6, le=1e6)] | Literal["-ln(C-1)"]
+
+# A gradient of a weight: of its shape, or two matrices (A, B) that stand for A B.
+Gradient = Tensor | tuple[Tensor, Tensor]
 
 
-def footprint(head, dim, classes, positions):
-    """Roughly how many weights a probe has in a layer, and numbers it makes of an image in its widest one."""
-    if head.type == "attentive":
-        return 4 * dim * dim, head.heads * (positions + dim)
-    width = head.max_out * max(head.hidden, classes) if head.type == "bcos" else head.hidden or classes
-    return width * dim, width * positions
+class Stack(Protocol):
+    """P heads of one shape side by side, which see the same features.
+
+    weights: {name: [P, ...]}, which training changes. parameters: those of them that are trained, in order.
+    """
+
+    weights: dict[str, Tensor]
+    parameters: list[Tensor]
+
+    def forward(self, features: Tensor, training: bool = False) -> Tensor:
+        """Map features float32 [B, D] or [B, D, S] to logits [B, P, C]; with training, ready for backward()."""
+
+    def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
+        """Return the gradients of the parameters from that of the logits, [B, P, C], after forward()."""
 
 
-def _scaled(logits, head):
-    """Divide logits by the temperature and add the offset, in place."""
+class Head(Part):
+    """Base of all heads. The logits are divided by `temperature`, and then `offset` is added to them."""
+
+    temperature: Positive = Field(1.0, description="divides the logits")
+    offset: Offset = Field(
+        0.0, description="is added to the logits after the temperature; -ln(C-1) starts every class at 1/C"
+    )
+
+    # What else than float32 the products of a stack can be computed in.
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    # Whether it reads tokens, which have no place in a map.
+    reads_tokens: ClassVar[bool] = False
+    # Whether its logits are those of pooled features, too: the mean commutes with a plain linear layer alone.
+    commutes: ClassVar[bool] = False
+
+    @property
+    def averages_features(self) -> bool:
+        """Whether it averages the features over positions, and not the logits."""
+        return False
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether it may read the mean of the features over positions in place of the map."""
+        return self.commutes or self.averages_features
+
+    @classmethod
+    def label_of(cls, fields: Mapping[str, Any]) -> str:
+        """Return what tables call a head with these fields, as numbers or text: its type, or mlp-2 (256)."""
+        return cls.word()
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.label_of(dict(self))
+
+    @property
+    def depth(self) -> int:
+        """How many layers of weights it has."""
+        return 1
+
+    def first_width(self, classes: int) -> int:
+        """Return the outputs of its first layer."""
+        return classes
+
+    def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw its weights: {name: float32 tensor}. dim: width of the features. Raises BadInput for a width it cannot read."""
+        raise NotImplementedError
+
+    def stack(self, weights: dict[str, Tensor], precision: str) -> Stack:
+        """Return a Stack of heads with the same fields as this one. weights: {name: [P, ...]}."""
+        raise NotImplementedError
+
+    def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """Return the layers that map [B, D, h, w] to logits [B, C, h, w] or [B, C, 1, 1]; takes its weights out of the dict."""
+        raise NotImplementedError
+
+    def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
+        """Return roughly how many weights one layer has, and how many numbers the widest layer makes of an image."""
+        raise NotImplementedError
+
+    def flops(self, dim: int, classes: int, positions: int) -> int:
+        """Return the operations that one image costs in training, forward and backward."""
+        raise NotImplementedError
+
+    def in_cache(self, rows: int) -> bool:
+        """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
+        return rows < 1024
+
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+        """Return (field, reason) of why it cannot train on a feature of so many positions, or None.
+
+        width: of the feature. batch_size: images of a mini-batch.
+        """
+        return None
+
+    def resolved(self, classes: int) -> Self:
+        """Return the head with its offset as a number. Raises BadInput where -ln(C-1) has none."""
+        if isinstance(self.offset, float):
+            return self
+        if classes < 2:
+            raise BadInput(f"offset {UNIFORM_OFFSET} needs at least two classes, and the store has {classes}")
+        return self.model_copy(update={"offset": -math.log(classes - 1)})
+
+
+def scaled(logits: Tensor, head: Head) -> Tensor:
+    """Divide logits by the head's temperature and add its offset, in place."""
     if head.temperature != 1:
         logits /= head.temperature
     if head.offset:
@@ -29,143 +130,6 @@ def _scaled(logits, head):
     return logits
 
 
-def _unscaled(gradient, head):
-    """Take a gradient of the logits back through _scaled()."""
+def unscaled(gradient: Tensor, head: Head) -> Tensor:
+    """Take a gradient of the logits back through scaled()."""
     return gradient if head.temperature == 1 else gradient / head.temperature
-
-
-class LinearStack:
-    """P linear probes that see the same features: one GEMM forward, one backward.
-
-    weights: {name: [P, ...]}, which training changes; `parameters`: those of them that are trained, in order.
-    """
-
-    def __init__(self, specs, weights):
-        self.head, self.precision = specs[0].head, specs[0].precision
-        self.weights = weights
-        self.parameters = list(self.weights.values())
-
-    def forward(self, features, training=False):
-        """Map features [B, D] to logits [B, P, C], in memory as [P, C, B]: weights first is the faster GEMM."""
-        weight = self.weights["fc0.weight"]  # [P, C, D]
-        precision = self.precision if training else "float32"
-        logits = multiply(weight.flatten(0, 1), features.t(), precision).unflatten(0, weight.shape[:2])
-        if self.head.bias:
-            logits += self.weights["fc0.bias"].unsqueeze(2)
-        return _scaled(logits, self.head).permute(2, 0, 1)
-
-    def backward(self, features, logits, gradient):
-        """Return the parameters' gradients; the weight's as the pair (A, B) that stands for A B."""
-        gradient = _unscaled(gradient, self.head).permute(1, 2, 0)  # [P, C, B]
-        weight = (gradient.flatten(0, 1), features)
-        return [weight, gradient.sum(2)] if self.head.bias else [weight]
-
-
-class LayerStack:
-    """P MLPs or B-cos heads of one shape that see the same features [B, D] or maps [B, D, S]; see layers.py.
-
-    The mean over positions is taken before the last layer of an MLP, with which it commutes.
-    """
-
-    def __init__(self, specs, weights):
-        self.head, self.precision = specs[0].head, specs[0].precision
-        head = self.head
-        self.weights = weights
-        self.parameters = [w for name, w in self.weights.items() if "running" not in name]
-        self.mean, self.layers = Mean(), []
-        for i in range(head.layers):
-            last = i == head.layers - 1
-            if last and head.type == "mlp":
-                self.layers.append(self.mean)
-            weight = self.weights[f"fc{i}.weight"]
-            bcos = head.type == "bcos"
-            self.layers.append(
-                Bcos(weight, head.b, head.max_out) if bcos else Linear(weight, self.weights.get(f"fc{i}.bias"))
-            )
-            if not last:
-                if head.norm != "none":
-                    norm, held = NORM_LAYERS[head.norm], [self.weights[f"bn{i}.{n}"] for n in NORMS[head.norm]]
-                    self.layers.append(GhostNorm(norm, held, head.norm_batch) if head.norm_batch else norm(*held))
-                if head.type == "mlp":
-                    self.layers.append(ACTIVATIONS[head.activation][0]())
-        if head.type == "bcos":
-            self.layers.append(self.mean)
-        for place, layer in enumerate(self.layers):
-            layer.place = place
-
-    def forward(self, features, training=False):
-        """Map features to logits [B, P, C]; with training, by the batch's statistics, and ready for backward()."""
-        self.memory = Memory.shared()
-        self._turn = self.memory.turn = object()
-        for layer in self.layers:
-            layer.memory = self.memory
-        rows, positions = self._rows(features)
-        for layer in self.layers:
-            layer.precision, layer.positions = self.precision if training else "float32", positions
-            rows = layer.forward(rows, training)
-        # A copy, for the layers write to the same memory in every step.
-        return _scaled(rows.clone(), self.head).permute(2, 0, 1)
-
-    def _rows(self, features):
-        """Features as [D, B S] and S."""
-        if features.ndim == 2:
-            return features.t(), 1
-        batch, dim, positions = features.shape
-        rows = self.memory.tensor("features", (dim, batch, positions), features)
-        return rows.copy_(features.transpose(0, 1)).flatten(1), positions
-
-    def backward(self, features, logits, gradient):
-        """Return the parameters' gradients, of the last forward(), since when no other stack may have had one."""
-        if self.memory.turn is not self._turn:
-            raise RuntimeError("another stack has used the memory since this one's forward()")
-        gradient = _unscaled(gradient, self.head).permute(1, 2, 0).contiguous()  # [P, C, B]
-        for layer in reversed(self.layers):
-            gradient = layer.backward(gradient)
-        return [g for layer in self.layers for g in layer.gradients]
-
-
-STACKS = {"linear": LinearStack, "mlp": LayerStack, "bcos": LayerStack, "attentive": AttentiveStack}
-
-
-class Head(nn.Module):
-    """One trained head as an ordinary module: maps [B, D, h, w] to logits [B, C].
-
-    Built from a probe's spec and its weights; the logits are averaged over positions (or the
-    features, if the spec says pool: before), without which GradCAM and the like have no map.
-    """
-
-    def __init__(self, spec, weights):
-        super().__init__()
-        head, layers = spec.head, []
-        if head.type == "attentive":
-            attention = {name: w for name, w in weights.items() if name.startswith("attention.")}
-            weights = {name: w for name, w in weights.items() if name not in attention}
-            layers.append(("attention", AttentivePooling(head.heads, attention)))
-        for i in range(head.layers):
-            outputs, inputs = weights[f"fc{i}.weight"].shape
-            if head.type == "bcos":
-                layers.append((f"fc{i}", BcosConv2d(inputs, outputs, head.b, head.max_out)))
-            else:
-                layers.append((f"fc{i}", nn.Conv2d(inputs, outputs, 1, bias=f"fc{i}.bias" in weights)))
-            if i < head.layers - 1:
-                if head.norm != "none":
-                    norm = nn.BatchNorm2d if head.norm == "bn" else BatchNormUncentered2d
-                    layers.append((f"bn{i}", norm(outputs // head.max_out)))
-                if head.type == "mlp":
-                    layers.append((f"{head.activation}{i}", ACTIVATIONS[head.activation][1]()))
-        self.pool, self.temperature, self.offset = head.pool, head.temperature, head.offset
-        self.layers = nn.ModuleDict(layers)
-        state = {f"layers.{n}": w[:, :, None, None] if w.ndim == 2 else w for n, w in weights.items()}
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if "num_batches_tracked" not in key and "attention" not in key]
-        if unexpected or missing:
-            raise ValueError(f"weights do not fit the head: missing {missing}, unexpected {unexpected}")
-        self.eval().requires_grad_(False)
-
-    def forward(self, maps):
-        """Map float32 [B, D, h, w] to logits [B, C]."""
-        if self.pool == "before":
-            maps = maps.mean((2, 3), keepdim=True)
-        for layer in self.layers.values():
-            maps = layer(maps)
-        return maps.mean((2, 3)) / self.temperature + self.offset

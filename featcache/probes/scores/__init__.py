@@ -1,1 +1,1 @@
-"""Scores of trained probes: metrics, intervals, comparisons."""
+"""Pure numbers: metrics of logits, their intervals, and the test of a difference."""

@@ -1,0 +1,25 @@
+"""Energy-based pointing game (Wang et al., Score-CAM, CVPR Workshops 2020)."""
+
+from typing import ClassVar, Literal
+
+import torch
+
+from featcache.attribution.scores.localisation_score import LocalisationScore
+
+
+class EPG(LocalisationScore):
+    """EPG (energy-based pointing game): the share of a map's positive energy inside the boxes of the class explained.
+
+    No smoothing and no rounding. A uniform map scores the boxes' share of the image.
+    """
+
+    type: Literal["epg"] = "epg"
+    heading: ClassVar[str] = "EPG"
+    columns: ClassVar[tuple[str, str]] = ("epg", "box_share")
+    lacking: ClassVar[str] = "positive energy"
+
+    def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Sum the positive values inside the masks, and divide by the sum of all positive values."""
+        positive = maps.double().clamp(min=0)
+        inside = (positive * masks).sum((1, 2))
+        return inside / positive.sum((1, 2))

@@ -1,0 +1,133 @@
+"""A job: what an extraction's settings amount to, once the dataset is read and the backbone loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.precision import measure
+from featcache.datasets.record import Dataset
+from featcache.errors import BadInput, nearest
+from featcache.extraction.images import DECODERS, Images, check_decoder, image_batches
+from featcache.extraction.settings import Settings
+from featcache.extraction.views import Views, plan_views
+from featcache.feature import Feature, parse_features
+from featcache.store.dtype import STORED
+from featcache.store.folder import Folder, open_folder
+from featcache.store.formats import FORMATS, choose_format
+from featcache.store.manifest import Manifest, Storage, identity_hash, plan
+from featcache.store.reader import Store
+from featcache.store.records import record_arrays
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is extracted from what, and into which store.
+
+    identity, storage: of the store, see Manifest. arrays: the small arrays of each split.
+    """
+
+    settings: Settings
+    device: torch.device
+    data: Dataset
+    model: Backbone
+    features: tuple[Feature, ...]
+    views: Views
+    identity: dict[str, Any]
+    storage: Storage
+    folder: Folder
+    arrays: dict[str, dict[str, np.ndarray]]
+
+    @property
+    def id(self) -> str:
+        """The id of the store."""
+        return identity_hash(self.identity)
+
+    def images(self, with_views: bool = True) -> Images:
+        """Return the images of all splits and, once the store has their crops, of all views."""
+        names = self.views.names() if with_views else ()
+        crops = {name: Store(self.folder)[name].augmentation for name in names}
+        return Images(self.data, self.model.preprocessing, DECODERS[self.settings.decoder], crops)
+
+
+def plan_job(settings: Settings, device: torch.device, data: Dataset, model: Backbone) -> Job:
+    """Work out what the settings amount to. Raises BadInput for settings that are unknown or do not go together."""
+    check_decoder(settings.decoder, model.preprocessing)
+    default = "pooled,spatial,cls" if model.class_token else "pooled,spatial"
+    features = parse_features(settings.features or default, model.aliases, model.layers)
+    views = plan_views(data, settings.views, settings.seed, settings.crop_scale)
+    format = choose_format(settings.format, settings.store)
+    identity = _identity(settings, data, model, features) | views.describe()
+    folder = open_folder(settings.store or _default_place(data, model, identity, format))
+    FORMATS[format].check_place(folder, settings.compression)
+    storage: Storage = {"format": format, "compression": settings.compression}
+    arrays = {split: record_arrays(data, split) for split in data.splits}
+    return Job(settings, device, data, model, features, views, identity, storage, folder, arrays)
+
+
+def _identity(settings: Settings, data: Dataset, model: Backbone, features: tuple[Feature, ...]) -> dict[str, Any]:
+    """Return what the features depend on, without the views."""
+    dtype = settings.dtype
+    if dtype not in STORED:
+        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, STORED)} (known: {', '.join(STORED)})")
+    return {
+        "arch": model.arch,
+        "weights_sha256": model.weights_sha256,
+        "preprocessing": model.preprocessing.describe(),
+        "features": sorted(str(f) for f in features),
+        "dtype": dtype,
+        "precision": settings.precision,
+        "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
+        # The usual one is not named, so that stores from before there was a choice keep their ids.
+        **({"decoder": DECODERS[settings.decoder]} if settings.decoder != "exact" else {}),
+    }
+
+
+def _default_place(data: Dataset, model: Backbone, identity: dict[str, Any], format: str) -> Path:
+    name = f"{data.name}-{model.arch.replace(':', '-')}-{identity_hash(identity)[:8]}"
+    return Path("features") / f"{name}{FORMATS[format].SUFFIX}"
+
+
+def lay_out(job: Job) -> Manifest:
+    """Return the manifest of the job's store, whose `files` are still empty."""
+    rows = {split: len(records) for split, records in job.data.splits.items()}
+    return plan(
+        identity=job.identity,
+        rows=rows | {name: rows[split] for name, (split, _) in job.views.names().items()},
+        shapes=_row_shapes(job),
+        dtype=job.settings.dtype,
+        aliases=job.model.aliases,
+        classes=job.data.classes,
+        task=job.data.task,
+        compute={
+            "device": job.device.type,
+            "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
+            "batch_size": job.settings.batch_size,
+        },
+        storage=job.storage,
+    )
+
+
+def _row_shapes(job: Job) -> dict[Feature, tuple[int, ...]]:
+    """Return the shape of one row of each feature, found by running the backbone on a black image."""
+    preprocessing = job.model.preprocessing
+    black = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
+    with torch.inference_mode():
+        results = job.model(preprocessing.normalise(black), job.features)
+    return {feature: tuple(results[str(feature)].shape[1:]) for feature in job.features}
+
+
+def measured(job: Job, manifest: Manifest) -> Manifest:
+    """Return the manifest with what the precision does to the first image, see featcache.backbones.precision.measure.
+
+    One image is enough: running it twice in float32 and once in the precision takes as long as six or seven images of
+    the extraction.
+    """
+    images = job.images(with_views=False)
+    ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
+    image = job.model.to(job.device).preprocessing.normalise(image.to(job.device))
+    effect = measure(job.model, image, job.features, job.settings.precision)
+    return replace(manifest, compute=manifest.compute | effect)

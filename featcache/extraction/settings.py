@@ -1,0 +1,38 @@
+"""The settings of an extraction."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `extract` was asked for. Its docstring says what each field means."""
+
+    backbone: str | os.PathLike[str]
+    arch: str | None
+    weights_key: str | None
+    dataset: str
+    root: str | os.PathLike[str] | None
+    splits: Sequence[str] | None
+    size: int | None
+    resize: str | None
+    short_side: int | None
+    interpolation: str | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    decoder: str
+    views: int
+    crop_scale: Sequence[float] | None
+    seed: int
+    features: str | Sequence[str] | None
+    precision: str
+    batch_size: int
+    workers: int | None
+    device: str | torch.device | None
+    store: str | os.PathLike[str] | None
+    format: str | None
+    compression: str | None
+    dtype: str

@@ -1,0 +1,134 @@
+"""`featcache compare`: is one probe better than another, or only on these images?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import click
+import numpy as np
+import torch
+
+from featcache.arguments import NAME, NAMES, PATHS, listed, takes
+from featcache.device import choose_device
+from featcache.errors import BadInput
+from featcache.probes.engine.scoring import load_predictors, tally_blocks
+from featcache.probes.inputs.input import load_labels
+from featcache.probes.runs.probe_file import find_probes, load_specs
+from featcache.probes.runs.run import Run, open_run, select, store_of
+from featcache.probes.scores.jackknife import paired_test
+from featcache.probes.scores.tally import Tally
+from featcache.store.reader import Store
+
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two probes on one metric: their scores, the difference first - second with its 95% interval, and its p value.
+
+    See jackknife.paired_test for interval and p.
+    """
+
+    probes: tuple[str, str]
+    split: str
+    metric: str
+    scores: tuple[float, float]
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+@takes(runs=PATHS, probes=NAMES, rule=NAME, stores=PATHS)
+def compare(
+    runs: Paths,
+    probes: Sequence[str] | None = None,
+    rule: str | None = None,
+    stores: Paths | None = None,
+    device: str | None = None,
+) -> list[Comparison]:
+    """Compare two probes on the images that their runs are judged on, by how each image counts in both.
+
+    runs: folder of a finished run that holds both, or of two, which then must be scored on the same
+    images. probes: two ids, in the order of the runs; else those that `rule` selects (see
+    run.select): two of one run, or one of each. stores: those of the runs, by default where the runs found them.
+    Returns a Comparison for every metric. Raises BadInput.
+
+        featcache.compare("runs/voc", rule="best map per loss")
+    """
+    opened = [open_run(run) for run in listed(runs)]
+    paths = listed(stores) if stores else [None] * len(opened)
+    if len(opened) > 2 or len(paths) != len(opened):
+        raise BadInput("compare takes one or two runs, and as many stores if any")
+    chosen = _two_probes(opened, probes, rule)
+    place = choose_device(device)
+    sources = [store_of(run, path) for run, path in zip(opened, paths, strict=True)]
+    pairs = list(zip(opened, sources, strict=True)) * (3 - len(opened))
+    (first, a), (second, b) = pairs[:2]
+    if len(opened) == 2:
+        _check_same_images(first, a, second, b)
+    tallies = [_tally(run, store, probe, place) for (run, store), probe in zip(pairs[:2], chosen, strict=True)]
+    if tallies[0].softmax != tallies[1].softmax:
+        click.echo(
+            "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
+        )
+    tables = [tally.influences() for tally in tallies]
+    result = []
+    for metric in first.metrics:
+        one, other = [(scores.item(), influences[0]) for scores, influences in (table[metric] for table in tables)]
+        found = paired_test(one, other)
+        result.append(Comparison(chosen, first.judge, metric, (one[0], other[0]), *found))
+    return result
+
+
+def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None) -> tuple[str, str]:
+    """Return the ids of the two probes, in the order of the runs."""
+    if probes and rule:
+        raise BadInput("name the probes with --probe or by a rule with --select, not both")
+    if probes:
+        chosen, option = list(probes), "--probe"
+    elif rule:
+        chosen, option = [probe for run in runs for probe in select(run, rule)], f"--select {rule!r}"
+    else:
+        raise BadInput("name two probes with --probe, or a rule with --select that chooses two")
+    if len(chosen) != 2 or (len(runs) == 1 and chosen[0] == chosen[1]):
+        names = f" ({', '.join(chosen[:5])}{', ...' if len(chosen) > 5 else ''})" if chosen else ""
+        raise BadInput(f"compare takes two probes; {option} names {len(set(chosen))}{names}")
+    for run, probe in zip(runs * (3 - len(runs)), chosen, strict=False):
+        if probe in run.summary["diverged"]:
+            raise BadInput(f"probe {probe} of run {run.path} diverged: it has no scores to compare")
+    return chosen[0], chosen[1]
+
+
+def _check_same_images(first: Run, a: Store, second: Run, b: Store) -> None:
+    """Raise BadInput unless two runs are judged on the same images with the same labels. a, b: their stores."""
+    where = f"runs {first.path} and {second.path} cannot be compared"
+    if first.judge != second.judge:
+        raise BadInput(f"{where}: one is judged on {first.judge}, the other on {second.judge}")
+    if (a.classes, a.task) != (b.classes, b.task):
+        raise BadInput(f"{where}: their stores have other classes")
+    one, other = [
+        [store[name] for name in run.summary["splits"][run.judge]] for run, store in ((first, a), (second, b))
+    ]
+    # An id is unique within its split only. Copies of other bytes, such as smaller ones, are the same images too.
+    named = [[(part.name, i) for part in parts for i in part.ids] for parts in (one, other)]
+    if named[0] != named[1] and not _same_bytes(one, other):
+        raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")
+    labels = [load_labels(store, run.summary["splits"][run.judge]) for run, store in ((first, a), (second, b))]
+    if not torch.equal(labels[0], labels[1]):
+        raise BadInput(f"{where}: the labels of their {first.judge} splits differ")
+
+
+def _same_bytes(first: list, second: list) -> bool:
+    """Return whether two unions of splits hold the same image files in the same order, as far as their stores know."""
+    known = [[part.digests for part in parts] for parts in (first, second)]
+    if any(digests is None for parts in known for digests in parts):
+        return False
+    return np.array_equal(np.concatenate(known[0]), np.concatenate(known[1]))
+
+
+def _tally(run: Run, store: Store, probe: str, device: torch.device) -> Tally:
+    places, names = find_probes(run.path), run.summary["splits"][run.judge]
+    (spec,) = load_specs(run.path, [probe], places)
+    predictors = load_predictors(run.path, [[spec]], store, device, places)
+    return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device)[0]

@@ -1,0 +1,93 @@
+"""Which probes train together."""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from featcache.probes.engine.memory import CPU, MemoryBudget
+from featcache.probes.inputs.input import CHUNK_ROWS
+from featcache.probes.runs.probe_file import block_name
+from featcache.probes.solvers.solver import FullBatchSolver
+from featcache.probes.spec import ProbeSpec
+
+# With so many rows in a batch a product does not wait for weights to come from memory.
+MANY_ROWS = 1024
+MIN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Block(Sequence[ProbeSpec]):
+    """Probes that train together: they read the same, and share all but rates, losses, seeds and the like."""
+
+    specs: tuple[ProbeSpec, ...]
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def]  # Both overloads are those of the tuple.
+        return self.specs[number]
+
+    def __iter__(self) -> Iterator[ProbeSpec]:
+        return iter(self.specs)
+
+    @property
+    def key(self) -> Hashable:
+        """What the probes have in common."""
+        return block_key(self.specs[0])
+
+    @property
+    def name(self) -> str:
+        """Name for the file of its probes, from their ids."""
+        return block_name(self.specs)
+
+
+def blocks(
+    specs: Iterable[ProbeSpec], dim: int, positions: int, classes: int, budget: MemoryBudget = CPU
+) -> list[Block]:
+    """Group specs into Blocks, in order of first appearance, as large as the budget lets them be.
+
+    specs: of one input, whose width is dim and which has so many positions, 1 if it is pooled.
+    """
+    alike: dict[Hashable, list[ProbeSpec]] = {}
+    for spec in specs:
+        alike.setdefault(block_key(spec), []).append(spec)
+    result = []
+    for members in alike.values():
+        # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
+        members.sort(key=lambda s: (s.optimizer.order, repr(s.loss)))
+        count = -(-len(members) // _most(members[0], dim, positions, classes, budget))
+        size = -(-len(members) // count)
+        result += [Block(tuple(members[i : i + size])) for i in range(0, len(members), size)]
+    return result
+
+
+def _most(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
+    """Return how many probes like this one may train at a time."""
+    weights, activations = spec.head.footprint(dim, classes, positions)
+    # A probe that was trained elsewhere has no batch size: it is only scored.
+    cached = spec.head.in_cache((spec.batch_size or CHUNK_ROWS) * positions)
+    fit = (budget.weights if cached else budget.activations) // (4 * weights)
+    fit = min(fit, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
+    if isinstance(spec.optimizer, FullBatchSolver):
+        fit = min(fit, budget.activations // (4 * spec.optimizer.weight_copies * weights))
+    return max(fit, 1)
+
+
+def block_key(spec: ProbeSpec) -> Hashable:
+    """Return what the probes of one block have in common."""
+    loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
+    return spec.features, spec.views, spec.head, spec.optimizer.shared, loop
+
+
+def rows_at_once(batch_size: int | None, positions: int) -> int:
+    """Return how many images a stack sees at a time: a mini-batch, or in scoring enough to keep it busy."""
+    return max(batch_size or 1, MANY_ROWS // positions)
+
+
+def padded(specs: Sequence[ProbeSpec], classes: int) -> list[ProbeSpec]:
+    """Repeat the last probe until the block has MIN_ROWS outputs.
+
+    BLAS libraries compute a row of a product in the same way however many rows there are, but for very few, where they
+    use other kernels. So a probe alone gets the bits that it gets in a stack.
+    """
+    width = specs[0].head.first_width(classes)
+    return [*specs, *[specs[-1]] * (-(-MIN_ROWS // width) - len(specs))]

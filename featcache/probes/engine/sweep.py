@@ -1,0 +1,283 @@
+"""Training what a run folder lacks: waves over the data, states on disk, the rungs of a search.
+
+A run that was killed goes on from the last states that it wrote, and ends with the same bits.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import click
+import safetensors
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from featcache.errors import BadInput
+from featcache.probes.engine.halving import rung_epoch, rungs
+from featcache.probes.engine.loop import train_epoch
+from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.scoring import new_tally
+from featcache.probes.engine.training import Training, fit_block, state_path
+from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
+from featcache.probes.grids.search import Halving
+from featcache.probes.inputs.batches import view_of_epoch
+from featcache.probes.inputs.input import Input, load_labels
+from featcache.probes.inputs.resident import Resident
+from featcache.probes.inputs.streamed import Streamed
+from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
+from featcache.probes.runs.run_file import PARTIAL
+from featcache.probes.scores.metrics import gain
+from featcache.probes.spec import ProbeSpec
+from featcache.probes.trained import TrainedProbe
+from featcache.ranks import Ranks
+from featcache.store.reader import Store
+
+# States are written after an epoch, but not more often than this: a kill costs about as much.
+SAVE_SECONDS = 30
+TELL_SECONDS = 0.5
+
+
+class Sweep:
+    """The training of what a run folder lacks. See train_missing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Iterable[ProbeSpec],
+        store: Store,
+        splits: dict[str, tuple[str, ...]],
+        device: torch.device,
+        seed: int,
+        selection: tuple[str, str | None],
+        ranks: Ranks,
+        progress: tqdm,
+        run: str,
+    ):
+        self.folder, self.store, self.splits, self.device, self.seed = folder, store, splits, device, seed
+        self.run = run
+        self.specs = {spec.id: spec for spec in specs}
+        self.selection, self.ranks, self.progress = selection, ranks, progress
+        self.labels = load_labels(store, splits["train"]).to(device)
+        # Where nothing is chosen, nothing asks for validation.
+        role = selection[1]
+        self.selected_on = load_labels(store, splits[role]).to(device) if role else None
+        self._saved_at = self._told_at = time.monotonic()
+        self._untold = 0
+        self._validation: dict[Input, list[Tensor] | None] = {}
+        self._origins: dict[str, Origin] = {}
+
+    def tick(self, steps: int) -> None:
+        """Count steps of probes, and now and then tell the others and the progress bar."""
+        self._untold += steps
+        if time.monotonic() - self._told_at > TELL_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what is not yet told."""
+        done, self._untold, self._told_at = self.ranks.count(self._untold), 0, time.monotonic()
+        self.progress.update(done - self.progress.n)
+
+    def source(self, wave: Wave) -> Resident | Streamed:
+        """Return the training features of a wave: in memory, or streamed through a buffer."""
+        names = self.splits["train"]
+        if wave.buffer_rows is None:
+            return Resident(wave.input, self.store, names, self.device)
+        return Streamed(wave.input, self.store, names, wave.buffer_rows)
+
+    def open(self, wave: Wave) -> list[Training]:
+        """Return the Trainings of a wave's blocks, new or from their states."""
+        shape, trainings = (wave.input.shape(self.store)[0], len(self.store.classes), self.labels), []
+        for block in wave.blocks:
+            if isinstance(block, str):
+                trainings.append(self._restored(block, shape))
+                # What the grid no longer has is not trained on.
+                trainings[-1].take_out(torch.tensor([spec.id not in self.specs for spec in trainings[-1].specs]))
+            else:
+                trainings.append(Training([self.specs[name] for name in block], *shape))
+        self._origins |= dict.fromkeys((training.name for training in trainings), self._origin(wave.buffer_rows))
+        return trainings
+
+    def _restored(self, name: str, shape: tuple[int, int, Tensor]) -> Training:
+        path = self.folder / PARTIAL / name
+        try:
+            return Training.restored(path, *shape)
+        except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            # It was whole a moment ago.
+            raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
+
+    def _origin(self, buffer_rows: int | None) -> Origin:
+        return Origin(self.store.id, self.run, buffer_rows)
+
+    def fit(self, specs: Sequence[ProbeSpec], source: Resident) -> None:
+        """Train a block whose optimizer sees all images at once."""
+        self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)), self._origin(None))
+        self.tick(sum(self.steps_of(spec) for spec in specs))
+
+    def steps_of(self, spec: ProbeSpec) -> int:
+        """Return the steps of a probe's training, as the progress bar counts them."""
+        return spec.epochs * -(-len(self.labels) // spec.batch_size) if spec.epochs else 1
+
+    def run_wave(
+        self,
+        trainings: Sequence[Training],
+        source: Resident | Streamed,
+        read: Input,
+        until: Callable[[Training], int],
+    ) -> None:
+        """Train blocks of one input, all on the same pass over the data, each up to its epoch until(training)."""
+        while active := [t for t in trainings if t.specs and t.epoch < until(t)]:
+            epoch = min(t.epoch for t in active)
+            now = [t for t in active if t.epoch == epoch]
+            for view in sorted({view_of_epoch(t.views, epoch) for t in now}):
+                same_view = [t for t in now if view_of_epoch(t.views, epoch) == view]
+                pieces = source.pieces(view, self.seed, epoch)
+                train_epoch(same_view, pieces, self.labels, self.device, self.tick)
+            for training in now:
+                self._after_epoch(training, read, until)
+            if time.monotonic() - self._saved_at > SAVE_SECONDS:
+                self.save(t for t in now if t.specs)
+
+    def _after_epoch(self, training: Training, read: Input, until: Callable[[Training], int]) -> None:
+        if training.validates or (until(training) < training.epochs and training.epoch == until(training)):
+            training.validated(self._validation_scores(training, read))
+        self._drop(training, training.impatient() & (training.epoch < training.epochs), "patience")
+        if training.specs and training.epoch == training.epochs:
+            self._keep(training.finish(), self._origins[training.name])
+            state_path(self.folder, training.name).unlink(missing_ok=True)
+            training.specs = []
+
+    def _validation_scores(self, training: Training, read: Input) -> Tensor:
+        """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
+        metric, role = self.selection
+        names, device = self.splits[role], self.device
+        tally = new_tally(training.specs, self.selected_on, len(self.store.classes), [metric])
+        if read not in self._validation:
+            numbers = math.prod(read.shape(self.store)) * len(self.selected_on)
+            fits = 4 * numbers < MemoryBudget.for_validation(device)
+            self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
+        for chunk in self._validation[read] or read.chunks(self.store, names, device):
+            tally.add(training.logits(chunk))
+        return gain(metric, tally.scores()[metric])
+
+    def _drop(self, training: Training, gone: Tensor, why: str) -> None:
+        """Take probes out of a block before their time."""
+        self.tick((training.epochs - training.epoch) * training.steps * int(gone.sum()))
+        self._keep(training.take_out(gone, why), self._origins[training.name])
+        if not training.specs:
+            state_path(self.folder, training.name).unlink(missing_ok=True)
+
+    def _keep(self, probes: Sequence[TrainedProbe], origin: Origin) -> None:
+        if probes:
+            save_probes(self.folder, probes, origin)
+        for probe in probes:
+            if probe.diverged is not None:
+                click.echo(
+                    f"warning: probe {probe.spec.id} ({probe.spec.optimizer.summary_of_rate}) diverged in epoch "
+                    f"{probe.diverged_epoch}, at step {probe.diverged + 1}; its scores are empty",
+                    err=True,
+                )
+            elif probe.stopped == "iterations":
+                click.echo(
+                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps ({probe.spec.optimizer.type}); "
+                    "give it more optimizer.iterations, or more weight_decay",
+                    err=True,
+                )
+
+    def save(self, trainings: Iterable[Training]) -> None:
+        """Write the states of blocks."""
+        for training in trainings:
+            (self.folder / PARTIAL).mkdir(exist_ok=True)
+            training.save(self.folder, self._origins[training.name])
+        self._saved_at = time.monotonic()
+
+    def cut(self, trainings: Sequence[Training], fraction: float, factor: float) -> None:
+        """Keep the best 1/factor of all probes that reached a rung of the search; the others are done.
+
+        All of the grid that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
+        """
+        there = find_probes(self.folder)
+        done = load_probes(self.folder, self.specs.keys() & there.keys(), there)
+        scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in done}
+        for training in trainings:
+            scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
+        reached = {}
+        for name, (epochs, values) in scores.items():
+            rung = rung_epoch(epochs, fraction)
+            if len(values) >= rung:
+                reached[name] = values[rung - 1] if math.isfinite(values[rung - 1]) else -math.inf
+        best = set(sorted(reached, key=lambda name: (-reached[name], name))[: math.ceil(len(reached) / factor)])
+        for training in trainings:
+            if training.specs and training.epoch == rung_epoch(training.epochs, fraction):
+                gone = torch.tensor([spec.id not in best for spec in training.specs], dtype=torch.bool)
+                self._drop(training, gone, "halving")
+        self.save(t for t in trainings if t.specs)
+
+
+def train_missing(
+    folder: Path,
+    specs: Sequence[ProbeSpec],
+    store: Store,
+    splits: dict[str, tuple[str, ...]],
+    device: torch.device,
+    seed: int,
+    selection: tuple[str, str | None],
+    buffers: Buffers,
+    search: Halving | None,
+    ranks: Ranks,
+    run: str,
+) -> None:
+    """Train the probes that a run folder lacks and save them there.
+
+    selection: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
+    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one
+    returns when all is there. run: identity of the run, which the files are marked with. Raises BadInput.
+    """
+    if ranks.rank == 0:
+        waves = plan_waves(folder, specs, store, buffers, device)
+        ranks.share([wave.to_json() for wave in waves])
+    else:
+        waves = [Wave.from_json(content) for content in ranks.shared()]
+    with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
+        sweep = Sweep(folder, specs, store, splits, device, seed, selection, ranks, progress, run)
+        progress.total = sum(map(sweep.steps_of, missing_specs(folder, specs)))
+        if search:
+            _search(sweep, waves, search)
+        else:
+            _train(sweep, ranks.draw(waves))
+        sweep.tell()
+        while ranks.rank == 0 and (left := ranks.left_behind(lambda: unsaved(folder, waves))):
+            click.echo(f"notice: no news of {len(left)} blocks that other processes took; doing them here", err=True)
+            _train(sweep, left)
+    if ranks.rank == 0:
+        with suppress(OSError):
+            (folder / PARTIAL).rmdir()
+
+
+def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
+    source, shown = None, None
+    for wave in waves:
+        if shown != (wave.input, wave.buffer_rows):
+            source, shown = sweep.source(wave), (wave.input, wave.buffer_rows)
+        first = wave.blocks[0]
+        specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
+        if specs and specs[0].optimizer.full_batch:
+            sweep.fit(specs, source)
+            continue
+        trainings = sweep.open(wave)
+        sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in trainings))
+        sweep.run_wave(trainings, source, wave.input, lambda t: t.epochs)
+
+
+def _search(sweep: Sweep, waves: Iterable[Wave], search: Halving) -> None:
+    opened = [(wave, sweep.open(wave)) for wave in waves]
+    everyone = [t for _, trainings in opened for t in trainings]
+    sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in everyone))
+    for fraction in [*rungs(search), 1.0]:
+        for wave, trainings in opened:
+            source = sweep.source(wave)
+            sweep.run_wave(trainings, source, wave.input, lambda t, f=fraction: rung_epoch(t.epochs, f))
+        if fraction < 1:
+            sweep.cut(everyone, fraction, search.factor)

@@ -1,0 +1,161 @@
+"""What of a grid is to be trained, and which blocks train on the same pass over the data."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from featcache.errors import BadInput
+from featcache.probes.engine.blocks import Block, blocks
+from featcache.probes.engine.memory import FeatureMemory, MemoryBudget, state_bytes
+from featcache.probes.inputs.input import Input
+from featcache.probes.runs.probe_file import find_probes
+from featcache.probes.runs.run_file import PARTIAL
+from featcache.probes.runs.sealed_tensors import read_content
+from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.store.reader import Store
+
+# Rows of the shuffle buffer of each input by name, None for those that are in memory.
+Buffers = dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Blocks that train on the same pass over one input.
+
+    blocks: of each the ids of its probes, or the name of the file that holds its state. buffer_rows: of the shuffle
+    buffer, None where the features are in memory.
+    """
+
+    blocks: list[list[str] | str]
+    input: Input
+    buffer_rows: int | None
+
+    def to_json(self) -> list[Any]:
+        """Return it as JSON values, to be sent to other processes."""
+        return [self.blocks, self.input.feature, self.input.pooled, self.buffer_rows]
+
+    @classmethod
+    def from_json(cls, content: list[Any]) -> "Wave":
+        """Return the Wave that to_json() was asked of."""
+        blocks, feature, pooled, buffer_rows = content
+        return cls(blocks, Input(feature, pooled), buffer_rows)
+
+
+def blocks_by_input(
+    specs: Iterable[ProbeSpec], store: Store, device: torch.device
+) -> Iterator[tuple[Input, list[Block]]]:
+    """Yield each input that the specs ask for, with the blocks that read it."""
+    readers: dict[Input, list[ProbeSpec]] = {}
+    for spec in specs:
+        readers.setdefault(Input.of(spec), []).append(spec)
+    for read, members in readers.items():
+        dim, positions = read.shape(store)
+        yield read, blocks(members, dim, positions, len(store.classes), MemoryBudget.of(device))
+
+
+def plan_buffers(
+    specs: Iterable[ProbeSpec],
+    store: Store,
+    splits: dict[str, tuple[str, ...]],
+    memory: float | None,
+    device: torch.device,
+    processes: int = 1,
+) -> Buffers:
+    """Say how each input of the grid is read.
+
+    memory: bytes for features, by default half of what is free on the device. processes: that share this machine.
+    Raises BadInput if an optimizer needs more in memory than there is.
+    """
+    names, buffers = splits["train"], {}
+    room = FeatureMemory.of(device, memory, processes)
+    rows = sum(len(store[name]) for name in names)
+    for spec in specs:
+        read = Input.of(spec)
+        size = read.bytes(store, names)
+        buffers[read.name] = room.buffer_rows(rows, size)
+        if buffers[read.name] is not None and spec.optimizer.full_batch:
+            raise BadInput(
+                f"{spec.optimizer.type} needs all of {read.feature} in memory, {size / 1e9:.3g} GB, and "
+                f"{room.resident / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"
+            )
+    return buffers
+
+
+def plan_waves(
+    folder: Path, specs: Sequence[ProbeSpec], store: Store, buffers: Buffers, device: torch.device
+) -> list[Wave]:
+    """Return what a run folder lacks of a grid, as Waves."""
+    missing = missing_specs(folder, specs)
+    if len(missing) < len(specs):
+        click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
+    states = _states(folder, {spec.id for spec in missing})
+    resumed = {spec.id for _, members in states for spec in members}
+    waves = []
+    for path, members in states:
+        read = Input.of(members[0])
+        waves.append(Wave([path.name], read, buffers[read.name]))
+    for read, group in blocks_by_input([s for s in missing if s.id not in resumed], store, device):
+        for together in _together(group, read, store, buffers[read.name], device):
+            ids: list[list[str] | str] = [[spec.id for spec in block] for block in together]
+            waves.append(Wave(ids, read, buffers[read.name]))
+    return waves
+
+
+def missing_specs(folder: Path, specs: Iterable[ProbeSpec]) -> list[ProbeSpec]:
+    """Return the specs whose probes a run folder does not hold."""
+    present = find_probes(folder)
+    return [spec for spec in specs if spec.id not in present]
+
+
+def unsaved(folder: Path, waves: Iterable[Wave]) -> list[Wave]:
+    """Return the waves whose probes are not all saved; the state of a resumed block is there until they are."""
+    present = find_probes(folder)
+
+    def lacks(block: list[str] | str) -> bool:
+        if isinstance(block, str):
+            return (folder / PARTIAL / block).is_file()
+        return not present.keys() >= set(block)
+
+    return [wave for wave in waves if any(map(lacks, wave.blocks))]
+
+
+def _together(
+    group: Sequence[Block], read: Input, store: Store, buffer_rows: int | None, device: torch.device
+) -> list[list[Block]]:
+    """Divide the blocks of one input into those that train on the same pass over the data.
+
+    Pooled features in memory: one block at a time, which then stays in the cache. Otherwise a pass is dear, and as many
+    blocks share it as have room for their states.
+    """
+    dim, positions = read.shape(store)
+    if buffer_rows is None and positions == 1:
+        return [[block] for block in group]
+    room, waves, used = MemoryBudget.for_states(device), [[]], 0
+    alone = []
+    for block in group:
+        if block[0].optimizer.full_batch:
+            alone.insert(0, [block])
+            continue
+        size = len(block) * state_bytes(block[0].head, dim, len(store.classes), positions)
+        if waves[-1] and used + size > room:
+            waves, used = [*waves, []], 0
+        waves[-1].append(block)
+        used += size
+    return [wave for wave in [*alone, *waves] if wave]
+
+
+def _states(folder: Path, missing: set[str]) -> list[tuple[Path, list[ProbeSpec]]]:
+    """Return the states that a killed run left, with their specs; those of no use are removed."""
+    states = []
+    for path in sorted((folder / PARTIAL).glob("*.safetensors")):
+        specs = [spec_from_dict(spec) for spec in read_content(path)["specs"]]
+        if {spec.id for spec in specs} & missing:
+            # There may be finished probes among them: it was killed while those of this block were being saved.
+            states.append((path, specs))
+        else:
+            path.unlink()
+    return states

@@ -1,0 +1,52 @@
+"""A B-cos layer and uncentred batch norm as modules, for one head alone."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-5
+PATCH_EPS = 1e-6
+
+
+def cosine_power(cosine: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """|cos|^(b - 1), and |cos| times its derivative; for b other than 2, 1e-6 is added to |cos| as the package does."""
+    if b == 2:
+        return cosine, cosine
+    return (cosine + PATCH_EPS).pow(b - 1), (b - 1) * cosine * (cosine + PATCH_EPS).pow(b - 2)
+
+
+def uncentred_scale(weight: Tensor, variance: Tensor) -> Tensor:
+    """Return what uncentred batch norm multiplies each channel by: weight / sqrt(variance + 1e-5)."""
+    return weight / (variance + NORM_EPS).sqrt()
+
+
+class BcosConv2d(nn.Module):
+    """A 1x1 B-cos convolution: maps [B, D, h, w] to [B, U, h, w]. weight: [U * max_out, D, 1, 1]."""
+
+    def __init__(self, inputs: int, outputs: int, b: float, max_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1))
+        self.b, self.max_out = b, max_out
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the scaled responses."""
+        out = F.conv2d(maps, F.normalize(self.weight, dim=1))
+        if self.max_out > 1:
+            out = out.unflatten(1, (-1, self.max_out)).max(2).values
+        if self.b == 1:
+            return out
+        cosine = out.abs() / (maps.square().sum(1, keepdim=True) + PATCH_EPS).sqrt()
+        return cosine_power(cosine, self.b)[0] * out
+
+
+class BatchNormUncentered2d(nn.Module):
+    """The bcos package's norm of that name without bias, in eval mode: a fixed factor per channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Scale maps [B, D, h, w]; the mean is not taken away."""
+        return maps * uncentred_scale(self.weight, self.running_var)[:, None, None]

@@ -1,0 +1,169 @@
+"""Heads that are layers of 1x1 convolutions, one after another: their weights, costs and modules."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from featcache.feature import Feature
+from featcache.probes.heads.bcos_modules import BatchNormUncentered2d
+from featcache.probes.heads.head import Head
+
+# What a norm between layers holds, and the values that it begins with.
+NORMS = {
+    "bn": {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+    "bnu": {"weight": 1.0, "running_var": 1.0},
+    "none": {},
+}
+NORM_MODULES = {"bn": nn.BatchNorm2d, "bnu": BatchNormUncentered2d}
+
+
+class Layout(NamedTuple):
+    """The layers of a head: how many, the width between them, norm and bias, and responses of each unit."""
+
+    layers: int = 1
+    hidden: int = 0
+    norm: str = "none"
+    norm_batch: int = 0
+    bias: bool = True
+    max_out: int = 1
+
+    def widths(self, dim: int, classes: int) -> list[int]:
+        """Return the numbers of inputs of all layers, and of the last one's outputs."""
+        return [dim, *[self.hidden] * (self.layers - 1), classes]
+
+
+class LayeredHead(Head):
+    """Base of heads whose weights are `fc{i}.weight` [out, in] and `fc{i}.bias`, and for norms `bn{i}.weight`, `.bias`,
+    `.running_mean`, `.running_var` (uncentred: `.weight`, `.running_var`).
+    """
+
+    pool: Literal["after", "before"] = Field(
+        "after", description="what is averaged over positions: the logits (after) or the features (before)"
+    )
+
+    @property
+    def averages_features(self) -> bool:
+        """See Head.averages_features."""
+        return self.pool == "before"
+
+    @property
+    def layout(self) -> Layout:
+        """Its layers."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return self.layout.layers
+
+    @classmethod
+    def label_of(cls, fields: Mapping[str, Any]) -> str:
+        """See Head.label_of: type, number of layers, and their width if there is any between."""
+        if "layers" not in cls.model_fields:
+            return cls.word()
+        width = f" ({fields['hidden']})" if int(fields["hidden"]) else ""
+        return f"{cls.word()}-{fields['layers']}{width}"
+
+    def first_width(self, classes: int) -> int:
+        """See Head.first_width."""
+        return self.layout.hidden or classes
+
+    def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw from U(-1/sqrt(in), 1/sqrt(in)), as torch's Linear and Conv2d do."""
+        layout, weights = self.layout, {}
+        widths = layout.widths(dim, classes)
+        for i in range(layout.layers):
+            # Batch norm takes away what a bias before it adds, and Adam would drive it about on rounding noise.
+            biased = layout.bias and (layout.norm != "bn" or i == layout.layers - 1)
+            weights |= drawn_layer(f"fc{i}", widths[i], widths[i + 1] * layout.max_out, biased, generator)
+            if i < layout.layers - 1:
+                norm = {n: torch.full((widths[i + 1],), value) for n, value in NORMS[layout.norm].items()}
+                weights |= {f"bn{i}.{name}": tensor for name, tensor in norm.items()}
+        return weights
+
+    def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
+        """Return the weights of the first layer, and the numbers that it makes of an image."""
+        width = self.layout.hidden or classes
+        return width * dim, width * positions
+
+    def flops(self, dim: int, classes: int, positions: int) -> int:
+        """Return 4 D C for a linear head (docs/performance.md).
+
+        A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the weights' gradient, at every position; a
+        layer behind it costs 2 n m more for the gradient of its input.
+        """
+        layout = self.layout
+        widths, total = layout.widths(dim, classes), 0
+        for i in range(layout.layers):
+            cost = (4 if i == 0 else 6) * widths[i] * widths[i + 1] * layout.max_out
+            total += cost * self.positions_of(i, positions)
+        return total
+
+    def positions_of(self, layer: int, positions: int) -> int:
+        """Return at how many positions a layer is computed."""
+        return positions
+
+    def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """Return the layers as 1x1 convolutions, norms, and what lies between."""
+        layers: dict[str, nn.Module] = {}
+        layout = self.layout
+        for i in range(layout.layers):
+            layers[f"fc{i}"] = self.convolution(taken(weights, f"fc{i}"))
+            if i < layout.layers - 1:
+                if layout.norm != "none":
+                    layers[f"bn{i}"] = _norm_module(layout, taken(weights, f"bn{i}"))
+                layers |= self.between(i)
+        return layers
+
+    def convolution(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Return a layer as a module. weights: {"weight": [out, in], and "bias" if it has one}."""
+        outputs, inputs = weights["weight"].shape
+        module = nn.Conv2d(inputs, outputs, 1, bias="bias" in weights)
+        return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
+
+    def between(self, layer: int) -> dict[str, nn.Module]:
+        """Return what follows the norm behind a layer, by name."""
+        return {}
+
+    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+        """See Head.misfit: a norm needs two rows to have a variance."""
+        layout = self.layout
+        if layout.norm != "none" and min(batch_size, layout.norm_batch or batch_size) * positions == 1:
+            field = "head.norm_batch" if layout.norm_batch else "batch_size"
+            return field, "one image has no variance for head.norm to divide by; take 2 or more"
+        return None
+
+
+def drawn_layer(name: str, inputs: int, outputs: int, bias: bool, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw a linear layer's weight [out, in] and bias [out], as torch does: {name.weight: ..., name.bias: ...}."""
+    bound = 1 / math.sqrt(inputs)
+    weights = {f"{name}.weight": torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)}
+    if bias:
+        weights[f"{name}.bias"] = torch.empty(outputs).uniform_(-bound, bound, generator=generator)
+    return weights
+
+
+def taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the weights of one layer out of a dict, without the prefix of their names."""
+    names = [name for name in weights if name.startswith(f"{prefix}.")]
+    return {name.removeprefix(f"{prefix}."): weights.pop(name) for name in names}
+
+
+def filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Load weights into a module. Raises ValueError unless they are those that it has."""
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"weights do not fit the head: {error}") from None
+    missing = [name for name in missing if name != "num_batches_tracked"]
+    if missing or unexpected:
+        raise ValueError(f"weights do not fit the head: missing {missing}, unexpected {unexpected}")
+    return module
+
+
+def _norm_module(layout: Layout, weights: dict[str, Tensor]) -> nn.Module:
+    return filled(NORM_MODULES[layout.norm](len(weights["weight"])), weights)

@@ -1,0 +1,55 @@
+"""The linear head: one layer."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from featcache.probes.gemm import multiply
+from featcache.probes.heads.head import Gradient, scaled, unscaled
+from featcache.probes.heads.layered import LayeredHead, Layout
+
+
+class Linear(LayeredHead):
+    """One linear layer, a 1x1 convolution on a map."""
+
+    type: Literal["linear"] = "linear"
+    bias: bool = Field(True, description="whether the layer has a bias")
+
+    commutes: ClassVar[bool] = True
+
+    @property
+    def layout(self) -> Layout:
+        """One layer."""
+        return Layout(bias=self.bias)
+
+    def in_cache(self, rows: int) -> bool:
+        """See Head.in_cache: it reads its weights for every row."""
+        return True
+
+    def stack(self, weights: dict[str, Tensor], precision: str) -> "LinearStack":
+        """See Head.stack."""
+        return LinearStack(self, weights, precision)
+
+
+class LinearStack:
+    """P linear probes that see the same features: one GEMM forward, one backward. See Stack."""
+
+    def __init__(self, head: Linear, weights: dict[str, Tensor], precision: str):
+        self.head, self.precision, self.weights = head, precision, weights
+        self.parameters = list(self.weights.values())
+
+    def forward(self, features: Tensor, training: bool = False) -> Tensor:
+        """Map features [B, D] to logits [B, P, C], in memory as [P, C, B]: weights first is the faster GEMM."""
+        weight = self.weights["fc0.weight"]  # [P, C, D]
+        precision = self.precision if training else "float32"
+        logits = multiply(weight.flatten(0, 1), features.t(), precision).unflatten(0, weight.shape[:2])
+        if self.head.bias:
+            logits += self.weights["fc0.bias"].unsqueeze(2)
+        return scaled(logits, self.head).permute(2, 0, 1)
+
+    def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
+        """Return the parameters' gradients; the weight's as the pair (A, B) that stands for A B."""
+        gradient = unscaled(gradient, self.head).permute(1, 2, 0)  # [P, C, B]
+        weight = (gradient.flatten(0, 1), features)
+        return [weight, gradient.sum(2)] if self.head.bias else [weight]

@@ -1,0 +1,135 @@
+"""How a ProbeSpec is written down: in files, in tables, and as the hash that is its id.
+
+A spec is written as it was when its parts were not yet classes of their own: each section had all fields of all its
+types, those that did not matter at a value that said so. Ids are hashes of that form, and must stay what they are, so the
+form stays, too, for the fields that there were then. Fields that came later, here or in other packages, are written where
+a part has them.
+"""
+
+import hashlib
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from featcache.kinds import Registry
+from featcache.probes.heads import HEADS
+from featcache.probes.imported import ImportedSchedule, ImportedSolver
+from featcache.probes.losses import LOSSES
+from featcache.probes.part import Part
+from featcache.probes.schedules import SCHEDULES
+from featcache.probes.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from featcache.probes.spec import ProbeSpec
+
+REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
+# Parts that no grid can name.
+IMPORTED = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
+# Stands for the default of the part's own class.
+ITS_DEFAULT = object()
+# {section: {field: the value that stands for "does not matter"}}, of the fields that are always written ...
+ALWAYS: dict[str, dict[str, Any]] = {
+    "head": {"layers": 1, "hidden": 0, "norm": "none", "bias": True, "pool": "after"},
+    "loss": {},
+    "optimizer": {"lr": None, "momentum": 0.0, "weight_decay": 0.0},
+    "schedule": {"milestones": (), "gamma": 0.1, "warmup_epochs": 0.0},
+}
+# ... and of those that are left out where they have that value.
+ELSE: dict[str, dict[str, Any]] = {
+    "head": {
+        "b": 1.0, "max_out": 1, "offset": 0.0, "activation": "relu", "temperature": 1.0, "heads": 0, "norm_batch": 0,
+    },
+    "loss": {
+        "off_label": 0.0, "label_smoothing": 0.0, "class_weights": "none", "gamma": 0.0, "alpha": 0.0, "gamma_pos": 0.0,
+        "gamma_neg": 0.0, "clip": 0.0, "difficult": "ignored",
+    },
+    "optimizer": {"nesterov": False, "trust": 0.0, "clip": 0.0, "lr_base": 0, "iterations": 0},
+    "schedule": {"every": 0, "final": 0.0, "warmup_start": 0.0, "per": ITS_DEFAULT},
+}  # fmt: skip
+# Fields of the spec itself that are left out where they have this value.
+ELSE_OF_SPEC: dict[str, Any] = {"views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32"}
+
+
+def spec_id(spec: "ProbeSpec") -> str:
+    """Return 10 hex digits of the sha256 over what spec_to_dict() gives, but for the name."""
+    hashed = spec_to_dict(spec)
+    del hashed["name"]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def spec_to_dict(spec: "ProbeSpec") -> dict[str, Any]:
+    """Return the fields of a ProbeSpec as nested dicts of JSON values, for files and ids."""
+    content: dict[str, Any] = {}
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in REGISTRIES:
+            content[field.name] = _part_to_dict(field.name, value)
+        elif field.name not in ELSE_OF_SPEC or value != ELSE_OF_SPEC[field.name]:
+            content[field.name] = value
+    return content
+
+
+def part_from_dict(section: str, content: dict[str, Any]) -> Part:
+    """Rebuild the part of a section from its dict. Fields that are not in it have the value that does not matter.
+
+    Raises ValueError for a field that its class does not have, unless it has that value, too.
+    """
+    word = content["type"]
+    imported: type[Part] | None = IMPORTED.get(section) if word == "imported" else None
+    kind: type[Part] = imported or REGISTRIES[section].named(word, section)
+    idle = {**ALWAYS[section], **ELSE[section]}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    values = {name: given.pop(name, idle.get(name, ITS_DEFAULT)) for name in kind.model_fields}
+    odd = [name for name, value in given.items() if name not in idle or not _is_idle(kind, name, value, idle[name])]
+    if odd:
+        raise ValueError(f"{section} {word} has no {odd[0]}")
+    # None stands for the class's own default where that is what does not matter.
+    return kind(
+        **{n: v for n, v in values.items() if v is not ITS_DEFAULT and not (v is None and idle.get(n) is ITS_DEFAULT)}
+    )
+
+
+def complete(spec: "ProbeSpec") -> dict[str, Any]:
+    """Return the fields as nested dicts, for people: in each section all fields that any of its types has."""
+    content: dict[str, Any] = {}
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in REGISTRIES:
+            idle = {**ALWAYS[field.name], **ELSE[field.name]}
+            own = dict(value)
+            value = {"type": value.type} | {name: _written(value, name, idle[name]) for name in idle}
+            value |= {name: own[name] for name in own if name not in value}
+        content[field.name] = value
+    return content
+
+
+def flat(spec: "ProbeSpec") -> dict[str, Any]:
+    """Return what complete() does as {"optimizer.lr": 0.1, ...}, for tables."""
+    row: dict[str, Any] = {}
+    for name, value in complete(spec).items():
+        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        row |= {key: " ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in parts.items()}
+    return row
+
+
+def _part_to_dict(section: str, part: Part) -> dict[str, Any]:
+    always, others = ALWAYS[section], ELSE[section]
+    content = {"type": part.type} | {name: getattr(part, name, value) for name, value in always.items()}
+    for name, value in part:
+        if name not in content and not (name in others and _is_idle(type(part), name, value, others[name])):
+            content[name] = value
+    return content
+
+
+def _written(part: Part, name: str, idle: Any) -> Any:
+    """Return a field as tables show it: None where it has its class's own default, if that does not matter."""
+    value = getattr(part, name, None if idle is ITS_DEFAULT else idle)
+    return None if idle is ITS_DEFAULT and _is_idle(type(part), name, value, idle) else value
+
+
+def _is_idle(kind: type[Part], name: str, value: Any, idle: Any) -> bool:
+    if idle is not ITS_DEFAULT:
+        # What is the same for all heads of a kind is an attribute of its class.
+        own = idle if name in kind.model_fields else getattr(kind, name, idle)
+        return bool(value == own)
+    return value is None or (name in kind.model_fields and value == kind.model_fields[name].default)

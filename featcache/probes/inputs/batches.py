@@ -1,0 +1,55 @@
+"""The order in which training goes over the images, and the mini-batches that it is cut into."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows in the order of training: features values[order], rows `rows`. last: the epoch ends with it."""
+
+    values: Tensor
+    order: Tensor
+    rows: Tensor
+    last: bool
+
+
+class MiniBatches:
+    """Cuts the Pieces of an epoch into mini-batches of one size; what is left of a piece goes on in the next."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._left: tuple[Tensor, Tensor] | None = None
+
+    def cut(self, piece: Piece) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (features [B, ...] as stored, rows [B]); only the last batch of the epoch may be short."""
+        start = 0
+        if self._left is not None:
+            values, rows = self._left
+            start = self.size - len(rows)
+            values = torch.cat([values, piece.values[piece.order[:start]]])
+            rows = torch.cat([rows, piece.rows[:start]])
+            self._left = None
+            if len(rows) < self.size and not piece.last:
+                self._left = values, rows
+                return
+            yield values, rows
+        for at in range(start, len(piece.order), self.size):
+            chosen, rows = piece.order[at : at + self.size], piece.rows[at : at + self.size]
+            if len(rows) < self.size and not piece.last:
+                self._left = piece.values[chosen], rows
+            else:
+                yield piece.values[chosen], rows
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which an epoch visits the rows: a permutation [N] from (seed, epoch)."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def view_of_epoch(views: int | None, epoch: int) -> int:
+    """Return the number of the view that an epoch (from 0) trains on: 1 to `views` in turn; 0 if there are none."""
+    return epoch % views + 1 if views else 0

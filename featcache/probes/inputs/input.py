@@ -1,0 +1,97 @@
+"""What a probe reads: a feature, and whether its map is averaged over positions first."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.device import free_bytes
+from featcache.errors import BadInput
+from featcache.probes.spec import ProbeSpec
+from featcache.store.manifest import feature_of
+from featcache.store.reader import Store
+
+# Rows that are scored at a time.
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Input:
+    """A feature as probes read it, [n, D] or [n, D, S].
+
+    A grid(k,s,p) is one long vector, channel by channel: D is its C h w. Tokens [n, N, D] are read as the positions of
+    a map. pooled: the map is averaged over positions first, in float32, which is exact for a plain linear head.
+    """
+
+    feature: str
+    pooled: bool = False
+
+    @classmethod
+    def of(cls, spec: ProbeSpec) -> "Input":
+        """Return what a probe reads."""
+        return cls(spec.features, spec.head.pools_first and feature_of(spec.features).kind != "grid")
+
+    @property
+    def name(self) -> str:
+        """What people, and run.json, call it."""
+        return f"{self.feature}, pooled first" if self.pooled else self.feature
+
+    def shape(self, store: Store) -> tuple[int, int]:
+        """Return its width D and number of positions S, 1 for [n, D]."""
+        shape, kind = store.manifest.features[self.feature]["shape"], feature_of(self.feature).kind
+        if kind == "grid":
+            return math.prod(shape), 1
+        if kind == "tokens":
+            return shape[1], shape[0]
+        return shape[0], 1 if self.pooled else math.prod(shape[1:])
+
+    def bytes(self, store: Store, splits: Sequence[str]) -> int:
+        """Return the bytes that load() takes for one view of a union of splits."""
+        arrays = [store[name][self.feature] for name in splits]
+        if self.pooled and arrays[0].ndim > 2:
+            return 4 * sum(len(a) for a in arrays) * self.shape(store)[0]
+        return sum(a.nbytes for a in arrays)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return stored rows [n, ...] as probes read them: in the store's dtype, float32 where they are averaged."""
+        kind = feature_of(self.feature).kind
+        if kind == "grid":
+            return rows.flatten(1)
+        if kind == "tokens":
+            rows = rows.transpose(1, 2)
+        if self.pooled and rows.ndim > 2:
+            return rows.float().flatten(2).mean(2)
+        return rows.flatten(2) if rows.ndim > 2 else rows
+
+    def load(self, store: Store, splits: Sequence[str], device: torch.device, view: int = 0) -> Tensor:
+        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there."""
+        arrays = [store[name].view(view)[self.feature] for name in splits]
+        needed, free = self.bytes(store, splits), free_bytes(device)
+        if needed > free:
+            raise BadInput(
+                f"feature {self.feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory on "
+                f"{device}, {free / 2**30:.1f} are free"
+            )
+        values, at = None, 0
+        for array in arrays:
+            for _, piece in array.pieces():
+                part = self.read(torch.from_numpy(piece).to(device))
+                if values is None:
+                    values = part.new_empty(sum(map(len, arrays)), *part.shape[1:])
+                values[at : at + len(part)] = part
+                at += len(part)
+        return values
+
+    def chunks(self, store: Store, splits: Sequence[str], device: torch.device) -> Iterator[Tensor]:
+        """Yield a union of splits in order, as float32 pieces of some hundred rows; holds no more than one."""
+        for name in splits:
+            for _, piece in store[name][self.feature].pieces():
+                yield from self.read(torch.from_numpy(piece).to(device)).float().split(CHUNK_ROWS)
+
+
+def load_labels(store: Store, splits: Sequence[str]) -> Tensor:
+    """Return the labels of a union of splits: int8 [N, C] if multi-label, int64 [N] if single-label."""
+    return torch.from_numpy(np.concatenate([store[name].labels for name in splits]))

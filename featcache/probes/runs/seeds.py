@@ -1,0 +1,37 @@
+"""Probes that differ in their seed alone, taken together."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# The columns of scores.csv that say nothing about how a probe was trained, or that the seed changes.
+_OWN = ("probe", "name", "split", "metric", "value", "low", "high", "epoch", "seed")
+
+
+def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a dict for every group of rows of scores.csv that differ in the seed alone, in order.
+
+    mean and std (with n - 1, None for a single seed) are those of the n probes that have a score; diverged counts those
+    that have none; seeds and probes name all, as text. Then come the fields that the rows share.
+    """
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    configurations: dict[str, str] = {}
+    for row in scores:
+        if row["probe"] not in configurations:
+            configurations[row["probe"]] = str(_shared(row))
+        groups.setdefault((configurations[row["probe"]], row["split"], row["metric"]), []).append(row)
+    result = []
+    for members in groups.values():
+        values = [m["value"] for m in members if m["value"] is not None and m["value"] == m["value"]]
+        result.append({
+            "name": members[0]["name"], "split": members[0]["split"], "metric": members[0]["metric"],
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values), "diverged": len(members) - len(values),
+            "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
+        } | _shared(members[0]))  # fmt: skip
+    return result
+
+
+def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column not in _OWN}

@@ -1,0 +1,88 @@
+"""The tables of a run folder: CSV files, of which large ones are compressed."""
+
+import csv
+import gzip
+import io
+import zlib
+from pathlib import Path
+
+from featcache.atomic import remove
+from featcache.probes.runs.run_file import read_file, write_file
+from featcache.probes.scores.metrics import metric_kind, metrics_of
+
+# Larger ones nobody opens in an editor; compressed they are a twentieth of that.
+LARGE = 8 << 20
+# What unpacks to more times its size, or has longer lines, is no table but an attempt to fill the memory.
+MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
+
+
+# The columns of scores.csv before the fields of the probe.
+SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
+
+
+def tables_of(task: str) -> dict[str, tuple[str, ...]]:
+    """Return the tables of a run on labels of a task, and the columns that come first in each."""
+    tables = {
+        "scores.csv": SCORE_COLUMNS,
+        "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
+        "history.csv": ("probe", "epoch", "loss"),
+        "calibration.csv": ("probe", "split", "bin"),
+    }
+    by_class = [column for metric in metrics_of(task) if (column := metric_kind(metric).class_column)]
+    if by_class:
+        tables["scores_per_class.csv"] = ("probe", "split", "class", *by_class, "positives")
+    return tables
+
+
+def write_table(folder, name, data):
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either.
+
+    Returns {name of the file: its entry in run.json}.
+    """
+    plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
+    path, other, held = plain, packed, data
+    if len(data) > LARGE:
+        # Without a time in it, so that the same table is the same bytes.
+        small = gzip.compress(data, 5, mtime=0)
+        if len(data) <= MOST_UNPACKED * len(small):
+            path, other, held = packed, plain, small
+    written = write_file(folder, path.name, held)
+    remove(other)
+    return {path.name: written}
+
+
+def find_table(folder, name):
+    """Path of a table, compressed or not; that of `name` if there is neither."""
+    packed = Path(folder) / f"{name}.gz"
+    return packed if packed.is_file() else Path(folder) / name
+
+
+def read_table(folder, name, files=None):
+    """Yield the rows of a table, as dicts of strings.
+
+    files: of run.json; the file must be the one that it lists. None for a run without checksums. Raises ValueError,
+    which says what is wrong.
+    """
+    path = find_table(folder, name)
+    if files is not None:
+        path = path.with_name(name if name in files else f"{name}.gz")
+    data = read_file(folder, path.name, files)
+    try:
+        reader = csv.DictReader(_lines(data, path.suffix == ".gz"))
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"row {reader.line_num} has other columns than the first")
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _lines(data, packed):
+    """Yield the lines of CSV, bytes, packed or not."""
+    file, most = io.BytesIO(data), MOST_UNPACKED * len(data)
+    text = io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8", newline="")
+    while line := text.readline(LONGEST_LINE):
+        most -= len(line)
+        if len(line) == LONGEST_LINE or (packed and most < 0):
+            raise ValueError("it is far larger than any table")
+        yield line

@@ -1,0 +1,56 @@
+"""Adam."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from featcache.probes.heads.head import Gradient
+from featcache.probes.solvers.rule import UpdateRule, per_probe
+from featcache.probes.solvers.solver import MiniBatchSolver
+
+
+class Adam(MiniBatchSolver):
+    """Adam, torch.optim.Adam's, with weight decay added to the gradient."""
+
+    type: Literal["adam"] = "adam"
+
+    moments: ClassVar[int] = 2
+
+    def rule(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ) -> "AdamRule":
+        """See MiniBatchSolver.rule."""
+        return AdamRule(parameters, solvers, precision, device)
+
+
+class AdamRule(UpdateRule):
+    """torch.optim.Adam with betas 0.9 and 0.999, eps 1e-8, and decay added to the gradient (Kingma & Ba, 2015)."""
+
+    def __init__(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ):
+        super().__init__(parameters, solvers, precision, device)
+        self.first, self.second = self.zeros(), self.zeros()
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """See Rule.state."""
+        return {"first": self.first, "second": self.second}
+
+    def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
+        self.move(number, parameter, self.decayed(number, gradient), rates)
+
+    def move(self, number: int, parameter: Tensor, gradient: Tensor, rates: Tensor) -> None:
+        """Move a parameter by a dense gradient."""
+        first, second = self.first[number], self.second[number]
+        correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
+        first.lerp_(gradient, 0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        # w - rate (m / c1) / (sqrt(s) / c2 + eps), with the numbers of each probe put into what divides: each pass
+        # over memory costs as much as the next. The gradient's memory is free by now; a rate may be 0.
+        steep = correction1 / rates.clamp(min=1e-30)
+        root = torch.sqrt(second, out=gradient)
+        root = torch.addcmul(per_probe(1e-8 * steep, root), root, per_probe(steep / correction2, root), out=root)
+        parameter.addcdiv_(first, root, value=-1)

@@ -1,0 +1,35 @@
+"""AdamW."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from featcache.probes.heads.head import Gradient
+from featcache.probes.solvers.adam import AdamRule
+from featcache.probes.solvers.rule import per_probe
+from featcache.probes.solvers.solver import MiniBatchSolver
+
+
+class AdamW(MiniBatchSolver):
+    """AdamW, torch.optim.AdamW's: Adam with weight decay apart from the gradient."""
+
+    type: Literal["adamw"] = "adamw"
+
+    moments: ClassVar[int] = 2
+
+    def rule(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ) -> "AdamWRule":
+        """See MiniBatchSolver.rule."""
+        return AdamWRule(parameters, solvers, precision, device)
+
+
+class AdamWRule(AdamRule):
+    """torch.optim.AdamW: Adam, with w = (1 - rate decay) w beforehand (Loshchilov & Hutter, ICLR 2019)."""
+
+    def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
+        if self.decay is not None:
+            parameter.mul_(per_probe(1 - rates * self.decay, parameter))
+        self.move(number, parameter, self.dense(number, gradient), rates)

@@ -1,0 +1,53 @@
+"""Full-batch training to the optimum. Grids call it lbfgs, after the method that most people use for it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from featcache.probes.heads.linear import Linear
+from featcache.probes.part import AtLeast0
+from featcache.probes.solvers.convex import Fit, Problem, fit_convex
+from featcache.probes.solvers.solver import FullBatchSolver
+
+if TYPE_CHECKING:
+    from featcache.probes.spec import ProbeSpec
+
+# About how often it goes over the images for a probe, by weight decays of 1e-8 to 0.1.
+PASSES = 150
+# What it keeps of each image: its features in both precisions, and logits, targets and their like.
+ROTATED_BYTES, LOGITS_BYTES = 12, 8 * 10
+
+
+class Lbfgs(FullBatchSolver):
+    """All images at once, to the optimum of the loss plus weight_decay / 2 |W|^2, by Newton's method; see convex.py."""
+
+    type: Literal["lbfgs"] = "lbfgs"
+    weight_decay: AtLeast0 = Field(0.0, description="weight decay; with ce, scikit-learn's C is 1 / (N weight_decay)")
+    iterations: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1000, description="most Newton steps")
+
+    per_probe: ClassVar[frozenset[str]] = frozenset({"weight_decay"})
+
+    def conflict(self, spec: "ProbeSpec") -> str | None:
+        """See Part.conflict."""
+        if not isinstance(spec.head, Linear):
+            return f"optimizer lbfgs trains linear heads, not {spec.head.type}"
+        if spec.views:
+            return "optimizer lbfgs trains on the images as they are: say views: 0"
+        if spec.keep != "last" or spec.patience:
+            return "optimizer lbfgs has no epochs to choose from: leave out keep and patience"
+        return None
+
+    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+        """See FullBatchSolver.fit."""
+        problems = [Problem(s.loss, s.optimizer.weight_decay, s.optimizer.iterations) for s in specs]
+        return fit_convex(problems, specs[0].head, features, labels, classes)
+
+    def passes(self) -> int:
+        """See FullBatchSolver.passes."""
+        return PASSES
+
+    def image_bytes(self, width: int, classes: int) -> int:
+        """See FullBatchSolver.image_bytes."""
+        return ROTATED_BYTES * width + LOGITS_BYTES * classes

@@ -1,0 +1,86 @@
+"""What the update rules of mini-batch solvers share.
+
+A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair of matrices (A, B), or of P matrices
+each, that stands for A B: that lets SGD add it into the momentum within the GEMM, without a pass over memory of its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from featcache.probes.gemm import multiply
+from featcache.probes.heads.head import Gradient
+from featcache.probes.heads.stacked_layers import Memory
+from featcache.probes.solvers.solver import MiniBatchSolver
+
+
+class UpdateRule:
+    """Base of update rules: parameters [P, ...], and the numbers of their P probes. See Rule."""
+
+    def __init__(
+        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+    ):
+        self.parameters = [p.detach() for p in parameters]
+        self.decay = _numbers([s.weight_decay for s in solvers], device)
+        self.clip = _numbers([s.clip for s in solvers], device)
+        self.precision = precision
+        self.memory = Memory.shared()
+        self.steps = 0
+
+    def zeros(self) -> list[Tensor]:
+        """Return a tensor of zeros for each parameter."""
+        return [torch.zeros_like(p) for p in self.parameters]
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """See Rule.state."""
+        raise NotImplementedError
+
+    def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
+        """Update one parameter in place."""
+        raise NotImplementedError
+
+    def step(self, gradients: list[Gradient], rates: Tensor) -> None:
+        """See Rule.step."""
+        self.steps += 1
+        if self.clip is not None:
+            gradients = self._clipped(gradients)
+        for number, gradient in enumerate(gradients):
+            self.update(number, self.parameters[number], gradient, rates)
+
+    def _clipped(self, gradients: list[Gradient]) -> list[Gradient]:
+        """Scale each probe's gradient to a norm of at most `clip`, as torch's clip_grad_norm_ would it alone."""
+        dense = [self.dense(n, g) for n, g in enumerate(gradients)]
+        norm = torch.stack([norms(g) for g in dense]).norm(dim=0)  # [P]
+        limit = torch.where(self.clip > 0, self.clip, torch.inf)
+        factor = (limit / (norm + 1e-6)).clamp(max=1)
+        return [g.mul_(per_probe(factor, g)) for g in dense]
+
+    def dense(self, number: int, gradient: Gradient) -> Tensor:
+        """Return a gradient as one tensor of its parameter's shape."""
+        parameter = self.parameters[number]
+        if isinstance(gradient, tuple):
+            shape = (*gradient[0].shape[:-1], gradient[1].shape[-1])
+            out = self.memory.tensor(("gradient", number), shape, parameter)
+            gradient = multiply(*gradient, self.precision, out)
+        return gradient.view(parameter.shape)
+
+    def decayed(self, number: int, gradient: Gradient) -> Tensor:
+        """Return the dense gradient with weight decay added."""
+        gradient, parameter = self.dense(number, gradient), self.parameters[number]
+        return gradient if self.decay is None else gradient.addcmul_(parameter, per_probe(self.decay, parameter))
+
+
+def _numbers(values: list[float], device: torch.device) -> Tensor | None:
+    """Return numbers of the probes as float32 [P], or None if all are 0."""
+    return torch.tensor(values, device=device) if any(values) else None
+
+
+def per_probe(values: Tensor, parameter: Tensor) -> Tensor:
+    """View numbers [P] so that it multiplies [P, ...]."""
+    return values.view(-1, *[1] * (parameter.ndim - 1))
+
+
+def norms(tensor: Tensor) -> Tensor:
+    """Return the norm of each probe's part of [P, ...]."""
+    return tensor.flatten(1).norm(dim=1)

@@ -1,0 +1,73 @@
+"""Stochastic gradient descent with momentum."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featcache.probes.gemm import accumulate
+from featcache.probes.heads.head import Gradient
+from featcache.probes.solvers.momentum import MomentumSolver
+from featcache.probes.solvers.rule import UpdateRule, per_probe
+
+if TYPE_CHECKING:
+    from featcache.probes.spec import ProbeSpec
+
+
+class Sgd(MomentumSolver):
+    """SGD with momentum, torch.optim.SGD's."""
+
+    type: Literal["sgd"] = "sgd"
+    nesterov: bool = Field(False, description="whether the step looks ahead along the momentum")
+
+    def conflict(self, spec: "ProbeSpec") -> str | None:
+        """See Part.conflict."""
+        return "optimizer.nesterov needs a momentum above 0" if self.nesterov and not self.momentum else None
+
+    def rule(
+        self, parameters: list[Tensor], solvers: "Sequence[Sgd]", precision: str, device: torch.device
+    ) -> "SgdRule":
+        """See MiniBatchSolver.rule."""
+        return SgdRule(parameters, solvers, precision, device)
+
+
+class SgdRule(UpdateRule):
+    """torch.optim.SGD: v = momentum v + (g + decay w), w = w - rate v; Nesterov: rate (g + decay w + momentum v)."""
+
+    def __init__(self, parameters: list[Tensor], solvers: Sequence[Sgd], precision: str, device: torch.device):
+        super().__init__(parameters, solvers, precision, device)
+        self.velocities = self.zeros()
+        momenta = [s.momentum for s in solvers]
+        self.momenta = torch.tensor(momenta, device=device)
+        # Within the GEMM if it is one number, as a rule it is.
+        self.momentum = momenta[0] if len(set(momenta)) == 1 else None
+        self.nesterov = solvers[0].nesterov
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """See Rule.state."""
+        return {"velocities": self.velocities}
+
+    def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
+        velocity = self.velocities[number]
+        if self.nesterov:
+            gradient = self.decayed(number, gradient)
+        self._accumulate(velocity, gradient)
+        if self.nesterov:
+            velocity = torch.addcmul(gradient, velocity, per_probe(self.momenta, velocity))
+        elif self.decay is not None:
+            velocity.addcmul_(parameter, per_probe(self.decay, parameter))
+        parameter.addcmul_(velocity, per_probe(rates, parameter), value=-1)
+
+    def _accumulate(self, velocity: Tensor, gradient: Gradient) -> None:
+        momentum = self.momentum
+        if momentum is None:
+            velocity.mul_(per_probe(self.momenta, velocity))
+            momentum = 1.0
+        if not isinstance(gradient, tuple):
+            velocity.mul_(momentum).add_(gradient.view(velocity.shape))
+        elif gradient[0].ndim == 2:
+            accumulate(velocity.flatten(0, -2), *gradient, momentum, self.precision)
+        else:
+            accumulate(velocity, *gradient, momentum, self.precision)

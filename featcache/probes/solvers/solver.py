@@ -1,0 +1,123 @@
+"""What every solver does: change the weights of probes, so that their losses fall."""
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featcache.probes.gemm import PRECISIONS
+from featcache.probes.heads.head import Gradient
+from featcache.probes.part import AtLeast0, CountOr0, Part, Positive
+
+if TYPE_CHECKING:
+    from featcache.probes.spec import ProbeSpec
+
+
+class Solver(Part):
+    """Base of all solvers."""
+
+    # Whether it sees all images at once, and so has no epochs, rates and mini-batches.
+    full_batch: ClassVar[bool] = False
+    # Fields in which the probes of one stack may differ.
+    per_probe: ClassVar[frozenset[str]] = frozenset()
+    # What else than float32 the products can be computed in.
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+
+    @property
+    def shared(self) -> Hashable:
+        """What the probes of one stack have in common: type and fields."""
+        return tuple((name, value) for name, value in self if name not in self.per_probe)
+
+    @property
+    def order(self) -> float:
+        """What the probes of a stack are sorted by, so that few stacks mix its values."""
+        return 0.0
+
+    @property
+    def summary_of_rate(self) -> str:
+        """What a line about a probe says of how fast it learns."""
+        return self.type
+
+
+class Fitted(Protocol):
+    """What full-batch training leaves of a probe."""
+
+    weights: dict[str, Tensor]
+    losses: list[float]
+    converged: bool
+
+
+class FullBatchSolver(Solver):
+    """Base of solvers that see all images at once."""
+
+    full_batch: ClassVar[bool] = True
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
+
+    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fitted]:
+        """Train probes that share features and head, and return a Fitted of each.
+
+        features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N]. Both on one device.
+        """
+        raise NotImplementedError
+
+    def passes(self) -> int:
+        """Return about how often it goes over the images for one probe."""
+        raise NotImplementedError
+
+    def image_bytes(self, width: int, classes: int) -> int:
+        """Return about how many bytes it keeps of each image."""
+        raise NotImplementedError
+
+    @property
+    def weight_copies(self) -> int:
+        """How many float32 numbers it keeps of each weight of a probe until all of a block are trained."""
+        return 2
+
+
+class MiniBatchSolver(Solver):
+    """Base of solvers that take a step for every mini-batch. The rate is lr, or lr batch_size / lr_base if there is one."""
+
+    lr: Positive = Field(description="learning rate")
+    weight_decay: AtLeast0 = Field(0.0, description="weight decay")
+    clip: AtLeast0 = Field(0.0, description="largest norm of the probe's gradient; 0 allows any")
+    lr_base: CountOr0 = Field(
+        0, description="batch size that lr is meant for (Goyal et al., 2017); 0 takes lr as it is"
+    )
+
+    per_probe: ClassVar[frozenset[str]] = frozenset({"lr", "lr_base", "weight_decay", "clip"})
+    # Numbers of the state for each weight, besides itself and its gradient.
+    moments: ClassVar[int] = 1
+
+    def rate(self, batch_size: int) -> float:
+        """Return the learning rate before the schedule."""
+        return self.lr * batch_size / self.lr_base if self.lr_base else self.lr
+
+    @property
+    def summary_of_rate(self) -> str:
+        """See Solver.summary_of_rate."""
+        return f"lr {self.lr:g}"
+
+    @property
+    def weight_copies(self) -> int:
+        """How many float32 numbers training keeps of each weight: itself, its gradient, and the state."""
+        return 2 + self.moments
+
+    def rule(
+        self, parameters: list[Tensor], solvers: "Sequence[MiniBatchSolver]", precision: str, device: torch.device
+    ) -> "Rule":
+        """Return the Rule that updates stacked parameters, [P, ...] each. solvers: of the P probes."""
+        raise NotImplementedError
+
+
+class Rule(Protocol):
+    """An update rule over the stacked parameters of P probes, with its state."""
+
+    steps: int
+
+    def step(self, gradients: list[Gradient], rates: Tensor) -> None:
+        """Update all parameters in place; it may overwrite the gradients. rates: float32 [P]."""
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Return what moves besides the parameters: {name: tensors [P, ...]}, which may be written to."""

@@ -1,0 +1,39 @@
+"""What training leaves of a probe."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from featcache.probes.spec import ProbeSpec
+
+
+@dataclass(frozen=True, repr=False)
+class TrainedProbe:
+    """What training leaves of a probe.
+
+    weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the step (from 0, over all
+    epochs) at which its loss stopped being finite, or None; its weights are then NaN. epoch: after which the weights
+    were taken. scores: the selection metric after every epoch, NaN where it was not asked for. stopped: what ended
+    training early ("patience", "halving", or "iterations" of a full-batch optimizer), or None.
+    """
+
+    spec: ProbeSpec
+    weights: dict[str, Tensor]
+    losses: list[float]
+    diverged: int | None
+    epoch: int | None = None
+    scores: Sequence[float] = ()
+    stopped: str | None = None
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in self.weights.items())
+        return f"TrainedProbe({self.spec.id}, {shapes})"
+
+    @property
+    def diverged_epoch(self) -> int | None:
+        """The epoch, from 1, in which it diverged, or None."""
+        if self.diverged is None:
+            return None
+        return next((n for n, loss in enumerate(self.losses, 1) if not math.isfinite(loss)), len(self.losses))
