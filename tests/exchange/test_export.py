@@ -278,6 +278,7 @@ def every_head(store, tmp_path_factory):
     return featcache.train_probes({"probes": groups}, store=store, run=tmp_path_factory.mktemp("runs") / "heads")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, store, scenes, checkpoint, tmp_path, name):
     """Images through the exported files against the features of the store through the probe."""

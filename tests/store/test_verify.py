@@ -41,6 +41,7 @@ def test_a_whole_store_is_whole(whole, command):
     assert code == 0 and "is whole" in out
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(choice=st.data())
 def test_any_flipped_bit_is_found_and_mended(whole, tmp_path_factory, choice):
