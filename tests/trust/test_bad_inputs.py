@@ -167,6 +167,7 @@ def check(reader, root, most, test):
     trust.judged(failures, names, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("reader", READERS)
 def test_bad_input_is_an_error(reader, tmp_path):
     check(reader, tmp_path / "data", SLICE, f"test_bad_input_is_an_error[{reader}]")
@@ -257,6 +258,7 @@ def check_commands(parts, command, place, monkeypatch, most, test):
     trust.judged(failures, cases, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")
 def test_odd_options_are_errors(parts, command, tmp_path, monkeypatch):
     check_commands(parts, command, tmp_path, monkeypatch, LINES, "test_odd_options_are_errors")
@@ -315,6 +317,7 @@ def check_calls(parts, place, monkeypatch, most, test):
     trust.judged(failures, cases, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 def test_odd_arguments_are_errors(parts, tmp_path, monkeypatch):
     check_calls(parts, tmp_path, monkeypatch, LINES, "test_odd_arguments_are_errors")
 

@@ -103,6 +103,7 @@ def mended(folder, before, again, content):
     return [] if content(folder) == before else ["the same command after repair: OTHER BYTES"]
 
 
+@pytest.mark.process
 def test_a_damaged_store_is_never_used(whole, images, tmp_path):
     cases = cases_of(whole[1], 3, SLICE)
     trust.judged(harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_a_damaged_store_is_never_used")
@@ -210,6 +211,7 @@ def harm_unfinished(unfinished, place, cases):
     return harm_run((run, run_uses(store), expected), place, cases, before, again, trust.trained_files)
 
 
+@pytest.mark.process
 def test_a_damaged_run_is_never_used(finished, tmp_path):
     cases = cases_of(finished[1], 3, SLICE)
     trust.judged(harm_finished(finished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_run_is_never_used")
@@ -221,6 +223,7 @@ def test_many_ways_to_damage_a_run(finished, tmp_path):
     trust.judged(harm_finished(finished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_run")
 
 
+@pytest.mark.process
 def test_a_damaged_state_is_trained_again(unfinished, tmp_path):
     cases = cases_of(unfinished[1], 3, SLICE)
     trust.judged(
