@@ -4,11 +4,11 @@ import pytest
 import test_trust_damage
 import torch
 import trust
+from featcache.probes.probe_file import find_probes
 from torch import nn
 
 import featcache
 from featcache.backbones.load import load_network
-from featcache.probes.probe_file import find_probes
 
 SLICE, MOST = 12, 200
 
