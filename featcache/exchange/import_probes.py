@@ -63,7 +63,8 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
     probes = {p.spec.id: (p, path) for path in checkpoints for p in [_read(path, opened, loss, offset)]}
     started = time.monotonic()
     with open_folder(folder).locked(f"waiting: another process is writing into {folder}"):
-        earlier, files = _earlier(folder, opened, basis | {"select": select})
+        given = {probe: str(path) for probe, (_, path) in probes.items()}
+        earlier, files = _earlier(folder, opened, basis | {"select": select}, given)
         try:
             (folder / PROBES).mkdir(exist_ok=True)
             # Without a key, and so not finished, until all is written.
@@ -74,7 +75,7 @@ def import_probes(checkpoints, store, run, loss, offset=None, device=None):
             save_probes(folder, [probe], Origin(opened.id, identity(basis | {"select": select})))
             click.echo(f"imported: {probe.spec.id} from {path}", err=True)
         known = {entry["probe"] for entry in earlier}
-        new = [{"probe": i, "file": str(path)} for i, (_, path) in probes.items() if i not in known]
+        new = [{"probe": i, "file": path} for i, path in given.items() if i not in known]
         basis["imported"] = earlier + new
         basis["key"] = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
         specs = _specs(folder, basis["imported"])
@@ -104,10 +105,10 @@ def _roles(store):
     return roles
 
 
-def _earlier(folder, store, basis):
+def _earlier(folder, store, basis, given):
     """What run.json says of the probes imported before, and of files that stay: (imported, files).
 
-    Raises BadInput if `folder` is another kind of run.
+    given: {probe: file} of the checkpoints that are imported now, which a lost run.json named too. Raises BadInput if `folder` is another kind of run.
     """
     if not any(folder.iterdir()):
         return [], {}
@@ -119,7 +120,9 @@ def _earlier(folder, store, basis):
         without_summary(folder, basis, error.message)
         drop_damaged(folder, basis | {"files": {}}, None)
         names = {spec.id: spec.name for spec in load_specs(folder, find_probes(folder))}
-        return [{"probe": probe, "file": name} for probe, name in names.items()], {}
+        # Those that are given again come in the order of the command, as at first.
+        files = {probe: file for probe, file in given.items() if probe in names} | (names | given)
+        return [{"probe": probe, "file": files[probe]} for probe in files if probe in names], {}
     if "imported" not in there:
         raise BadInput(f"run {folder} holds probes that were trained here; import into another --run")
     if there["store_id"] != store.id:

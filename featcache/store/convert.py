@@ -3,7 +3,7 @@
 import click
 from tqdm import tqdm
 
-from featcache.arguments import NAME, PATH, takes
+from featcache.arguments import NAME, takes
 from featcache.errors import BadInput
 from featcache.store.folder import open_folder
 from featcache.store.formats import FORMATS, choose_format
@@ -15,7 +15,7 @@ from featcache.store.sources import open_source
 from featcache.store.writer import check_same, check_whole, create_store, missing_shards, put_shard
 
 
-@takes(format=NAME, out=PATH, compression=NAME)
+@takes(format=NAME, compression=NAME)
 def convert(store, format=None, out=None, compression=None):
     """Write a finished store in another format, compression or place; return the new store's path.
 

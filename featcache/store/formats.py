@@ -1,5 +1,6 @@
 """The two formats of a store. Each is a module with the same functions."""
 
+from featcache.arguments import is_path
 from featcache.errors import BadInput
 from featcache.store import hdf5_format, zarr_format
 
@@ -9,7 +10,7 @@ FORMATS = {"zarr": zarr_format, "hdf5": hdf5_format}
 def choose_format(name, place):
     """Return the name of a format: the given one, else what the suffix of `place` says, else zarr."""
     if name is None:
-        return "hdf5" if str(place or "").endswith((".hdf5", ".h5")) else "zarr"
+        return "hdf5" if is_path(place) and str(place).endswith((".hdf5", ".h5")) else "zarr"
     if name not in FORMATS:
         raise BadInput(f"unknown format {name!r} (known: {', '.join(FORMATS)})")
     return name
