@@ -6,7 +6,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from featcache.errors import BadInput, shown
+from featcache.errors import BadInput
 from featcache.store import hdf5_format, zarr_format
 from featcache.store.folder import Folder
 from featcache.store.manifest import FeatureSpec, Manifest
@@ -42,8 +42,8 @@ def choose_format(name: str | None, place: object) -> str:
     """Return the name of a format: the given one, else what the suffix of `place` says, else zarr. Raises BadInput."""
     if name is None:
         return "hdf5" if str(place or "").endswith((".hdf5", ".h5")) else "zarr"
-    if not isinstance(name, str) or name not in FORMATS:
-        raise BadInput(f"unknown format {shown(name)} (known: {', '.join(FORMATS)})")
+    if name not in FORMATS:
+        raise BadInput(f"unknown format {name!r} (known: {', '.join(FORMATS)})")
     return name
 
 

@@ -183,6 +183,7 @@ def merged(run, probes, checkpoint, tmp_path_factory):
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["pooled", "spatial"])
 def test_a_linear_probe_becomes_torchvisions_own_network(run, probes, merged, name):
     folder, said = merged
@@ -202,6 +203,7 @@ def test_a_program_runs_alone(run, probes, checkpoint, merged, name):
     assert meta["input"] == "float32 [B, 3, 64, 64], normalised as preprocessing says"
 
 
+@pytest.mark.process
 def test_the_same_program_again_is_left_and_another_is_refused(run, probes, checkpoint, merged, capsys):
     target = merged[0] / "before.pt2"
     before = target.read_bytes()
@@ -276,6 +278,7 @@ def every_head(store, tmp_path_factory):
     return featcache.train_probes({"probes": groups}, store=store, run=tmp_path_factory.mktemp("runs") / "heads")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, store, scenes, checkpoint, tmp_path, name):
     """Images through the exported files against the features of the store through the probe."""
