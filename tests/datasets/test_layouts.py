@@ -21,6 +21,7 @@ def test_every_name_has_a_layout_here():
     assert set(DATASETS) == set(LAYOUTS) | {"voc", "voc2007", "voc2012", "coco2014"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"coco2017", "cifar100"}))
 def test_extract_writes_what_the_layout_says(name, tmp_path, command):
     root, expected = LAYOUTS[name](tmp_path / "data")
