@@ -252,6 +252,7 @@ def spoil(state, **change):
     return {k: v for k, v in (state | change).items() if v is not None}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
