@@ -23,7 +23,6 @@ def test_every_name_has_a_layout_here():
     assert set(DATASETS) == set(LAYOUTS) | {"voc", "voc2007", "voc2012", "coco2014"}
 
 
-<<<<<<< HEAD
 def test_help_and_docs_name_every_dataset(command):
     text = command("extract", "--help")[1]
     page = (CHECKOUT / "docs" / "datasets.md").read_text()
@@ -32,9 +31,7 @@ def test_help_and_docs_name_every_dataset(command):
     assert {name for name in DATASETS if not re.search(rf"\b{name}\b", text)} == {"voc2007", "coco2014"}
 
 
-=======
 @pytest.mark.process
->>>>>>> k4
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"coco2017", "cifar100"}))
 def test_extract_writes_what_the_layout_says(name, tmp_path, command):
     root, expected = LAYOUTS[name](tmp_path / "data")
