@@ -147,7 +147,7 @@ def _earlier(
         drop_damaged(folder, {**basis, "files": {}}, None)
         names = {spec.id: spec.name for spec in load_specs(folder, find_probes(folder))}
         # Those that are given again come in the order of the command, as at first.
-        files = {probe: file for probe, file in given.items() if probe in names} | names | given
+        files = {probe: file for probe, file in given.items() if probe in names} | names | dict(given)
         return [{"probe": probe, "file": file} for probe, file in files.items() if probe in names], {}
     if "imported" not in summary:
         raise BadInput(f"run {folder} holds probes that were trained here; import into another --run")
