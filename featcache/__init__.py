@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
+    "schema": "featcache.probes.grids.schema",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.runs.run",
     "compare": "featcache.probes.compare",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
     from featcache.probes.compare import compare as compare
+    from featcache.probes.grids.schema import schema as schema
     from featcache.probes.plan import plan_probes as plan_probes
     from featcache.probes.runs.run import open_run as open_run
     from featcache.probes.runs.verify import verify as verify

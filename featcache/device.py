@@ -14,6 +14,8 @@ def choose_device(name: str | torch.device | None = None, local_rank: int = 0) -
 
     local_rank: the rank of this process on its machine. The processes of a machine share its GPUs out by rank.
     """
+    if not isinstance(name, str | int | torch.device | None):
+        raise BadInput(f"--device: expected a name such as cpu or cuda:0, not a {type(name).__qualname__}")
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from featcache.errors import BadInput, nearest
+from featcache.errors import BadInput, nearest, shown
 
 
 class Kind(BaseModel):
@@ -88,6 +88,15 @@ class Registry(Mapping[str, type[K]]):
 
     def __len__(self) -> int:
         return len(self._kinds)
+
+    def meant(self, word: object) -> str:
+        """Return the name that a word means: in any case, or one of a kind's aliases. Raises ValueError."""
+        if isinstance(word, str):
+            plain = word.lower().replace("-", "_")
+            for name, kind in self.items():
+                if plain == name or plain in kind.aliases:
+                    return name
+        raise ValueError(f"{shown(word)} is not one of {', '.join(self)}{nearest(word, self)}")
 
     def named(self, name: str, where: str) -> type[K]:
         """Return the kind of a name. where: what a message begins with. Raises BadInput for an unknown one."""

@@ -21,6 +21,7 @@ from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.layers import layers
 from featcache.cli.report import report
+from featcache.cli.schema import schema
 from featcache.cli.streams import drop_output, output_is_broken, prepare_streams
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
@@ -59,7 +60,7 @@ def cli() -> None:
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report, export, import_probes,
+    demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report, export, import_probes, schema,
 ):  # fmt: skip
     cli.add_command(debug_option(command))
 

@@ -231,7 +231,11 @@ def _classes_from_data(home: Path) -> tuple[str, ...]:
 
 
 def _record(
-    home: Path, image_id: str, annotation: tuple[tuple[int, int], list[VocObject]], classes: tuple[str, ...], segmented: bool
+    home: Path,
+    image_id: str,
+    annotation: tuple[tuple[int, int], list[VocObject]],
+    classes: tuple[str, ...],
+    segmented: bool,
 ) -> Record:
     size, objects = annotation
     labels = np.zeros(len(classes), dtype=np.int8)

@@ -92,13 +92,13 @@ def extract(
         path = featcache.extract("ckpt.pth", "voc", root="/data", features="pooled,spatial")
         features = featcache.open_store(path)["train"]["last:pooled"]
     """
+    ranks = join_ranks()
     settings = Settings(
         backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, splits=splits, size=size,
         resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder, views=views,
-        crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size, workers=workers,
-        device=device, store=store, format=format, compression=compression, dtype=dtype,
+        crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size,
+        workers=_default_workers(ranks) if workers is None else workers, device=device, store=store, format=format, compression=compression, dtype=dtype,
     )  # fmt: skip
-    ranks = join_ranks()
     job = _prepare(settings, ranks)
     if _is_finished(job):
         ranks.say(f"store: {job.folder} is finished already (id {job.id[:8]}: same backbone, data and settings)")
@@ -106,6 +106,11 @@ def extract(
         _write(job, ranks)
         ranks.say(f"store: {job.folder} (id {job.id[:8]})")
     return str(job.folder)
+
+
+def _default_workers(ranks: Alone) -> int:
+    """Return half of this process's share of the machine's cores, at least 1 and at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
 
 
 def _prepare(settings: Settings, ranks: Alone) -> Job:
@@ -218,7 +223,7 @@ def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
         trunk = fold_batch_norm(job.model.trunk, layers_of(map(feature_of, manifest.features)))
-        # Of a store that was begun so there is always something to fold.
+        # The store was begun with the same backbone, so that there is something to fold again.
         job.model.trunk = trunk if trunk is not None else job.model.trunk
     if "cosine" in begun:
         folded = "folded" if begun["folded"] else "not folded"

@@ -1,6 +1,5 @@
 """Computing features and writing them to a store, shard by shard."""
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,7 @@ def fill(job: Job, manifest: Manifest, todo: Sequence[Shard], images: Images, ra
     rows: _Rows | None = None
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer, progress:
-        for pixels, digests in image_batches(images, batches, _workers(job, ranks), pin_memory=on_gpu):
+        for pixels, digests in image_batches(images, batches, job.settings.workers, pin_memory=on_gpu):
             if rows is None:
                 rows = _Rows(drawn.popleft(), job, images)
             with running(job.settings.precision, job.device):
@@ -59,13 +58,6 @@ def _batches(shards: Iterator[Shard], drawn: deque[Shard], size: int) -> Iterato
         first, end = shard.rows
         for start in range(first, end, size):
             yield [(shard.split, row) for row in range(start, min(start + size, end))]
-
-
-def _workers(job: Job, ranks: Alone) -> int:
-    """Return how many processes decode images: by default half of this process's share of the cores, at most 8."""
-    if job.settings.workers is not None:
-        return job.settings.workers
-    return max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
 
 
 class _Rows:
@@ -119,20 +111,20 @@ def _cast(
     """
     cast = values.to(dtype)
     fine = torch.isfinite(cast).flatten(1).all(1)
-    kind = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     if not fine.all():
         at = int((~fine).nonzero()[0])
         peak = float(values[at].abs().max())
         where = f"feature {name}, row {first_row + at} (id {ids[at]})"
         if peak < float("inf"):
-            raise BadInput(f"{where}: value {peak:.4g} is beyond {kind}; extract with --dtype float32")
+            raise BadInput(f"{where}: value {peak:.4g} is beyond {dtype_name}; extract with --dtype float32")
         lesser = "" if precision == "float32" else f" in {precision}; extract with --precision float32"
         raise BadInput(f"{where}: the backbone yields a value that is not finite{lesser}")
     # A map whose values are all below float16's smallest normal number would lose its digits silently.
     peak = float(values.abs().max())
     if 0 < peak < torch.finfo(dtype).tiny:
         raise BadInput(
-            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for {kind}; "
-            "extract with --dtype float32"
+            f"feature {name}, rows from {first_row} (id {ids[0]}): no value exceeds {peak:.2g}, too small for "
+            f"{dtype_name}; extract with --dtype float32"
         )
     return cast.cpu()

@@ -138,9 +138,9 @@ def _begin_worker(_number: int) -> None:
 
     # A main process that is stopped while it fetches a batch hangs up. The worker's thread that hands batches over would
     # print that as a traceback, below the one line that says that the command was stopped.
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if not issubclass(kind, (EOFError, ConnectionError)):
-            sys.__excepthook__(kind, error, traceback)
+    def hook(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(error_type, (EOFError, ConnectionError)):
+            sys.__excepthook__(error_type, error, traceback)
 
     sys.excepthook = hook
 

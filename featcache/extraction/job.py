@@ -57,7 +57,9 @@ def plan_job(settings: Settings, device: torch.device, data: Dataset, model: Bac
     """Work out what the settings amount to. Raises BadInput for settings that are unknown or do not go together."""
     check_decoder(settings.decoder, model.preprocessing)
     default = "pooled,spatial,cls" if model.class_token else "pooled,spatial"
-    features = parse_features(settings.features or default, model.aliases, model.layers)
+    # Of what is neither text nor a list parse_features says that it is no name.
+    unsaid = isinstance(settings.features, str | list | tuple | None) and not settings.features
+    features = parse_features(default if unsaid else settings.features, model.aliases, model.layers)
     views = plan_views(data, settings.views, settings.seed, settings.crop_scale)
     format = choose_format(settings.format, settings.store)
     identity = _identity(settings, data, model, features) | views.describe()
@@ -81,7 +83,7 @@ def _identity(settings: Settings, data: Dataset, model: Backbone, features: tupl
         "dtype": dtype,
         "precision": settings.precision,
         "dataset": {"name": data.name, "splits": {split: data.fingerprint(split) for split in data.splits}},
-        # The usual one is not named, so that stores from before there was a choice keep their ids.
+        # The default is left out, so that stores from before there was a choice keep their ids.
         **({"decoder": DECODERS[settings.decoder]} if settings.decoder != "exact" else {}),
     }
 

@@ -30,7 +30,7 @@ class Settings:
     features: str | Sequence[str] | None
     precision: str
     batch_size: int
-    workers: int | None
+    workers: int
     device: str | torch.device | None
     store: str | os.PathLike[str] | None
     format: str | None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from featcache.arguments import FLAG, PATH, takes
+from featcache.arguments import FLAG, NAME, PATH, takes
 from featcache.device import choose_device, free_bytes, multiplying
 from featcache.errors import BadInput
 from featcache.probes.engine.blocks import Block
@@ -92,7 +92,7 @@ class Plan:
         )
 
 
-@takes(store=PATH, allow_overlap=FLAG)
+@takes(store=PATH, parity=NAME, allow_overlap=FLAG)
 def plan_probes(
     grid: str | Path | dict[str, Any],
     store: str | Path | None = None,

@@ -37,7 +37,11 @@ class ProbeSpec:
     """
 
     name: Annotated[str, Field(min_length=1)]
-    features: Annotated[str, Field(min_length=1), AfterValidator(_feature)]
+    features: Annotated[
+        str,
+        Field(min_length=1, description="a reduction of the last layer, or LAYER:REDUCTION"),
+        AfterValidator(_feature),
+    ]
     head: Head
     loss: Loss
     optimizer: Solver
@@ -46,7 +50,8 @@ class ProbeSpec:
     batch_size: Count | None = Field(64, description="images of a mini-batch")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(0, description="draws the initial weights")
     views: CountOr0 | None = Field(
-        None, description="views of the training images over which the epochs rotate; 0 is the images as they are"
+        None,
+        description="augmented views over which the epochs rotate; 0 is the images as they are, all is what the store has",
     )
     source: str | None = None
     keep: Literal["last", "best"] = Field(

@@ -12,7 +12,7 @@ import click
 import torch
 import yaml
 
-from featcache.arguments import FLAG, PATH, takes, whole
+from featcache.arguments import FLAG, NAME, PATH, takes, whole
 from featcache.atomic import local_path
 from featcache.device import choose_device
 from featcache.errors import BadInput, of_the_system, shown
@@ -53,7 +53,7 @@ class Task:
     key: str
 
 
-@takes(store=PATH, run=PATH, seed=whole(), allow_overlap=FLAG)
+@takes(store=PATH, run=PATH, seed=whole(), parity=NAME, allow_overlap=FLAG)
 def train_probes(
     grid: str | PathLike[str] | dict[str, Any],
     store: str | PathLike[str] | None = None,

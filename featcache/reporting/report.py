@@ -39,6 +39,8 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
 
     page_path = local_path(out, "--out")
     opened = [open_run(run) for run in listed(runs)]
+    if not opened:
+        raise BadInput("a report needs a run: name at least one folder")
     metrics = sorted({run.metric for run in opened})
     kinds = sorted({"/".join(run.metrics) for run in opened})
     if len(metrics) > 1 or len(kinds) > 1:

@@ -1,1 +1,1 @@
-"""The store: features of a dataset on disk, one folder, plain Zarr v3. See docs/store-format.md."""
+"""The store: a folder with the features of a dataset, which plain zarr or h5py opens. See docs/store-format.md."""

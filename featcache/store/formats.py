@@ -6,7 +6,8 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from featcache.errors import BadInput, shown
+from featcache.arguments import is_path
+from featcache.errors import BadInput
 from featcache.store import hdf5_format, zarr_format
 from featcache.store.folder import Folder
 from featcache.store.manifest import FeatureSpec, Manifest
@@ -41,9 +42,9 @@ FORMATS: dict[str, Format] = {"zarr": zarr_format, "hdf5": hdf5_format}
 def choose_format(name: str | None, place: object) -> str:
     """Return the name of a format: the given one, else what the suffix of `place` says, else zarr. Raises BadInput."""
     if name is None:
-        return "hdf5" if str(place or "").endswith((".hdf5", ".h5")) else "zarr"
-    if not isinstance(name, str) or name not in FORMATS:
-        raise BadInput(f"unknown format {shown(name)} (known: {', '.join(FORMATS)})")
+        return "hdf5" if is_path(place) and str(place).endswith((".hdf5", ".h5")) else "zarr"
+    if name not in FORMATS:
+        raise BadInput(f"unknown format {name!r} (known: {', '.join(FORMATS)})")
     return name
 
 

@@ -44,8 +44,8 @@ def open_source(
     ids: the ids_sha256 that the marker of each shard must have; None leaves it unchecked.
     checked: remembers what is known to fit its checksum.
     """
-    kind = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
-    return kind(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
+    source = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
+    return source(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
 
 
 def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
@@ -58,6 +58,11 @@ def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
 
 
 class _Shards:
+    """The shards of a split, as far as they hold one feature.
+
+    Here a shard is given by its number within the split, and a chunk by its number within the shard.
+    """
+
     def __init__(
         self,
         folder: Folder,
@@ -106,7 +111,7 @@ class _Shards:
         return BadInput(f"damaged shard file {self.folder}/{self.name(shard)}: {reason}; {remedy(self.folder)}")
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (shard, chunk within the shard, first row, end row) of all chunks that rows start to stop touch."""
+        """Yield (shard, chunk, first row, end row) of all chunks that rows start to stop touch."""
         row = start
         while row < stop:
             shard, local = divmod(row, self.shard_rows)

@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
 import pytest
+from folders import CHECKOUT
 from layouts import LAYOUTS, folder, inaturalist2018, places205, save
 from torchvision.datasets import ImageFolder
 
@@ -21,6 +23,15 @@ def test_every_name_has_a_layout_here():
     assert set(DATASETS) == set(LAYOUTS) | {"voc", "voc2007", "voc2012", "coco2014"}
 
 
+def test_help_and_docs_name_every_dataset(command):
+    text = command("extract", "--help")[1]
+    page = (CHECKOUT / "docs" / "datasets.md").read_text()
+    assert [name for name in DATASETS if f"`{name}`" not in page] == []
+    # The help says voc (2007) and coco (2014).
+    assert {name for name in DATASETS if not re.search(rf"\b{name}\b", text)} == {"voc2007", "coco2014"}
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"coco2017", "cifar100"}))
 def test_extract_writes_what_the_layout_says(name, tmp_path, command):
     root, expected = LAYOUTS[name](tmp_path / "data")

@@ -139,6 +139,7 @@ def test_what_bare_tensors_do_not_tell_is_said(tmp_path, command):
     assert code == 0 and "note" not in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_the_same_again_is_well_and_another_is_refused(checkpoint, tmp_path, command, suffix):
     target, other = tmp_path / f"b{suffix}", tmp_path / "other.pth"
@@ -183,6 +184,7 @@ def merged(run, probes, checkpoint, tmp_path_factory):
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["pooled", "spatial"])
 def test_a_linear_probe_becomes_torchvisions_own_network(run, probes, merged, name):
     folder, said = merged
@@ -202,6 +204,7 @@ def test_a_program_runs_alone(run, probes, checkpoint, merged, name):
     assert meta["input"] == "float32 [B, 3, 64, 64], normalised as preprocessing says"
 
 
+@pytest.mark.process
 def test_the_same_program_again_is_left_and_another_is_refused(run, probes, checkpoint, merged, capsys):
     target = merged[0] / "before.pt2"
     before = target.read_bytes()
@@ -237,6 +240,7 @@ def rebuilt(name):
     return Rebuilt(nn.ModuleDict(head), stages)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["layer3", "mlp", "before", "bcos"])
 def test_other_heads_keep_names_of_their_own(run, probes, checkpoint, tmp_path, name):
     """Also a linear probe on a layer that is not the classifier's."""
@@ -276,6 +280,7 @@ def every_head(store, tmp_path_factory):
     return featcache.train_probes({"probes": groups}, store=store, run=tmp_path_factory.mktemp("runs") / "heads")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, store, scenes, checkpoint, tmp_path, name):
     """Images through the exported files against the features of the store through the probe."""

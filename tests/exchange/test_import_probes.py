@@ -252,6 +252,7 @@ def spoil(state, **change):
     return {k: v for k, v in (state | change).items() if v is not None}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -354,6 +355,7 @@ def bcos_architecture(monkeypatch):
     return name
 
 
+@pytest.mark.process
 def test_a_b_cos_backbone_and_its_heads(scenes, bcos_architecture, tmp_path):
     """Also with a head of B-cos layers on top, from import to the program that runs alone."""
     torch.manual_seed(0)

@@ -363,6 +363,7 @@ def large(tmp_path, scenes):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rule", ["squash", "crop", "warp"])
 @pytest.mark.parametrize("crop", [None, (100, 333, 701, 905, 1), (0, 0, 1001, 1499, 0), (3, 5, 200, 210, 1)])
 def test_draft_decoding_is_close_and_only_for_jpegs(large, crop, rule):
@@ -385,6 +386,7 @@ def test_draft_decoding_notices_another_size(large):
             load_input(wrong, Preprocessing(64, (0,) * 3, (1,) * 3), decoder)
 
 
+@pytest.mark.process
 def test_attribution_decodes_as_the_store_was_decoded(scenes, checkpoint, tmp_path, command):
     root = tmp_path / "scenes"
     shutil.copytree(scenes, root)
@@ -407,3 +409,9 @@ def test_attribution_decodes_as_the_store_was_decoded(scenes, checkpoint, tmp_pa
         draft = load_input(record, Preprocessing(SIZE, (0,) * 3, (1,) * 3), "pillow-draft").permute(1, 2, 0)
         assert np.array_equal(kept["images"][0], draft.numpy())
         assert not np.array_equal(kept["images"][0], np.asarray(Image.open(record.image).resize((SIZE, SIZE), 2)))
+
+
+@pytest.mark.parametrize("scale", [[0.5], [0.2, 0.5, 1]])
+def test_a_crop_scale_is_two_numbers(scenes, checkpoint, tmp_path, scale):
+    with pytest.raises(BadInput, match="expected two numbers"):
+        featcache.extract(checkpoint, "voc", root=scenes, size=64, store=tmp_path / "s", views=1, crop_scale=scale)

@@ -193,6 +193,7 @@ def short(recipe, parity, epochs):
     return content | {"probes": [group | {"epochs": epochs} for group in content["probes"]]}
 
 
+@pytest.mark.process
 def test_the_voc_recipe_trains(store, tmp_path):
     runs = {}
     for parity in (None, PARITY):

@@ -41,6 +41,7 @@ def test_a_whole_store_is_whole(whole, command):
     assert code == 0 and "is whole" in out
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(choice=st.data())
 def test_any_flipped_bit_is_found_and_mended(whole, tmp_path_factory, choice):
@@ -62,6 +63,7 @@ def test_any_flipped_bit_is_found_and_mended(whole, tmp_path_factory, choice):
     shutil.rmtree(copy)
 
 
+@pytest.mark.process
 def test_every_byte_of_the_small_files_counts(whole, tmp_path):
     """Not a sample: each byte of the manifest and of a marker."""
     _, path, _ = whole

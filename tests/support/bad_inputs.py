@@ -267,16 +267,19 @@ def imagenet_cases(root):
     yield from damaged_bytes("imagenet", file, 15, True)
 
 
-def cifar_cases(root):
-    for name, file in (
-        ("cifar10", root / "cifar-10-batches-py/data_batch_1"),
-        ("cifar10", root / "cifar-10-batches-py/batches.meta"),
-    ):
+def imagenet_folder_cases(root):
+    for split in ("train", "val"):
+        # Of the images, which only their folders describe, the headers are read.
+        yield from damaged_bytes("imagenet folders", min(root.glob(f"{split}/*/*.JPEG")), 25, True)
+
+
+def cifar_cases(name, batch, meta, root):
+    for file in (root / batch, root / meta):
         content = pickle.loads(file.read_bytes(), encoding="latin1")
         for key in content:
             for what, value in ({"missing": None} | VALUES).items():
                 changed = {k: v for k, v in content.items() if k != key} | ({} if what == "missing" else {key: value})
-                read = key in ("data", "labels", "label_names")
+                read = key in ("data", "labels", "label_names", "fine_labels", "fine_label_names")
                 yield Case(name, file, f"{key} {what}", _pickled(changed), not read)
         for what, value in VALUES.items():
             yield Case(name, file, f"all {what}", _pickled(value))

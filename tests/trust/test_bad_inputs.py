@@ -65,7 +65,21 @@ READERS = {
     ),
     "places205": (functools.partial(written, "places205"), functools.partial(dataset, "places205"), bad_inputs.places_cases),
     "imagenet": (lambda root: imagenet_meta(root)[0], functools.partial(dataset, "imagenet"), bad_inputs.imagenet_cases),
-    "cifar10": (functools.partial(written, "cifar10"), functools.partial(dataset, "cifar10"), bad_inputs.cifar_cases),
+    "imagenet folders": (
+        functools.partial(written, "imagenet"), functools.partial(dataset, "imagenet"), bad_inputs.imagenet_folder_cases,
+    ),
+    "cifar10": (
+        functools.partial(written, "cifar10"),
+        functools.partial(dataset, "cifar10"),
+        functools.partial(
+            bad_inputs.cifar_cases, "cifar10", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/batches.meta"
+        ),
+    ),
+    "cifar100": (
+        functools.partial(written, "cifar100"),
+        functools.partial(dataset, "cifar100"),
+        functools.partial(bad_inputs.cifar_cases, "cifar100", "cifar-100-python/train", "cifar-100-python/meta"),
+    ),
     "stl10": (functools.partial(written, "stl10"), functools.partial(dataset, "stl10"), bad_inputs.stl_cases),
     "huggingface": (
         functools.partial(written, "huggingface"),
@@ -153,6 +167,7 @@ def check(reader, root, most, test):
     trust.judged(failures, names, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("reader", READERS)
 def test_bad_input_is_an_error(reader, tmp_path):
     check(reader, tmp_path / "data", SLICE, f"test_bad_input_is_an_error[{reader}]")
@@ -243,6 +258,7 @@ def check_commands(parts, command, place, monkeypatch, most, test):
     trust.judged(failures, cases, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")
 def test_odd_options_are_errors(parts, command, tmp_path, monkeypatch):
     check_commands(parts, command, tmp_path, monkeypatch, LINES, "test_odd_options_are_errors")
@@ -301,6 +317,7 @@ def check_calls(parts, place, monkeypatch, most, test):
     trust.judged(failures, cases, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 def test_odd_arguments_are_errors(parts, tmp_path, monkeypatch):
     check_calls(parts, tmp_path, monkeypatch, LINES, "test_odd_arguments_are_errors")
 

@@ -103,6 +103,7 @@ def mended(folder, before, again, content):
     return [] if content(folder) == before else ["the same command after repair: OTHER BYTES"]
 
 
+@pytest.mark.process
 def test_a_damaged_store_is_never_used(whole, images, tmp_path):
     cases = cases_of(whole[1], 3, SLICE)
     trust.judged(harm_store(whole, images, tmp_path, cases), cases, f"{__file__}::test_a_damaged_store_is_never_used")
@@ -139,7 +140,7 @@ def finished(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     store, run = folder / "s.zarr", folder / "run"
     trust.quietly(lambda: (trust.write_store(images, store), trust.train_and_explain(store, run)))
-    return store, run, expected_of(run, store, folder)
+    return store, run, expected_of(run, run_uses(store), folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,10 @@ def unfinished(finished, tmp_path_factory):
     return store, run, {"train": trust.Outcome("value", trust.trained_files(whole))}
 
 
-def expected_of(run, store, folder):
+def expected_of(run, uses, folder):
+    """What every action of {name: action(run)} gives."""
     expected = {}
-    for name, action in run_uses(store).items():
+    for name, action in uses.items():
         copy = trust.copied(run, folder / f"copy-{name}/run")
         expected[name] = trust.outcome(action, copy)
     assert {found.kind for found in expected.values()} == {"value"}, expected
@@ -173,49 +175,63 @@ def run_uses(store):
     }
 
 
-def harm_run(kind, place, cases):
-    """Return {case: what is wrong about it}."""
-    store, run, expected = kind
+def harm_run(kind, place, cases, before, again, content):
+    """Return {case: what is wrong about it}. kind: (run, uses, what they give). before, again, content: see mended."""
+    run, uses, expected = kind
     failures = {}
     for number, (case, harm) in enumerate(cases.items()):
         wrong = []
         for name in expected:
             copy = trust.copied(run, place / f"{number}/{name}/run")
             harm(copy)
-            got, good = trust.outcome(run_uses(store)[name], copy), expected[name].value
+            got, good = trust.outcome(uses[name], copy), expected[name].value
             if got.kind == "fault":
                 wrong.append(f"{name}: {got.said}")
             elif got.kind == "value" and got.value != good and not trust.told(harm.file, name, got.said):
                 wrong.append(f"{name}: SILENT DIFFERENCE{trust.differing(good, got.value)}")
         copy = trust.copied(run, place / f"{number}/mend/run")
         harm(copy)
-        if "attribute" in expected:
-            wrong += mended(copy, trust.run_files(run), partial(trust.train_and_explain, store, copy), trust.run_files)
-        else:
-            wrong += mended(copy, expected["train"].value, partial(trust.train, store, copy), trust.trained_files)
+        wrong += mended(copy, before, partial(again, copy), content)
         if wrong:
             failures[case] = "; ".join(wrong)
         shutil.rmtree(place / str(number))
     return failures
 
 
+def harm_finished(finished, place, cases):
+    store, run, expected = finished
+    again = partial(trust.train_and_explain, store)
+    return harm_run((run, run_uses(store), expected), place, cases, trust.run_files(run), again, trust.run_files)
+
+
+def harm_unfinished(unfinished, place, cases):
+    store, run, expected = unfinished
+    again = partial(trust.train, store)
+    before = expected["train"].value
+    return harm_run((run, run_uses(store), expected), place, cases, before, again, trust.trained_files)
+
+
+@pytest.mark.process
 def test_a_damaged_run_is_never_used(finished, tmp_path):
     cases = cases_of(finished[1], 3, SLICE)
-    trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_run_is_never_used")
+    trust.judged(harm_finished(finished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_run_is_never_used")
 
 
 @pytest.mark.slow
 def test_many_ways_to_damage_a_run(finished, tmp_path):
     cases = cases_of(finished[1], 12, MOST)
-    trust.judged(harm_run(finished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_run")
+    trust.judged(harm_finished(finished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_run")
 
 
+@pytest.mark.process
 def test_a_damaged_state_is_trained_again(unfinished, tmp_path):
     cases = cases_of(unfinished[1], 3, SLICE)
-    trust.judged(harm_run(unfinished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_state_is_trained_again")
+    trust.judged(
+        harm_unfinished(unfinished, tmp_path, cases), cases, f"{__file__}::test_a_damaged_state_is_trained_again"
+    )
 
 
 @pytest.mark.slow
 def test_many_ways_to_damage_a_state(unfinished, tmp_path):
     cases = cases_of(unfinished[1], 60, MOST)
-    trust.judged(harm_run(unfinished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_state")
+    trust.judged(harm_unfinished(unfinished, tmp_path, cases), cases, f"{__file__}::test_many_ways_to_damage_a_state")

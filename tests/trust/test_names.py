@@ -242,6 +242,7 @@ NAMED = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", NAMED)
 @examples(FEW)
 @given(name=names)

@@ -244,6 +244,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("field", HOSTILE)
 def test_fields_of_a_crafted_run_json_are_one_line(parts, run, field):
     victim = run.parent / "victim"
@@ -307,6 +308,7 @@ def test_odd_tables_of_a_run_without_checksums_are_one_line(run, name, old, new)
     assert got.kind == "line" and f"damaged run {run}: {name}" in got.said
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("content", [bytes(1 << 20), b"\n" * (1 << 20), b"a,b\n" * (1 << 18)])
 def test_a_table_that_is_a_bomb_is_one_line(run, content):
     without_seals(run)

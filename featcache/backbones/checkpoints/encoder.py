@@ -5,7 +5,7 @@ the encoder's prefix, and every tensor under the prefix belongs to it. So no lis
 `encoder_q` is never mistaken for `encoder`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -39,7 +39,7 @@ METHODS = (
     ("DINO or DINOv2's teacher", "teacher"),
 )
 
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)

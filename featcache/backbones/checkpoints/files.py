@@ -23,6 +23,7 @@ import torch
 
 from featcache.backbones.checkpoints.pickle_scan import Scan, StandIn, saved_module, scan_legacy, scan_pickle
 from featcache.errors import LONGEST_LINE, BadInput
+from featcache.names import unwritable
 
 # A tensor may be larger than its storage if it repeats it; this much is no attack.
 SLACK_BYTES = 16 << 20
@@ -74,6 +75,8 @@ def _guess(start: bytes) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> BadInput:
+    if unwritable(str(path)):
+        return BadInput(f"checkpoint {path} cannot be opened: its path is not UTF-8; rename it")
     reason = str(error).split("\n")[0][:200] or type(error).__name__
     return BadInput(f"damaged checkpoint {path}: {reason} (a truncated download?)")
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from featcache.errors import nearest, shown
 from featcache.kinds import Kind, Registry
-from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields, word_of
+from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
 from featcache.probes.identity import REGISTRIES
@@ -149,7 +149,7 @@ def _may_lack_epochs(optimizer: Any) -> bool:
     for item in items:
         with suppress(ValueError):
             solvers = REGISTRIES["optimizer"]
-            if solvers[word_of(item.get("type") if isinstance(item, dict) else item, solvers)].full_batch:
+            if solvers[solvers.meant(item.get("type") if isinstance(item, dict) else item)].full_batch:
                 return True
     return False
 
@@ -225,7 +225,7 @@ def _words(value: Any, registry: Registry[Any], path: str, name: str, draw: Any,
     words = []
     for item, where in _items(value, path, name, draw, errors):
         try:
-            words.append(word_of(item, registry))
+            words.append(registry.meant(item))
         except ValueError as error:
             errors.append(f"{where}: {error}")
     return words

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from featcache.errors import nearest, shown
-from featcache.kinds import Kind, Registry
+from featcache.kinds import Kind
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
@@ -67,6 +67,10 @@ class GridField:
         for bound in self.info.metadata:
             annotation = Annotated[annotation, bound]
         return TypeAdapter(annotation)
+
+    def annotations(self) -> list[Any]:
+        """Return its alternatives, each with all of its bounds, as types that pydantic understands."""
+        return [Annotated[(kind, *bounds)] if bounds else kind for kind, bounds in self._typed]  # type: ignore[valid-type]
 
     def read(self, value: Any) -> Any:
         """Return a value as its type, or raise ValueError that says what is expected.
@@ -147,16 +151,6 @@ def probe_fields() -> dict[str, GridField]:
     names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
     words = {"views": (("all", None),)}
     return {name: GridField(name, infos[name], words.get(name, ())) for name in names}
-
-
-def word_of(value: Any, registry: Registry[Any]) -> str:
-    """Return the name of a kind that a grid's word means, in any case, or under another name. Raises ValueError."""
-    if isinstance(value, str):
-        plain = value.lower().replace("-", "_")
-        for word, kind in registry.items():
-            if plain == word or plain in kind.aliases:
-                return word
-    raise ValueError(f"{shown(value)} is not one of {', '.join(registry)}{nearest(value, registry)}")
 
 
 def known_fields(kinds: Mapping[str, type[Kind]]) -> Iterable[str]:

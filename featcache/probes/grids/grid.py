@@ -177,9 +177,11 @@ def _select(value, splits, path, errors):
         return None, None
     check_known(value, ("metric", "split"), f"{path}.", errors)
     metric, split = value.get("metric"), value.get("split")
-    metric = metric.lower() if isinstance(metric, str) else metric
-    if metric is not None and metric not in METRICS:
-        errors.append(f"{path}.metric: {shown(metric)} is not one of {', '.join(METRICS)}{nearest(metric, METRICS)}")
+    if metric is not None:
+        try:
+            metric = METRICS.meant(metric)
+        except ValueError as error:
+            errors.append(f"{path}.metric: {error}")
     if split == "test":
         errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
     elif split is not None and split not in list(splits):

@@ -15,6 +15,7 @@ class MeanAveragePrecision(Metric[Logits]):
     """The mean over classes with a positive image of the non-interpolated average precision."""
 
     type: Literal["map"] = "map"
+    aliases = ("mean_average_precision",)
     title = "mAP"
     tasks = ("multi-label",)
     class_column = "ap"

@@ -28,6 +28,7 @@ class Top1(_TopK):
     """The share of images whose class has the largest logit."""
 
     type: Literal["top1"] = "top1"
+    aliases = ("acc", "accuracy", "top_1")
     title = "top-1"
     k = 1
 
@@ -36,5 +37,6 @@ class Top5(_TopK):
     """The share of images whose class is among the 5 largest logits."""
 
     type: Literal["top5"] = "top5"
+    aliases = ("top_5",)
     title = "top-5"
     k = 5

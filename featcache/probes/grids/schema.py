@@ -1,0 +1,167 @@
+"""The fields of a grid as a JSON schema, which gives editors completion and checking, and as tables for docs/grid.md."""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from featcache.kinds import Kind, Registry
+from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields
+from featcache.probes.grids.grid import ROLES
+from featcache.probes.grids.search import SEARCHES
+from featcache.probes.identity import REGISTRIES
+from featcache.probes.scores.metrics import METRICS
+
+Schema = dict[str, Any]
+
+# YAML 1.1 reads 1e-3 as text; featcache takes it for the number that is meant.
+NUMBER_AS_TEXT: Schema = {"type": "string", "pattern": r"^[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"}
+HEADINGS, RULE = "| field | values | default | meaning |", "| --- | --- | --- | --- |"
+SECTIONS_NEEDED = ["features", "head", "loss", "optimizer"]
+
+
+def schema() -> Schema:
+    """Return the JSON schema (draft 2020-12) of a grid, with the kinds of installed packages.
+
+    json.dump(featcache.schema(), open("grid.schema.json", "w"))
+    """
+    splits = {role: {"$ref": "#/$defs/names"} for role in ROLES}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "featcache grid",
+        "description": "A grid of probes; docs/grid.md explains it.",
+        "type": "object",
+        "properties": {
+            "store": {"type": "string", "description": "path of the store"},
+            "splits": _object(splits, "the store's splits in the roles train, val and test"),
+            "select": _object(
+                {"metric": {"enum": list(METRICS)}, "split": {"enum": ["train", "val"]}}, "how the best probe is chosen"
+            ),
+            "intervals": _one_or_more({"enum": list(ROLES)}, "roles whose scores get an interval"),
+            "search": _section("search", SEARCHES),
+            "include": {"$ref": "#/$defs/names", "description": "other grid files, whose fields this one takes over"},
+            "probes": {"type": "array", "items": {"$ref": "#/$defs/group"}},
+            "exclude": {"type": "array", "items": {"type": "object"}, "description": "probes to leave out"},
+            "parity": {"type": "string", "description": "name of the profile to apply"},
+            "allow_overlap": {"type": "boolean", "description": "whether two roles may share images"},
+            "profiles": {"type": "object", "additionalProperties": {"type": "object"}},
+        },
+        "additionalProperties": False,
+        "$defs": {"names": _one_or_more({"type": "string"}), "group": _group()}
+        | {name: _section(name, kinds) for name, kinds in REGISTRIES.items()}
+        | {f"one {name}": _one_of(kinds) for name, kinds in [*REGISTRIES.items(), ("search", SEARCHES)]},
+    }
+
+
+def table(kinds: Registry[Any]) -> str:
+    """Return a Markdown table of the fields of all own kinds of one sort; a row for all types that agree in a field."""
+    types: dict[str, list[str]] = {}
+    for kind in kinds.own:
+        for name, field in part_fields(kind).items():
+            types.setdefault(_row(name, field), []).append(f"`{kind.word()}`")
+    rows = [f"{row} {'all' if len(words) == len(kinds.own) else ', '.join(words)} |" for row, words in types.items()]
+    return "\n".join([f"{HEADINGS} types |", f"{RULE} --- |", *rows])
+
+
+def probe_table() -> str:
+    """Return a Markdown table of the fields of a probe that are no sections."""
+    return "\n".join([HEADINGS, RULE, *(_row(name, field) for name, field in probe_fields().items())])
+
+
+def _row(name: str, field: GridField) -> str:
+    return f"| `{name}` | {_values(field)} | {_default(field)} | {field.info.description or ''} |"
+
+
+def _group() -> Schema:
+    properties: Schema = {
+        "name": {"type": "string", "description": "what tables call the group"},
+        "from": {"type": "string", "description": "name of the group that this one starts from"},
+        "random": _object(
+            {"n": {"type": "integer", "minimum": 1}, "seed": {"type": "integer", "minimum": 0}}, "random search"
+        ),
+    }
+    properties |= {name: _field(field) for name, field in probe_fields().items()}
+    properties |= {name: {"$ref": f"#/$defs/{name}"} for name in REGISTRIES}
+    needed = [{"required": SECTIONS_NEEDED}, {"required": ["from"]}]
+    return {"type": "object", "properties": properties, "additionalProperties": False, "anyOf": needed}
+
+
+def _section(name: str, kinds: Registry[Any]) -> Schema:
+    """Return the schema of a section: one of its kinds, or a list of these."""
+    one: Schema = {"$ref": f"#/$defs/one {name}"}
+    words = ", ".join(kinds)
+    return {"description": f"the {name}: {words}", "anyOf": [one, {"type": "array", "items": one}, _choice(one)]}
+
+
+def _one_of(kinds: Registry[Any]) -> Schema:
+    """Return the schema of one kind: a word, or an object with its fields."""
+    words: Schema = {"enum": [word for kind in kinds.values() for word in (kind.word(), *kind.aliases)]}
+    every: Schema = {}
+    for kind in kinds.values():
+        every |= {field: {} for field in part_fields(kind)}
+    # A section of a group that starts from another may leave out its type, and a type may be a list.
+    loose = {
+        "type": "object",
+        "properties": {"type": _one_or_more(words)} | every,
+        "additionalProperties": False,
+        "not": {"properties": {"type": {"type": "string"}}, "required": ["type"]},
+    }
+    return {"anyOf": [words, *map(_kind, kinds.values()), loose]}
+
+
+def _kind(kind: type[Kind]) -> Schema:
+    word: Schema = {"enum": [kind.word(), *kind.aliases]}
+    properties = {"type": word} | {name: _field(field) for name, field in part_fields(kind).items()}
+    required = [name for name, field in part_fields(kind).items() if field.default is MISSING]
+    return _object(properties, kind.summary()) | {"required": ["type", *required]}
+
+
+def _field(field: GridField) -> Schema:
+    """Return the schema of a field: a value, a list of values, or a range."""
+    value = _value(field)
+    options = [value, {"type": "array", "items": value}, _choice(value)]
+    if field.numeric:
+        number = {"anyOf": [{"type": "number"}, NUMBER_AS_TEXT]}
+        spread = {"type": "array", "items": number, "minItems": 3, "maxItems": 3}
+        drawn = spread | {"minItems": 2, "maxItems": 2}
+        options += [_object({name: spread}) | {"required": [name]} for name in ("log", "linspace")]
+        options += [_object({name: drawn}) | {"required": [name]} for name in ("uniform", "loguniform")]
+    found: Schema = {"anyOf": options}
+    if field.info.description:
+        found["description"] = field.info.description
+    if field.default is not MISSING and field.default is not None:
+        found["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found
+
+
+def _value(field: GridField) -> Schema:
+    options = [TypeAdapter(kind).json_schema() for kind in field.annotations()]
+    if field.numeric:
+        options.append(NUMBER_AS_TEXT)
+    options += [{"const": word} for word, _ in field.words]
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def _object(properties: Schema, description: str = "") -> Schema:
+    found: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return found | {"description": description} if description else found
+
+
+def _one_or_more(value: Schema, description: str = "") -> Schema:
+    found: Schema = {"anyOf": [value, {"type": "array", "items": value}]}
+    return found | {"description": description} if description else found
+
+
+def _choice(value: Schema) -> Schema:
+    return _object({"choice": {"type": "array", "items": value}}) | {"required": ["choice"]}
+
+
+def _values(field: GridField) -> str:
+    return field.expected.removeprefix("one of ").replace("True, False", "true, false")
+
+
+def _default(field: GridField) -> str:
+    if field.default is MISSING:
+        return "required"
+    words = {meaning: word for word, meaning in field.words}
+    value = words.get(field.default, field.default) if not isinstance(field.default, tuple) else list(field.default)
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
