@@ -41,7 +41,7 @@ from featcache.probes.spec import ProbeSpec, spec_from_dict
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3
-SPEC = ProbeSpec("x", "layer4:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1), Schedule(), 3, 8, 0)
+SPEC = ProbeSpec("x", "layer4:pooled", Head("linear"), Loss("bce"), Optimizer("sgd", 0.1), Schedule(), 3, 8, 0, views=0)
 
 
 def view_options(scenes, checkpoint, store, **more):
