@@ -26,6 +26,30 @@ FLOORS = [
 ]
 # The rooms of backbones/, each of which imports only those before it; all other files of backbones/ come last.
 BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
+# The same of probes/, whose last files are commands and what they share.
+PROBE_ROOMS = [
+    {"gemm", "part"},
+    {"heads", "losses", "schedules", "scores"},
+    {"solvers"},
+    {"imported", "identity", "spec", "trained"},
+    {"inputs", "overlap"},
+    {"runs", "grids"},
+    {"engine"},
+    {"resolve", "finish"},
+]
+# Files that a kind of probe is named in: those of kinds, and those of formats that published code reads.
+KINDS_ARE_NAMED_IN = {
+    "heads",
+    "losses",
+    "solvers",
+    "schedules",
+    "scores",
+    "methods",
+    "imported.py",
+    "exchange",
+    "import_probes.py",
+    "demo",
+}
 
 
 def _floor(room):
@@ -64,6 +88,65 @@ def test_the_rooms_of_backbones_import_in_one_direction():
             name = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
             if name.startswith("featcache.backbones."):
                 assert _place(name.split(".")[2]) <= _place(own), f"{path} imports {name}"
+
+
+def _imported_at_run_time(path):
+    """Modules that a file imports, without those that only type checkers read."""
+    tree = ast.parse(path.read_text())
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in unread:
+            yield node.module
+
+
+def _probe_place(module):
+    return next((n for n, rooms in enumerate(PROBE_ROOMS) if module in rooms), len(PROBE_ROOMS))
+
+
+def test_the_rooms_of_probes_import_in_one_direction():
+    for path in (PACKAGE / "probes").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "probes").parts[0].removesuffix(".py")
+        for name in _imported_at_run_time(path):
+            if name.startswith("featcache.probes."):
+                assert _probe_place(name.split(".")[2]) <= _probe_place(own), f"{path} imports {name}"
+    for path in (PACKAGE / "probes/scores").rglob("*.py"):
+        allowed = ("featcache.probes.scores", "featcache.kinds", "featcache.errors")
+        assert all(n.startswith(allowed) for n in _imported_at_run_time(path) if n.startswith("featcache"))
+
+
+def test_no_file_but_its_own_names_a_kind():
+    """A head, loss, solver, schedule, metric or method is known to the rest by what its class says."""
+    from featcache.attribution.methods import METHODS
+    from featcache.attribution.scores import LOCALISATION_SCORES
+    from featcache.probes.identity import REGISTRIES
+    from featcache.probes.scores.metrics import METRICS
+
+    words = {word for kinds in (*REGISTRIES.values(), METHODS, LOCALISATION_SCORES, METRICS) for word in kinds}
+    # These are values of other fields too.
+    words -= {"step", "constant"}
+    named = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        if KINDS_ARE_NAMED_IN & set(parts) or parts[0] in ("backbones", "datasets", "store", "extraction"):
+            continue
+        tree = ast.parse(path.read_text())
+        # What progress bars count.
+        units = {
+            id(k.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            for k in node.keywords
+            if k.arg == "unit"
+        }
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in units]
+        if found := [text for text in texts if text in words]:
+            named["/".join(parts)] = found
+    assert not named
 
 
 def test_families_are_named_in_their_own_files_alone():

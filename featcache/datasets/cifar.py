@@ -65,9 +65,13 @@ def read_cifar(root: Path, classes: int, splits: Sequence[str] | None = None) ->
     names = _load(home / layout.meta).get(layout.names)
     if not isinstance(names, list) or len(names) != classes:
         raise BadInput(f"{home / layout.meta} does not list the {classes} classes")
+    try:
+        names = [name.decode() for name in names]
+    except (UnicodeDecodeError, AttributeError):
+        raise BadInput(f"{home / layout.meta}: a class has a name that is not text") from None
     return Dataset(
         name=f"cifar{classes}",
-        classes=tuple(name.decode() for name in names),
+        classes=tuple(names),
         task="single-label",
         splits={
             split: tuple(

@@ -93,7 +93,7 @@ def _write(
     folder: Path, store: Store, basis: Mapping[str, Any], probes: Mapping[str, tuple[TrainedProbe, str | PathLike]]
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Write probes {id: (probe, its checkpoint)} into a run folder. Returns what _earlier does of the run before."""
-    earlier, files = _earlier(folder, store, basis)
+    earlier, files = _earlier(folder, store, basis, {probe: str(path) for probe, (_, path) in probes.items()})
     try:
         (folder / PROBES).mkdir(exist_ok=True)
         # Without a key the run is not finished, until all is written.
@@ -129,11 +129,12 @@ def _roles(store: Store) -> dict[str, tuple[str, ...]]:
 
 
 def _earlier(
-    folder: Path, store: Store, basis: Mapping[str, Any]
+    folder: Path, store: Store, basis: Mapping[str, Any], given: Mapping[str, str]
 ) -> tuple[list[dict[str, str]], dict[str, dict[str, int]]]:
     """Return what run.json says of the probes imported before, and of files that stay: (imported, files).
 
-    Raises BadInput if `folder` is another kind of run.
+    given: {probe: file} of the checkpoints that are imported now; a run.json that is lost named them too. Raises BadInput if
+    `folder` is another kind of run.
     """
     if not any(folder.iterdir()):
         return [], {}
@@ -145,7 +146,9 @@ def _earlier(
         without_summary(folder, basis, error.message)
         drop_damaged(folder, {**basis, "files": {}}, None)
         names = {spec.id: spec.name for spec in load_specs(folder, find_probes(folder))}
-        return [{"probe": probe, "file": name} for probe, name in names.items()], {}
+        # Those that are given again come in the order of the command, as at first.
+        files = {probe: file for probe, file in given.items() if probe in names} | names | dict(given)
+        return [{"probe": probe, "file": file} for probe, file in files.items() if probe in names], {}
     if "imported" not in summary:
         raise BadInput(f"run {folder} holds probes that were trained here; import into another --run")
     if summary["store_id"] != store.id:

@@ -16,7 +16,7 @@ Texts = Mapping[str, Callable[[Row], str]]
 
 # Two names that every probe has, whether probes differ in them or not, and the fields that they are made of.
 HEAD, LOSS = "head", "loss"
-NAMED = ("head.type", "head.layers", "head.hidden", "loss.type")
+NAMED = ("head.type", "loss.type")
 
 
 def naming(run: Run, probes: Collection[str] | None = None) -> Texts:

@@ -14,6 +14,7 @@ from featcache.errors import BadInput, printable, without_middle
 from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import gain, metric_kind
+from featcache.probes.scores.metrics.ece import ECE
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
 from featcache.reporting.localisation import Localisation
 from featcache.reporting.table import heading, scored
@@ -228,7 +229,7 @@ def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> 
             texts, colours = labels(run, probes), _colours(run, probes)
             for probe in probes:
                 bins = [row for row in table if row["probe"] == probe]
-                error = scored("ece", run.value(probe, "ece", run.judge)["value"])
+                error = scored(ECE.word(), run.value(probe, ECE.word(), run.judge)["value"])
                 _reliability_line(axis, bins, f"{_drawn(texts[probe])}: ECE {error}%", colours[probe])
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
             axis.set_title(_drawn(run.path.name), fontsize=10)

@@ -6,7 +6,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from featcache.arguments import NAME, PATH, takes
+from featcache.arguments import NAME, takes
 from featcache.errors import BadInput
 from featcache.names import MANIFEST
 from featcache.store.folder import Folder, open_folder
@@ -20,7 +20,7 @@ from featcache.store.sources import open_source
 from featcache.store.writer import check_same, check_whole, create_store, missing_shards, put_shard
 
 
-@takes(format=NAME, out=PATH, compression=NAME)
+@takes(format=NAME, compression=NAME)
 def convert(
     store: str | os.PathLike[str],
     format: str | None = None,

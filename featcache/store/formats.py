@@ -6,6 +6,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from featcache.arguments import is_path
 from featcache.errors import BadInput
 from featcache.store import hdf5_format, zarr_format
 from featcache.store.folder import Folder
@@ -41,7 +42,7 @@ FORMATS: dict[str, Format] = {"zarr": zarr_format, "hdf5": hdf5_format}
 def choose_format(name: str | None, place: object) -> str:
     """Return the name of a format: the given one, else what the suffix of `place` says, else zarr. Raises BadInput."""
     if name is None:
-        return "hdf5" if str(place or "").endswith((".hdf5", ".h5")) else "zarr"
+        return "hdf5" if is_path(place) and str(place).endswith((".hdf5", ".h5")) else "zarr"
     if name not in FORMATS:
         raise BadInput(f"unknown format {name!r} (known: {', '.join(FORMATS)})")
     return name

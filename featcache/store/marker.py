@@ -44,10 +44,12 @@ class Marker(TypedDict):
 
 def ids_sha256(ids: np.ndarray) -> str:
     """Return the sha256 (hex) of the ids of a shard, one a line. ids: uint8 [n, L], padded with zero bytes."""
+    lines = np.full((len(ids), ids.shape[1] + 1), ord("\n"), np.uint8)
+    lines[:, :-1] = ids
+    kept = np.ones(lines.shape, bool)
     # A byte is padding unless it, or a byte to its right, is not zero.
-    text = np.logical_or.accumulate(ids[:, ::-1] != 0, axis=1)[:, ::-1]
-    lines = np.pad(ids, ((0, 0), (0, 1)), constant_values=ord("\n"))
-    return hashlib.sha256(lines[np.pad(text, ((0, 0), (0, 1)), constant_values=True)].tobytes()).hexdigest()
+    kept[:, :-1] = np.logical_or.accumulate(ids[:, ::-1] != 0, axis=1)[:, ::-1]
+    return hashlib.sha256(lines[kept].tobytes()).hexdigest()
 
 
 def write_marker(

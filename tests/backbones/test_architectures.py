@@ -70,6 +70,7 @@ def features_of(backbone, images, spec):
         return list(backbone(images, parse_features(spec, backbone.aliases, backbone.layers)).values())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ARCHITECTURES if n != "vit"]
 )
@@ -130,6 +131,7 @@ TORCHVISION = {
 SLOW = {"vgg11_bn", "convnext_tiny", "googlenet", "inception_v3", "swin_v2_t", "maxvit_t"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TORCHVISION])
 def test_torchvision_networks_to_the_bit(tmp_path, name):
     """The classifier, put on our last map, must give the logits that the untouched network gives."""
@@ -147,6 +149,7 @@ def test_torchvision_networks_to_the_bit(tmp_path, name):
         assert min(last.shape[2:]) >= 1 and last.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.process
 def test_torchvision_vit_at_another_size(tmp_path):
     torch.manual_seed(0)
     source = models.vit_b_32(weights=None, image_size=128)
@@ -449,6 +452,7 @@ def test_bcos_networks_equal_their_package(tmp_path, name):
         assert torch.equal(last, network.forward_features(six)) and (last < 0).any()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"]
 )

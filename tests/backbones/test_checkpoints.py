@@ -189,6 +189,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_network_that_was_saved(layout, trained, tmp_path):
     build, rule = LAYOUTS[layout]

@@ -42,6 +42,7 @@ def agrees(architecture, tensors):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PUBLISHED])
 def test_a_published_vit_of_timm_has_its_heads_and_is_named_if_it_is_another(name):
     with torch.device("meta"):
@@ -85,6 +86,7 @@ CANDIDATES = [name for module in FIXED_FAMILIES for name in timm.list_models(mod
 CHEAP = {"resnet18", "resnet50", "resnetaa50", "resnetblur50", "inception_v3"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in CHEAP else pytest.mark.slow) for n in CANDIDATES])
 def test_a_fixed_network_of_timm_that_is_another_is_named(name, tmp_path):
     with torch.device("meta"):

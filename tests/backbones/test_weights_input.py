@@ -65,6 +65,7 @@ def saved(folder, content, name="x.pth"):
     return folder / name
 
 
+@pytest.mark.process
 def test_which_of_torchvisions_weights(resnet50, tmp_path):
     """V1 has short side 256 and V2 232, and their tensors have the same shapes."""
     found, said = input_of(saved(tmp_path, resnet50))
@@ -161,6 +162,7 @@ def with_classes(tensors, config):
     return named | ({"head.weight": head} if config.num_classes else {})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_published_vits_of_timm(step):
     """By tensors alone: every published input that is another than the one taken must have been called a guess."""

@@ -8,17 +8,22 @@ all cores.
 """
 
 import argparse
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
-from parts import Head, Loss, Optimizer, Schedule
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from featcache.probes.spec import ProbeSpec
+
+# What the benchmarks share with the tests.
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from parts import Head, Loss, Optimizer, Schedule
 
 
 def data(images, width, classes, positive=0.07):

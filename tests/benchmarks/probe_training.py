@@ -16,17 +16,22 @@ probe, those of its two GEMMs alone, measured in turn with it, and of nn.Linear 
 import argparse
 import platform
 import statistics
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
-from loop import train_block
-from parts import Head, Loss, Optimizer, Schedule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.spec import ProbeSpec
+
+# What the benchmarks share with the tests.
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 
 DIM = 2048
 # So that what is done once a probe, such as drawing its weights, weighs about as little as in a whole training.

@@ -11,14 +11,19 @@ counts.
 
 import argparse
 import platform
+import sys
 import time
+from pathlib import Path
 
 import torch
-from loop import train_block
-from parts import Head, Loss, Optimizer, Schedule
 
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.spec import ProbeSpec
+
+# What the benchmarks share with the tests.
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 
 DIM = 2048
 

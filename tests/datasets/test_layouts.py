@@ -31,6 +31,7 @@ def test_help_and_docs_name_every_dataset(command):
     assert {name for name in DATASETS if not re.search(rf"\b{name}\b", text)} == {"voc2007", "coco2014"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"coco2017", "cifar100"}))
 def test_extract_writes_what_the_layout_says(name, tmp_path, command):
     root, expected = LAYOUTS[name](tmp_path / "data")

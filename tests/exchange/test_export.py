@@ -139,6 +139,7 @@ def test_what_bare_tensors_do_not_tell_is_said(tmp_path, command):
     assert code == 0 and "note" not in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_the_same_again_is_well_and_another_is_refused(checkpoint, tmp_path, command, suffix):
     target, other = tmp_path / f"b{suffix}", tmp_path / "other.pth"
@@ -239,6 +240,7 @@ def rebuilt(name):
     return Rebuilt(nn.ModuleDict(head), stages)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["layer3", "mlp", "before", "bcos"])
 def test_other_heads_keep_names_of_their_own(run, probes, checkpoint, tmp_path, name):
     """Also a linear probe on a layer that is not the classifier's."""

@@ -13,7 +13,7 @@ from bcos.models.resnet import resnet18 as bcos_resnet18
 from bcos.modules import BcosConv2d, LogitLayer
 from bcos.modules.norms import BatchNormUncentered2d, NoBias
 from folders import tree_hash
-from parts import Head
+from parts import Head, Loss
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.models import resnet18
@@ -230,7 +230,7 @@ SINGLE = [
 
 @pytest.mark.parametrize(("form", "bias", "loss", "offset"), SINGLE)
 def test_offsets_are_those_of_the_published_heads(form, bias, loss, offset):
-    head = Head(form, bias=bias)
+    head = Head(form, *((2, H) if form == "mlp" else ()), bias=bias)
     assert published_offset(head, {}, loss, multi_label=False) == offset
     assert published_offset(head, {}, loss, multi_label=True) == 0
     assert published_offset(head, {"fc.linear.weight": None}, loss, multi_label=False) == 0
@@ -241,7 +241,7 @@ def test_offsets_are_those_of_the_published_heads(form, bias, loss, offset):
     "head", [h for _, h in HEADS.values()] + [Head("bcos", 2, H, "none", False, b=2.0, max_out=3)], ids=str
 )
 def test_names_there_and_back(head, multi_label):
-    weights = initial_weights(imported_spec("x", "f", head, "bce", "0"), 7, C)
+    weights = initial_weights(imported_spec("x", "pooled", head, Loss("bce"), "0"), 7, C)
     state = to_published(head, weights, multi_label)
     again, back = from_published(state, C, "x.pth")
     assert again == head and back.keys() == weights.keys()
@@ -252,6 +252,7 @@ def spoil(state, **change):
     return {k: v for k, v in (state | change).items() if v is not None}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -169,6 +169,7 @@ def wrong_size(scenes, tmp_path):
     return {}, "000005.jpg"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "damage",
     [text_checkpoint, code_checkpoint, no_checkpoint, empty_folder, no_folder, missing_image, broken_xml, truncated_jpeg, not_an_image, wrong_size],

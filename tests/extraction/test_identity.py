@@ -121,6 +121,7 @@ def one_more(own):
         listed.write_text(listed.read_text() + "999999\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "named"),
     [

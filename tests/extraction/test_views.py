@@ -363,6 +363,7 @@ def large(tmp_path, scenes):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rule", ["squash", "crop", "warp"])
 @pytest.mark.parametrize("crop", [None, (100, 333, 701, 905, 1), (0, 0, 1001, 1499, 0), (3, 5, 200, 210, 1)])
 def test_draft_decoding_is_close_and_only_for_jpegs(large, crop, rule):
@@ -385,6 +386,7 @@ def test_draft_decoding_notices_another_size(large):
             load_input(wrong, Preprocessing(64, (0,) * 3, (1,) * 3), decoder)
 
 
+@pytest.mark.process
 def test_attribution_decodes_as_the_store_was_decoded(scenes, checkpoint, tmp_path, command):
     root = tmp_path / "scenes"
     shutil.copytree(scenes, root)

@@ -154,6 +154,7 @@ def test_errors_name_the_field(head, message):
     assert message in caught.value.message
 
 
+@pytest.mark.process
 def test_a_run_of_b_cos_heads(store, tmp_path):
     head = {"type": "bcos", "layers": [1, 2], "hidden": 8, "offset": "-ln(C-1)"}
     run = featcache.train_probes(group(head, optimizer={"type": "adam", "lr": 0.01}), store=store, run=tmp_path / "r")

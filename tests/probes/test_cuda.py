@@ -18,6 +18,7 @@ RULES = ["sgd", "adam", "adamw", "lars"]
 ROWS, DIM, POSITIONS, CLASSES = 12, 8, 9, 4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_a_step_stays_on_the_device(head):
     """Of every head with every rule, a stack of all losses; what it says is on the device, and its weights."""

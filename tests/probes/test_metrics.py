@@ -94,6 +94,7 @@ def drawn_in(whole, without, labels):
     return (whole + share * (without - whole)).nanmean(1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 7), st.booleans())

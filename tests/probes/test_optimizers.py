@@ -88,6 +88,7 @@ def check_product(data, head, rule):
         assert_near(alone.weights, train_plain(spec, maps, labels))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_every_head_loss_and_optimizer(data, head, rule):
@@ -239,6 +240,7 @@ def optimum(spec, weights, features, labels):
     return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), flat.split(sizes), strict=True)}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("loss", [Loss("ce"), Loss("bce")], ids=lambda loss: loss.type)
 def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):

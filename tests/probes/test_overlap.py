@@ -83,6 +83,7 @@ def grid_of(name, path, **more):
     return path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", [folder, manifest, webdataset, huggingface, coco])
 def test_ids_that_begin_anew_in_each_split_train_and_report(layout, tmp_path, command):
     name, root = layout(tmp_path / "data")

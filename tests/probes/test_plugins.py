@@ -170,7 +170,7 @@ def test_a_package_brings_a_head_a_loss_a_solver_and_a_schedule(store, scenes, c
         probe,
         "--backbone",
         checkpoint,
-        "--out",
+        "--to",
         tmp_path / "x.safetensors",
     )
     code, _, err = with_plugins(plugins, "export", *exported)

@@ -23,6 +23,7 @@ from featcache.probes.engine.training import Training, state_path
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.inputs.batches import MiniBatches, epoch_order
+from featcache.probes.inputs.input import Input
 from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probe, load_probes
 from featcache.probes.spec import ProbeSpec
@@ -73,7 +74,7 @@ def assert_equal(a, b, exactly=True):
 def test_streamed_pieces_hold_every_row_once_and_depend_on_the_seed_alone(store):
     opened = featcache.open_store(store)
     for _ in range(2):
-        source = Streamed(opened, ["train", "val"], "layer4:spatial", False, 16)
+        source = Streamed(Input("layer4:spatial"), opened, ["train", "val"], 16)
         seen = [[p.rows for p in source.pieces(0, seed, epoch)] for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
         assert len(seen[0]) > 2
         orders = [torch.cat(pieces) for pieces in seen]
@@ -83,13 +84,13 @@ def test_streamed_pieces_hold_every_row_once_and_depend_on_the_seed_alone(store)
     whole = torch.from_numpy(np.concatenate([opened[s]["layer4:spatial"][:] for s in ("train", "val")])).flatten(2)
     for piece in source.pieces(0, 0, 0):
         assert torch.equal(piece.values[piece.order], whole[piece.rows])
-    pooled = next(iter(Streamed(opened, ["train"], "layer4:spatial", True, 16).pieces(0, 0, 0)))
+    pooled = next(iter(Streamed(Input("layer4:spatial", pooled=True), opened, ["train"], 16).pieces(0, 0, 0)))
     torch.testing.assert_close(pooled.values[pooled.order], whole[:40][pooled.rows].mean(2))
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 60, 100])
 def test_mini_batches_cross_the_borders_of_pieces(store, size):
-    source = Streamed(featcache.open_store(store), ["train", "val"], "layer4:pooled", False, 16)
+    source = Streamed(Input("layer4:pooled"), featcache.open_store(store), ["train", "val"], 16)
     batches = MiniBatches(size)
     rows = [r for piece in source.pieces(0, 3, 1) for _, r in batches.cut(piece)]
     assert torch.equal(torch.cat(rows), torch.cat([p.rows for p in source.pieces(0, 3, 1)]))
@@ -109,7 +110,7 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
     for probe in probes_of(run):
         training = Training([probe.spec], maps.shape[1], len(opened.classes), labels)
         for epoch in range(probe.spec.epochs):
-            source = Streamed(opened, ["train"], "layer4:spatial", False, rows)
+            source = Streamed(Input("layer4:spatial"), opened, ["train"], rows)
             order = torch.cat([p.rows for p in source.pieces(0, 0, epoch)])
             training.begin_epoch()
             for chosen in order.split(probe.spec.batch_size):

@@ -38,6 +38,7 @@ def names_of(store, path, *groups):
     return list(naming(run))
 
 
+@pytest.mark.process
 def test_all_that_varies_tells_the_rows_of_every_table_apart(run, command, tmp_path):
     fields = ["head", "loss", "label_smoothing", "optimizer", "lr", "schedule", "epochs", "batch_size", "seed"]
     assert list(naming(run)) == fields

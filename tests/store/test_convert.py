@@ -19,6 +19,7 @@ from featcache.errors import BadInput
 from featcache.store.verify import verify
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("compression", [None, "zstd", "blosc"])
 def test_there_and_back_again(tmp_path, dtype, compression):
@@ -122,6 +123,7 @@ def test_inspect_counts_what_is_not_finite(tmp_path, monkeypatch):
     assert featcache.inspect(tmp_path / "x.hdf5")["train"]["layer4:pooled"].mean == pytest.approx(features.mean())
 
 
+@pytest.mark.process
 def test_inspect_prints_what_a_store_holds(store, command):
     code, out, _ = command("inspect", store)
     assert code == 0
@@ -152,6 +154,7 @@ def test_very_many_classes_are_summed_up(tmp_path, command, monkeypatch):
     assert "rarest of 3: c" in out and "commonest of 3: b" in out and str(-(-ROWS // 3)) in out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("more", [{"dtype": "bfloat16"}, {"compression": "blosc"}, {"format": "hdf5"}])
 def test_extract_writes_every_kind(scenes, checkpoint, store, tmp_path, command, more):
     assert command("extract", *options(scenes, checkpoint, tmp_path / "s", **more))[0] == 0

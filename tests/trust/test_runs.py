@@ -244,6 +244,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("field", HOSTILE)
 def test_fields_of_a_crafted_run_json_are_one_line(parts, run, field):
     victim = run.parent / "victim"

@@ -308,6 +308,7 @@ HARMS = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("harm", HARMS)
 def test_repair_and_extract_mend_in_one_round(stored, harm):
     kind, path, _ = stored
@@ -336,6 +337,7 @@ def test_what_is_gone_at_the_end_is_said(stored):
         check_whole(folder, manifest)
 
 
+@pytest.mark.process
 def test_nothing_is_trained_on_damage(store, tmp_path, command):
     """Another best probe was the smallest of the harms that one bit did."""
     copy = tmp_path / "s.zarr"
@@ -356,6 +358,7 @@ def test_nothing_is_trained_on_damage(store, tmp_path, command):
     assert code == 2 and "damaged file" in err and "test/labels" in err, err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("gone", ["", "commits", "manifest.json", "val/labels/c/0/0", "commits/train/000000.json"])
 def test_a_store_that_goes_while_it_is_written(scenes, checkpoint, tmp_path, monkeypatch, command, gone):
     path, real, done = tmp_path / "s.zarr", put_shard, []

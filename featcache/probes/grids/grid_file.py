@@ -118,7 +118,8 @@ def check_size(content, path):
     """Raise BadInput if a grid refers to itself, if aliases blow it up, or if a text in it cannot be written."""
 
     def count(value, within):
-        if isinstance(value, str) and (reason := unwritable(value)):
+        # Half a surrogate pair can be in no file; what may hold a zero byte, each field says.
+        if isinstance(value, str) and "\0" not in value and (reason := unwritable(value)):
             raise BadInput(f"grid {path}: it holds {shown(value)}, {reason}")
         if not isinstance(value, (dict, list)):
             return 1

@@ -111,7 +111,8 @@ def without_summary(folder, basis, reason):
 def kept_files(folder, summary, own=None):
     """The checksums of a run's files that stay as they are, for its next run.json: those of all but its tables.
 
-    A run without checksums has them from now on. own: a grid's file that is going to be written.
+    A run without checksums has them from now on. own: a grid's file that is going to be written. Maps that are
+    damaged or gone do not stay; a notice says so.
     """
     files = summary.get("files")
     if files is None:
@@ -119,7 +120,20 @@ def kept_files(folder, summary, own=None):
         there += [path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or path.name in ATTRIBUTION]
         files = {p.relative_to(folder).as_posix(): checksum(p.read_bytes()) for p in sorted(there) if p.is_file()}
     stay = (name for name in files if name in ATTRIBUTION or GRID_FILE.fullmatch(name) or name.startswith(PROBES))
-    return {name: files[name] for name in stay if name != own}
+    return {
+        name: files[name] for name in stay if name != own and not (name in ATTRIBUTION and _lost(folder, name, files))
+    }
+
+
+def _lost(folder, name, files):
+    """Whether a file of maps is not whole; it is deleted then, for only attribute makes it again."""
+    try:
+        read_file(folder, name, files)
+    except ValueError as error:
+        click.echo(f"notice: damaged {Path(folder) / name}: {error}; attribute again", err=True)
+        open_folder(folder).delete(name)
+        return True
+    return False
 
 
 def _files(folder):
