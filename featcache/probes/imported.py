@@ -1,4 +1,4 @@
-"""Probes that were trained elsewhere: what is not known of them is None."""
+"""How probes were trained that come from elsewhere: everything unknown is None."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""What training leaves of a probe."""
+"""The result of training a probe."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from featcache.probes.spec import ProbeSpec
 
 @dataclass(frozen=True, repr=False)
 class TrainedProbe:
-    """What training leaves of a probe.
+    """The result of training a probe.
 
     weights: {name: float32 CPU tensor}. losses: mean training loss of every epoch. diverged: the step (from 0, over all
-    epochs) at which its loss stopped being finite, or None; its weights are then NaN. epoch: after which the weights
-    were taken. scores: the selection metric after every epoch, NaN where it was not asked for. stopped: what ended
-    training early ("patience", "halving", or "iterations" of a full-batch optimizer), or None.
+    epochs) at which the loss stopped being finite, or None; if it did, the weights are NaN. epoch: the epoch after
+    which the weights were taken. scores: the selection metric after every epoch, NaN where it was not computed.
+    stopped: what ended training early ("patience", "halving", or "iterations" of a full-batch optimizer), or None.
     """
 
     spec: ProbeSpec
@@ -33,7 +33,7 @@ class TrainedProbe:
 
     @property
     def diverged_epoch(self) -> int | None:
-        """The epoch, from 1, in which it diverged, or None."""
+        """The epoch, from 1, in which the probe diverged, or None."""
         if self.diverged is None:
             return None
         return next((n for n, loss in enumerate(self.losses, 1) if not math.isfinite(loss)), len(self.losses))

@@ -1,7 +1,8 @@
 """Training a block from beginning to end on features in memory, by the loop that runs train-probes."""
 
+from featcache.probes.engine.fit import fit_block
 from featcache.probes.engine.loop import train_epoch
-from featcache.probes.engine.training import Training, fit_block
+from featcache.probes.engine.training import Training
 from featcache.probes.inputs.batches import Piece, epoch_order
 
 

@@ -1,1 +1,1 @@
-"""The engine: which probes train together, how they train, and what trained ones say."""
+"""The engine: which probes train together, how they train, and what trained probes predict."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from featcache.probes.engine.memory import CPU, MemoryBudget
 from featcache.probes.inputs.input import CHUNK_ROWS
@@ -9,21 +10,27 @@ from featcache.probes.runs.probe_file import block_name
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 
-# With so many rows in a batch a product does not wait for weights to come from memory.
+# With so many rows in a batch, a product is not held up by reading weights from memory.
 MANY_ROWS = 1024
 MIN_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Block(Sequence[ProbeSpec]):
-    """Probes that train together: they read the same, and share all but rates, losses, seeds and the like."""
+    """Probes that train together: they read the same input, and share everything but rates, losses, seeds and the like."""
 
     specs: tuple[ProbeSpec, ...]
 
     def __len__(self) -> int:
         return len(self.specs)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def]  # Both overloads are those of the tuple.
+    @overload
+    def __getitem__(self, number: int) -> ProbeSpec: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> tuple[ProbeSpec, ...]: ...
+
+    def __getitem__(self, number: int | slice) -> ProbeSpec | tuple[ProbeSpec, ...]:
         return self.specs[number]
 
     def __iter__(self) -> Iterator[ProbeSpec]:
@@ -36,16 +43,16 @@ class Block(Sequence[ProbeSpec]):
 
     @property
     def name(self) -> str:
-        """Name for the file of its probes, from their ids."""
+        """Name of the file of its probes, made from their ids."""
         return block_name(self.specs)
 
 
 def blocks(
     specs: Iterable[ProbeSpec], dim: int, positions: int, classes: int, budget: MemoryBudget = CPU
 ) -> list[Block]:
-    """Group specs into Blocks, in order of first appearance, as large as the budget lets them be.
+    """Group specs into Blocks, in order of first appearance, as large as the budget allows.
 
-    specs: of one input, whose width is dim and which has so many positions, 1 if it is pooled.
+    specs: all of one input. dim: its width. positions: of its map, 1 if it is pooled.
     """
     alike: dict[Hashable, list[ProbeSpec]] = {}
     for spec in specs:
@@ -63,7 +70,7 @@ def blocks(
 def _most(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
     """Return how many probes like this one may train at a time."""
     weights, activations = spec.head.footprint(dim, classes, positions)
-    # A probe that was trained elsewhere has no batch size: it is only scored.
+    # An imported probe has no batch size, because it is only scored.
     cached = spec.head.in_cache((spec.batch_size or CHUNK_ROWS) * positions)
     fit = (budget.weights if cached else budget.activations) // (4 * weights)
     fit = min(fit, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
@@ -86,8 +93,8 @@ def rows_at_once(batch_size: int | None, positions: int) -> int:
 def padded(specs: Sequence[ProbeSpec], classes: int) -> list[ProbeSpec]:
     """Repeat the last probe until the block has MIN_ROWS outputs.
 
-    BLAS libraries compute a row of a product in the same way however many rows there are, but for very few, where they
-    use other kernels. So a probe alone gets the bits that it gets in a stack.
+    BLAS libraries compute a row of a product in the same way however many rows there are, except when there are very
+    few, where they use other kernels. With the padding, a single probe gets the same bits as in a stack.
     """
     width = specs[0].head.first_width(classes)
     return [*specs, *[specs[-1]] * (-(-MIN_ROWS // width) - len(specs))]

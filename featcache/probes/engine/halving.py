@@ -7,7 +7,7 @@ from featcache.probes.grids.search import Halving
 
 def rung_epoch(epochs: int, fraction: float) -> int:
     """Return the epoch at which probes of that many epochs are compared."""
-    # A tenth times three is a little more than three tenths.
+    # In floats, 3 * 0.1 is a little more than 0.3, and must not be rounded up to the next epoch.
     return max(math.ceil(epochs * fraction - 1e-9), 1)
 
 

@@ -1,4 +1,4 @@
-"""One epoch of blocks that read the same input: the loop that trains."""
+"""The training loop: one epoch of blocks that read the same input."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,7 +19,8 @@ def train_epoch(
 ) -> None:
     """Train blocks for one epoch on one pass over the data.
 
-    pieces: of the epoch. labels: of all training images, on the device. tick: is told how many probes took a step.
+    pieces: of the epoch. labels: of all training images, on the device. tick: called with the number of probes that took a
+    step.
     """
     by_size: dict[int, tuple[MiniBatches, list[Training]]] = {}
     for training in trainings:

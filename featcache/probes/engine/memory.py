@@ -1,4 +1,4 @@
-"""How the memory of a device is divided among what training and scoring hold."""
+"""How training and scoring divide the memory of a device."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from featcache.probes.heads.head import Head
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of what is worked on at a time, and shares of what is free.
+    """Bytes of what is worked on at a time, and shares of the free memory.
 
-    weights: one layer's weights of the probes that train at a time; a stack keeps several copies of them, and so does
-    the optimizer. activations: the numbers that such a layer makes. losses: logits in a loss at a time. scores: logits
-    and weights that are held while the features pass by once in scoring.
+    weights: one layer's weights of the probes that train together; the stack keeps several copies of them, and so does
+    the optimizer. activations: the output of such a layer. losses: logits in one call of a loss. scores: logits and
+    weights that are held during one pass over the features in scoring.
     """
 
     weights: int
@@ -36,20 +36,20 @@ class MemoryBudget:
 
     @staticmethod
     def for_validation(device: torch.device) -> int:
-        """Return the bytes for the features that validation looks at after every epoch."""
+        """Return the bytes for the features that validation reads after every epoch."""
         return free_bytes(device) // 4
 
 
-# Weights and momentum should stay in the last-level cache, activations leave room for other things, and what a loss
-# computes element by element stay in the second-level cache.
+# Weights and momentum should stay in the last-level cache, activations should leave room for other things, and what a
+# loss computes element by element should stay in the second-level cache.
 CPU = MemoryBudget(24 << 20, 256 << 20, 2 << 20)
-# On a GPU a step costs its launches, so it should be one for all: as much as leaves room for features on a small one.
+# On a GPU a step costs its kernel launches, so blocks should be large, but leave room for features on a small GPU.
 GPU = MemoryBudget(512 << 20, 512 << 20, 256 << 20)
 
 
 @dataclass(frozen=True)
 class FeatureMemory:
-    """Bytes for training features. resident: those that stay in memory. streamed: all buffers of those that do not."""
+    """Bytes for training features. resident: for those that stay in memory. streamed: for all buffers of the others."""
 
     resident: float
     streamed: float
@@ -58,7 +58,7 @@ class FeatureMemory:
     def of(cls, device: torch.device, asked: float | None = None, processes: int = 1) -> "FeatureMemory":
         """Return the memory for features on a device.
 
-        asked: bytes, by default half of what is free. processes: that share this machine. Raises BadInput.
+        asked: bytes, by default half of the free memory. processes: how many share this machine. Raises BadInput.
         """
         if asked is not None and not (isinstance(asked, int | float) and 1 <= asked < math.inf):
             raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(asked)}")
@@ -68,10 +68,10 @@ class FeatureMemory:
 
     def buffer_rows(self, rows: int, size: int) -> int | None:
         """Return the rows of the shuffle buffer for an input of so many rows and bytes, or None if it fits into memory."""
-        # One buffer is trained on while the next is read, in a third of the memory each; they lie on the host.
+        # One buffer is trained on while the next is read, each in a third of the memory; they lie on the host.
         return None if size <= self.resident else max(int(rows * (self.streamed / 3) / size), 1)
 
 
 def state_bytes(head: Head, dim: int, classes: int, positions: int) -> int:
-    """Return about how many bytes a probe holds while it trains: weights, gradients, and at most two moments, float32."""
+    """Return roughly how many bytes a probe takes in training: weights, gradients and at most two moments, float32."""
     return 16 * head.depth * head.footprint(dim, classes, positions)[0]

@@ -1,4 +1,4 @@
-"""What trained probes say."""
+"""The logits of trained probes."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ def predict(stack: Stack, batch_size: int | None, features: Tensor) -> Tensor:
     """Return the logits [P, n, C] of a stack on float32 features [n, D] or [n, D, S], always in float32."""
     rows = rows_at_once(batch_size, features[0, 0].numel())
     with multiplying("float32"):
-        # In memory as one part is, [P, C, n], so that a probe's numbers lie alike in any company.
+        # [P, C, n] as in a single part, so that the memory order of a probe's logits does not depend on its neighbours.
         parts = [stack.forward(part).permute(1, 2, 0) for part in features.split(rows)]
     return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).transpose(1, 2)
 
 
 class Predictor:
-    """Trained probes of one block, ready to be asked for their logits. weights: one {name: tensor} for each spec."""
+    """Trained probes of one block, as a function from features to logits. weights: one {name: tensor} for each spec."""
 
     def __init__(
         self, specs: Sequence[ProbeSpec], weights: Sequence[dict[str, Tensor]], classes: int, device: torch.device

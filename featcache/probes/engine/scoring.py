@@ -1,4 +1,4 @@
-"""Scores of the probes in a run folder: their logits are gathered, and scored with intervals."""
+"""Scores of the probes in a run folder, with intervals."""
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def new_tally(specs: Sequence[ProbeSpec], labels: Tensor, classes: int, metrics:
 def load_predictors(
     folder: str | Path, group: Blocks, store: Store, device: torch.device, places: dict[str, Place] | None = None
 ) -> list[Predictor]:
-    """Return the Predictor of each block of a run folder's probes. group: the blocks. places: of find_probes."""
+    """Return the Predictor of each block of a run folder's probes. group: the blocks. places: from find_probes."""
     predictors, places = [], find_probes(folder) if places is None else places
     for block in group:
         weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block], places)}
@@ -47,10 +47,10 @@ def tally_blocks(
     labels: Tensor,
     device: torch.device,
 ) -> list[Tally]:
-    """Tally what the probes of some blocks say about a union of splits: a Tally for each block.
+    """Gather the logits of blocks on a union of splits, in a Tally for each block.
 
-    group: blocks that read one input. predictors: theirs. labels: of the images. The features
-    are read once, whatever the number of blocks, and never held.
+    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once,
+    whatever the number of blocks, and not kept.
     """
     read = Input.of(group[0][0])
     tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
@@ -108,7 +108,7 @@ def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) ->
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0
     for block in group:
-        # A probe that is missing is reported when it is loaded.
+        # A missing probe is reported when it is loaded.
         each = kept + (places[block[0].id].bytes if block[0].id in places else 0)
         fit = max(most // each, 1)
         for part in (block[start : start + fit] for start in range(0, len(block), fit)):
@@ -130,8 +130,8 @@ def _scored(tally: Tally, with_intervals: bool) -> Iterator[Scored]:
         }
     bins, by_class = tally.calibration(), tally.by_class()
     for p in range(len(bins)):
-        own = {metric: rows[p] for metric, rows in values.items()}
-        yield Scored(own, {metric: scores[p] for metric, scores in by_class.items()}, bins[p])
+        of_probe = {metric: rows[p] for metric, rows in values.items()}
+        yield Scored(of_probe, {metric: scores[p] for metric, scores in by_class.items()}, bins[p])
 
 
 def _with_interval(metric: str, scores: Tensor, deviations: Tensor, counts: Tensor) -> list[tuple[float, float, float]]:

@@ -1,4 +1,4 @@
-"""Training what a run folder lacks: waves over the data, states on disk, the rungs of a search.
+"""Training of the probes that a run folder lacks: waves over the data, states on disk, the rungs of a search.
 
 A run that was killed goes on from the last states that it wrote, and ends with the same bits.
 """
@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featcache.errors import BadInput
+from featcache.probes.engine.fit import fit_block
 from featcache.probes.engine.halving import rung_epoch, rungs
 from featcache.probes.engine.loop import train_epoch
 from featcache.probes.engine.memory import MemoryBudget
 from featcache.probes.engine.scoring import new_tally
-from featcache.probes.engine.training import Training, fit_block, state_path
+from featcache.probes.engine.training import Training, state_path
 from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
 from featcache.probes.grids.search import Halving
 from featcache.probes.inputs.batches import view_of_epoch
@@ -35,13 +36,13 @@ from featcache.probes.trained import TrainedProbe
 from featcache.ranks import Ranks
 from featcache.store.reader import Store
 
-# States are written after an epoch, but not more often than this: a kill costs about as much.
+# States are written after an epoch, but not more often than this, so a kill costs about that much.
 SAVE_SECONDS = 30
 TELL_SECONDS = 0.5
 
 
 class Sweep:
-    """The training of what a run folder lacks. See train_missing."""
+    """The training of the probes that a run folder lacks. See train_missing."""
 
     def __init__(
         self,
@@ -59,24 +60,24 @@ class Sweep:
         self.folder, self.store, self.splits, self.device, self.seed = folder, store, splits, device, seed
         self.run = run
         self.specs = {spec.id: spec for spec in specs}
-        self.selection, self.ranks, self.progress = selection, ranks, progress
+        self.ranks, self.progress = ranks, progress
         self.labels = load_labels(store, splits["train"]).to(device)
-        # Where nothing is chosen, nothing asks for validation.
-        role = selection[1]
-        self.selected_on = load_labels(store, splits[role]).to(device) if role else None
+        self.metric, role = selection
+        # Splits and labels of validation; None where nothing is chosen, because then nothing validates.
+        self.selected_on = (splits[role], load_labels(store, splits[role]).to(device)) if role else None
         self._saved_at = self._told_at = time.monotonic()
         self._untold = 0
         self._validation: dict[Input, list[Tensor] | None] = {}
         self._origins: dict[str, Origin] = {}
 
     def tick(self, steps: int) -> None:
-        """Count steps of probes, and now and then tell the others and the progress bar."""
+        """Count steps of probes, and from time to time tell the other processes and the progress bar."""
         self._untold += steps
         if time.monotonic() - self._told_at > TELL_SECONDS:
             self.tell()
 
     def tell(self) -> None:
-        """Tell what is not yet told."""
+        """Tell the other processes and the progress bar about the steps since the last time."""
         done, self._untold, self._told_at = self.ranks.count(self._untold), 0, time.monotonic()
         self.progress.update(done - self.progress.n)
 
@@ -93,7 +94,7 @@ class Sweep:
         for block in wave.blocks:
             if isinstance(block, str):
                 trainings.append(self._restored(block, shape))
-                # What the grid no longer has is not trained on.
+                # Probes that the grid no longer has are not trained further.
                 trainings[-1].take_out(torch.tensor([spec.id not in self.specs for spec in trainings[-1].specs]))
             else:
                 trainings.append(Training([self.specs[name] for name in block], *shape))
@@ -105,20 +106,22 @@ class Sweep:
         try:
             return Training.restored(path, *shape)
         except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            # It was whole a moment ago.
+            # The file was checked a moment ago, so it has changed since.
             raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
 
     def _origin(self, buffer_rows: int | None) -> Origin:
         return Origin(self.store.id, self.run, buffer_rows)
 
-    def fit(self, specs: Sequence[ProbeSpec], source: Resident) -> None:
+    def fit(self, specs: Sequence[ProbeSpec], source: Resident | Streamed) -> None:
         """Train a block whose optimizer sees all images at once."""
+        if isinstance(source, Streamed):
+            raise TypeError("plan_buffers keeps the features in memory for an optimizer that sees all images at once")
         self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
 
     def steps_of(self, spec: ProbeSpec) -> int:
         """Return the steps of a probe's training, as the progress bar counts them."""
-        return spec.epochs * -(-len(self.labels) // spec.batch_size) if spec.epochs else 1
+        return spec.epochs * -(-len(self.labels) // spec.batch_size) if spec.epochs and spec.batch_size else 1
 
     def run_wave(
         self,
@@ -151,19 +154,20 @@ class Sweep:
 
     def _validation_scores(self, training: Training, read: Input) -> Tensor:
         """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
-        metric, role = self.selection
-        names, device = self.splits[role], self.device
-        tally = new_tally(training.specs, self.selected_on, len(self.store.classes), [metric])
+        if self.selected_on is None:
+            raise RuntimeError("a grid without a split to choose on validates")
+        (names, labels), device = self.selected_on, self.device
+        tally = new_tally(training.specs, labels, len(self.store.classes), [self.metric])
         if read not in self._validation:
-            numbers = math.prod(read.shape(self.store)) * len(self.selected_on)
+            numbers = math.prod(read.shape(self.store)) * len(labels)
             fits = 4 * numbers < MemoryBudget.for_validation(device)
             self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
         for chunk in self._validation[read] or read.chunks(self.store, names, device):
             tally.add(training.logits(chunk))
-        return gain(metric, tally.scores()[metric])
+        return gain(self.metric, tally.scores()[self.metric])
 
     def _drop(self, training: Training, gone: Tensor, why: str) -> None:
-        """Take probes out of a block before their time."""
+        """Take probes out of a block before their last epoch, and save them."""
         self.tick((training.epochs - training.epoch) * training.steps * int(gone.sum()))
         self._keep(training.take_out(gone, why), self._origins[training.name])
         if not training.specs:
@@ -196,10 +200,11 @@ class Sweep:
     def cut(self, trainings: Sequence[Training], fraction: float, factor: float) -> None:
         """Keep the best 1/factor of all probes that reached a rung of the search; the others are done.
 
-        All of the grid that ever reached it are compared, so that a cut which a kill interrupted ends as it began.
+        All probes of the grid that ever reached it are compared, so that a cut which was interrupted by a kill has the same
+        result when it is repeated.
         """
-        there = find_probes(self.folder)
-        done = load_probes(self.folder, self.specs.keys() & there.keys(), there)
+        places = find_probes(self.folder)
+        done = load_probes(self.folder, self.specs.keys() & places.keys(), places)
         scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in done}
         for training in trainings:
             scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
@@ -231,9 +236,9 @@ def train_missing(
 ) -> None:
     """Train the probes that a run folder lacks and save them there.
 
-    selection: (metric, role) that validation looks at, role None where nothing is chosen. buffers: how features are
-    read, see plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one
-    returns when all is there. run: identity of the run, which the files are marked with. Raises BadInput.
+    selection: (metric, role) of validation, role None where nothing is chosen. buffers: how features are read, see
+    plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
+    everything is saved. run: identity of the run, which is written into the files. Raises BadInput.
     """
     if ranks.rank == 0:
         waves = plan_waves(folder, specs, store, buffers, device)
@@ -257,10 +262,11 @@ def train_missing(
 
 
 def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
-    source, shown = None, None
+    source: Resident | Streamed | None = None
+    key = None
     for wave in waves:
-        if shown != (wave.input, wave.buffer_rows):
-            source, shown = sweep.source(wave), (wave.input, wave.buffer_rows)
+        if source is None or key != (wave.input, wave.buffer_rows):
+            source, key = sweep.source(wave), (wave.input, wave.buffer_rows)
         first = wave.blocks[0]
         specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
         if specs and specs[0].optimizer.full_batch:
@@ -276,8 +282,11 @@ def _search(sweep: Sweep, waves: Iterable[Wave], search: Halving) -> None:
     everyone = [t for _, trainings in opened for t in trainings]
     sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in everyone))
     for fraction in [*rungs(search), 1.0]:
+
+        def until(training: Training, fraction: float = fraction) -> int:
+            return rung_epoch(training.epochs, fraction)
+
         for wave, trainings in opened:
-            source = sweep.source(wave)
-            sweep.run_wave(trainings, source, wave.input, lambda t, f=fraction: rung_epoch(t.epochs, f))
+            sweep.run_wave(trainings, sweep.source(wave), wave.input, until)
         if fraction < 1:
             sweep.cut(everyone, fraction, search.factor)

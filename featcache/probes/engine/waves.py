@@ -1,4 +1,4 @@
-"""What of a grid is to be trained, and which blocks train on the same pass over the data."""
+"""Which probes of a grid are still to be trained, and which blocks train on the same pass over the data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.store.reader import Store
 
-# Rows of the shuffle buffer of each input by name, None for those that are in memory.
+# Rows of the shuffle buffer of each input by name, None for an input that is in memory.
 Buffers = dict[str, int | None]
 
 
@@ -26,7 +26,7 @@ Buffers = dict[str, int | None]
 class Wave:
     """Blocks that train on the same pass over one input.
 
-    blocks: of each the ids of its probes, or the name of the file that holds its state. buffer_rows: of the shuffle
+    blocks: the ids of each block's probes, or the name of the file that holds its state. buffer_rows: of the shuffle
     buffer, None where the features are in memory.
     """
 
@@ -35,12 +35,12 @@ class Wave:
     buffer_rows: int | None
 
     def to_json(self) -> list[Any]:
-        """Return it as JSON values, to be sent to other processes."""
+        """Return the wave as JSON values, to be sent to other processes."""
         return [self.blocks, self.input.feature, self.input.pooled, self.buffer_rows]
 
     @classmethod
-    def from_json(cls, content: list[Any]) -> "Wave":
-        """Return the Wave that to_json() was asked of."""
+    def from_json(cls, content: Sequence[Any]) -> "Wave":
+        """Return the wave whose to_json() this is."""
         blocks, feature, pooled, buffer_rows = content
         return cls(blocks, Input(feature, pooled), buffer_rows)
 
@@ -48,7 +48,7 @@ class Wave:
 def blocks_by_input(
     specs: Iterable[ProbeSpec], store: Store, device: torch.device
 ) -> Iterator[tuple[Input, list[Block]]]:
-    """Yield each input that the specs ask for, with the blocks that read it."""
+    """Yield each input that the specs read, with the blocks that read it."""
     readers: dict[Input, list[ProbeSpec]] = {}
     for spec in specs:
         readers.setdefault(Input.of(spec), []).append(spec)
@@ -65,10 +65,10 @@ def plan_buffers(
     device: torch.device,
     processes: int = 1,
 ) -> Buffers:
-    """Say how each input of the grid is read.
+    """Return how each input of the grid is read.
 
-    memory: bytes for features, by default half of what is free on the device. processes: that share this machine.
-    Raises BadInput if an optimizer needs more in memory than there is.
+    memory: bytes for features, by default half of what is free on the device. processes: how many share this machine.
+    Raises BadInput if an optimizer needs an input in memory that does not fit.
     """
     names, buffers = splits["train"], {}
     room = FeatureMemory.of(device, memory, processes)
@@ -88,7 +88,7 @@ def plan_buffers(
 def plan_waves(
     folder: Path, specs: Sequence[ProbeSpec], store: Store, buffers: Buffers, device: torch.device
 ) -> list[Wave]:
-    """Return what a run folder lacks of a grid, as Waves."""
+    """Return the probes of a grid that a run folder lacks, as Waves."""
     missing = missing_specs(folder, specs)
     if len(missing) < len(specs):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
@@ -112,7 +112,7 @@ def missing_specs(folder: Path, specs: Iterable[ProbeSpec]) -> list[ProbeSpec]:
 
 
 def unsaved(folder: Path, waves: Iterable[Wave]) -> list[Wave]:
-    """Return the waves whose probes are not all saved; the state of a resumed block is there until they are."""
+    """Return the waves whose probes are not all saved. The state of a resumed block exists until they are."""
     present = find_probes(folder)
 
     def lacks(block: list[str] | str) -> bool:
@@ -128,14 +128,15 @@ def _together(
 ) -> list[list[Block]]:
     """Divide the blocks of one input into those that train on the same pass over the data.
 
-    Pooled features in memory: one block at a time, which then stays in the cache. Otherwise a pass is dear, and as many
-    blocks share it as have room for their states.
+    With pooled features in memory, one block trains at a time and stays in the cache. Otherwise a pass is expensive, and
+    as many blocks share it as have room for their states.
     """
     dim, positions = read.shape(store)
     if buffer_rows is None and positions == 1:
         return [[block] for block in group]
-    room, waves, used = MemoryBudget.for_states(device), [[]], 0
-    alone = []
+    room, used = MemoryBudget.for_states(device), 0
+    waves: list[list[Block]] = [[]]
+    alone: list[list[Block]] = []
     for block in group:
         if block[0].optimizer.full_batch:
             alone.insert(0, [block])
@@ -149,12 +150,12 @@ def _together(
 
 
 def _states(folder: Path, missing: set[str]) -> list[tuple[Path, list[ProbeSpec]]]:
-    """Return the states that a killed run left, with their specs; those of no use are removed."""
+    """Return the states that a killed run left, with their specs, and remove those that are not needed."""
     states = []
     for path in sorted((folder / PARTIAL).glob("*.safetensors")):
         specs = [spec_from_dict(spec) for spec in read_content(path)["specs"]]
         if {spec.id for spec in specs} & missing:
-            # There may be finished probes among them: it was killed while those of this block were being saved.
+            # Some of them may be finished, if the run was killed while it saved this block.
             states.append((path, specs))
         else:
             path.unlink()

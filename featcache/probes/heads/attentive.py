@@ -1,6 +1,6 @@
 """Attentive pooling: a learned query attends to the positions of a map, or the tokens, and a linear layer follows.
 
-It is the cross-attention alone of the attentive probes of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al., TMLR
+It is only the cross-attention of the attentive probes of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al., TMLR
 2024): torch's nn.MultiheadAttention with one learned query, without their norms and V-JEPA's MLP.
 """
 
@@ -30,10 +30,10 @@ class Attentive(Head):
     reads_tokens: ClassVar[bool] = True
 
     def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the weights of a torch.nn.MultiheadAttention, `attention.{query,key,value,out}.weight` and `.bias`,
-        `attention.token`, its learned query [D], from N(0, 0.02^2), and the linear layer's.
+        """Draw the weights of a torch.nn.MultiheadAttention, `attention.{query,key,value,out}.weight` and `.bias`; its
+        learned query `attention.token` [D], from N(0, 0.02^2); and the weights of the linear layer.
 
-        As torch does: Xavier over the three products of the input in one.
+        As in torch, the Xavier bound of queries, keys and values is that of the three matrices put together.
         """
         if dim % self.heads:
             raise BadInput(f"head attentive: {self.heads} heads do not divide features of width {dim}")
@@ -42,7 +42,7 @@ class Attentive(Head):
         weights = {"attention.token": torch.empty(dim).normal_(0, 0.02, generator=generator)}
         for name, bound in bounds.items():
             weights[f"attention.{name}.weight"] = torch.empty(dim, dim).uniform_(-bound, bound, generator=generator)
-            # A bias of the keys moves all scores of a query alike, which the softmax takes away again.
+            # A bias of the keys shifts all scores of a query alike, which the softmax cancels.
             if name != "key":
                 weights[f"attention.{name}.bias"] = torch.zeros(dim)
         return weights | drawn_layer("fc0", dim, classes, self.bias, generator)
@@ -79,8 +79,8 @@ class Attentive(Head):
 class AttentiveStack:
     """P attentive heads of one shape that see the same features [B, D] or maps [B, D, S].
 
-    With one query the products go the cheap way round: the query goes back through the keys' weights, and the
-    values' weights act on the mean of the positions, so that no position has keys or values of its own.
+    With a single query the cheap order of products is another one: the query goes back through the keys' weights, and
+    the values' weights act on the weighted mean of the positions, so that no position needs its keys and values.
     """
 
     def __init__(self, head: Attentive, weights: dict[str, Tensor]):
@@ -97,20 +97,21 @@ class AttentiveStack:
             logits = pooled @ self.weights["fc0.weight"].transpose(1, 2)
             if self.head.bias:
                 logits = logits + self.weights["fc0.bias"].unsqueeze(1)
-            return (logits / self.head.temperature + self.head.offset).transpose(0, 1)
+            return (logits / self.head.temperature + self.head.shift).transpose(0, 1)
 
     def _attend(self, maps: Tensor) -> Tensor:
-        held = {name.removeprefix("attention."): w for name, w in self.weights.items() if name.startswith("attention.")}
-        probes, heads, (batch, dim, _) = len(held["token"]), self.head.heads, maps.shape
-        query = torch.einsum("pod,pd->po", held["query.weight"], held["token"]) + held["query.bias"]
+        """Return the pooled maps, [P, B, D]."""
+        w = {name.removeprefix("attention."): w for name, w in self.weights.items() if name.startswith("attention.")}
+        probes, heads, (batch, dim, _) = len(w["token"]), self.head.heads, maps.shape
+        query = torch.einsum("pod,pd->po", w["query.weight"], w["token"]) + w["query.bias"]
         by_head = (probes, heads, dim // heads)
-        seeking = torch.einsum("phe,phed->phd", query.view(by_head), held["key.weight"].view(*by_head, dim))
+        seeking = torch.einsum("phe,phed->phd", query.view(by_head), w["key.weight"].view(*by_head, dim))
         scores = (seeking.reshape(-1, dim) / math.sqrt(dim // heads)) @ maps  # [B, P heads, S]
         means = scores.softmax(2) @ maps.transpose(1, 2)  # [B, P heads, D]
         means = means.view(batch, probes, heads, dim)
-        values = torch.einsum("bphd,phed->pbhe", means, held["value.weight"].view(*by_head, dim)).flatten(2)
-        values = values + held["value.bias"].unsqueeze(1)  # The shares of attention sum to 1.
-        return values @ held["out.weight"].transpose(1, 2) + held["out.bias"].unsqueeze(1)
+        values = torch.einsum("bphd,phed->pbhe", means, w["value.weight"].view(*by_head, dim)).flatten(2)
+        values = values + w["value.bias"].unsqueeze(1)  # The attention over positions sums to 1.
+        return values @ w["out.weight"].transpose(1, 2) + w["out.bias"].unsqueeze(1)
 
     def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
         """Return the parameters' gradients."""
@@ -118,7 +119,7 @@ class AttentiveStack:
 
 
 class AttentivePooling(nn.Module):
-    """The pooling of one trained head: maps [B, D, ...] to [B, D, 1, 1]. weights: those named `attention.`, without that."""
+    """The pooling of one trained head: maps [B, D, ...] to [B, D, 1, 1]. weights: named without their `attention.`."""
 
     def __init__(self, heads: int, weights: dict[str, Tensor]):
         super().__init__()
@@ -134,8 +135,8 @@ class AttentivePooling(nn.Module):
         })  # fmt: skip
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Return the query's answer to the positions, as a map of one."""
+        """Return what the query attends to, as a map with one position."""
         tokens = maps.flatten(2).transpose(1, 2)
-        # Not len(maps), which torch.export would take for a constant.
+        # torch.export would take len(maps) for a constant.
         query = self.token.expand(maps.shape[0], 1, -1)
         return self.attention(query, tokens, tokens, need_weights=False)[0].transpose(1, 2).unsqueeze(3)

@@ -38,7 +38,7 @@ class Bcos(LayeredHead):
     @model_validator(mode="wrap")
     @classmethod
     def _without_idle_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Let what cannot matter be one value: nothing lies between the layers of a head that has one."""
+        """Give fields that cannot matter one value: a head with one layer has nothing between layers."""
         data = without_idle_norm_batch(data)
         alone = isinstance(data, dict) and data.get("layers", 1) == 1
         if alone:
@@ -54,7 +54,7 @@ class Bcos(LayeredHead):
         return Layout(self.layers, self.hidden, self.norm, self.norm_batch, False, self.max_out)
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
-        """See LayeredHead.footprint, for the wider of its layers, with all responses of each unit."""
+        """See LayeredHead.footprint. It counts the wider of the layers, with all responses of each unit."""
         width = self.max_out * max(self.hidden, classes)
         return width * dim, width * positions
 
@@ -77,7 +77,7 @@ class Bcos(LayeredHead):
 class BcosLayer(Layer):
     """y = s |cos|^(b - 1) with s = w.x / |w| and |cos| = |s| / sqrt(|x|^2 + 1e-6), which is the package's BcosConv2d.
 
-    weight: [P, U max_out, D]. Of each unit's max_out responses s, which lie side by side, the largest is kept.
+    weight: [P, U max_out, D]. The max_out responses s of a unit lie side by side, and only the largest is kept.
     """
 
     def __init__(self, weight: Tensor, b: float, max_out: int):
@@ -119,7 +119,7 @@ class BcosLayer(Layer):
             gradient = every.scatter_(2, self.chosen.unsqueeze(2), gradient.unsqueeze(2)).flatten(1, 2)
         first, second = weight_gradient(gradient, self.rows)
         weight = multiply(first, second, self.precision).view(self.weight.shape)
-        # Along w itself the response does not change.
+        # The response does not change along w itself.
         along = self.dot(weight, self.unit, 2).unsqueeze(2)
         self.gradients = [weight.addcmul_(self.unit, along, value=-1).div_(self.length)]
         if shared:

@@ -9,7 +9,7 @@ PATCH_EPS = 1e-6
 
 
 def cosine_power(cosine: Tensor, b: float) -> tuple[Tensor, Tensor]:
-    """|cos|^(b - 1), and |cos| times its derivative; for b other than 2, 1e-6 is added to |cos| as the package does."""
+    """Return |cos|^(b - 1), and |cos| times its derivative. Unless b is 2, 1e-6 is added to |cos|, as the package does."""
     if b == 2:
         return cosine, cosine
     return (cosine + PATCH_EPS).pow(b - 1), (b - 1) * cosine * (cosine + PATCH_EPS).pow(b - 2)
@@ -42,11 +42,13 @@ class BcosConv2d(nn.Module):
 class BatchNormUncentered2d(nn.Module):
     """The bcos package's norm of that name without bias, in eval mode: a fixed factor per channel."""
 
+    running_var: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Scale maps [B, D, h, w]; the mean is not taken away."""
+        """Scale maps [B, D, h, w]; the mean is not subtracted."""
         return maps * uncentred_scale(self.weight, self.running_var)[:, None, None]

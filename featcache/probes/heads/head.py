@@ -13,18 +13,18 @@ from featcache.feature import Feature
 from featcache.probes.gemm import PRECISIONS
 from featcache.probes.part import Part, Positive
 
-# The logit offset at which an all-zero B-cos head starts every class at p = 1/C.
+# With this logit offset, a B-cos head whose weights are all zero gives every class p = 1/C.
 UNIFORM_OFFSET = "-ln(C-1)"
 Offset = Annotated[float, Field(ge=-1e6, le=1e6)] | Literal["-ln(C-1)"]
 
-# A gradient of a weight: of its shape, or two matrices (A, B) that stand for A B.
+# The gradient of a weight: a tensor of its shape, or two matrices (A, B) that stand for A B.
 Gradient = Tensor | tuple[Tensor, Tensor]
 
 
 class Stack(Protocol):
     """P heads of one shape side by side, which see the same features.
 
-    weights: {name: [P, ...]}, which training changes. parameters: those of them that are trained, in order.
+    weights: {name: [P, ...]}, which training changes. parameters: the ones that gradients train, in order.
     """
 
     weights: dict[str, Tensor]
@@ -34,42 +34,42 @@ class Stack(Protocol):
         """Map features float32 [B, D] or [B, D, S] to logits [B, P, C]; with training, ready for backward()."""
 
     def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
-        """Return the gradients of the parameters from that of the logits, [B, P, C], after forward()."""
+        """Return the gradients of the parameters, given that of the logits, [B, P, C], after forward()."""
 
 
 class Head(Part):
-    """Base of all heads. The logits are divided by `temperature`, and then `offset` is added to them."""
+    """Base of all heads. The logits are divided by `temperature`, then `offset` is added to them."""
 
     temperature: Positive = Field(1.0, description="divides the logits")
     offset: Offset = Field(
         0.0, description="is added to the logits after the temperature; -ln(C-1) starts every class at 1/C"
     )
 
-    # What else than float32 the products of a stack can be computed in.
+    # Precisions in which the products of a stack can be computed.
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
-    # Whether it reads tokens, which have no place in a map.
+    # Whether it reads tokens, which have no position in a map.
     reads_tokens: ClassVar[bool] = False
-    # Whether its logits are those of pooled features, too: the mean commutes with a plain linear layer alone.
+    # Whether pooling the features first gives the same logits, which is true of a plain linear layer alone.
     commutes: ClassVar[bool] = False
 
     @property
     def averages_features(self) -> bool:
-        """Whether it averages the features over positions, and not the logits."""
+        """Whether it averages the features over positions rather than the logits."""
         return False
 
     @property
     def pools_first(self) -> bool:
-        """Whether it may read the mean of the features over positions in place of the map."""
+        """Whether it may read the mean of the features over positions instead of the map."""
         return self.commutes or self.averages_features
 
     @classmethod
     def label_of(cls, fields: Mapping[str, Any]) -> str:
-        """Return what tables call a head with these fields, as numbers or text: its type, or mlp-2 (256)."""
+        """Return the name in tables of a head with these fields (numbers or text), such as linear or mlp-2 (256)."""
         return cls.word()
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.label_of(dict(self))
 
     @property
@@ -94,7 +94,7 @@ class Head(Part):
         raise NotImplementedError
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
-        """Return roughly how many weights one layer has, and how many numbers the widest layer makes of an image."""
+        """Return roughly how many weights one layer has, and how many numbers the widest layer outputs for an image."""
         raise NotImplementedError
 
     def flops(self, dim: int, classes: int, positions: int) -> int:
@@ -106,27 +106,34 @@ class Head(Part):
         return rows < 1024
 
     def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
-        """Return (field, reason) of why it cannot train on a feature of so many positions, or None.
+        """Return (field, reason) if it cannot train on a feature with so many positions, else None.
 
         width: of the feature. batch_size: images of a mini-batch.
         """
         return None
 
     def resolved(self, classes: int) -> Self:
-        """Return the head with its offset as a number. Raises BadInput where -ln(C-1) has none."""
+        """Return the head with its offset as a number. Raises BadInput if -ln(C-1) is not finite."""
         if isinstance(self.offset, float):
             return self
         if classes < 2:
             raise BadInput(f"offset {UNIFORM_OFFSET} needs at least two classes, and the store has {classes}")
         return self.model_copy(update={"offset": -math.log(classes - 1)})
 
+    @property
+    def shift(self) -> float:
+        """The offset of a resolved() head as a number. Raises ValueError if it is still -ln(C-1)."""
+        if not isinstance(self.offset, float):
+            raise ValueError(f"offset {self.offset} has no value before resolved(classes)")
+        return self.offset
+
 
 def scaled(logits: Tensor, head: Head) -> Tensor:
     """Divide logits by the head's temperature and add its offset, in place."""
     if head.temperature != 1:
         logits /= head.temperature
-    if head.offset:
-        logits += head.offset
+    if head.shift:
+        logits += head.shift
     return logits
 
 

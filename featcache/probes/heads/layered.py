@@ -12,8 +12,8 @@ from featcache.feature import Feature
 from featcache.probes.heads.bcos_modules import BatchNormUncentered2d
 from featcache.probes.heads.head import Head
 
-# What a norm between layers holds, and the values that it begins with.
-NORMS = {
+# The tensors of a norm between layers, and their initial values.
+NORMS: dict[str, dict[str, float]] = {
     "bn": {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
     "bnu": {"weight": 1.0, "running_var": 1.0},
     "none": {},
@@ -32,13 +32,13 @@ class Layout(NamedTuple):
     max_out: int = 1
 
     def widths(self, dim: int, classes: int) -> list[int]:
-        """Return the numbers of inputs of all layers, and of the last one's outputs."""
+        """Return how many inputs each layer has, and how many outputs the last one."""
         return [dim, *[self.hidden] * (self.layers - 1), classes]
 
 
 class LayeredHead(Head):
-    """Base of heads whose weights are `fc{i}.weight` [out, in] and `fc{i}.bias`, and for norms `bn{i}.weight`, `.bias`,
-    `.running_mean`, `.running_var` (uncentred: `.weight`, `.running_var`).
+    """Base of heads whose weights are `fc{i}.weight` [out, in] and `fc{i}.bias`; those of a norm are `bn{i}.weight`,
+    `.bias`, `.running_mean` and `.running_var` (uncentred: `.weight` and `.running_var`).
     """
 
     pool: Literal["after", "before"] = Field(
@@ -62,7 +62,7 @@ class LayeredHead(Head):
 
     @classmethod
     def label_of(cls, fields: Mapping[str, Any]) -> str:
-        """See Head.label_of: type, number of layers, and their width if there is any between."""
+        """See Head.label_of: type, number of layers, and the width between them if there are several."""
         if "layers" not in cls.model_fields:
             return cls.word()
         width = f" ({fields['hidden']})" if int(fields["hidden"]) else ""
@@ -74,10 +74,10 @@ class LayeredHead(Head):
 
     def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw from U(-1/sqrt(in), 1/sqrt(in)), as torch's Linear and Conv2d do."""
-        layout, weights = self.layout, {}
+        layout, weights = self.layout, dict[str, Tensor]()
         widths = layout.widths(dim, classes)
         for i in range(layout.layers):
-            # Batch norm takes away what a bias before it adds, and Adam would drive it about on rounding noise.
+            # Batch norm cancels a bias before it, and Adam would move that bias about on rounding noise.
             biased = layout.bias and (layout.norm != "bn" or i == layout.layers - 1)
             weights |= drawn_layer(f"fc{i}", widths[i], widths[i + 1] * layout.max_out, biased, generator)
             if i < layout.layers - 1:
@@ -86,15 +86,15 @@ class LayeredHead(Head):
         return weights
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
-        """Return the weights of the first layer, and the numbers that it makes of an image."""
+        """Return how many weights the first layer has, and how many numbers it outputs for an image."""
         width = self.layout.hidden or classes
         return width * dim, width * positions
 
     def flops(self, dim: int, classes: int, positions: int) -> int:
         """Return 4 D C for a linear head (docs/performance.md).
 
-        A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the weights' gradient, at every position; a
-        layer behind it costs 2 n m more for the gradient of its input.
+        A layer of n inputs and m outputs costs 2 n m forward and 2 n m for the gradient of its weights, at every
+        position; all but the first cost 2 n m more for the gradient of their input.
         """
         layout = self.layout
         widths, total = layout.widths(dim, classes), 0
@@ -108,7 +108,7 @@ class LayeredHead(Head):
         return positions
 
     def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
-        """Return the layers as 1x1 convolutions, norms, and what lies between."""
+        """Return the layers as 1x1 convolutions, norms and activations."""
         layers: dict[str, nn.Module] = {}
         layout = self.layout
         for i in range(layout.layers):
@@ -126,7 +126,7 @@ class LayeredHead(Head):
         return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
 
     def between(self, layer: int) -> dict[str, nn.Module]:
-        """Return what follows the norm behind a layer, by name."""
+        """Return the modules between the norm behind a layer and the next layer, by name."""
         return {}
 
     def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
@@ -154,7 +154,7 @@ def taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Load weights into a module. Raises ValueError unless they are those that it has."""
+    """Load weights into a module. Raises ValueError unless they are exactly the module's."""
     try:
         missing, unexpected = module.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -24,7 +24,7 @@ class Linear(LayeredHead):
         return Layout(bias=self.bias)
 
     def in_cache(self, rows: int) -> bool:
-        """See Head.in_cache: it reads its weights for every row."""
+        """See Head.in_cache. A linear head reads its weights for every row."""
         return True
 
     def stack(self, weights: dict[str, Tensor], precision: str) -> "LinearStack":
@@ -40,7 +40,7 @@ class LinearStack:
         self.parameters = list(self.weights.values())
 
     def forward(self, features: Tensor, training: bool = False) -> Tensor:
-        """Map features [B, D] to logits [B, P, C], in memory as [P, C, B]: weights first is the faster GEMM."""
+        """Map features [B, D] to logits [B, P, C]. They lie as [P, C, B], because weights times features is the faster GEMM."""
         weight = self.weights["fc0.weight"]  # [P, C, D]
         precision = self.precision if training else "float32"
         logits = multiply(weight.flatten(0, 1), features.t(), precision).unflatten(0, weight.shape[:2])
@@ -49,7 +49,7 @@ class LinearStack:
         return scaled(logits, self.head).permute(2, 0, 1)
 
     def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
-        """Return the parameters' gradients; the weight's as the pair (A, B) that stands for A B."""
+        """Return the parameters' gradients; that of the weight is the pair (A, B) that stands for A B."""
         gradient = unscaled(gradient, self.head).permute(1, 2, 0)  # [P, C, B]
         weight = (gradient.flatten(0, 1), features)
         return [weight, gradient.sum(2)] if self.head.bias else [weight]

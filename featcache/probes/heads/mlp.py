@@ -40,11 +40,11 @@ class Mlp(LayeredHead):
         return Layout(self.layers, self.hidden, self.norm, self.norm_batch, self.bias)
 
     def positions_of(self, layer: int, positions: int) -> int:
-        """See LayeredHead.positions_of: the last layer sees the mean over positions, with which it commutes."""
+        """See LayeredHead.positions_of. The last layer commutes with the mean over positions, and so sees only that."""
         return 1 if layer == self.layers - 1 else positions
 
     def stack(self, weights: dict[str, Tensor], precision: str) -> LayerStack:
-        """See Head.stack. The mean over positions is taken before the last layer, with which it commutes."""
+        """See Head.stack. The mean over positions comes before the last layer, with which it commutes."""
         layers: list[Layer] = []
         for i in range(self.layers):
             if i == self.layers - 1:
@@ -60,7 +60,7 @@ class Mlp(LayeredHead):
 
 
 def without_idle_norm_batch(data: Any) -> Any:
-    """Drop norm_batch from the fields of a head without norm, for which every value of it is the same head."""
+    """Drop norm_batch from the fields of a head without norm, where it changes nothing."""
     if isinstance(data, dict) and data.get("norm") == "none":
         return {name: value for name, value in data.items() if name != "norm_batch"}
     return data

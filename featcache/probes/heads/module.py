@@ -8,8 +8,8 @@ from featcache.probes.heads.head import Head
 class HeadModule(nn.Module):
     """One trained head: maps float32 [B, D, h, w] to logits [B, C].
 
-    The logits are averaged over positions (or the features, if the head says pool: before); else GradCAM and the like
-    would have no map. weights: {name: tensor} of the probe. Raises ValueError for weights that are not of this head.
+    The logits are averaged over positions (or the features, with pool: before), so that GradCAM and similar methods
+    have a map. weights: {name: tensor} of the probe. Raises ValueError for weights that do not fit the head.
     """
 
     def __init__(self, head: Head, weights: dict[str, Tensor]):
@@ -30,4 +30,4 @@ class HeadModule(nn.Module):
             maps = maps.mean((2, 3), keepdim=True)
         for layer in self.layers.values():
             maps = layer(maps)
-        return maps.mean((2, 3)) / self.head.temperature + self.head.offset
+        return maps.mean((2, 3)) / self.head.temperature + self.head.shift

@@ -1,1 +1,1 @@
-"""Inputs: from a store to the tensors that probes train on and are scored on."""
+"""Inputs: how features in a store become the tensors that probes train on and are scored on."""

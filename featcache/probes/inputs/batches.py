@@ -1,4 +1,4 @@
-"""The order in which training goes over the images, and the mini-batches that it is cut into."""
+"""The order in which training visits the images, and how that order is cut into mini-batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some rows in the order of training: features values[order], rows `rows`. last: the epoch ends with it."""
+    """A part of an epoch: features values[order], which are the rows `rows` of the training data. last: whether it ends the epoch."""
 
     values: Tensor
     order: Tensor
@@ -18,7 +18,7 @@ class Piece:
 
 
 class MiniBatches:
-    """Cuts the Pieces of an epoch into mini-batches of one size; what is left of a piece goes on in the next."""
+    """Cuts the Pieces of an epoch into mini-batches of one size; what is left of a piece starts the next batch."""
 
     def __init__(self, size: int):
         self.size = size

@@ -14,7 +14,7 @@ from featcache.probes.spec import ProbeSpec
 from featcache.store.manifest import feature_of
 from featcache.store.reader import Store
 
-# Rows that are scored at a time.
+# Rows scored at a time.
 CHUNK_ROWS = 1024
 
 
@@ -22,8 +22,8 @@ CHUNK_ROWS = 1024
 class Input:
     """A feature as probes read it, [n, D] or [n, D, S].
 
-    A grid(k,s,p) is one long vector, channel by channel: D is its C h w. Tokens [n, N, D] are read as the positions of
-    a map. pooled: the map is averaged over positions first, in float32, which is exact for a plain linear head.
+    A grid(k,s,p) is one long vector, channel by channel, so D is C h w. Tokens [n, N, D] are read as the positions of a
+    map. pooled: the map is averaged over positions first, in float32, which is exact for a plain linear head.
     """
 
     feature: str
@@ -36,7 +36,7 @@ class Input:
 
     @property
     def name(self) -> str:
-        """What people, and run.json, call it."""
+        """Its name in messages and in run.json."""
         return f"{self.feature}, pooled first" if self.pooled else self.feature
 
     def shape(self, store: Store) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class Input:
         return sum(a.nbytes for a in arrays)
 
     def read(self, rows: Tensor) -> Tensor:
-        """Return stored rows [n, ...] as probes read them: in the store's dtype, float32 where they are averaged."""
+        """Return stored rows [n, ...] as probes read them: in the store's dtype, or float32 if they are averaged."""
         kind = feature_of(self.feature).kind
         if kind == "grid":
             return rows.flatten(1)
@@ -75,18 +75,18 @@ class Input:
                 f"feature {self.feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory on "
                 f"{device}, {free / 2**30:.1f} are free"
             )
-        values, at = None, 0
+        values, at = torch.empty(0), 0
         for array in arrays:
             for _, piece in array.pieces():
                 part = self.read(torch.from_numpy(piece).to(device))
-                if values is None:
+                if not at:
                     values = part.new_empty(sum(map(len, arrays)), *part.shape[1:])
                 values[at : at + len(part)] = part
                 at += len(part)
         return values
 
     def chunks(self, store: Store, splits: Sequence[str], device: torch.device) -> Iterator[Tensor]:
-        """Yield a union of splits in order, as float32 pieces of some hundred rows; holds no more than one."""
+        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows; only one read is held at a time."""
         for name in splits:
             for _, piece in store[name][self.feature].pieces():
                 yield from self.read(torch.from_numpy(piece).to(device)).float().split(CHUNK_ROWS)

@@ -12,28 +12,28 @@ from featcache.store.reader import Store
 
 
 class Resident:
-    """An input from a union of splits in memory, under every view that is asked for; 0 is the image as it is.
+    """An input from a union of splits, held in memory, with one tensor for every view; view 0 is the image as it is.
 
-    As many views stay in memory as fit, the others are read again.
+    As many views stay in memory as fit; the others are read again.
     """
 
     def __init__(self, input: Input, store: Store, splits: Sequence[str], device: torch.device):
         self._input, self._store, self._splits, self._device = input, store, splits, device
         self._held: dict[int, Tensor] = {}
-        self._passing: int | None = None
+        self._replaced_next: int | None = None
 
     def __getitem__(self, view: int) -> Tensor:
         if view not in self._held:
-            if self._passing is not None:
-                self._held.pop(self._passing, None)
+            if self._replaced_next is not None:
+                self._held.pop(self._replaced_next, None)
             self._held[view] = self._input.load(self._store, self._splits, self._device, view)
-            # It goes again if there is no room for the next one beside it, and for what training takes.
+            # It makes way for the next view unless there is room for both and for training.
             roomy = free_bytes(self._held[view].device) >= 2 * self._held[view].nbytes
-            self._passing = None if roomy else view
+            self._replaced_next = None if roomy else view
         return self._held[view]
 
     def pieces(self, view: int, seed: int, epoch: int) -> Iterator[Piece]:
-        """Yield the one Piece of an epoch: all rows, every order equally likely."""
+        """Yield the single Piece of an epoch: all rows, with every order equally likely."""
         values = self[view]
         order = epoch_order(len(values), seed, epoch).to(values.device)
         yield Piece(values, order, order, True)

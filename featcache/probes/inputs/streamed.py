@@ -13,22 +13,22 @@ from featcache.store.feature_array import FeatureArray
 from featcache.store.reader import Store
 
 # Neighbouring rows of an array: (array, first row, end, row of the union at which the array begins).
-Neighbours = tuple[FeatureArray, int, int, int]
+Chunk = tuple[FeatureArray, int, int, int]
 
 
 class Streamed:
-    """An input from a union of splits that is read anew in every epoch, once, through a shuffle buffer.
+    """An input from a union of splits that is read once in every epoch, through a shuffle buffer.
 
-    Chunks of neighbouring rows are drawn at random from all of them until the buffer is full; its rows
-    are shuffled. The next buffer is read while this one is trained on. buffer_rows decides the order
-    of the rows, beside seed and epoch, and so is part of a run.
+    Chunks of neighbouring rows are drawn at random from all splits until the buffer is full, and its rows are shuffled.
+    The next buffer is read while training uses this one. The order of the rows depends on buffer_rows as well as on
+    seed and epoch, so buffer_rows is part of a run.
     """
 
     def __init__(self, input: Input, store: Store, splits: Sequence[str], buffer_rows: int):
         self._input, self._store, self._splits, self._buffer_rows = input, store, splits, buffer_rows
 
     def pieces(self, view: int, seed: int, epoch: int) -> Iterator[Piece]:
-        """Yield the Pieces of an epoch; every row is in one of them."""
+        """Yield the Pieces of an epoch; every row is in exactly one."""
         arrays = [self._store[name].view(view)[self._input.feature] for name in self._splits]
         firsts = np.cumsum([0, *(len(a) for a in arrays)])
         chunks = [
@@ -41,22 +41,24 @@ class Streamed:
         at_once = max(self._buffer_rows // arrays[0].chunk_rows, 1)
         fillings = [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._read, fillings[0])
+            buffer = reader.submit(self._read, fillings[0])
             for number in range(len(fillings)):
-                values, rows = coming.result()
+                values, rows = buffer.result()
                 last = number + 1 == len(fillings)
                 if not last:
-                    coming = reader.submit(self._read, fillings[number + 1])
+                    buffer = reader.submit(self._read, fillings[number + 1])
                 order = torch.from_numpy(random.permutation(len(rows)))
                 yield Piece(values, order, rows[order], last)
 
-    def _read(self, filling: list[Neighbours]) -> tuple[Tensor, Tensor]:
-        values, numbers, at = None, [], 0
+    def _read(self, filling: list[Chunk]) -> tuple[Tensor, Tensor]:
+        """Return the features of some chunks, and the rows of the union that they are."""
+        values, numbers, at = torch.empty(0), [], 0
         total = sum(stop - start for _, start, stop, _ in filling)
-        # In the order in which they lie on disk; the shuffle comes after.
+        # In their order on disk; the shuffle comes later.
         for array, start, stop, first in sorted(filling, key=lambda chunk: (chunk[3], chunk[1])):
             part = self._input.read(torch.from_numpy(array[start:stop]))
-            values = part.new_empty(total, *part.shape[1:]) if values is None else values
+            if not at:
+                values = part.new_empty(total, *part.shape[1:])
             values[at : at + len(part)] = part
             at += len(part)
             numbers.append(torch.arange(first + start, first + stop))

@@ -15,7 +15,7 @@ class Asymmetric(Loss):
     """Asymmetric loss (Ridnik et al., ICCV 2021), the mean over the classes and images that are not ignored.
 
     Positives: -(1 - p)^gamma_pos log(p). Negatives: -m^gamma_neg log(1 - m) with m = max(p - clip, 0). The gradient is
-    the whole one of the paper's section 2.4; the authors' code takes the powers as constants by default.
+    the full one of the paper's section 2.4; the authors' code treats the powers as constants by default.
     """
 
     type: Literal["asymmetric"] = "asymmetric"
@@ -26,7 +26,7 @@ class Asymmetric(Loss):
     )
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return which labels are positive, and what each adds to the mean, both [B, 1, C]."""
+        """Return which labels are positive, and the share of each in the mean, both [B, 1, C]."""
         return present(labels, logits) > 0, shares(labels, logits)
 
     def compute(self, logits: Tensor, *targets: Any) -> tuple[Tensor, Tensor]:
@@ -47,6 +47,6 @@ def _shifted(logits: Tensor, gamma: float, clip: float) -> tuple[Tensor, Tensor]
         return power * log, power * (p + gamma * rest * log)
     kept = (rest + clip).clamp_(max=1)  # 1 - m
     log, power = -kept.log(), (1 - kept).pow(gamma)
-    # m^(gamma - 1) has no end at 0, where the derivative is 0 all the same.
+    # m^(gamma - 1) is infinite at 0 for gamma < 1, where the derivative is 0 nevertheless.
     steep = gamma * (1 - kept).clamp_(min=1e-30).pow(gamma - 1) * log
     return power * log, torch.where(kept < 1, p * rest * (power / kept + steep), 0.0)

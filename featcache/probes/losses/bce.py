@@ -31,13 +31,13 @@ class Bce(Loss):
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
-        """See Loss.weigh_classes: negatives over positives, 1 for a class that lacks the one or the other."""
+        """See Loss.weigh_classes: negatives over positives, and 1 for a class without positives or without negatives."""
         if self.class_weights == "none":
             return None
         return usable(absences(self.read(labels), classes) / occurrences(labels, classes))
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return the targets, what each adds to the mean, both [B, 1, C], and the weights."""
+        """Return the targets and the share of each in the mean, both [B, 1, C], and the class weights."""
         targets, classes = present(labels, logits), logits.shape[2]
         if self.off_label:
             targets = targets.clamp_(min=self.off_label if isinstance(self.off_label, float) else 1 / classes)
@@ -49,7 +49,8 @@ class Bce(Loss):
         """See Loss.compute."""
         target, share, weights = targets
         p = logits.sigmoid()
-        # max(z, 0) - t z - log(max(p, 1 - p)): where p nears 1 its logarithm has lost what the sum does not show.
+        # max(z, 0) - t z - log(max(p, 1 - p)): where p is close to 1 the logarithm
+        # has lost digits, but they do not show in the sum.
         losses = p.sub(0.5).abs_().add_(0.5).log_().neg_()
         if weights is None:
             losses.add_(logits.clamp(min=0)).addcmul_(target, logits, value=-1)
@@ -65,7 +66,7 @@ class Bce(Loss):
 
 
 class BceCurvature(Curvature):
-    """A sum over classes, each of which is a problem of its own. Values are [C]."""
+    """A sum over classes, each of which is a separate problem. Values are [C]."""
 
     def __init__(self, function: LossFunction, labels: Tensor):
         super().__init__(function, labels)

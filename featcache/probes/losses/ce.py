@@ -10,7 +10,7 @@ from featcache.probes.losses.curvature import Curvature
 from featcache.probes.losses.loss import Loss, LossFunction, classes_first, occurrences, usable
 from featcache.probes.part import Share
 
-# Stands for minus infinity where a class is ignored: finite, so that 0 times it is 0.
+# Stands for minus infinity where a class is ignored. It is finite, so that 0 times it is 0.
 IGNORED = -1e30
 
 
@@ -18,7 +18,7 @@ class Ce(Loss):
     """Softmax cross-entropy, torch's with label_smoothing and class weights w: -sum w_c t_c log(p_c) over classes.
 
     The mean is over images. A multi-label image spreads its target evenly over the classes present (Mahajan et al., ECCV
-    2018); ignored classes leave the softmax and get no smoothing; an image without a class adds nothing but counts.
+    2018); ignored classes leave the softmax and get no smoothing. An image without a class counts in the mean with loss 0.
     """
 
     type: Literal["ce"] = "ce"
@@ -41,7 +41,7 @@ class Ce(Loss):
         return usable(counts.sum() / (classes * counts))
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return what _single() or _several() needs beside the logits."""
+        """Return what _single() or _several() needs besides the logits."""
         if labels.ndim == 1:
             return self._single_targets(labels, logits, weights)
         return self._targets(labels, logits, weights)
@@ -55,36 +55,41 @@ class Ce(Loss):
         return float(weights[labels].sum()) if weights is not None and labels.ndim == 1 else len(labels)
 
     def _targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return targets over the count of images [B, 1, C], their sums [B, 1, 1], and what is ignored, [B, 1, C] or None."""
+        """Return targets over the count of images [B, 1, C], their sums [B, 1, 1], and which are ignored, [B, 1, C] or None."""
         positive = (labels > 0).to(logits.dtype)
         targets = positive / positive.sum(1, keepdim=True).clamp(min=1)  # [B, C]
         mass = positive.amax(1, keepdim=True)  # [B, 1]
         if self.label_smoothing:
             known = (labels >= 0).to(logits.dtype)
-            even = mass * known / known.sum(1, keepdim=True).clamp(min=1)
-            targets = (1 - self.label_smoothing) * targets + self.label_smoothing * even
+            spread = mass * known / known.sum(1, keepdim=True).clamp(min=1)
+            targets = (1 - self.label_smoothing) * targets + self.label_smoothing * spread
         if weights is not None:
             targets = targets * weights.to(logits)
             mass = targets.sum(1, keepdim=True)
         ignored = None
-        # Not asked on a GPU, which would have to be waited for.
+        # Not looked up on a GPU, because the CPU would have to wait for the answer.
         if labels.device.type != "cpu" or (labels < 0).any():
             ignored = classes_first(labels < 0)
         count = len(labels)
         return classes_first(targets / count), (mass / count).unsqueeze(2), ignored
 
     def _single_targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return, without a matrix, labels [1, 1, B], the target of each image's class [1, 1, B], that of every class by
-        label_smoothing, [1, C, 1] or None, and their sums [1, 1, B].
+        """Return the targets without a matrix: labels [1, 1, B], the target of each image's class [1, 1, B], what
+        label_smoothing adds to the target of every class, [1, C, 1] or None, and the sums of targets [1, 1, B].
 
-        Targets are over the count of images, each counted by the weight of its class.
+        Targets are divided by the count of images, each counted by the weight of its class.
         """
         smoothing, classes = self.label_smoothing, logits.shape[2]
         each = logits.new_ones(classes) if weights is None else weights.to(logits)
         chosen = each[labels]
         count = chosen.sum()
-        own, even = (1 - smoothing) * chosen / count, smoothing * each / classes / count
-        return labels.view(1, 1, -1), own.view(1, 1, -1), even.view(1, -1, 1) if smoothing else None, own + even.sum()
+        target, spread = (1 - smoothing) * chosen / count, smoothing * each / classes / count
+        return (
+            labels.view(1, 1, -1),
+            target.view(1, 1, -1),
+            spread.view(1, -1, 1) if smoothing else None,
+            target + spread.sum(),
+        )
 
     def curvature(self, function: LossFunction, labels: Tensor) -> Curvature:
         """See Loss.curvature."""
@@ -94,26 +99,28 @@ class Ce(Loss):
 def _several(logits: Tensor, targets: Tensor, mass: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
     if ignored is not None:
         logits = logits.masked_fill(ignored, IGNORED)
-    # As the logits lie in memory, for else the softmax copies them to and fro.
+    # In the memory order of the logits, because the softmax would copy them otherwise.
     logs = logits.permute(1, 2, 0).log_softmax(dim=1).permute(2, 0, 1)
     loss = -(targets * logs).sum((0, 2))
     return loss, logs.exp_().mul_(mass).sub_(targets)
 
 
-def _single(logits: Tensor, labels: Tensor, own: Tensor, even: Tensor | None, mass: Tensor) -> tuple[Tensor, Tensor]:
-    logs = logits.permute(1, 2, 0).log_softmax(dim=1)  # [P, C, B], as the logits lie in memory.
-    labels, own = labels.expand(len(logs), 1, -1), own.expand(len(logs), 1, -1)
-    loss = -(logs.gather(1, labels) * own).sum((1, 2))
-    if even is not None:
-        loss -= (logs * even).sum((1, 2))
+def _single(
+    logits: Tensor, labels: Tensor, target: Tensor, spread: Tensor | None, mass: Tensor
+) -> tuple[Tensor, Tensor]:
+    logs = logits.permute(1, 2, 0).log_softmax(dim=1)  # [P, C, B], the memory order of the logits.
+    labels, target = labels.expand(len(logs), 1, -1), target.expand(len(logs), 1, -1)
+    loss = -(logs.gather(1, labels) * target).sum((1, 2))
+    if spread is not None:
+        loss -= (logs * spread).sum((1, 2))
     gradient = logs.exp_().mul_(mass)
-    if even is not None:
-        gradient.sub_(even)
-    return loss, gradient.scatter_add_(1, labels, -own).permute(2, 0, 1)
+    if spread is not None:
+        gradient.sub_(spread)
+    return loss, gradient.scatter_add_(1, labels, -target).permute(2, 0, 1)
 
 
 class CeCurvature(Curvature):
-    """Softmax, with its whole curvature."""
+    """Softmax cross-entropy with its full curvature, across classes."""
 
     def __init__(self, function: LossFunction, labels: Tensor):
         super().__init__(function, labels)
@@ -124,9 +131,11 @@ class CeCurvature(Curvature):
             self.targets, self.mass = targets[:, 0], mass[:, 0]
             self.ignored = None if ignored is None else ignored[:, 0]
             return
-        _, own, even, mass = parts
-        self.targets = own.new_zeros(len(labels), function.classes)
-        self.targets.add_(0 if even is None else even.view(-1)).scatter_add_(1, labels.view(-1, 1), own.view(-1, 1))
+        _, target, spread, mass = parts
+        self.targets = target.new_zeros(len(labels), function.classes)
+        self.targets.add_(0 if spread is None else spread.view(-1)).scatter_add_(
+            1, labels.view(-1, 1), target.view(-1, 1)
+        )
         self.mass = mass.view(-1, 1)
 
     def _logs(self, logits: Tensor) -> Tensor:
@@ -151,5 +160,5 @@ class CeCurvature(Curvature):
         return (self.mass * curvature * (1 - curvature)).sum(0)
 
     def free(self, step: Tensor) -> Tensor:
-        """See Curvature.free: a softmax does not see what all classes share, and the decay drives it back to zero."""
+        """See Curvature.free. A softmax does not see what all classes share, and weight decay drives that to zero."""
         return step - step.mean(1, keepdim=True)

@@ -9,23 +9,24 @@ if TYPE_CHECKING:
 
 
 class Curvature:
-    """Any loss, as one problem of all classes. Only what bends up of its curvature is used, class by class.
+    """Any loss, as one problem over all classes. Its curvature is taken class by class, and negative values count as 0.
 
-    What bends down would make the objective fall without end in the eyes of conjugate gradients.
+    With negative curvature, conjugate gradients would follow a direction in which the model of the objective falls
+    for ever.
     """
 
-    # For differences of gradients, in logits.
+    # Step of the differences of gradients that give the curvature, in logits.
     WIDTH = 1e-4
 
     def __init__(self, function: "LossFunction", labels: Tensor):
         self.function, self.labels = function, labels
 
     def _look(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        value, push = self.function(logits.unsqueeze(1), self.labels)
-        return value, push[:, 0]
+        value, gradient = self.function(logits.unsqueeze(1), self.labels)
+        return value, gradient[:, 0]
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return products of [K, C], one for each problem: [1]."""
+        """Return the inner product of two [K, C] for each problem: [1]."""
         return (left * right).sum().expand(1)
 
     def value(self, logits: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class Curvature:
         return self._look(logits)[0]
 
     def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient by the logits, [N, C], and the curvature, which `bend` and `flat` understand."""
+        """Return the gradient by the logits, [N, C], and the curvature in the form that `bend` and `flat` take."""
         above, below = (self._look(logits + by)[1] for by in (self.WIDTH, -self.WIDTH))
         return self._look(logits)[1], ((above - below) / (2 * self.WIDTH)).clamp_(min=0)
 

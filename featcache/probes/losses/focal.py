@@ -13,7 +13,7 @@ from featcache.probes.part import Share
 class Focal(Loss):
     """Sigmoid focal loss (Lin et al., ICCV 2017), the mean over the classes and images that are not ignored.
 
-    -a (1 - q)^gamma log(q) with q the probability of what is true, and a = alpha for positives, 1 - alpha for negatives,
+    -a (1 - q)^gamma log(q) with q the probability of the true answer, and a = alpha for positives, 1 - alpha for negatives,
     as torchvision.ops.sigmoid_focal_loss.
     """
 
@@ -22,7 +22,7 @@ class Focal(Loss):
     alpha: Share = Field(0.25, description="weight of positives; negatives have 1 - alpha")
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return the sign of each label, 1 or -1, and what it adds to the mean, both [B, 1, C]."""
+        """Return the sign of each label, 1 or -1, and its weighted share in the mean, both [B, 1, C]."""
         sign = present(labels, logits) * 2 - 1
         return sign, shares(labels, logits) * (0.5 + (self.alpha - 0.5) * sign)
 

@@ -1,4 +1,4 @@
-"""What focal and asymmetric losses are made of."""
+"""The term that focal and asymmetric losses share."""
 
 from torch import Tensor
 from torch.nn import functional as F

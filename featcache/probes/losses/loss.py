@@ -1,4 +1,4 @@
-"""What every loss does: give, for many probes at once and in closed form, its mean over a mini-batch and the gradient.
+"""What every loss computes, for many probes at once and in closed form: its mean over a mini-batch, and the gradient.
 
 Logits are [B, P, C], and all P probes share the labels: int8 [B, C] of multi-label data (1, 0, and -1 where a class is
 difficult), or int64 [B] of single-label data, which all losses but ce read as one-hot.
@@ -22,27 +22,27 @@ class Loss(Part):
         "ignored", description="what a label of -1 is: ignored (no gradient) or negative"
     )
 
-    # The probabilities that a probe is trained to give: the sigmoid of each logit, or the softmax over classes.
+    # How logits become the probabilities that the loss compares with labels: each by a sigmoid, or all by a softmax.
     link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
-        """Return weights of the classes, float64 [C], by how rare they are among labels, or None for none."""
+        """Return weights of the classes by how rare they are among labels, float64 [C], or None if all count the same."""
         return None
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return what compute() needs of the labels, in the dtype of the logits. weights: of weigh_classes()."""
+        """Return what compute() needs to know of the labels, in the dtype of the logits. weights: from weigh_classes()."""
         return present(labels, logits), shares(labels, logits)
 
     def compute(self, logits: Tensor, *targets: Any) -> tuple[Tensor, Tensor]:
         """Return the mean loss of every probe, [P], and the gradient of the sum of those losses, [B, P, C].
 
-        targets: what targets() made of the labels: by default which classes are present, and what each label adds to
-        the mean, both [B, 1, C].
+        targets: the result of targets(): by default which classes are present, and the share of each label in the
+        mean, both [B, 1, C].
         """
         raise NotImplementedError
 
     def count(self, labels: Tensor, classes: int, weights: Tensor | None) -> float:
-        """Return what the mean over these labels divides by, so that means of parts can be put together."""
+        """Return what the mean over these labels divides by, so that means over parts can be combined."""
         return int((labels >= 0).sum()) if labels.ndim == 2 else len(labels) * classes
 
     def curvature(self, function: "LossFunction", labels: Tensor) -> Curvature:
@@ -50,7 +50,7 @@ class Loss(Part):
         return Curvature(function, labels)
 
     def read(self, labels: Tensor) -> Tensor:
-        """Return labels with difficult ones as this loss takes them."""
+        """Return the labels with difficult ones as this loss reads them."""
         return labels.clamp(min=0) if self.difficult == "negative" and labels.ndim == 2 else labels
 
 
@@ -64,13 +64,13 @@ class LossFunction:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
-        # The slices of a stack come with the same labels one after another.
+        # The slices of a stack come one after another with the same labels.
         if self._held[0] is not labels or self._held[1] != logits.dtype:
             self._held = labels, logits.dtype, self.loss.targets(self.loss.read(labels), logits, self.weights)
         return self.loss.compute(logits, *self._held[2])
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return what the loss makes of labels, as Loss.targets does."""
+        """Return the Loss.targets of labels, in a dtype."""
         like = torch.zeros(len(labels), 1, self.classes, dtype=dtype, device=labels.device)
         return self.loss.targets(self.loss.read(labels), like, self.weights)
 
@@ -85,12 +85,12 @@ def occurrences(labels: Tensor, classes: int) -> Tensor:
 
 
 def absences(labels: Tensor, classes: int) -> Tensor:
-    """Return how many images do not have each class, difficult ones left out, float64 [C]."""
+    """Return how many images lack each class, not counting difficult ones, float64 [C]."""
     return (_one_hot(labels, classes) == 0).sum(0).double()
 
 
 def usable(weights: Tensor) -> Tensor:
-    """Return class weights with 1 in place of those that are 0 or infinite, because a class has no examples."""
+    """Return class weights with 1 where a class without examples made them 0 or infinite."""
     return torch.where(torch.isfinite(weights) & (weights > 0), weights, 1.0)
 
 
@@ -99,12 +99,12 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def present(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return which classes an image has, 1 or 0 in the dtype of the logits, [B, 1, C]."""
+    """Return which classes each image has, as 1 or 0 in the dtype of the logits, [B, 1, C]."""
     if labels.ndim == 2:
         return (classes_first(labels) > 0).to(logits.dtype)
     # Classes before images in memory, as logits lie.
-    there = logits.new_zeros(logits.shape[2], len(labels))
-    return there.scatter_(0, labels.unsqueeze(0), 1).t().unsqueeze(1)
+    one_hot = logits.new_zeros(logits.shape[2], len(labels))
+    return one_hot.scatter_(0, labels.unsqueeze(0), 1).t().unsqueeze(1)
 
 
 def classes_first(values: Tensor) -> Tensor:
@@ -113,7 +113,10 @@ def classes_first(values: Tensor) -> Tensor:
 
 
 def shares(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return what each label adds to a mean over those that are not ignored: 0, or one over their number; [B, 1, C] or [1, 1, 1]."""
+    """Return the share of each label in a mean over all that are not ignored: 0, or one over their number.
+
+    [B, 1, C], or [1, 1, 1] for single-label data.
+    """
     if labels.ndim == 1:
         return logits.new_full((1, 1, 1), 1 / (len(labels) * logits.shape[2]))
     known = (classes_first(labels) >= 0).to(logits.dtype)

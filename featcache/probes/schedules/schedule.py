@@ -1,4 +1,4 @@
-"""What every schedule does: give the factors that a probe's rate is multiplied by, step by step."""
+"""What every schedule does: it gives the factor of a probe's learning rate at every step."""
 
 import torch
 from pydantic import Field
@@ -19,10 +19,10 @@ class Schedule(Part):
 
 
 class WarmedUp(Schedule):
-    """A schedule behind a linear warm-up.
+    """A schedule with a linear warm-up.
 
-    With W steps, step i < W has the factor start + (1 - start) i / (W - 1) of what it would have (mmengine's LinearLR;
-    torch's with total_iters W - 1); start is warmup_start, or 1 / W.
+    In a warm-up of W steps, step i < W has start + (1 - start) i / (W - 1) times its rate without warm-up (mmengine's
+    LinearLR; torch's with total_iters W - 1). start is warmup_start, or 1 / W.
     """
 
     warmup_epochs: AtLeast0 = Field(0.0, description="epochs of linear warm-up, fractions allowed")
@@ -30,7 +30,7 @@ class WarmedUp(Schedule):
 
     @property
     def per_epoch(self) -> bool:
-        """Whether the factor changes from epoch to epoch, and not from step to step."""
+        """Whether the factor changes between epochs only, not from step to step."""
         return True
 
     def factors(self, epochs: int, steps: int, epoch: int) -> Tensor:

@@ -51,6 +51,6 @@ class Step(WarmedUp):
         if self.every:
             return self.gamma ** (now / self.every).floor()
         points = [m * epochs if m < 1 else m for m in self.milestones]
-        # The time is a quotient and a fraction of the run a product: both are off by their rounding.
+        # Times are quotients and fractions of the run are products, so both may be off by a rounding.
         times = [round(point) if self.per_epoch else point - 1e-9 for point in points]
         return self.gamma ** torch.stack([(now >= time).double() for time in times]).sum(0)

@@ -1,7 +1,7 @@
 """AdamW."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ class AdamW(MiniBatchSolver):
     moments: ClassVar[int] = 2
 
     def rule(
-        self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
+        self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
     ) -> "AdamWRule":
         """See MiniBatchSolver.rule."""
         return AdamWRule(parameters, solvers, precision, device)
 
 
 class AdamWRule(AdamRule):
-    """torch.optim.AdamW: Adam, with w = (1 - rate decay) w beforehand (Loshchilov & Hutter, ICLR 2019)."""
+    """torch.optim.AdamW: Adam, after w = (1 - rate decay) w (Loshchilov & Hutter, ICLR 2019)."""
 
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
         if self.decay is not None:

@@ -1,19 +1,19 @@
-"""Full-batch training of linear probes by Newton's method, in an eigenbasis that all of them share.
+"""Full-batch training of linear probes by Newton's method, in an eigenbasis that they all share.
 
-Minimises the mean loss over all images plus weight_decay / 2 |W|^2, the bias left out, in float64. With `ce` on
-single-label data that is scikit-learn's LogisticRegression with C = 1 / (N weight_decay).
+It minimises the mean loss over all images plus weight_decay / 2 |W|^2, without the bias, in float64. With `ce` on
+single-label data this is scikit-learn's LogisticRegression with C = 1 / (N weight_decay).
 
 The Hessian is X'DX + decay, with D the curvature of the loss at each image. It is close to mean(D) X'X + decay, which is
 diagonal in the eigenbasis of X'X, whatever the class, the loss and the decay. With that as preconditioner, a few
 products by conjugate gradients give a Newton step (Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.1). The
 products are in float32, objectives and gradients in float64.
 
-The weaker the decay, the harder the problem. An optimum is therefore sought from that of a stronger decay, down the
-powers of ten. Probes share these stations, but what a probe ends with does not depend on which others there are.
+The weaker the decay, the harder the problem. The search for an optimum therefore starts from that of a stronger decay,
+and goes down the powers of ten. Probes share these stations, but a probe's result does not depend on the others.
 
-A problem has converged once the norm of its gradient is at most 1e-5 weight_decay |W|. At a distance |W - W*| from the
-optimum that norm is at least weight_decay |W - W*|, so steep does the decay make the objective: the distance is then at
-most 1e-5 |W|, whatever the decay and the scale of the features.
+A problem has converged once the norm of its gradient is at most 1e-5 weight_decay |W|. The decay makes the
+objective so steep that at a distance |W - W*| from the optimum the norm is at least weight_decay |W - W*|. So the
+distance is then at most 1e-5 |W|, whatever the decay and the scale of the features.
 """
 
 import math
@@ -25,53 +25,42 @@ from torch import Tensor
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.curvature import Curvature
 from featcache.probes.losses.loss import Loss, LossFunction
+from featcache.probes.solvers.solver import Fit
 
-# Converged: the largest gradient over weight_decay |W|.
+# Convergence: the norm of the gradient over weight_decay |W|.
 TOLERANCE = 1e-5
-# Without decay there may be no optimum, but weights that grow for ever: over the gradient at the start.
+# Convergence without decay, where weights may grow for ever: the norm over that of the gradient at the start.
 UNDECAYED_TOLERANCE = 1e-7
-# Less of the gradient at the start is the rounding of float64.
+# Gradients below this share of the one at the start are rounding errors of float64.
 RESOLUTION = 1e-14
-# A power of ten is left once its gradient is this share of what it began with, or after so many steps. There are at
-# most so many powers; below them, and without decay, the way goes on from the last.
+# The search leaves a power of ten once the gradient is this share of its first one, or after so many steps. There are at
+# most so many powers; weaker decays, and none, start from the last.
 ROUGHLY, ROUGH_STEPS, POWERS = 0.03, 50, 10
-# Conjugate gradients end at this share of the gradient, or after so many products.
+# Conjugate gradients end once the residual is this share of the gradient, or after so many products.
 INEXACT, PRODUCTS = 0.1, 500
-# A step is taken if the objective falls by this share of what its slope promises (Armijo), but for rounding.
+# A step is taken if the objective falls by this share of what its slope promises (Armijo), up to rounding.
 SUFFICIENT, ROUNDING, TRIALS = 1e-4, 1e-13, 40
-# After so many steps without progress float64 can tell no more.
+# After so many steps without progress, float64 is at its limit.
 PATIENCE = 5
 CHUNK_ROWS = 4096
-# Images are kept in the eigenbasis if they take no more than this, and are else turned anew in every product.
+# Images are kept in the eigenbasis if they take no more than this; otherwise every product rotates them again.
 KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a linear probe minimises: a loss plus decay / 2 |W|^2, in so many Newton steps at most."""
+    """What a linear probe minimises, loss plus decay / 2 |W|^2, and the largest number of Newton steps."""
 
     loss: Loss
     decay: float
     iterations: int
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The optimum of a problem.
-
-    weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each of the last Newton steps, those at the problem's own decay. converged: False if the steps ran out.
-    """
-
-    weights: dict[str, Tensor]
-    losses: list[float]
-    converged: bool
-
-
 def fit_convex(problems: list[Problem], head: Linear, features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
     """Solve problems of linear probes that share features and head, and return a Fit of each. All start from zero.
 
-    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device.
+    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. The losses of a Fit are those
+    of the Newton steps at the problem's own decay.
     """
     basis = Eigenbasis(features, head.bias)
     paths: dict[Loss, _Path] = {}
@@ -86,10 +75,10 @@ def fit_convex(problems: list[Problem], head: Linear, features: Tensor, labels: 
 
 
 class Eigenbasis:
-    """Images along the eigenvectors of the covariance of their features, [N, K], with a 1 for the bias behind.
+    """Images along the eigenvectors of the covariance of their features, [N, K], with a column of ones for the bias.
 
-    N images span a space of N directions, which the weights never leave, so that K = min(N, D), and one more with a
-    bias. spread: the mean square along each direction, float64 [K]. finite: whether all features are.
+    N images span at most N directions, and the weights stay in their span, so K = min(N, D), plus one with a bias.
+    spread: the mean square along each direction, float64 [K]. finite: whether all features are finite.
     """
 
     def __init__(self, features: Tensor, bias: bool):
@@ -117,7 +106,7 @@ class Eigenbasis:
             self.spread = torch.cat([self.spread, self.spread.new_ones(1)])
 
     def _kept(self, turn: Tensor, corner: Tensor | None) -> dict[torch.dtype, Tensor] | None:
-        """The images in the basis, {dtype: [N, K without bias]}, or None if they are too large."""
+        """Return the images in the basis, {dtype: [N, K without bias]}, or None if they are too large to keep."""
         if corner is not None:
             rows = corner.t() @ turn
         elif self.features.numel() * (8 + 4) <= KEPT_BYTES:
@@ -127,7 +116,7 @@ class Eigenbasis:
         return {rows.dtype: rows, torch.float32: rows.float()}
 
     def along(self, points: Tensor) -> Tensor:
-        """Products of all images with points [K, M], in their dtype: [N, M]."""
+        """Return products of all images with points [K, M], in the dtype of the points: [N, M]."""
         if self._rows:
             weight = points[: len(self.directions.t())]
             rows = self._rows[points.dtype]
@@ -136,7 +125,7 @@ class Eigenbasis:
         return torch.cat([rows.to(weight) @ weight for rows in self.features.split(CHUNK_ROWS)]).add_(bias)
 
     def pulled(self, pushes: Tensor) -> Tensor:
-        """Products of all directions with what pulls at each image, [N, M], in its dtype: [K, M]."""
+        """Return the transpose of along(): take gradients by the logits, [N, M], to those by the points, [K, M]."""
         if self._rows:
             weight = self._rows[pushes.dtype].t() @ pushes
         else:
@@ -147,7 +136,7 @@ class Eigenbasis:
         return torch.cat([weight, pushes.sum(0, keepdim=True)]) if self.bias else weight
 
     def as_weights(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Points [K, M] as weights [D, M] of the features themselves, and biases [M]."""
+        """Return points [K, M] as weights [D, M] of the original features, and biases [M]."""
         weight = self.directions.to(points) @ points[: self.directions.shape[1]]
         shift = self.mean.to(points) @ weight
         return weight, points[-1] - shift if self.bias else -shift
@@ -177,7 +166,7 @@ class _Path:
         return Fit({name: w.float().cpu() for name, w in weights.items()}, losses, converged)
 
     def _station(self, decay: float) -> Tensor:
-        """The point from which to seek the optimum of a decay: about that of the next higher power of ten."""
+        """Return where to start for a decay: roughly at the optimum of the next higher power of ten."""
         point = self.start
         for power in range(self.first, self.first - POWERS, -1):
             if 10.0**power <= decay:
@@ -188,7 +177,7 @@ class _Path:
         return point
 
     def _logits(self, point: Tensor) -> Tensor:
-        return self.basis.along(point).div_(self.head.temperature).add_(self.head.offset)
+        return self.basis.along(point).div_(self.head.temperature).add_(self.head.shift)
 
     def _pulled(self, push: Tensor) -> Tensor:
         return self.basis.pulled(push).div_(self.head.temperature)
@@ -196,7 +185,7 @@ class _Path:
     def _minimise(
         self, point: Tensor, decay: float, steps: int, share: float = 0.0
     ) -> tuple[Tensor, list[float], bool]:
-        """Take Newton steps from a point [K, C] until the gradient is small, or that share of what it was."""
+        """Take Newton steps from a point [K, C] until the gradient is small, or that share of the first one."""
         problem, basis = self.problem, self.basis
         penalty = torch.full_like(basis.spread, decay)
         penalty[self.basis.directions.shape[1] :] = 0
@@ -226,22 +215,22 @@ class _Path:
 
     @staticmethod
     def _gained(norm: Tensor, whole: Tensor, lowest: tuple[Tensor, Tensor], pending: Tensor) -> bool:
-        """Whether any pending problem has a smaller gradient, or a lower objective, than it ever had."""
+        """Return whether any pending problem has a smaller gradient, or a lower objective, than ever before."""
         better = (norm < 0.9 * lowest[0]) | (whole < lowest[1] - 10 * ROUNDING * lowest[1].abs())
         return bool((better & pending).any())
 
     def _newton(self, slope: Tensor, curvature: Tensor, penalty: Tensor, pending: Tensor) -> Tensor:
-        """Minus the inverse Hessian times the gradient, roughly, [K, C]; 0 where a problem is not pending."""
+        """Return roughly minus the inverse Hessian times the gradient, [K, C]; 0 where a problem is not pending."""
         dot = self.problem.dot
-        # Near the optimum a gradient may be less than what float32 has numbers for.
+        # Near the optimum a gradient may be too small for float32.
         scale = slope.abs().amax()
-        rest, curvature = (slope / -scale).float(), curvature.float()
+        residual, curvature = (slope / -scale).float(), curvature.float()
         hessian = self.basis.spread.unsqueeze(1) / self.head.temperature**2 * self.problem.flat(curvature).double()
         hessian = hessian + penalty.unsqueeze(1)
         inverse = (1 / hessian.clamp(min=1e-10 * float(hessian.max()))).float()
         penalty = penalty.float().unsqueeze(1)
-        step, better = torch.zeros_like(rest), self.problem.free(inverse * rest)
-        direction, product = better, dot(rest, better)
+        step, preconditioned = torch.zeros_like(residual), self.problem.free(inverse * residual)
+        direction, product = preconditioned, dot(residual, preconditioned)
         enough = INEXACT**2 * product
         for _ in range(PRODUCTS):
             move = self.basis.along(direction).div_(self.head.temperature)
@@ -249,13 +238,13 @@ class _Path:
             length = dot(direction, bent)
             pending = pending & (length > 0)
             length = torch.where(pending, product / length, 0.0)
-            step, rest = step.addcmul_(length, direction), rest.addcmul_(length, bent, value=-1)
-            better = self.problem.free(inverse * rest)
-            before, product = product, dot(rest, better)
+            step, residual = step.addcmul_(length, direction), residual.addcmul_(length, bent, value=-1)
+            preconditioned = self.problem.free(inverse * residual)
+            before, product = product, dot(residual, preconditioned)
             pending = pending & (product > enough)
             if not pending.any():
                 break
-            direction = better.addcmul(torch.where(pending, product / before, 0.0), direction)
+            direction = preconditioned.addcmul(torch.where(pending, product / before, 0.0), direction)
         return step.double() * scale
 
     def _length(
@@ -266,21 +255,21 @@ class _Path:
         start: tuple[Tensor, Tensor],
         pending: Tensor,
     ) -> Tensor:
-        """How much of a step to take, for each problem: all, or by halves or tenths until the objective has fallen.
+        """Return how much of a step each problem takes: all, or less and less until the objective falls.
 
         line: point, step, penalty. start: the objective, and its slope along the step.
         """
         (point, step, penalty), (whole, promise), dot = line, start, self.problem.dot
         pulling, bending = (dot(penalty.unsqueeze(1) * other, step) for other in (point, step))
-        held = whole - self.problem.value(logits)
+        decay_part = whole - self.problem.value(logits)
         length = pending.double()
         for _ in range(TRIALS):
-            there = self.problem.value(logits + length * move) + held + length * (pulling + length / 2 * bending)
-            reached = length * promise
-            pending = pending & ~(there <= whole + SUFFICIENT * reached + ROUNDING * whole.abs())
+            value = self.problem.value(logits + length * move) + decay_part + length * (pulling + length / 2 * bending)
+            promised = length * promise
+            pending = pending & ~(value <= whole + SUFFICIENT * promised + ROUNDING * whole.abs())
             if not pending.any():
                 return length
-            # The lowest point of the parabola through both values and the slope.
-            shorter = (reached / (2 * (whole + reached - there))).nan_to_num(nan=0.5).clamp(0.1, 0.5)
+            # The minimum of the parabola through both values and the slope.
+            shorter = (promised / (2 * (whole + promised - value))).nan_to_num(nan=0.5).clamp(0.1, 0.5)
             length = torch.where(pending, length * shorter, length)
         return torch.where(pending, 0.0, length)

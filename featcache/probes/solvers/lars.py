@@ -1,7 +1,7 @@
 """Layer-wise adaptive rate scaling."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ class Lars(MomentumSolver):
     per_probe: ClassVar[frozenset[str]] = MomentumSolver.per_probe | {"trust"}
 
     def rule(
-        self, parameters: list[Tensor], solvers: "Sequence[Lars]", precision: str, device: torch.device
+        self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
     ) -> "LarsRule":
         """See MiniBatchSolver.rule."""
         return LarsRule(parameters, solvers, precision, device)
@@ -32,7 +32,7 @@ class LarsRule(UpdateRule):
     """Layer-wise adaptive rates (You, Gitman & Ginsburg, 2017, algorithm 1), for each weight matrix of each probe:
 
     a = trust |w| / (|g| + decay |w|), v = momentum v + rate a (g + decay w), w = w - v; a = 1 where it is 0 or
-    undefined. Biases, norms and the attentive query, vectors all, are neither decayed nor adapted, as in BYOL.
+    undefined. Biases, norms and the attentive query are vectors, and neither decayed nor adapted, as in BYOL.
     """
 
     def __init__(self, parameters: list[Tensor], solvers: Sequence[Lars], precision: str, device: torch.device):
@@ -46,15 +46,14 @@ class LarsRule(UpdateRule):
         return {"velocities": self.velocities}
 
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
-        gradient = self.dense(number, gradient)
-        scale = rates
+        dense, scale = self.dense(number, gradient), rates
         if parameter.ndim == 3:
-            weight, slope = norms(parameter), norms(gradient)
+            weight, slope = norms(parameter), norms(dense)
             if self.decay is not None:
-                gradient = self.decayed(number, gradient)
+                dense = self.decayed(number, dense)
                 slope = slope + self.decay * weight
             adapted = self.trust * weight / slope
             scale = rates * torch.where((weight > 0) & (slope > 0), adapted, 1.0)
         velocity = self.velocities[number]
-        velocity.mul_(per_probe(self.momenta, velocity)).addcmul_(gradient, per_probe(scale, velocity))
+        velocity.mul_(per_probe(self.momenta, velocity)).addcmul_(dense, per_probe(scale, velocity))
         parameter.sub_(velocity)

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from featcache.probes.heads.linear import Linear
 from featcache.probes.part import AtLeast0
-from featcache.probes.solvers.convex import Fit, Problem, fit_convex
-from featcache.probes.solvers.solver import FullBatchSolver
+from featcache.probes.solvers.convex import Problem, fit_convex
+from featcache.probes.solvers.solver import Fit, FullBatchSolver
 
 if TYPE_CHECKING:
     from featcache.probes.spec import ProbeSpec
 
-# About how often it goes over the images for a probe, by weight decays of 1e-8 to 0.1.
+# Roughly how often it goes over the images for a probe, measured with weight decays of 1e-8 to 0.1.
 PASSES = 150
-# What it keeps of each image: its features in both precisions, and logits, targets and their like.
+# Bytes for each image: its features in both precisions, and logits, targets and the like in float64.
 ROTATED_BYTES, LOGITS_BYTES = 12, 8 * 10
 
 
@@ -41,8 +41,10 @@ class Lbfgs(FullBatchSolver):
 
     def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """See FullBatchSolver.fit."""
-        problems = [Problem(s.loss, s.optimizer.weight_decay, s.optimizer.iterations) for s in specs]
-        return fit_convex(problems, specs[0].head, features, labels, classes)
+        head = specs[0].head
+        if not isinstance(head, Linear):
+            raise TypeError(f"lbfgs trains linear heads, not {head.type}")
+        return fit_convex([_problem(spec) for spec in specs], head, features, labels, classes)
 
     def passes(self) -> int:
         """See FullBatchSolver.passes."""
@@ -51,3 +53,10 @@ class Lbfgs(FullBatchSolver):
     def image_bytes(self, width: int, classes: int) -> int:
         """See FullBatchSolver.image_bytes."""
         return ROTATED_BYTES * width + LOGITS_BYTES * classes
+
+
+def _problem(spec: "ProbeSpec") -> Problem:
+    solver = spec.optimizer
+    if not isinstance(solver, Lbfgs):
+        raise TypeError(f"a probe of another optimizer, {solver.type}, is in a block of lbfgs")
+    return Problem(spec.loss, solver.weight_decay, solver.iterations)

@@ -16,5 +16,5 @@ class MomentumSolver(MiniBatchSolver):
 
     @property
     def order(self) -> float:
-        """See Solver.order: one momentum for all probes of a stack is the faster rule."""
+        """See Solver.order. SGD is faster when all probes of a stack have the same momentum."""
         return self.momentum

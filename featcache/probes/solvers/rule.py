@@ -1,7 +1,8 @@
 """What the update rules of mini-batch solvers share.
 
-A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair of matrices (A, B), or of P matrices
-each, that stands for A B: that lets SGD add it into the momentum within the GEMM, without a pass over memory of its own.
+A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair (A, B) of matrices, or of stacks of
+P matrices, that stands for A B. The pair lets SGD add it to the momentum within the GEMM, without another pass over
+memory.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from featcache.probes.solvers.solver import MiniBatchSolver
 
 
 class UpdateRule:
-    """Base of update rules: parameters [P, ...], and the numbers of their P probes. See Rule."""
+    """Base of update rules over parameters [P, ...], with the decay and clip of each of the P probes. See Rule."""
 
     def __init__(
         self, parameters: list[Tensor], solvers: Sequence[MiniBatchSolver], precision: str, device: torch.device
@@ -44,40 +45,40 @@ class UpdateRule:
         """See Rule.step."""
         self.steps += 1
         if self.clip is not None:
-            gradients = self._clipped(gradients)
+            gradients = self._clipped(gradients, self.clip)
         for number, gradient in enumerate(gradients):
             self.update(number, self.parameters[number], gradient, rates)
 
-    def _clipped(self, gradients: list[Gradient]) -> list[Gradient]:
-        """Scale each probe's gradient to a norm of at most `clip`, as torch's clip_grad_norm_ would it alone."""
+    def _clipped(self, gradients: list[Gradient], clip: Tensor) -> list[Gradient]:
+        """Scale each probe's gradient to a norm of at most clip [P], as torch's clip_grad_norm_ does for one probe."""
         dense = [self.dense(n, g) for n, g in enumerate(gradients)]
         norm = torch.stack([norms(g) for g in dense]).norm(dim=0)  # [P]
-        limit = torch.where(self.clip > 0, self.clip, torch.inf)
+        limit = torch.where(clip > 0, clip, torch.inf)
         factor = (limit / (norm + 1e-6)).clamp(max=1)
         return [g.mul_(per_probe(factor, g)) for g in dense]
 
     def dense(self, number: int, gradient: Gradient) -> Tensor:
         """Return a gradient as one tensor of its parameter's shape."""
         parameter = self.parameters[number]
-        if isinstance(gradient, tuple):
-            shape = (*gradient[0].shape[:-1], gradient[1].shape[-1])
-            out = self.memory.tensor(("gradient", number), shape, parameter)
-            gradient = multiply(*gradient, self.precision, out)
-        return gradient.view(parameter.shape)
+        if not isinstance(gradient, tuple):
+            return gradient.view(parameter.shape)
+        left, right = gradient
+        out = self.memory.tensor(("gradient", number), (*left.shape[:-1], right.shape[-1]), parameter)
+        return multiply(left, right, self.precision, out).view(parameter.shape)
 
     def decayed(self, number: int, gradient: Gradient) -> Tensor:
         """Return the dense gradient with weight decay added."""
-        gradient, parameter = self.dense(number, gradient), self.parameters[number]
-        return gradient if self.decay is None else gradient.addcmul_(parameter, per_probe(self.decay, parameter))
+        dense, parameter = self.dense(number, gradient), self.parameters[number]
+        return dense if self.decay is None else dense.addcmul_(parameter, per_probe(self.decay, parameter))
 
 
 def _numbers(values: list[float], device: torch.device) -> Tensor | None:
-    """Return numbers of the probes as float32 [P], or None if all are 0."""
+    """Return a number of each probe as float32 [P], or None if all are 0."""
     return torch.tensor(values, device=device) if any(values) else None
 
 
 def per_probe(values: Tensor, parameter: Tensor) -> Tensor:
-    """View numbers [P] so that it multiplies [P, ...]."""
+    """View values [P] so that they broadcast over [P, ...]."""
     return values.view(-1, *[1] * (parameter.ndim - 1))
 
 

@@ -1,7 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ class Sgd(MomentumSolver):
         return "optimizer.nesterov needs a momentum above 0" if self.nesterov and not self.momentum else None
 
     def rule(
-        self, parameters: list[Tensor], solvers: "Sequence[Sgd]", precision: str, device: torch.device
+        self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
     ) -> "SgdRule":
         """See MiniBatchSolver.rule."""
         return SgdRule(parameters, solvers, precision, device)
@@ -41,7 +41,7 @@ class SgdRule(UpdateRule):
         self.velocities = self.zeros()
         momenta = [s.momentum for s in solvers]
         self.momenta = torch.tensor(momenta, device=device)
-        # Within the GEMM if it is one number, as a rule it is.
+        # If all probes have the same momentum, as they mostly do, the GEMM applies it.
         self.momentum = momenta[0] if len(set(momenta)) == 1 else None
         self.nesterov = solvers[0].nesterov
 
@@ -50,17 +50,19 @@ class SgdRule(UpdateRule):
         return {"velocities": self.velocities}
 
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
-        velocity = self.velocities[number]
+        velocity = move = self.velocities[number]
         if self.nesterov:
-            gradient = self.decayed(number, gradient)
-        self._accumulate(velocity, gradient)
-        if self.nesterov:
-            velocity = torch.addcmul(gradient, velocity, per_probe(self.momenta, velocity))
-        elif self.decay is not None:
-            velocity.addcmul_(parameter, per_probe(self.decay, parameter))
-        parameter.addcmul_(velocity, per_probe(rates, parameter), value=-1)
+            dense = self.decayed(number, gradient)
+            self._accumulate(velocity, dense)
+            move = torch.addcmul(dense, velocity, per_probe(self.momenta, velocity))
+        else:
+            self._accumulate(velocity, gradient)
+            if self.decay is not None:
+                velocity.addcmul_(parameter, per_probe(self.decay, parameter))
+        parameter.addcmul_(move, per_probe(rates, parameter), value=-1)
 
     def _accumulate(self, velocity: Tensor, gradient: Gradient) -> None:
+        """Set v = momentum v + g in place."""
         momentum = self.momentum
         if momentum is None:
             velocity.mul_(per_probe(self.momenta, velocity))

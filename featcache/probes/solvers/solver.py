@@ -1,7 +1,8 @@
-"""What every solver does: change the weights of probes, so that their losses fall."""
+"""What every solver does: it changes the weights of probes so that their losses fall."""
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -20,9 +21,9 @@ class Solver(Part):
 
     # Whether it sees all images at once, and so has no epochs, rates and mini-batches.
     full_batch: ClassVar[bool] = False
-    # Fields in which the probes of one stack may differ.
+    # The fields in which the probes of one stack may differ.
     per_probe: ClassVar[frozenset[str]] = frozenset()
-    # What else than float32 the products can be computed in.
+    # Precisions in which the products can be computed.
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     @property
@@ -37,12 +38,17 @@ class Solver(Part):
 
     @property
     def summary_of_rate(self) -> str:
-        """What a line about a probe says of how fast it learns."""
+        """How messages about a probe describe its rate: lr 0.1, or the type where there is no rate."""
         return self.type
 
 
-class Fitted(Protocol):
-    """What full-batch training leaves of a probe."""
+@dataclass(frozen=True)
+class Fit:
+    """The result of full-batch training of one probe.
+
+    weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
+    after each step. converged: False if the steps ran out.
+    """
 
     weights: dict[str, Tensor]
     losses: list[float]
@@ -55,24 +61,24 @@ class FullBatchSolver(Solver):
     full_batch: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
 
-    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fitted]:
-        """Train probes that share features and head, and return a Fitted of each.
+    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+        """Train probes that share features and head, and return a Fit of each.
 
         features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N]. Both on one device.
         """
         raise NotImplementedError
 
     def passes(self) -> int:
-        """Return about how often it goes over the images for one probe."""
+        """Return roughly how often it goes over the images for one probe."""
         raise NotImplementedError
 
     def image_bytes(self, width: int, classes: int) -> int:
-        """Return about how many bytes it keeps of each image."""
+        """Return roughly how many bytes it keeps for each image."""
         raise NotImplementedError
 
     @property
     def weight_copies(self) -> int:
-        """How many float32 numbers it keeps of each weight of a probe until all of a block are trained."""
+        """How many float32 numbers it keeps for each weight of a probe until the whole block is trained."""
         return 2
 
 
@@ -87,7 +93,7 @@ class MiniBatchSolver(Solver):
     )
 
     per_probe: ClassVar[frozenset[str]] = frozenset({"lr", "lr_base", "weight_decay", "clip"})
-    # Numbers of the state for each weight, besides itself and its gradient.
+    # Numbers that the update rule keeps for each weight, besides the weight and its gradient.
     moments: ClassVar[int] = 1
 
     def rate(self, batch_size: int) -> float:
@@ -101,13 +107,11 @@ class MiniBatchSolver(Solver):
 
     @property
     def weight_copies(self) -> int:
-        """How many float32 numbers training keeps of each weight: itself, its gradient, and the state."""
+        """How many float32 numbers training keeps for each weight: itself, its gradient, and the rule's state."""
         return 2 + self.moments
 
-    def rule(
-        self, parameters: list[Tensor], solvers: "Sequence[MiniBatchSolver]", precision: str, device: torch.device
-    ) -> "Rule":
-        """Return the Rule that updates stacked parameters, [P, ...] each. solvers: of the P probes."""
+    def rule(self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device) -> "Rule":
+        """Return the Rule that updates stacked parameters, [P, ...] each. solvers: of the P probes, all of this kind."""
         raise NotImplementedError
 
 
@@ -120,4 +124,4 @@ class Rule(Protocol):
         """Update all parameters in place; it may overwrite the gradients. rates: float32 [P]."""
 
     def state(self) -> dict[str, list[Tensor]]:
-        """Return what moves besides the parameters: {name: tensors [P, ...]}, which may be written to."""
+        """Return the state besides the parameters: {name: tensors [P, ...]}, which may be written to."""

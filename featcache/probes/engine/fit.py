@@ -1,0 +1,28 @@
+"""Training of a block whose optimizer sees all images at once."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from featcache.probes.heads.weights import all_finite
+from featcache.probes.solvers.solver import FullBatchSolver
+from featcache.probes.spec import ProbeSpec
+from featcache.probes.trained import TrainedProbe
+
+
+def fit_block(specs: Sequence[ProbeSpec], features: Tensor, labels: Tensor, classes: int) -> list[TrainedProbe]:
+    """Train the probes of one block, and return a TrainedProbe of each. features, labels: see FullBatchSolver.fit."""
+    solver = specs[0].optimizer
+    if not isinstance(solver, FullBatchSolver):
+        raise TypeError(f"optimizer {solver.type} does not see all images at once")
+    return [
+        TrainedProbe(
+            spec,
+            fit.weights,
+            fit.losses,
+            None if all_finite(fit.weights) else len(fit.losses) - 1,
+            spec.epochs,
+            stopped=None if fit.converged else "iterations",
+        )
+        for spec, fit in zip(specs, solver.fit(specs, features, labels, classes), strict=True)
+    ]
