@@ -41,12 +41,12 @@ def train_probes(dry_run, run, seed, memory, **options):
         return
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
-    level = summary["chance"][finished.judge][metric]
+    level = summary["chance"][finished.scored_on][metric]
     chosen = f" by {finished.chosen_on} {metric_kind(metric).title}" if finished.chosen_on else ""
     click.echo(
         f"{'best' if chosen else 'first'} {min(10, summary['probes'])} of {summary['probes']} probes{chosen}; "
         + (
-            f"chance on {finished.judge}: {scored(metric, level)} {metric_kind(metric).unit()}; "
+            f"chance on {finished.scored_on}: {scored(metric, level)} {metric_kind(metric).unit()}; "
             if level is not None
             else ""
         )

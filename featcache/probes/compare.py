@@ -47,7 +47,7 @@ def compare(
     stores: Paths | None = None,
     device: str | None = None,
 ) -> list[Comparison]:
-    """Compare two probes on the images that their runs are judged on, by how each image counts in both.
+    """Compare two probes on the images that their runs are scored on, by how each image counts in both.
 
     runs: folder of a finished run that holds both, or of two, which then must be scored on the same
     images. probes: two ids, in the order of the runs; else those that `rule` selects (see
@@ -77,7 +77,7 @@ def compare(
     for metric in first.metrics:
         one, other = [(scores.item(), influences[0]) for scores, influences in (table[metric] for table in tables)]
         found = paired_test(one, other)
-        result.append(Comparison(chosen, first.judge, metric, (one[0], other[0]), *found))
+        result.append(Comparison(chosen, first.scored_on, metric, (one[0], other[0]), *found))
     return result
 
 
@@ -101,22 +101,22 @@ def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None)
 
 
 def _check_same_images(first: Run, a: Store, second: Run, b: Store) -> None:
-    """Raise BadInput unless two runs are judged on the same images with the same labels. a, b: their stores."""
+    """Raise BadInput unless two runs are scored on the same images with the same labels. a, b: their stores."""
     where = f"runs {first.path} and {second.path} cannot be compared"
-    if first.judge != second.judge:
-        raise BadInput(f"{where}: one is judged on {first.judge}, the other on {second.judge}")
+    if first.scored_on != second.scored_on:
+        raise BadInput(f"{where}: one is judged on {first.scored_on}, the other on {second.scored_on}")
     if (a.classes, a.task) != (b.classes, b.task):
         raise BadInput(f"{where}: their stores have other classes")
     one, other = [
-        [store[name] for name in run.summary["splits"][run.judge]] for run, store in ((first, a), (second, b))
+        [store[name] for name in run.summary["splits"][run.scored_on]] for run, store in ((first, a), (second, b))
     ]
     # An id is unique within its split only. Copies of other bytes, such as smaller ones, are the same images too.
     named = [[(part.name, i) for part in parts for i in part.ids] for parts in (one, other)]
     if named[0] != named[1] and not _same_bytes(one, other):
-        raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")
-    labels = [load_labels(store, run.summary["splits"][run.judge]) for run, store in ((first, a), (second, b))]
+        raise BadInput(f"{where}: their {first.scored_on} splits hold other images, or in another order")
+    labels = [load_labels(store, run.summary["splits"][run.scored_on]) for run, store in ((first, a), (second, b))]
     if not torch.equal(labels[0], labels[1]):
-        raise BadInput(f"{where}: the labels of their {first.judge} splits differ")
+        raise BadInput(f"{where}: the labels of their {first.scored_on} splits differ")
 
 
 def _same_bytes(first: list, second: list) -> bool:
@@ -128,7 +128,7 @@ def _same_bytes(first: list, second: list) -> bool:
 
 
 def _tally(run: Run, store: Store, probe: str, device: torch.device) -> Tally:
-    places, names = find_probes(run.path), run.summary["splits"][run.judge]
+    places, names = find_probes(run.path), run.summary["splits"][run.scored_on]
     (spec,) = load_specs(run.path, [probe], places)
     predictors = load_predictors(run.path, [[spec]], store, device, places)
     return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device)[0]

@@ -31,7 +31,7 @@ class Run:
     scores: list
 
     def __repr__(self):
-        return f"Run({str(self.path)!r}, {self.summary['probes']} probes, scored on {self.judge})"
+        return f"Run({str(self.path)!r}, {self.summary['probes']} probes, scored on {self.scored_on})"
 
     @property
     def metric(self):
@@ -44,21 +44,21 @@ class Run:
         return self.summary["select"].get("split")
 
     @property
-    def judge(self):
+    def scored_on(self):
         """The role whose scores are reported: test, or the selection split where there is no test split."""
         return "test" if "test" in self.summary["rows"] else self.chosen_on
 
     @property
     def metrics(self):
         """Names of the metrics that the probes are scored with."""
-        return tuple(self.summary["chance"][self.judge])
+        return tuple(self.summary["chance"][self.scored_on])
 
     @property
     def fields(self):
         """Columns of the scores that say what a probe is."""
         return [column for column in self.scores[0] if column == "name" or column not in SCORE_COLUMNS]
 
-    def value(self, probe_id, metric, split):
+    def row(self, probe_id, metric, split):
         """Return the row of scores.csv for a probe, metric and split. Raises BadInput if there is none."""
         try:
             return self._rows[probe_id, metric, split]
@@ -100,9 +100,11 @@ class Run:
         said = []
         if chosen is None:
             said.append("nothing was chosen: one configuration, its seeds are reported")
-        elif set(splits[chosen]) & set(splits[self.judge]):
+        elif set(splits[chosen]) & set(splits[self.scored_on]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
-            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good")
+            said.append(
+                f"chosen on the images that they are scored on, {self.scored_on}{parity}: the scores are too good"
+            )
         said += [f"{Overlap(**found)}: scores on them are too good" for found in self.summary.get("overlap", [])]
         return "; ".join(said) or None
 
@@ -197,7 +199,7 @@ def best(run, per=""):
     Where nothing is chosen these are all that did not diverge. Returns ids, as `select` does. Raises BadInput.
     """
     if run.chosen_on is None:
-        return list(dict.fromkeys(row["probe"] for row in _scored(run, run.judge)))
+        return list(dict.fromkeys(row["probe"] for row in _scored(run, run.scored_on)))
     return select(run, f"best {run.metric}{f' per {per}' if per else ''}")
 
 
@@ -220,7 +222,7 @@ def select(run, rule):
             "name probes with --probe"
         )
     metric = match.group(1).lower()
-    rows = _scored(run, run.chosen_on or run.judge)
+    rows = _scored(run, run.chosen_on or run.scored_on)
     metrics = sorted({r["metric"] for r in run.scores})
     if metric not in metrics:
         raise BadInput(

@@ -159,12 +159,12 @@ def _check_fields(summary):
 
 def _check_roles(summary):
     metric, chosen = summary["select"].get("metric"), summary["select"].get("split")
-    judge = "test" if "test" in summary["rows"] else chosen
-    for role in (judge, chosen or judge):
+    scored_on = "test" if "test" in summary["rows"] else chosen
+    for role in (scored_on, chosen or scored_on):
         for field in ("splits", "rows", "chance"):
             if role not in summary[field]:
                 raise ValueError(f"{field} lacks {shown(role)}")
-    if metric not in summary["chance"][judge]:
+    if metric not in summary["chance"][scored_on]:
         raise ValueError(f"chance lacks {shown(metric)}")
     if not all(found.keys() == {"roles", "images", "of", "example"} for found in summary.get("overlap", [])):
         raise ValueError("overlap is not a list of what two roles share")
