@@ -19,7 +19,7 @@ from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
-from featcache.probes.solvers.solver import FullBatchSolver
+from featcache.probes.solvers.solver import FullBatchSolver, MiniBatchSolver
 from featcache.store.reader import open_store
 
 # Tensors of the size of a layer's outputs that training holds: the outputs, what norm and activation make of them, and
@@ -160,6 +160,7 @@ def _stack(
         passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, 1
         activations = rows * solver.image_bytes(width, classes)
     else:
+        assert isinstance(solver, MiniBatchSolver), "a grid's optimizers are of one sort or the other"
         passes, width, batch, at_once = first.epochs or 0, dim, min(first.batch_size or rows, rows), largest
         activations = ACTIVATIONS * 4 * largest * outputs * batch * head.depth
     flops = len(specs) * passes * rows * head.flops(width, classes, positions)

@@ -32,7 +32,7 @@ from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
-from featcache.ranks import Ranks
+from featcache.ranks import Alone
 from featcache.store.reader import Store
 
 # States are written after an epoch, but not more often than this: a kill costs about as much.
@@ -52,7 +52,7 @@ class Sweep:
         device: torch.device,
         seed: int,
         selection: tuple[str, str | None],
-        ranks: Ranks,
+        ranks: Alone,
         progress: tqdm,
         run: str,
     ):
@@ -226,7 +226,7 @@ def train_missing(
     selection: tuple[str, str | None],
     buffers: Buffers,
     search: Halving | None,
-    ranks: Ranks,
+    ranks: Alone,
     run: str,
 ) -> None:
     """Train the probes that a run folder lacks and save them there.

@@ -1,7 +1,7 @@
 """Find the damaged files of a run folder and drop them with a notice, so that the same command makes them anew."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def _what_now(name: str, mine: bool, summary: Summary) -> str:
     return "the tables are made anew"
 
 
-def without_summary(folder: str | Path, basis: dict[str, Any], reason: str) -> Summary:
+def without_summary(folder: str | Path, basis: Mapping[str, Any], reason: str) -> Summary:
     """Return the fields of a lost run.json that the files of probes still tell: {} if nothing was trained.
 
     basis: the RunBasis of the grid that is trained, as JSON values. reason: what is wrong with run.json. Raises

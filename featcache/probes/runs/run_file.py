@@ -45,7 +45,7 @@ _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")
 
 
-def identity(summary: Summary) -> str:
+def identity(summary: Mapping[str, Any]) -> str:
     """Return the mark of a run on its files of probes and states: 16 hex digits of a hash over the BASIS."""
     basis = [summary.get(field) for field in BASIS]
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
@@ -56,7 +56,7 @@ def checksum(data: bytes) -> dict[str, int]:
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def read_file(folder: str | Path, name: str, files: Files | None) -> bytes:
+def read_file(folder: str | os.PathLike[str], name: str, files: Files | None) -> bytes:
     """Return the bytes of a file of a run. Raises ValueError, which says why, unless they fit their checksum.
 
     files: those of run.json, None for a run without checksums.
@@ -202,6 +202,6 @@ def seal_files(folder: str | Path, changes: Mapping[str, Mapping[str, int] | Non
         write_summary(folder, summary | {"files": {name: entry for name, entry in files.items() if entry}})
 
 
-def maker(summary: Summary) -> str:
+def maker(summary: Mapping[str, Any]) -> str:
     """Return the command that makes a run's probes and tables."""
     return "import-probes" if "imported" in summary else "train-probes"

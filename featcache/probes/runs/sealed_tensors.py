@@ -25,7 +25,7 @@ def write_sealed(path: str | Path, tensors: dict[str, Tensor], content: Mapping[
     keys, and equal files should have equal bytes. Its first field, `crc32`, has 8 hex digits: the crc32 of the file
     with zeros in their place.
     """
-    text = json.dumps({"crc32": _NONE.decode()} | content, separators=(",", ":"))
+    text = json.dumps({"crc32": _NONE.decode(), **content}, separators=(",", ":"))
     data = safetensors.torch.save(tensors, metadata={KEY: text})
     at = data.index(_MARK) + len(_MARK)
     with replacing(path) as file:

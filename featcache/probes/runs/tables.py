@@ -5,6 +5,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
 from featcache.atomic import remove
@@ -50,13 +51,13 @@ def write_table(folder: str | Path, name: str, data: bytes) -> dict[str, dict[st
     return {path.name: written}
 
 
-def find_table(folder: str | Path, name: str) -> Path:
+def find_table(folder: str | PathLike[str], name: str) -> Path:
     """Return the path of a table: name.gz if that exists, else `name`."""
     packed = Path(folder) / f"{name}.gz"
     return packed if packed.is_file() else Path(folder) / name
 
 
-def read_table(folder: str | Path, name: str, files: Files | None = None) -> Iterator[dict[str, str]]:
+def read_table(folder: str | PathLike[str], name: str, files: Files | None = None) -> Iterator[dict[str, str]]:
     """Yield the rows of a table, as dicts of strings.
 
     files: those of run.json, whose checksum the table must fit; None for a run without checksums. Raises ValueError,

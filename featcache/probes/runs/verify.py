@@ -10,7 +10,7 @@ from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run import open_run
 from featcache.probes.runs.run_file import FILE, PROBES, holds_run, maker, read_summary
 from featcache.store import verify as stores
-from featcache.store.folder import LocalFolder, open_folder
+from featcache.store.folder import LocalFolder
 from featcache.store.verify import Finding
 
 
