@@ -128,7 +128,7 @@ def _map_of(spec: ProbeSpec, feature: Feature) -> Feature:
 
 def _scored_split(run: Run) -> str:
     """Return the split of the store that a run is scored on. Raises BadInput if it is a union of splits."""
-    names = run.summary["splits"][run.judge]
+    names = run.summary["splits"][run.scored_on]
     if len(names) > 1:
         raise BadInput(f"run {run.path} is scored on {' and '.join(names)}: name one with --split")
     return names[0]

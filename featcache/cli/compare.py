@@ -21,7 +21,7 @@ from featcache.cli.options import device_option
 )
 @device_option
 def compare(**options: Any) -> None:
-    """Test whether two probes differ, metric by metric, on the images that the run is judged on.
+    """Test whether two probes differ, metric by metric, on the images that the run is scored on.
 
     The test is paired over images; docs/scores.md has the formula.
     """

@@ -1,8 +1,13 @@
 """`featcache train-probes`."""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from featcache.cli.options import device_option
+
+if TYPE_CHECKING:
+    from featcache.probes.plan import Plan
 
 
 @click.command()
@@ -10,21 +15,21 @@ from featcache.cli.options import device_option
 @click.option("--store", type=click.Path(), help="Store to train on.  [default: the grid's own]")
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/GRID-ID]")
 @device_option
-@click.option("--seed", type=int, default=0, help="Of the order of the mini-batches.")
+@click.option("--seed", type=int, default=0, help="Draws the order of the mini-batches.")
 @click.option(
     "--memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB",
-    help="For features; larger ones are streamed from the store.  [default: half of what is free]",
+    help="Memory for features; what needs more is streamed from the store.  [default: half of what is free]",
 )
 @click.option("--parity", metavar="NAME", help="A profile of the grid, such as how-to-probe: the published protocol.")
 @click.option("--allow-overlap", is_flag=True, help="Train although two roles share images; the run says how many.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained, with memory and time; write nothing.")
-def train_probes(dry_run, run, seed, memory, **options):
+def train_probes(dry_run: bool, run: str | None, seed: int, memory: float | None, **options: Any) -> None:
     """Train and score a whole grid of probes on cached features.
 
-    The same command again goes on where it was interrupted, and trains only what is missing. Under
-    torchrun the processes share the work.
+    If it was interrupted, the same command again goes on from there, and trains only what is missing. Under torchrun
+    the processes share the work.
     """
     memory = None if memory is None else memory * 1e9
     if dry_run:
@@ -41,12 +46,12 @@ def train_probes(dry_run, run, seed, memory, **options):
         return
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
-    level = summary["chance"][finished.judge][metric]
+    level = summary["chance"][finished.scored_on][metric]
     chosen = f" by {finished.chosen_on} {metric_kind(metric).title}" if finished.chosen_on else ""
     click.echo(
         f"{'best' if chosen else 'first'} {min(10, summary['probes'])} of {summary['probes']} probes{chosen}; "
         + (
-            f"chance on {finished.judge}: {scored(metric, level)} {metric_kind(metric).unit()}; "
+            f"chance on {finished.scored_on}: {scored(metric, level)} {metric_kind(metric).unit()}; "
             if level is not None
             else ""
         )
@@ -56,7 +61,8 @@ def train_probes(dry_run, run, seed, memory, **options):
         click.echo(finished.caution)
 
 
-def _print_plan(plan):
+def _print_plan(plan: "Plan") -> None:
+    """Print the stacks of a plan, with their memory and time."""
     from featcache.reporting.table import format_table
 
     if plan.missing:
@@ -94,14 +100,15 @@ def _print_plan(plan):
     )
 
 
-def _bytes(count):
-    for unit in ("KiB", "MiB", "GiB"):
+def _bytes(count: float) -> str:
+    for unit in ("KiB", "MiB"):
         count /= 1024
-        if count < 1000 or unit == "GiB":
+        if count < 1000:
             return f"{count:.3g} {unit}"
+    return f"{count / 1024:.3g} GiB"
 
 
-def _duration(seconds):
+def _duration(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`featcache compare`: is one probe better than another, or only on these images?"""
+"""`featcache compare`: test whether one probe is better than another, beyond the images that both were scored on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run, select, store_of
 from featcache.probes.scores.jackknife import paired_test
 from featcache.probes.scores.tally import Tally
-from featcache.store.reader import Store
+from featcache.store.reader import Split, Store
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -26,7 +26,7 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 class Comparison:
     """Two probes on one metric: their scores, the difference first - second with its 95% interval, and its p value.
 
-    See jackknife.paired_test for interval and p.
+    split: the role whose images they were scored on. See jackknife.paired_test for interval and p.
     """
 
     probes: tuple[str, str]
@@ -47,12 +47,12 @@ def compare(
     stores: Paths | None = None,
     device: str | None = None,
 ) -> list[Comparison]:
-    """Compare two probes on the images that their runs are judged on, by how each image counts in both.
+    """Compare two probes on the images that their runs are scored on, with a test that is paired over images.
 
-    runs: folder of a finished run that holds both, or of two, which then must be scored on the same
-    images. probes: two ids, in the order of the runs; else those that `rule` selects (see
-    run.select): two of one run, or one of each. stores: those of the runs, by default where the runs found them.
-    Returns a Comparison for every metric. Raises BadInput.
+    runs: folder of a finished run that holds both probes, or the folders of two runs that are scored on the same
+    images. probes: two ids, in the order of the runs; by default `rule` selects them (see run.select), two from one
+    run, or one from each. stores: those of the runs, by default where the runs found them. Returns a Comparison for
+    every metric. Raises BadInput.
 
         featcache.compare("runs/voc", rule="best map per loss")
     """
@@ -76,8 +76,9 @@ def compare(
     result = []
     for metric in first.metrics:
         one, other = [(scores.item(), influences[0]) for scores, influences in (table[metric] for table in tables)]
-        found = paired_test(one, other)
-        result.append(Comparison(chosen, first.judge, metric, (one[0], other[0]), *found))
+        difference, low, high, p = paired_test(one, other)
+        scores = one[0], other[0]
+        result.append(Comparison(chosen, first.scored_on, metric, scores, difference, low, high, p))
     return result
 
 
@@ -101,34 +102,35 @@ def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None)
 
 
 def _check_same_images(first: Run, a: Store, second: Run, b: Store) -> None:
-    """Raise BadInput unless two runs are judged on the same images with the same labels. a, b: their stores."""
+    """Raise BadInput unless two runs are scored on the same images with the same labels. a, b: their stores."""
     where = f"runs {first.path} and {second.path} cannot be compared"
-    if first.judge != second.judge:
-        raise BadInput(f"{where}: one is judged on {first.judge}, the other on {second.judge}")
+    if first.scored_on != second.scored_on:
+        raise BadInput(f"{where}: one is judged on {first.scored_on}, the other on {second.scored_on}")
     if (a.classes, a.task) != (b.classes, b.task):
         raise BadInput(f"{where}: their stores have other classes")
     one, other = [
-        [store[name] for name in run.summary["splits"][run.judge]] for run, store in ((first, a), (second, b))
+        [store[name] for name in run.summary["splits"][run.scored_on]] for run, store in ((first, a), (second, b))
     ]
-    # An id is unique within its split only. Copies of other bytes, such as smaller ones, are the same images too.
+    # Ids are unique only within a split. Images that were resized or encoded anew differ in bytes but keep their ids.
     named = [[(part.name, i) for part in parts for i in part.ids] for parts in (one, other)]
     if named[0] != named[1] and not _same_bytes(one, other):
-        raise BadInput(f"{where}: their {first.judge} splits hold other images, or in another order")
-    labels = [load_labels(store, run.summary["splits"][run.judge]) for run, store in ((first, a), (second, b))]
+        raise BadInput(f"{where}: their {first.scored_on} splits hold other images, or in another order")
+    labels = [load_labels(store, run.summary["splits"][run.scored_on]) for run, store in ((first, a), (second, b))]
     if not torch.equal(labels[0], labels[1]):
-        raise BadInput(f"{where}: the labels of their {first.judge} splits differ")
+        raise BadInput(f"{where}: the labels of their {first.scored_on} splits differ")
 
 
-def _same_bytes(first: list, second: list) -> bool:
-    """Return whether two unions of splits hold the same image files in the same order, as far as their stores know."""
-    known = [[part.digests for part in parts] for parts in (first, second)]
-    if any(digests is None for parts in known for digests in parts):
+def _same_bytes(first: Sequence[Split], second: Sequence[Split]) -> bool:
+    """Return whether two unions of splits hold the same files in the same order. Stores without digests cannot tell."""
+    known = [[part.digests for part in parts if part.digests is not None] for parts in (first, second)]
+    if [len(digests) for digests in known] != [len(first), len(second)]:
         return False
     return np.array_equal(np.concatenate(known[0]), np.concatenate(known[1]))
 
 
 def _tally(run: Run, store: Store, probe: str, device: torch.device) -> Tally:
-    places, names = find_probes(run.path), run.summary["splits"][run.judge]
+    """Tally the logits of a probe on the images that its run is scored on."""
+    places, names = find_probes(run.path), run.summary["splits"][run.scored_on]
     (spec,) = load_specs(run.path, [probe], places)
     predictors = load_predictors(run.path, [[spec]], store, device, places)
     return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device)[0]

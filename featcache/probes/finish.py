@@ -1,11 +1,11 @@
-"""The tables of scores and run.json, which make a folder of trained probes a finished run."""
+"""Finish a run: score the trained probes in its folder, and write the tables and run.json."""
 
 import csv
 import io
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ def finish_run(
     started: float,
     intervals: Iterable[str] | None = None,
 ) -> Run:
-    """Score a run's probes, write the tables of scores, then run.json, which makes it a finished run.
+    """Score the probes of a run, write the tables, then run.json, which marks the run as finished.
 
-    specs: of probes in the folder. splits: {role: splits of the store}. basis: fields of run.json: the store's id and
-    path, `select`, {metric, split}, the `key` that marks it finished, and `files`, the checksums of all files but the
-    tables. started: time.monotonic() of the beginning. intervals: roles whose scores get one, by default all. Returns
-    the Run. Raises BadInput if part of it is missing in the end.
+    specs: of probes in the folder. splits: {role: splits of the store}. basis: fields of run.json, among them the
+    store's id and path, `select`, the `key` that marks the run as finished, and `files`, the checksums of all files but
+    the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
+    default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
     metrics, classes = metrics_of(store.task), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
@@ -54,7 +54,7 @@ def finish_run(
     scored = score_probes(folder, specs, store, splits, labels, device, roles)
     history: list[Row] = []
     diverged, scores = [], []
-    # Without their weights, which would not all fit into memory.
+    # Weights are dropped: those of all probes may not fit into memory.
     trained = {probe.spec.id: replace(probe, weights={}) for probe in load_probes(folder, [s.id for s in specs])}
     for spec in specs:
         probe = trained[spec.id]
@@ -65,8 +65,8 @@ def finish_run(
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
-    # One table after another: those of thousands of probes are large.
-    rows = {
+    # Tables are made one after another because those of thousands of probes are large.
+    rows: dict[str, Callable[[], Iterable[Row]]] = {
         "scores.csv": lambda: scores,
         "seeds.csv": lambda: over_seeds(scores),
         "history.csv": lambda: history,
@@ -93,15 +93,15 @@ def finish_run(
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     write_summary(folder, summary | {"files": files})
-    return _looked_at_again(folder, {spec.id for spec in specs})
+    return _reopened(folder, {spec.id for spec in specs})
 
 
 def _chance(metric: str, labels: Tensor, classes: int) -> float | None:
     return metric_kind(metric)(type=metric).chance(labels, classes)
 
 
-def _looked_at_again(folder: Path, ids: set[str]) -> Run:
-    """Open a run that was just finished. Raises BadInput if files of it were lost or changed meanwhile."""
+def _reopened(folder: Path, ids: set[str]) -> Run:
+    """Open a run that was just finished. Raises BadInput if any of its files were lost or changed meanwhile."""
     run = open_run(folder)
     gone = [name for name, entry in run.summary["files"].items() if not _has_size(folder / name, entry["bytes"])]
     if not gone and not find_probes(folder).keys() >= ids:
@@ -121,14 +121,14 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _series(probe: TrainedProbe, metric: str) -> dict[str, list[float]]:
-    """Return what is known of every epoch of a probe: the training loss, and any validation scores."""
+    """Return {column: value of each epoch} of a probe: the training loss, and validation scores if it has any."""
     measured = any(math.isfinite(score) for score in probe.scores)
     scores = {f"val_{metric}": [gain(metric, score) for score in probe.scores]} if measured else {}
     return {"loss": probe.losses} | scores
 
 
 def _history(probe_id: str, series: Mapping[str, Sequence[float]]) -> Iterator[Row]:
-    """Yield a row for every epoch. series: {column: a value an epoch}."""
+    """Yield a row for every epoch. series: {column: value of each epoch}."""
     for epoch, values in enumerate(zip(*series.values(), strict=True), 1):
         yield {"probe": probe_id, "epoch": epoch} | dict(zip(series, values, strict=True))
 
@@ -136,6 +136,7 @@ def _history(probe_id: str, series: Mapping[str, Sequence[float]]) -> Iterator[R
 def _per_class(
     scored: Mapping[tuple[str, str], Scored], classes: Sequence[str], labels: Mapping[str, Tensor]
 ) -> Iterator[Row]:
+    """Yield the rows of scores_per_class.csv."""
     positives = {role: _positives(own, len(classes)).tolist() for role, own in labels.items()}
     for (probe, role), result in scored.items():
         columns = {str(metric_kind(m).class_column): values.tolist() for m, values in result.by_class.items()}
@@ -150,6 +151,7 @@ def _positives(labels: Tensor, classes: int) -> Tensor:
 
 
 def _calibration(scored: Mapping[tuple[str, str], Scored]) -> Iterator[Row]:
+    """Yield the rows of calibration.csv."""
     for (probe, role), result in scored.items():
         for number, (pairs, confidence, outcome) in enumerate(result.bins.tolist(), 1):
             means = {"confidence": confidence / pairs, "outcome": outcome / pairs} if pairs else {}
@@ -157,15 +159,15 @@ def _calibration(scored: Mapping[tuple[str, str], Scored]) -> Iterator[Row]:
 
 
 def _to_csv(rows: Iterable[Row], first: Sequence[str]) -> bytes:
-    """Return CSV with the columns `first`, then all others in order of appearance. NaN is an empty field."""
+    """Return CSV with the columns `first`, then all others in order of appearance. NaN becomes an empty field."""
     rows = list(rows)
     columns = list(dict.fromkeys([*first, *itertools.chain(*dict.fromkeys(map(tuple, rows)))]))
-    # A StringIO would take four bytes for each letter.
+    # A StringIO would take four bytes for each character.
     data = io.BytesIO()
     text = io.TextIOWrapper(data, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        # NaN is the value that is not equal to itself.
+        # Only NaN is not equal to itself.
         writer.writerow([value if value == value else "" for value in map(row.get, columns)])
     return data.getvalue()

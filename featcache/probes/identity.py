@@ -1,9 +1,15 @@
-"""How a ProbeSpec is written down: in files, in tables, and as the hash that is its id.
+"""How a ProbeSpec is written: as a dict in files, as columns of tables, and as the hash that is its id.
 
-A spec is written as it was when its parts were not yet classes of their own: each section had all fields of all its
-types, those that did not matter at a value that said so. Ids are hashes of that form, and must stay what they are, so the
-form stays, too, for the fields that there were then. Fields that came later, here or in other packages, are written where
-a part has them.
+An id is a hash of the dict, so the dict of a spec must never change. This is how it is kept stable:
+
+- In the first versions a section such as `head` had the fields of all its types. Fields that a type did not use held
+  a fixed value, here called idle. ALWAYS lists the fields that were always written, and ELSE those that were left out
+  where they were idle. Both list the idle values.
+- Today each type is a class that has only its own fields. The dict is still written in the old form: fields in ALWAYS
+  that the class lacks are filled in with their idle value, and fields in ELSE are left out where they are idle.
+- A field in neither list came later, here or in another package. It is written whenever the class has it. To add a
+  field to a class that has probes already, list it in ELSE with a default that is idle: then their ids stay.
+- ELSE_OF_SPEC does the same for the fields of the spec itself.
 """
 
 import hashlib
@@ -23,18 +29,18 @@ if TYPE_CHECKING:
     from featcache.probes.spec import ProbeSpec
 
 REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
-# Parts that no grid can name.
-IMPORTED = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
-# Stands for the default of the part's own class.
+# Parts that a grid cannot name.
+IMPORTED: dict[str, type[Part]] = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
+# As an idle value: the default of the class, whatever that is.
 ITS_DEFAULT = object()
-# {section: {field: the value that stands for "does not matter"}}, of the fields that are always written ...
+# {section: {field: idle value}} of the fields that are always written.
 ALWAYS: dict[str, dict[str, Any]] = {
     "head": {"layers": 1, "hidden": 0, "norm": "none", "bias": True, "pool": "after"},
     "loss": {},
     "optimizer": {"lr": None, "momentum": 0.0, "weight_decay": 0.0},
     "schedule": {"milestones": (), "gamma": 0.1, "warmup_epochs": 0.0},
 }
-# ... and of those that are left out where they have that value.
+# {section: {field: idle value}} of the fields that are left out where they are idle.
 ELSE: dict[str, dict[str, Any]] = {
     "head": {
         "b": 1.0, "max_out": 1, "offset": 0.0, "activation": "relu", "temperature": 1.0, "heads": 0, "norm_batch": 0,
@@ -46,12 +52,12 @@ ELSE: dict[str, dict[str, Any]] = {
     "optimizer": {"nesterov": False, "trust": 0.0, "clip": 0.0, "lr_base": 0, "iterations": 0},
     "schedule": {"every": 0, "final": 0.0, "warmup_start": 0.0, "per": ITS_DEFAULT},
 }  # fmt: skip
-# Fields of the spec itself that are left out where they have this value.
+# {field: value} of the fields of the spec itself that are left out where they have this value.
 ELSE_OF_SPEC: dict[str, Any] = {"views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32"}
 
 
 def spec_id(spec: "ProbeSpec") -> str:
-    """Return 10 hex digits of the sha256 over what spec_to_dict() gives, but for the name."""
+    """Return 10 hex digits of the sha256 over spec_to_dict() without the name."""
     hashed = spec_to_dict(spec)
     del hashed["name"]
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
@@ -70,27 +76,27 @@ def spec_to_dict(spec: "ProbeSpec") -> dict[str, Any]:
 
 
 def part_from_dict(section: str, content: dict[str, Any]) -> Part:
-    """Rebuild the part of a section from its dict. Fields that are not in it have the value that does not matter.
+    """Rebuild the part of a section from its dict. Fields that the dict lacks get their idle value.
 
-    Raises ValueError for a field that its class does not have, unless it has that value, too.
+    Raises ValueError for a field that the class does not have, unless the field is idle.
     """
     word = content["type"]
-    imported: type[Part] | None = IMPORTED.get(section) if word == "imported" else None
-    kind: type[Part] = imported or REGISTRIES[section].named(word, section)
+    imported = word == "imported" and section in IMPORTED
+    kind = IMPORTED[section] if imported else REGISTRIES[section].named(word, section)
     idle = {**ALWAYS[section], **ELSE[section]}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
     values = {name: given.pop(name, idle.get(name, ITS_DEFAULT)) for name in kind.model_fields}
     odd = [name for name, value in given.items() if name not in idle or not _is_idle(kind, name, value, idle[name])]
     if odd:
         raise ValueError(f"{section} {word} has no {odd[0]}")
-    # None stands for the class's own default where that is what does not matter.
+    # Where the default of the class is idle, None stands for it.
     return kind(
         **{n: v for n, v in values.items() if v is not ITS_DEFAULT and not (v is None and idle.get(n) is ITS_DEFAULT)}
     )
 
 
 def complete(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return the fields as nested dicts, for people: in each section all fields that any of its types has."""
+    """Return the fields as nested dicts, for people: each section has the fields of all its types."""
     content: dict[str, Any] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
@@ -104,7 +110,7 @@ def complete(spec: "ProbeSpec") -> dict[str, Any]:
 
 
 def flat(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return what complete() does as {"optimizer.lr": 0.1, ...}, for tables."""
+    """Return complete() as {"optimizer.lr": 0.1, ...}, for tables."""
     row: dict[str, Any] = {}
     for name, value in complete(spec).items():
         parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -113,6 +119,7 @@ def flat(spec: "ProbeSpec") -> dict[str, Any]:
 
 
 def _part_to_dict(section: str, part: Part) -> dict[str, Any]:
+    """Return a part in the old form: see above."""
     always, others = ALWAYS[section], ELSE[section]
     content = {"type": part.type} | {name: getattr(part, name, value) for name, value in always.items()}
     for name, value in part:
@@ -122,14 +129,15 @@ def _part_to_dict(section: str, part: Part) -> dict[str, Any]:
 
 
 def _written(part: Part, name: str, idle: Any) -> Any:
-    """Return a field as tables show it: None where it has its class's own default, if that does not matter."""
+    """Return a field as tables show it: None where it has the default of its class and that is idle."""
     value = getattr(part, name, None if idle is ITS_DEFAULT else idle)
     return None if idle is ITS_DEFAULT and _is_idle(type(part), name, value, idle) else value
 
 
 def _is_idle(kind: type[Part], name: str, value: Any, idle: Any) -> bool:
+    """Return whether a field that is written for a class may be left out. idle: from ALWAYS or ELSE."""
     if idle is not ITS_DEFAULT:
-        # What is the same for all heads of a kind is an attribute of its class.
+        # A class without the field may fix it for all its parts, as a class attribute: then that is its idle value.
         own = idle if name in kind.model_fields else getattr(kind, name, idle)
         return bool(value == own)
     return value is None or (name in kind.model_fields and value == kind.model_fields[name].default)

@@ -1,4 +1,4 @@
-"""What a grid would do: its stacks, memory and time, without training anything."""
+"""The plan of a grid: its stacks, their memory and time, without training anything."""
 
 import time
 from collections import Counter
@@ -19,28 +19,29 @@ from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
-from featcache.probes.solvers.solver import FullBatchSolver
+from featcache.probes.solvers.solver import FullBatchSolver, MiniBatchSolver
 from featcache.store.reader import open_store
 
-# Of a layer's outputs: themselves, what the norm and activation make of them, and their gradients.
+# Tensors of the size of a layer's outputs that training holds: the outputs, what norm and activation make of them, and
+# the gradients.
 ACTIVATIONS = 4
 GEMM_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
 class PlannedStack:
-    """Probes that train on the same mini-batches, in blocks that fit the cache: those of one Block.key.
+    """Probes that train on the same mini-batches (they share a Block.key), in blocks that fit the cache.
 
-    loss: how many probes have which. full_batch: the optimizer sees all images at once. precision: of the products.
-    flops: of the whole training of all probes; an estimate where the optimizer goes on until it has converged. seconds:
-    an estimate, at the rate of the stack's own matrix product. weight_bytes: weights, gradients and the optimizer's
-    memory of one block; activation_bytes: of one batch of it. feature_bytes: of the training rows, as they are kept;
-    streamed: they do not fit into the memory for features.
+    loss: {loss: number of probes}. full_batch: whether the optimizer sees all images at once. precision: of the matrix
+    products. flops: for training all probes to the end, an estimate where the optimizer stops when it has converged.
+    seconds: an estimate, at the measured rate of the stack's own matrix product. weight_bytes: weights, gradients and
+    optimizer state of one block. activation_bytes: of one batch of one block. feature_bytes: of the training rows as
+    they are kept. streamed: whether these exceed the memory for features.
     """
 
     features: str
     head: Head
-    loss: dict
+    loss: dict[str, int]
     optimizer: str
     full_batch: bool
     precision: str
@@ -58,9 +59,10 @@ class PlannedStack:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """A grid's stacks on a store. Without a store, stacks is empty, and missing says why.
+    """The stacks of a grid on a store. Without a store, stacks is empty and missing says why.
 
-    groups: [(name, number of probes)] in the grid's order. rows: of the training splits together.
+    groups: [(name, number of probes)] in the order of the grid. rows: number of training images. free: bytes of free
+    memory on the device.
     """
 
     grid: Grid
@@ -81,12 +83,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, about."""
+        """About how many seconds training takes."""
         return sum(stack.seconds for stack in self.stacks)
 
     @property
     def memory(self) -> int:
-        """Bytes at the same time, about: one block trains at a time, on one feature."""
+        """About how many bytes are held at once: one block trains at a time, on one feature."""
         return max(
             (s.feature_bytes * (not s.streamed) + s.weight_bytes + s.activation_bytes for s in self.stacks), default=0
         )
@@ -101,36 +103,38 @@ def plan_probes(
     memory: float | None = None,
     allow_overlap: bool = False,
 ) -> Plan:
-    """Say what train_probes would do with the same arguments; nothing is written or trained.
+    """Return the Plan of what train_probes would do with the same arguments. Nothing is written or trained.
 
-    Takes a fraction of a second, to measure the device. Returns a Plan. Raises BadInput for a grid that
-    is wrong, or does not fit the store; a store that is not there only leaves the plan without stacks.
+    It takes a fraction of a second to measure the device. Raises BadInput for a grid that is wrong or does not fit the
+    store; without a store the plan just has no stacks.
+
+        featcache.plan_probes("grid.yaml", store="features/voc.zarr").seconds
     """
-    device = choose_device(device)
+    chosen_device = choose_device(device)
     checked = load_grid(grid, parity)
     groups = list(Counter(spec.name for spec in checked.specs).items())
     source = store or checked.store
-    free = free_bytes(device)
+    free = free_bytes(chosen_device)
     try:
         opened = open_store(source) if source else None
     except BadInput as error:
-        return Plan(checked, groups, [], 0, str(device), free, error.message)
+        return Plan(checked, groups, [], 0, str(chosen_device), free, error.message)
     if opened is None:
-        return Plan(checked, groups, [], 0, str(device), free, "no store given")
-    resolved = resolve(checked, opened, device, allow_overlap)
+        return Plan(checked, groups, [], 0, str(chosen_device), free, "no store given")
+    resolved = resolve(checked, opened, chosen_device, allow_overlap)
     specs, splits = resolved.specs, resolved.splits
     rows = sum(len(opened[name]) for name in splits["train"])
-    buffers = plan_buffers(specs, opened, splits, memory, device)
+    buffers = plan_buffers(specs, opened, splits, memory, chosen_device)
     rates: dict[Hashable, float] = {}
     stacks = []
-    for read, blocks in blocks_by_input(specs, opened, device):
+    for read, blocks in blocks_by_input(specs, opened, chosen_device):
         data = (read.feature, read.bytes(opened, splits["train"]), buffers[read.name] is not None)
         alike: dict[Hashable, list[Block]] = {}
         for block in blocks:
             alike.setdefault(block.key, []).append(block)
         shape = (*read.shape(opened), rows, len(opened.classes))
-        stacks += [_stack(members, data, shape, device, rates) for members in alike.values()]
-    return Plan(checked, groups, stacks, rows, str(device), free, None)
+        stacks += [_stack(members, data, shape, chosen_device, rates) for members in alike.values()]
+    return Plan(checked, groups, stacks, rows, str(chosen_device), free, None)
 
 
 def _stack(
@@ -140,10 +144,10 @@ def _stack(
     device: torch.device,
     rates: dict[Hashable, float],
 ) -> PlannedStack:
-    """Plan one stack.
+    """Plan the stack of some blocks.
 
     data: feature, bytes of the training rows, and whether they are streamed. shape: width, positions, rows and classes.
-    rates: {shape of a product: operations a second}, filled here.
+    rates: {shape of a product: operations a second}, to which the stack's own is added.
     """
     (feature, feature_bytes, streamed), (dim, positions, rows, classes) = data, shape
     specs = [spec for block in blocks for spec in block]
@@ -152,10 +156,11 @@ def _stack(
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
     weights, outputs = head.footprint(dim, classes, positions)
     if isinstance(solver, FullBatchSolver):
-        # It sees no more directions than images, and one probe at a time.
+        # It trains one probe at a time, in no more directions than there are images.
         passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, 1
         activations = rows * solver.image_bytes(width, classes)
     else:
+        assert isinstance(solver, MiniBatchSolver), "a grid's optimizers are of one sort or the other"
         passes, width, batch, at_once = first.epochs or 0, dim, min(first.batch_size or rows, rows), largest
         activations = ACTIVATIONS * 4 * largest * outputs * batch * head.depth
     flops = len(specs) * passes * rows * head.flops(width, classes, positions)
@@ -183,7 +188,7 @@ def _stack(
 
 
 def gemm_rate(outputs: int, inputs: int, columns: int, precision: str, device: torch.device) -> float:
-    """Measure operations a second of a product [outputs, inputs] x [inputs, columns] in a precision on a device.
+    """Measure the operations a second of a product [outputs, inputs] x [inputs, columns] on a device.
 
     Sizes beyond a few thousand make no difference and are cut, so that this takes a few hundredths of a second.
     """

@@ -1,47 +1,52 @@
-"""What a grid says of a store: features, splits and views as the store has them, and what does not fit it."""
+"""Fit a grid to a store: its features, splits and views as the store has them, or errors where they do not fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
 from featcache.probes.engine.memory import state_bytes
-from featcache.probes.grids.grid import refuse
+from featcache.probes.grids.grid import Grid, refuse
+from featcache.probes.grids.grid_file import Group
 from featcache.probes.inputs.input import Input
 from featcache.probes.overlap import Overlap, find_overlaps
 from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec
+from featcache.store.reader import Store
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A grid on a store. specs: with features, views and offsets as numbers and names of the store.
+    """A grid on a store.
 
-    splits: role (train, val, test) to the store's splits, without val or test where neither names such a split.
-    metric: to select by. split: the role to select on, None where there is none: then nothing is chosen.
-    overlaps: images that two roles share, which then is allowed. notice: of what could not be checked, or None.
+    specs: their features, views and offsets are names and numbers of the store. splits: {role: splits of the store},
+    without val or test where neither grid nor store names such a split. metric: by which probes are chosen. chosen_on:
+    the role on which they are chosen, None where nothing is. overlaps: images that two roles share, where the grid
+    allows it. notice: a line about what could not be checked, or None.
     """
 
     specs: list[ProbeSpec]
     splits: dict[str, tuple[str, ...]]
     metric: str
-    split: str | None
+    chosen_on: str | None
     overlaps: list[Overlap]
     notice: str | None
 
 
-def resolve(grid, store, device, allow_overlap=False):
-    """Bring a Grid to a store, to train on a device. Raises BadInput that names every field that does not fit.
+def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool = False) -> Resolved:
+    """Fit a grid to a store, for training on a device. Raises BadInput that names every field that does not fit.
 
     allow_overlap: whether two roles may share images, whatever the grid says.
     """
-    errors = []
+    errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
-    # As the grid says, or val if there is one.
-    split = grid.split or ("val" if "val" in splits else None)
-    if split not in (None, *splits):
-        errors.append(f"select.split: store {store.path} has no split {split!r} to choose on")
-    if not splits.keys() & {split, "test"}:
+    chosen_on = grid.chosen_on or ("val" if "val" in splits else None)
+    if chosen_on not in (None, *splits):
+        errors.append(f"select.split: store {store.path} has no split {chosen_on!r} to choose on")
+    if not splits.keys() & {chosen_on, "test"}:
         errors.append(
             f"splits: no images to score on: name val or test (store {store.path} has {', '.join(store.splits)})"
         )
@@ -49,24 +54,25 @@ def resolve(grid, store, device, allow_overlap=False):
     overlaps, notice = find_overlaps(store, splits)
     if not (allow_overlap or grid.allow_overlap):
         errors.extend(
-            f"splits.{found.roles[1]}: {found} ({found.example}); keep the roles apart, or say --allow-overlap"
-            for found in overlaps
+            f"splits.{overlap.roles[1]}: {overlap} ({overlap.example}); keep the roles apart, or say --allow-overlap"
+            for overlap in overlaps
         )
     views = {name: store[name].views for name in splits["train"]}
-    specs, seen = [], {}
+    specs: list[ProbeSpec] = []
+    seen: dict[str, str] = {}
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
-        found = _spec(spec, group, store, views, errors)
-        if found is None:
+        resolved = _spec(spec, group, store, views, errors)
+        if resolved is None:
             continue
-        if found.id in seen:
+        if resolved.id in seen:
             errors.append(
-                f"{group.path}: repeats a probe of {seen[found.id]}; features and views that they write differently "
+                f"{group.path}: repeats a probe of {seen[resolved.id]}; features and views that they write differently "
                 f"are one in store {store.path}"
             )
-        seen[found.id] = group.path
-        specs.append(found)
+        seen[resolved.id] = group.path
+        specs.append(resolved)
     without_epochs = [spec.optimizer.type for spec in grid.specs if spec.optimizer.full_batch]
     if grid.search and without_epochs:
         errors.append(
@@ -74,14 +80,14 @@ def resolve(grid, store, device, allow_overlap=False):
         )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
-    if split is None:
+    if chosen_on is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, split, overlaps, notice)
+    return Resolved(specs, splits, metric, chosen_on, overlaps, notice)
 
 
-def undecided(specs):
-    """Why these probes need a split to choose on, as a line for the user; None if they differ in their seeds alone."""
+def undecided(specs: Sequence[ProbeSpec]) -> str | None:
+    """Say why these probes need a split to choose on, in a line for the user; None if they differ only in their seeds."""
     count = len({spec.configuration for spec in specs})
     if count == 1:
         return None
@@ -91,8 +97,8 @@ def undecided(specs):
     )
 
 
-def _check_unchosen(grid, specs, store, errors):
-    """What asks for a choice in a grid without a split to choose on."""
+def _check_unchosen(grid: Grid, specs: Sequence[ProbeSpec], store: Store, errors: list[str]) -> None:
+    """Add an error for everything that needs a choice, in a grid without a split to choose on."""
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         for field, asked in (("keep", spec.keep == "best"), ("patience", spec.patience > 0)):
             if asked:
@@ -103,8 +109,8 @@ def _check_unchosen(grid, specs, store, errors):
         errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
 
 
-def _check_room(specs, store, device, errors):
-    """A search holds all probes from rung to rung, where other grids train block after block."""
+def _check_room(specs: Sequence[ProbeSpec], store: Store, device: torch.device, errors: list[str]) -> None:
+    """Add an error if the probes of a search, which holds all of them between rungs, do not fit into memory."""
     needed = 0
     for spec in specs:
         dim, positions = Input.of(spec).shape(store)
@@ -117,10 +123,11 @@ def _check_room(specs, store, device, errors):
         )
 
 
-def _splits(grid, store, errors):
+def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return {role: splits of the store}, and add an error for every split that the store lacks."""
     roles = dict(grid.splits)
     for role in ("val", "test"):
-        # VOC2012's test labels, for one, were never published, and CIFAR has no validation split.
+        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split.
         if role not in grid.content.get("splits", {}) and role not in store.splits:
             roles.pop(role, None)
     for role, names in roles.items():
@@ -133,7 +140,7 @@ def _splits(grid, store, errors):
     return roles
 
 
-def _metric(grid, store, errors):
+def _metric(grid: Grid, store: Store, errors: list[str]) -> str:
     metrics = metrics_of(store.task)
     metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
@@ -141,8 +148,11 @@ def _metric(grid, store, errors):
     return metric
 
 
-def _spec(spec, group, store, views, errors):
-    """Return a spec as the store has it, or None and an error where it would be another model."""
+def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> ProbeSpec | None:
+    """Return a spec with the names and numbers of the store, or add an error and return None where it does not fit.
+
+    views: {training split: number of views that the store has}.
+    """
     where = group.where("features")
     try:
         feature = store.manifest.feature(spec.features)
@@ -151,6 +161,7 @@ def _spec(spec, group, store, views, errors):
         return None
     before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
     width, positions = Input.of(spec).shape(store)
+    assert spec.batch_size is not None, "only imported probes lack one"
     if kind == "tokens" and not spec.head.reads_tokens:
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
@@ -171,23 +182,23 @@ def _spec(spec, group, store, views, errors):
     count = _views(spec, group, store, views, errors)
     if len(errors) > before:
         return None
-    found = replace(spec, head=head, views=count)
-    if found.conflict:
-        errors.append(f"{group.path}: {found.conflict}")
+    spec = replace(spec, head=head, views=count)
+    if spec.conflict:
+        errors.append(f"{group.path}: {spec.conflict}")
         return None
-    return found
+    return spec
 
 
-def _views(spec, group, store, views, errors):
-    """The number of views that a probe trains on. views: {training split: how many the store has}."""
+def _views(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> int | None:
+    """Return the number of views that a probe trains on, or add an error and return None. views: as for _spec."""
     if spec.views is None and len(set(views.values())) == 1:
         return next(iter(views.values()))
     if spec.views is not None and spec.views <= min(views.values()):
         return spec.views
-    there = ", ".join(f"{count} of {name}" for name, count in views.items())
+    available = ", ".join(f"{count} of {name}" for name, count in views.items())
     asked = "all views" if spec.views is None else f"{spec.views} views"
     errors.append(
-        f"{group.where('views')}: {asked} asked for, and store {store.path} has {there}; write views: 0 for the images "
+        f"{group.where('views')}: {asked} asked for, and store {store.path} has {available}; write views: 0 for the images "
         "as they are, or extract with --views"
     )
     return None

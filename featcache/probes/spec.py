@@ -1,4 +1,4 @@
-"""A probe, fully specified: the head, and how it is trained. docs/grid.md has the fields' formulas."""
+"""The full specification of a probe: its head, and how it is trained. docs/grid.md has the formulas of the fields."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -29,11 +29,11 @@ def _feature(name: str) -> str:
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class ProbeSpec:
-    """All that decides a probe's weights, given a store and the seed of the mini-batches' order.
+    """Everything that decides a probe's weights, given a store and the seed for the order of the mini-batches.
 
-    seed: draws its initial weights. epochs: None where the optimizer takes none. views: None stands for all that the
-    store has. source: the sha256 of an imported probe's weights, which stands for how it was trained: epochs,
-    batch_size, seed and views are None.
+    epochs: None where the optimizer takes none. views: None stands for all that the store has. source: the sha256 of
+    an imported probe's weights, which takes the place of how it was trained: epochs, batch_size, seed and views are
+    None.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -45,24 +45,32 @@ class ProbeSpec:
     head: Head
     loss: Loss
     optimizer: Solver
-    schedule: Schedule = Field(default_factory=Constant)
-    epochs: Count | None = Field(None, description="epochs; an optimizer that sees all images at once takes none")
-    batch_size: Count | None = Field(64, description="images of a mini-batch")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(0, description="draws the initial weights")
-    views: CountOr0 | None = Field(
-        None,
-        description="augmented views over which the epochs rotate; 0 is the images as they are, all is what the store has",
-    )
+    schedule: Schedule = Constant()
+    epochs: Annotated[
+        Count | None, Field(description="epochs; an optimizer that sees all images at once takes none")
+    ] = None
+    batch_size: Annotated[Count | None, Field(description="images of a mini-batch")] = 64
+    seed: Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, Field(description="draws the initial weights")] = 0
+    views: Annotated[
+        CountOr0 | None,
+        Field(
+            description="augmented views over which the epochs rotate; 0 is the images as they are, all is what the "
+            "store has"
+        ),
+    ] = None
     source: str | None = None
-    keep: Literal["last", "best"] = Field(
-        "last", description="which epoch's weights: the last, or the best by the selection metric"
-    )
-    patience: CountOr0 = Field(
-        0, description="epochs without a better selection metric after which training ends; 0 is never"
-    )
-    precision: Literal["float32", "tf32", "bf16"] = Field(
-        "float32", description="of the matrix products; weights and all else are float32"
-    )
+    keep: Annotated[
+        Literal["last", "best"],
+        Field(description="which epoch's weights: the last, or the best by the selection metric"),
+    ] = "last"
+    patience: Annotated[
+        CountOr0,
+        Field(description="epochs without a better selection metric after which training ends; 0 is never"),
+    ] = 0
+    precision: Annotated[
+        Literal["float32", "tf32", "bf16"],
+        Field(description="of the matrix products; weights and all else are float32"),
+    ] = "float32"
 
     @cached_property
     def id(self) -> str:
@@ -71,12 +79,12 @@ class ProbeSpec:
 
     @property
     def configuration(self) -> "ProbeSpec":
-        """The same for probes that differ in their seed, and in name, alone."""
+        """The spec without its name and seed: equal for probes that differ in nothing else."""
         return replace(self, name="probe", seed=None)
 
     @property
     def conflict(self) -> str | None:
-        """What of the parts does not go together, as a line for the user, or None."""
+        """A line for the user about parts that do not go together, or None."""
         parts = (self.optimizer, self.head, self.loss, self.schedule)
         reasons = [part.conflict(self) for part in parts]
         for part in (self.optimizer, self.head):
@@ -91,16 +99,16 @@ class ProbeSpec:
 
 
 def spec_from_dict(content: dict[str, Any]) -> ProbeSpec:
-    """Rebuild a ProbeSpec from spec_to_dict() that went through JSON.
+    """Rebuild a ProbeSpec from what spec_to_dict() returned, read back from JSON.
 
-    Raises LookupError, TypeError or ValueError for what is no spec, and BadInput for a kind that is not installed.
+    Raises LookupError, TypeError or ValueError for anything else, and BadInput for a kind that is not installed.
     """
     parts = {section: part_from_dict(section, content[section]) for section in REGISTRIES}
     return ProbeSpec(**(ELSE_OF_SPEC | content | parts))
 
 
 def imported_spec(name: str, features: str, head: Head, loss: Loss, source: str) -> ProbeSpec:
-    """Return the spec of a probe that was trained elsewhere: what is not known of it is None."""
+    """Return the spec of a probe that was trained elsewhere. Fields that nobody knows are None."""
     solver, schedule = ImportedSolver(), ImportedSchedule()
     return ProbeSpec(
         name, features, head, loss, solver, schedule, epochs=None, batch_size=None, seed=None, views=None, source=source

@@ -1,4 +1,4 @@
-"""`featcache train-probes`: a grid on a store, into a run folder."""
+"""`featcache train-probes`: train a grid of probes on a store into a run folder."""
 
 import hashlib
 import time
@@ -32,7 +32,7 @@ from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
 
-# The file of a run's first grid; those of later ones have the beginning of their key in the name.
+# The file of a run's first grid. Later grids have the beginning of their key in the name of their file.
 GRID = "grid.yaml"
 
 
@@ -40,8 +40,8 @@ GRID = "grid.yaml"
 class Task:
     """A grid on a store, ready to be trained.
 
-    content: of the grid, with the names that the store has. source: path of the store, as it was given. key: of the grid
-    in its run.
+    source: path of the store, as it was given. content: the grid's content, with the names of the store. key:
+    identifies the grid in its run.
     """
 
     grid: Grid
@@ -66,14 +66,15 @@ def train_probes(
 ) -> Run | None:
     """Train all probes of a grid on a store's features, score them, and write a run folder.
 
-    grid: path of a YAML file, or its content as a dict. store: path; by default the grid's own.
-    run: folder; by default runs/<grid>-<id>. device: torch device. seed: of the mini-batches' order.
-    parity: name of one of the grid's profiles, such as how-to-probe. memory: bytes of features to hold,
-    by default half of what is free; larger ones are streamed from the store. allow_overlap: train although
-    two roles share images; how many is recorded in run.json.
-    Returns the Run; under torchrun, whose processes share the blocks, None in all but the first. Probes that
-    the folder holds already are not trained again, and those of earlier grids are scored with the new ones; a
-    finished run of the same grid is returned at once. Raises BadInput.
+    grid: path of a YAML file, or its content as a dict. store: path, by default the grid's own. run: folder, by
+    default runs/<grid>-<id>. device: torch device. seed: draws the order of the mini-batches. parity: name of one of
+    the grid's profiles, such as how-to-probe. memory: bytes of features to hold, by default half of what is free; if
+    they need more, they are streamed from the store. allow_overlap: train although two roles share images; run.json
+    records how many.
+
+    Returns the Run. Under torchrun the processes share the blocks, and all but the first return None. Probes that the
+    folder already holds are not trained again, those of earlier grids are scored with the new ones, and a finished run
+    of the same grid is returned at once. Raises BadInput.
 
         run = featcache.train_probes("grid.yaml", store="features/voc-resnet50-1a2b3c4d.zarr", device="cuda")
         print(run.scores[0]["value"])
@@ -103,7 +104,7 @@ def train_probes(
                 return open_run(folder)
             summary, everything = begun
             buffers = summary["buffers"]
-        selection, run_id = (task.resolved.metric, task.resolved.split), identity(summary)
+        selection, run_id = (task.resolved.metric, task.resolved.chosen_on), identity(summary)
         train_missing(folder, specs, task.store, splits, chosen_device, seed, selection, buffers, search, ranks, run_id)
         if not leads:
             return None
@@ -115,7 +116,7 @@ def train_probes(
 def _prepare(
     grid: Grid, store: str | PathLike[str] | None, device: torch.device, seed: int, allow_overlap: bool
 ) -> Task:
-    """Bring a grid to its store. Raises BadInput."""
+    """Fit a grid to its store and identify it in its run. Raises BadInput."""
     source = store or grid.store
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
@@ -124,12 +125,12 @@ def _prepare(
     content = grid.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | ({"split": resolved.split} if resolved.split else {}),
+        "select": {"metric": resolved.metric} | ({"split": resolved.chosen_on} if resolved.chosen_on else {}),
         **({"allow_overlap": True} if resolved.overlaps else {}),
     }
     search = None
     if grid.search:
-        # It compares all probes with each other.
+        # A search compares all probes with each other, so its result depends on which they are.
         among = hashlib.sha256(" ".join(sorted(spec.id for spec in resolved.specs)).encode()).hexdigest()
         search = grid.search.model_dump() | {"among": f"{len(resolved.specs)} probes ({among[:8]})"}
     basis = RunBasis(opened.id, seed, content["splits"], content["select"], search, grid.parity)
@@ -137,10 +138,11 @@ def _prepare(
 
 
 def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
-    """Make the run folder, or take up what it holds. Its run.json has no key, and so is unfinished, until all is written.
+    """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
-    Returns (what run.json says so far, the specs of all probes that the run is going to have), or None if it is finished
-    already. Raises BadInput if the folder holds something else.
+    planned: how features would be read in a new run. Returns (content of run.json so far, the specs of all probes that
+    the run is going to have), or None if this grid is finished already. Raises BadInput if the folder holds something
+    else.
     """
     basis, specs = task.basis.to_json(), task.resolved.specs
     begun = _begun(folder, basis)
@@ -153,20 +155,20 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
         return None
     others = _others(folder, specs, places, _names(folder, begun))
     everything = [*specs, *others]
-    if task.resolved.split is None and (reason := undecided(everything)):
+    if task.resolved.chosen_on is None and (reason := undecided(everything)):
         raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
     if others:
         click.echo(f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True)
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
     summary = basis | {
-        # How features were read decides the order of the rows, so a begun run stays with it.
+        # How features are read decides the order of the rows, so a run never changes it.
         "buffers": planned | begun.get("buffers", {}),
         "grids": grids,
-        # What an earlier grid asked for stays.
+        # Intervals that an earlier grid asked for stay.
         "intervals": [role for role in task.resolved.splits if role in asked_for],
         "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
     }
-    # In the scores they are called so until the tables are written anew.
+    # run.json keeps the names of these probes until the tables, which also have them, are written anew.
     names = {"others": {spec.id: spec.name for spec in others}} if others else {}
     name, own = _write_grid(folder, summary | names, task, grids.get(task.key))
     return summary | {"grids": grids | {task.key: name}, "files": summary["files"] | own}, everything
@@ -175,7 +177,7 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
 def _write_grid(
     folder: Path, summary: dict[str, Any], task: Task, name: str | None
 ) -> tuple[str, dict[str, dict[str, int]]]:
-    """Write run.json and the grid's file. name: of that, None for a grid that is new here.
+    """Write run.json and the file of the grid. name: of that file, None if the grid is new in this run.
 
     Returns the name, and {name: its entry in run.json}. Raises BadInput if they cannot be written.
     """
@@ -183,10 +185,10 @@ def _write_grid(
     try:
         (folder / PROBES).mkdir(parents=True, exist_ok=True)
         if name is None:
-            # Older versions did not note the key of a grid before they had trained it.
+            # An unfinished run of an older version has the file, but does not list the grid in run.json.
             first = folder / GRID
             name = GRID if not first.exists() or _same(first, data) else f"grid-{task.key[:8]}.yaml"
-        # The file is not listed before it is written.
+        # `files` lists the file only after it is written.
         write_summary(folder, summary | {"grids": summary["grids"] | {task.key: name}})
         return name, {name: write_file(folder, name, data)}
     except OSError as error:
@@ -194,8 +196,8 @@ def _write_grid(
 
 
 def _begun(folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of a run that is there, finished or not; {} for a new one. Raises BadInput on other data."""
-    # An empty folder is what the lock on it has just made.
+    """Return the run.json of a run, finished or not, {} for a new one. Raises BadInput if the folder holds anything else."""
+    # Locking a new folder has just created it, empty.
     if not any(folder.iterdir()):
         return {}
     try:
@@ -215,18 +217,18 @@ def _begun(folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
 
 
 def _grids(begun: dict[str, Any]) -> dict[str, str]:
-    """Return the grids of a run, {key: name of the file in its folder}; runs of older versions have one, and do not say so."""
+    """Return {key: file name} of the grids of a run. Runs of older versions have a single one, which they do not list."""
     return begun.get("grids") or ({begun["key"]: GRID} if "key" in begun else {})
 
 
 def _names(folder: Path, begun: dict[str, Any]) -> dict[str, str]:
-    """Return the names of the probes in a run folder, {id: name} in the order of its scores. begun: of run.json."""
+    """Return {id: name} of the probes in a run folder, in the order of its scores. begun: the content of run.json."""
     if "others" in begun:
         return begun["others"]
     try:
         return {row["probe"]: row["name"] for row in read_table(folder, "scores.csv", begun.get("files"))}
     except (KeyError, ValueError):
-        # There are none yet, or they are damaged, which has been said: a probe's own name is that of its first grid.
+        # There are no scores yet, or they are damaged, as a notice has said. Probes then keep the names in their specs.
         return {}
 
 
@@ -236,9 +238,10 @@ def _others(
     """Return the specs of the probes in a run folder that other grids trained, in the order of names."""
     others = places.keys() - {spec.id for spec in specs}
     order = {probe: place for place, probe in enumerate(names)}
-    found = sorted(load_specs(folder, others, places), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
-    return [replace(spec, name=names.get(spec.id, spec.name)) for spec in found]
+    specs = sorted(load_specs(folder, others, places), key=lambda spec: (order.get(spec.id, len(order)), spec.id))
+    return [replace(spec, name=names.get(spec.id, spec.name)) for spec in specs]
 
 
 def _same(path: Path, data: bytes) -> bool:
+    """Return whether a file exists and has these bytes."""
     return path.is_file() and path.read_bytes() == data

@@ -38,7 +38,7 @@ def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
 
 def labels(run: Run, probes: Sequence[str]) -> dict[str, str]:
     """Return {probe: its head and loss}, followed by all that tells these probes apart if two are alike in both."""
-    rows = {probe: run.value(probe, run.metric, run.judge) for probe in probes}
+    rows = {probe: run.row(probe, run.metric, run.scored_on) for probe in probes}
     short = {probe: head_and_loss(row) for probe, row in rows.items()}
     if len(set(short.values())) == len(rows):
         return short

@@ -184,15 +184,15 @@ def _legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> None:
 
 
 def class_bars(run: Run, probes: Sequence[str]) -> str:
-    """Draw the average precision of every class on the judged split, a bar for each probe, and its share of positives.
+    """Draw the average precision of every class on the role whose scores are reported, a bar for each probe, and its share of positives.
 
     probes: ids. Classes are in order of the first probe's scores. Returns a data URL.
     """
     columns = {"probe": str, "split": str, "class": str, "ap": float, "positives": int}
     table = run.table("scores_per_class.csv", **columns)
-    rows = [r for r in table if r["split"] == run.judge and r["ap"] is not None]
+    rows = [r for r in table if r["split"] == run.scored_on and r["ap"] is not None]
     values = {(r["probe"], r["class"]): 100 * r["ap"] for r in rows}
-    shares = {r["class"]: 100 * r["positives"] / run.summary["rows"][run.judge] for r in rows}
+    shares = {r["class"]: 100 * r["positives"] / run.summary["rows"][run.scored_on] for r in rows}
     if lacking := [(probe, name) for probe in probes for name in shares if (probe, name) not in values]:
         raise run.damaged("scores_per_class.csv", "no {1} of {0}".format(*lacking[0]))
     names = sorted(shares, key=lambda name: values[probes[0], name])
@@ -207,7 +207,7 @@ def class_bars(run: Run, probes: Sequence[str]) -> str:
             [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
         )
         axis.set_yticks(range(len(names)), map(_drawn, names))
-        axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.judge} AP, %")
+        axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.scored_on} AP, %")
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return _embed(figure, "svg")
@@ -222,19 +222,19 @@ def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> 
         figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 3.2), sharey=True, squeeze=False)
         for axis, run in zip(axes[0], runs, strict=True):
             columns = {"probe": str, "split": str, "pairs": int, "confidence": float, "outcome": float}
-            table = [r for r in run.table("calibration.csv", **columns) if r["split"] == run.judge]
+            table = [r for r in run.table("calibration.csv", **columns) if r["split"] == run.scored_on]
             table = [r for r in table if r["confidence"] is not None and r["outcome"] is not None]
             axis.plot([0, 100], [0, 100], color="0.7", linewidth=1)
             probes = choose(run)
             texts, colours = labels(run, probes), _colours(run, probes)
             for probe in probes:
                 bins = [row for row in table if row["probe"] == probe]
-                error = scored(ECE.word(), run.value(probe, ECE.word(), run.judge)["value"])
+                error = scored(ECE.word(), run.row(probe, ECE.word(), run.scored_on)["value"])
                 _reliability_line(axis, bins, f"{_drawn(texts[probe])}: ECE {error}%", colours[probe])
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
             axis.set_title(_drawn(run.path.name), fontsize=10)
             axis.legend(loc="upper left", frameon=False, fontsize=8)
-        axes[0][0].set_ylabel(f"{runs[0].judge}: share that is so, %")
+        axes[0][0].set_ylabel(f"{runs[0].scored_on}: share that is so, %")
         return _embed(figure, "svg")
 
 
@@ -248,7 +248,7 @@ def _reliability_line(axis: Axes, bins: Sequence[Mapping[str, Any]], name: str, 
 
 def _colours(run: Run, probes: Sequence[str]) -> dict[str, str]:
     """The colour of each probe: that of its loss, if no two probes have the same."""
-    losses = [run.value(probe, run.metric, run.judge)["loss.type"] for probe in probes]
+    losses = [run.row(probe, run.metric, run.scored_on)["loss.type"] for probe in probes]
     different = len(set(losses)) == len(losses)
     numbered = enumerate(zip(probes, losses, strict=True))
     return {probe: COLOURS.get(loss, f"C{n}") if different else f"C{n}" for n, (probe, loss) in numbered}

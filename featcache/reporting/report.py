@@ -51,7 +51,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         "metric": metric_kind(metric).title,
         "heading": heading(metric),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
-        "judge": opened[0].judge,
+        "scored_on": opened[0].scored_on,
         "best": [line for run in opened for line in _best_rows(run, metric)],
         "cautions": list(dict.fromkeys(run.caution for run in opened if run.caution)),
         "metrics": [heading(m) for m in opened[0].metrics],
@@ -90,27 +90,27 @@ def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
     # A bar that is full for a perfect score.
     barred = metric_kind(metric).unit() and metric_kind(metric).higher_is_better
     for probe in probes:
-        test = run.value(probe, metric, run.judge)
+        test = run.row(probe, metric, run.scored_on)
         yield {
             "run": run.path.name,
             "probe": head_and_loss(test),
             "recipe": training(test, texts),
-            "chosen_by": scored(metric, run.value(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
+            "chosen_by": scored(metric, run.row(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
             "width": f"{100 * test['value']:.1f}" if barred else None,
         }
-    level = run.summary["chance"][run.judge][metric]
+    level = run.summary["chance"][run.scored_on][metric]
     if level is not None:
         width = f"{100 * level:.1f}" if barred else None
         yield {"run": run.path.name, "probe": "chance", "test": scored(metric, level), "width": width}
 
 
 def _measured(run: Run) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield (run, probe, [(score, score with interval)]) of the same probes: every metric on the judged split."""
+    """Yield (run, probe, [(score, score with interval)]) of the same probes: every metric on the role whose scores are reported."""
     probes = best(run, "head,loss")
     for probe, name in labels(run, probes).items():
-        rows = [run.value(probe, m, run.judge) for m in run.metrics]
+        rows = [run.row(probe, m, run.scored_on) for m in run.metrics]
         cells = [(scored(r["metric"], r["value"]), scored(r["metric"], r["value"], r["low"], r["high"])) for r in rows]
         yield run.path.name, name, cells
 

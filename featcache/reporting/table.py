@@ -63,15 +63,15 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     most: rows to return, by default all.
     """
     metric, split, name = run.metric, run.chosen_on, heading(run.metric)
-    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.judge)]
+    chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.scored_on)]
     if split:
         chosen.sort(key=lambda r: -math.inf if r["value"] is None else gain(metric, r["value"]), reverse=True)
     seeds, texts = seed_texts(run, metric), naming(run)
-    columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.judge} {name} [95%]"]
-    columns += [f"{run.judge} {name} over seeds"] if seeds else []
+    columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.scored_on} {name} [95%]"]
+    columns += [f"{run.scored_on} {name} over seeds"] if seeds else []
     rows = []
     for row in chosen[:most]:
-        test = run.value(row["probe"], metric, run.judge)
+        test = run.row(row["probe"], metric, run.scored_on)
         rows.append([row["probe"], *(text(row) for text in texts.values())])
         rows[-1] += [scored(metric, row["value"])] if split else []
         rows[-1] += [scored(metric, test["value"], test["low"], test["high"])]
@@ -80,8 +80,8 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
 
 
 def seed_texts(run: Run, metric: str) -> dict[str, str]:
-    """Return {probe: mean ± std (n)} over the seeds on the judged split, for probes that have several seeds."""
-    rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.judge]
+    """Return {probe: mean ± std (n)} over the seeds on the role whose scores are reported, for probes that have several seeds."""
+    rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.scored_on]
     texts: dict[str, str] = {}
     for group in over_seeds(rows):
         if group["std"] is not None:

@@ -141,7 +141,7 @@ def test_logits_and_scores_are_those_of_the_published_head(run, ids, store, head
         known = test.labels[:, c] != -1
         if (test.labels[:, c] == 1).any():
             values.append(average_precision_score(test.labels[known, c] == 1, expected[known, c].numpy()))
-    assert run.value(ids[name], "map", "test")["value"] == pytest.approx(np.mean(values), abs=1e-6)
+    assert run.row(ids[name], "map", "test")["value"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
 def test_what_is_not_known_is_not_invented(run, ids, files):

@@ -282,7 +282,7 @@ def test_scores_are_those_of_the_images_as_they_are(viewed, tmp_path):
         logits = torch.from_numpy(split["pooled"][:]) @ trained.weights["fc0.weight"].T + trained.weights["fc0.bias"]
         known = [(column >= 0, column == 1) for column in split.labels.T]
         values = [average_precision_score(y[k], logits[:, c][k]) for c, (k, y) in enumerate(known) if y.any()]
-        assert run.value(probe, "map", role)["value"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert run.row(probe, "map", role)["value"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
 def test_a_probe_without_views_keeps_its_id():

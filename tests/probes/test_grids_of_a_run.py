@@ -226,7 +226,7 @@ def test_a_store_without_val_has_nothing_to_choose_on(checkpoint, scenes, tmp_pa
     )
     grid = {"probes": SEEDS["probes"]}
     run = featcache.train_probes(grid, store=store, run=tmp_path / "r")
-    assert run.chosen_on is None and run.judge == "test"
+    assert run.chosen_on is None and run.scored_on == "test"
     with pytest.raises(BadInput, match=r"no split to choose between .*store .* has train, test\)"):
         featcache.train_probes(GRID, store=store, run=tmp_path / "q")
 

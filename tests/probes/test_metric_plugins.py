@@ -70,7 +70,7 @@ def test_the_metric_of_the_documentation_is_a_metric_like_any_other(store, packa
         trained = load_probe(run.path, probe)
         top = HeadModule(trained.spec.head, trained.weights)(maps).argmax(1).numpy()
         hits = labels[np.arange(len(labels)), top] == 1
-        row, p, n = run.value(probe, "hit", "test"), hits.mean(), len(hits)
+        row, p, n = run.row(probe, "hit", "test"), hits.mean(), len(hits)
         assert row["value"] == pytest.approx(p)
         # On so few images every one is left out by itself: Wilson's interval of a share.
         centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n * n))
@@ -81,7 +81,7 @@ def test_the_metric_of_the_documentation_is_a_metric_like_any_other(store, packa
     with open(run.path / "seeds.csv", newline="") as file:
         assert sum(row["metric"] == "hit" for row in csv.DictReader(file)) == 2 * 3
     (best,) = select(run, "best hit")
-    assert run.value(best, "hit", "val")["value"] == max(
+    assert run.row(best, "hit", "val")["value"] == max(
         row["value"] for row in run.scores if (row["metric"], row["split"]) == ("hit", "val")
     )
     others = [probe for probe in dict.fromkeys(row["probe"] for row in run.scores) if probe != best]

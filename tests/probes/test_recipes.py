@@ -217,7 +217,7 @@ def test_the_voc_recipe_trains(store, tmp_path):
         assert again.splits["val"] == (("test",) if run is parity else ("val",))
     for row in parity.scores:
         if row["split"] == "val":
-            assert row["value"] == parity.value(row["probe"], row["metric"], "test")["value"]
+            assert row["value"] == parity.row(row["probe"], row["metric"], "test")["value"]
 
 
 def test_parity_from_the_command_line(store, tmp_path, command):

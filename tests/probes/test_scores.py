@@ -63,13 +63,13 @@ def test_scores_are_those_of_the_saved_probes(run, store):
             else:
                 assert row["ap"] == ""
         f1 = f1_score((labels == 1).astype(int), (known & (p >= 0.5)).astype(int), average="macro", zero_division=0)
-        assert run.value(probe, "f1_macro", "test")["value"] == pytest.approx(f1, abs=1e-6)
+        assert run.row(probe, "f1_macro", "test")["value"] == pytest.approx(f1, abs=1e-6)
         nll = log_loss(labels[known] == 1, p[known])
-        assert run.value(probe, "nll", "test")["value"] == pytest.approx(nll, rel=1e-4)
+        assert run.row(probe, "nll", "test")["value"] == pytest.approx(nll, rel=1e-4)
         bins = [r for r in table(run, "calibration.csv") if (r["probe"], r["split"]) == (probe, "test")]
         assert len(bins) == 15 and sum(int(r["pairs"]) for r in bins) == known.sum()
         gaps = [int(r["pairs"]) * abs(float(r["confidence"]) - float(r["outcome"])) for r in bins if r["confidence"]]
-        assert run.value(probe, "ece", "test")["value"] == pytest.approx(sum(gaps) / known.sum(), abs=1e-9)
+        assert run.row(probe, "ece", "test")["value"] == pytest.approx(sum(gaps) / known.sum(), abs=1e-9)
 
 
 def test_passes_of_a_few_probes_give_the_same_scores(run, store, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_seeds(run):
     rows = table(run, "seeds.csv")
     assert len(rows) == 5 * 3 * 9
     for row in rows:
-        members = [run.value(p, row["metric"], row["split"]) for p in row["probes"].split()]
+        members = [run.row(p, row["metric"], row["split"]) for p in row["probes"].split()]
         assert [m["seed"] for m in members] == row["seeds"].split() and len(members) == int(row["n"])
         assert {(m["loss.type"], m["optimizer.lr"]) for m in members} == {(row["loss.type"], row["optimizer.lr"])}
         assert float(row["mean"]) == pytest.approx(statistics.mean(m["value"] for m in members))
@@ -113,7 +113,7 @@ def test_seeds(run):
 
 def test_select_knows_the_better_direction_and_nested_fields(run):
     def val(metric, probe):
-        return run.value(probe, metric, "val")["value"]
+        return run.row(probe, metric, "val")["value"]
 
     probes = list(dict.fromkeys(r["probe"] for r in run.scores))
     (lowest,) = select(run, "best NLL")
@@ -121,7 +121,7 @@ def test_select_knows_the_better_direction_and_nested_fields(run):
     (highest,) = select(run, "best f1_macro")
     assert val("f1_macro", highest) == max(val("f1_macro", p) for p in probes)
     chosen = select(run, "best ECE per optimizer.lr,head")
-    fields = [(run.value(p, "ece", "val")["optimizer.lr"], run.value(p, "ece", "val")["head.type"]) for p in chosen]
+    fields = [(run.row(p, "ece", "val")["optimizer.lr"], run.row(p, "ece", "val")["head.type"]) for p in chosen]
     assert sorted(fields) == [("0.001", "mlp"), ("0.03", "linear"), ("0.3", "linear")]
     # Of equal scores the first.
     tied = open_run(run.path)
@@ -147,7 +147,7 @@ def test_choosing_on_test_is_said_wherever_scores_are_shown(run, store, command,
     chosen = open_run(tmp_path / "r")
     assert chosen.caution == said and run.caution is None
     (best,) = select(chosen, "best map")
-    assert chosen.value(best, "map", "test")["value"] == max(
+    assert chosen.row(best, "map", "test")["value"] == max(
         r["value"] for r in chosen.scores if (r["split"], r["metric"]) == ("test", "map")
     )
     featcache.report([tmp_path / "r"], tmp_path / "r.html")
@@ -173,7 +173,7 @@ def test_compare(run, command):
     results = featcache.compare(run.path, probes=[first, second])
     assert tuple(c.metric for c in results) == run.metrics
     for c in results:
-        rows = [run.value(p, c.metric, "test")["value"] for p in (first, second)]
+        rows = [run.row(p, c.metric, "test")["value"] for p in (first, second)]
         assert c.scores == pytest.approx(rows, abs=1e-12) and c.difference == pytest.approx(
             rows[0] - rows[1], abs=1e-12
         )

@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_saved_probes(run, store):
             known = labels[:, c] != -1
             if (labels[:, c] == 1).any():
                 values.append(average_precision_score(labels[known, c] == 1, logits[known, c]))
-        assert run.value(probe, "map", "test")["value"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert run.row(probe, "map", "test")["value"] == pytest.approx(np.mean(values), abs=1e-6)
 
 
 def test_finished_runs_return_at_once(run, store, command, tmp_path):
@@ -116,17 +116,17 @@ def test_a_longer_grid_trains_only_the_new_probes(run, store, tmp_path, capsys):
     grown = featcache.train_probes(longer, store=store, run=tmp_path / "r")
     assert "9 of 13 probes are trained already" in capsys.readouterr().err
     for row in run.scores:
-        again = grown.value(row["probe"], row["metric"], row["split"])
+        again = grown.row(row["probe"], row["metric"], row["split"])
         assert [again[k] for k in ("value", "low", "high")] == [row[k] for k in ("value", "low", "high")]
 
 
 def test_select(run):
     (best,) = select(run, "best mAP")
-    assert run.value(best, "map", "val")["value"] == max(
+    assert run.row(best, "map", "val")["value"] == max(
         r["value"] for r in run.scores if (r["split"], r["metric"]) == ("val", "map")
     )
     per_loss = select(run, "best map per loss, head")
-    kinds = [(run.value(p, "map", "val")["loss.type"], run.value(p, "map", "val")["head.type"]) for p in per_loss]
+    kinds = [(run.row(p, "map", "val")["loss.type"], run.row(p, "map", "val")["head.type"]) for p in per_loss]
     assert sorted(kinds) == [("bce", "linear"), ("bce", "mlp"), ("ce", "linear")]
     for rule, message in (
         ("top", "expected 'best METRIC'"),
@@ -366,7 +366,7 @@ def test_damaged_probes_are_named(run, tmp_path, damage):
             load_probe(tmp_path / "r", probe)
 
 
-def test_a_store_without_a_test_split_is_judged_on_val(checkpoint, scenes, tmp_path, command):
+def test_a_store_without_a_test_split_is_scored_on_val(checkpoint, scenes, tmp_path, command):
     store = featcache.extract(
         checkpoint, "voc", root=scenes, splits=["train", "val"], size=64, workers=0, store=tmp_path / "s.zarr"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trust
 from layouts import LAYOUTS
-from test_store import write_store
+from stores import write_store
 
 import featcache
 from featcache.backbones.load import load_backbone

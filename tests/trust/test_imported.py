@@ -1,14 +1,14 @@
-"""Damage to runs that import-probes made: as in test_trust_damage.py, with an import as the command that mends."""
+"""Damage to runs that import-probes made: as in test_damage.py, with an import as the command that mends."""
 
 import pytest
-import test_trust_damage
 import torch
 import trust
-from featcache.probes.probe_file import find_probes
+from harm import cases_of, expected_of, harm_run, run_uses
 from torch import nn
 
 import featcache
 from featcache.backbones.load import load_network
+from featcache.probes.runs.probe_file import find_probes
 
 SLICE, MOST = 12, 200
 
@@ -33,7 +33,7 @@ def imported(tmp_path_factory):
 
     trust.quietly(lambda: again(run))
     actions = uses(store, list(find_probes(run)), again)
-    return run, actions, test_trust_damage.expected_of(run, actions, folder), again
+    return run, actions, expected_of(run, actions, folder), again
 
 
 def uses(store, probes, again):
@@ -42,21 +42,22 @@ def uses(store, probes, again):
         "import": lambda run: (again(run), trust.run_files(run))[1],
         "compare": lambda run: featcache.compare(run, probes=probes),
     }
-    return {name: use for name, use in test_trust_damage.run_uses(store).items() if name != "train"} | made
+    return {name: use for name, use in run_uses(store).items() if name != "train"} | made
 
 
-def harm(imported, place, count, most, test):
+def check(imported, place, count, most, test):
     run, actions, expected, again = imported
-    cases = test_trust_damage.cases_of(run, count, most)
+    cases = cases_of(run, count, most)
     kind, before = (run, actions, expected), trust.run_files(run)
-    failures = test_trust_damage.harm_run(kind, place, cases, before, again, trust.run_files)
+    failures = harm_run(kind, place, cases, before, again, trust.run_files)
     trust.judged(failures, cases, f"{__file__}::{test}")
 
 
+@pytest.mark.process
 def test_a_damaged_imported_run_is_never_used(imported, tmp_path):
-    harm(imported, tmp_path, 3, SLICE, "test_a_damaged_imported_run_is_never_used")
+    check(imported, tmp_path, 3, SLICE, "test_a_damaged_imported_run_is_never_used")
 
 
 @pytest.mark.slow
 def test_many_ways_to_damage_an_imported_run(imported, tmp_path):
-    harm(imported, tmp_path, 12, MOST, "test_many_ways_to_damage_an_imported_run")
+    check(imported, tmp_path, 12, MOST, "test_many_ways_to_damage_an_imported_run")

@@ -33,7 +33,7 @@ from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
-from featcache.ranks import Ranks
+from featcache.ranks import Alone
 from featcache.store.reader import Store
 
 # States are written after an epoch, but not more often than this, so a kill costs about that much.
@@ -53,7 +53,7 @@ class Sweep:
         device: torch.device,
         seed: int,
         selection: tuple[str, str | None],
-        ranks: Ranks,
+        ranks: Alone,
         progress: tqdm,
         run: str,
     ):
@@ -205,9 +205,10 @@ class Sweep:
         """
         places = find_probes(self.folder)
         done = load_probes(self.folder, self.specs.keys() & places.keys(), places)
-        scores = {probe.spec.id: (probe.spec.epochs, probe.scores) for probe in done}
+        # Each probe of a search has epochs.
+        scores = {probe.spec.id: (probe.spec.epochs or 1, probe.scores) for probe in done}
         for training in trainings:
-            scores |= {spec.id: (spec.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
+            scores |= {spec.id: (training.epochs, training.scores(p)) for p, spec in enumerate(training.specs)}
         reached = {}
         for name, (epochs, values) in scores.items():
             rung = rung_epoch(epochs, fraction)
@@ -231,7 +232,7 @@ def train_missing(
     selection: tuple[str, str | None],
     buffers: Buffers,
     search: Halving | None,
-    ranks: Ranks,
+    ranks: Alone,
     run: str,
 ) -> None:
     """Train the probes that a run folder lacks and save them there.

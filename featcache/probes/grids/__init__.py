@@ -1,1 +1,1 @@
-"""Grids of probes: YAML, ranges and rules, and the specs that they make."""
+"""Grids of probes: their YAML, ranges and rules, and the specs that come from them."""

@@ -1,4 +1,4 @@
-"""From groups of fields to probes: lists and ranges multiply, random search draws."""
+"""Turn groups of fields into probes: lists and ranges multiply, and random search draws."""
 
 import itertools
 import math
@@ -11,52 +11,31 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from featcache.errors import nearest, shown
-from featcache.kinds import Kind, Registry
-from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields
+from featcache.kinds import K, Registry
+from featcache.probes.grids.fields import MISSING, GridField, check_known, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 MOST_PROBES = 100_000
-# Random search gives up after so many draws in a row that were there already.
+# Random search gives up after this many draws in a row that repeat earlier ones.
 MOST_REPEATS = 1000
-# In place of a draw, to look at all that a search may draw before it does.
-EVERYTHING = "everything"
-# Of a ProbeSpec, in the order in which they multiply.
+# Stands for all draws at once, so that everything a search may draw is checked before it starts.
+EVERYTHING = Draw(0, -1)
+# The fields of a ProbeSpec, in the order in which they multiply.
 KEYS = ("name", *probe_fields(), *REGISTRIES)
+# The fields of `random`.
 RANDOM = {
     "n": GridField("n", FieldInfo.from_annotated_attribute(int, Field(ge=1, le=MOST_PROBES))),
     "seed": GridField("seed", FieldInfo.from_annotated_attribute(int, Field(0, ge=0, lt=2**63))),
 }
-# Fields that people write outside their section.
-SECTION_OF = {
-    name: section
-    for section in ("schedule", "loss", "optimizer", "head")
-    for kind in REGISTRIES[section].own
-    for name in part_fields(kind)
-}
-
-
-def check_known(fields: Iterable[Any], known: Iterable[str], path: str, errors: list[str]) -> None:
-    """Add an error for every field that is not known, with the nearest that is. path: ends in a dot."""
-    known = list(known)
-    for key in fields:
-        if key not in known:
-            errors.append(f"{path}{key}: unknown field{_meant(key, known)} (known: {', '.join(known)})")
-
-
-def _meant(key: Any, known: Sequence[str]) -> str:
-    """Return a hint at the field that an unknown one may be: that of a section, or the nearest."""
-    section = SECTION_OF.get(key) if isinstance(key, str) else None
-    if section in known:
-        return f"; did you mean '{section}.{key}', {key} in the section {section}?"
-    return nearest(key, known)
 
 
 def all_specs(groups: Iterable[Group], errors: list[str]) -> dict[ProbeSpec, Group]:
     """Return {ProbeSpec: its Group} of all groups, each probe once."""
-    specs, seen = {}, {}
+    specs: dict[ProbeSpec, Group] = {}
+    seen: dict[ProbeSpec, str] = {}
     for group in groups:
         for spec in _group_specs(group, errors):
             same = replace(spec, name="probe")
@@ -72,7 +51,7 @@ def all_specs(groups: Iterable[Group], errors: list[str]) -> dict[ProbeSpec, Gro
 
 
 def _group_specs(group: Group, errors: list[str]) -> Iterable[ProbeSpec]:
-    """Return the ProbeSpecs of one group, or none if anything in it is wrong."""
+    """Return the ProbeSpecs of one group, or none if anything in the group is wrong."""
     before = len(errors)
     if not isinstance(group.fields, dict):
         errors.append(f"{group.path}: expected a group of fields")
@@ -86,28 +65,29 @@ def _group_specs(group: Group, errors: list[str]) -> Iterable[ProbeSpec]:
         return _multiplied(axes, group, errors) if len(errors) == before else []
     random = _random(group.fields["random"], group.where("random"), errors)
     _axes(group, KEYS, EVERYTHING, errors)
-    return _searched(group, random, errors) if len(errors) == before else []
+    return _searched(group, random, errors) if random and len(errors) == before else []
 
 
 def _searched(group: Group, random: dict[str, int], errors: list[str]) -> list[ProbeSpec]:
-    """Return the ProbeSpecs of a random search: of draws that differ, until there are n."""
+    """Return the ProbeSpecs of a random search, which makes draws until n of them differ."""
     before = len(errors)
     changing = [key for key in KEYS if draws_from(group.fields.get(key))]
     axes = _axes(group, KEYS, Draw(random["seed"], 0), errors)
-    found, draws, repeats, number = {}, 0, 0, 0
-    while draws < random["n"] and len(found) <= MOST_PROBES and len(errors) == before:
+    specs: dict[ProbeSpec, None] = {}
+    draws, repeats, number = 0, 0, 0
+    while draws < random["n"] and len(specs) <= MOST_PROBES and len(errors) == before:
         new = dict.fromkeys(_multiplied(axes, group, errors))
         number += 1
         axes |= _axes(group, changing, Draw(random["seed"], number), errors)
-        draws, repeats = (draws, repeats + 1) if new.keys() <= found.keys() else (draws + 1, 0)
-        found |= new
+        draws, repeats = (draws, repeats + 1) if new.keys() <= specs.keys() else (draws + 1, 0)
+        specs |= new
         if repeats == MOST_REPEATS:
             errors.append(f"{group.where('random')}.n: {random['n']} draws asked for, and only {draws} differ")
-    return list(found)
+    return list(specs)
 
 
 def _random(value: Any, path: str, errors: list[str]) -> dict[str, int] | None:
-    """Return {n, seed} of a group's random search, or None and errors."""
+    """Return {n, seed} of a group's random search, or None where they have errors."""
     if not isinstance(value, dict):
         errors.append(f"{path}: expected n, how many to draw, and seed")
         return None
@@ -119,7 +99,7 @@ def _random(value: Any, path: str, errors: list[str]) -> dict[str, int] | None:
     return {key: values[0] for key, values in read.items()} if all(read.values()) else None
 
 
-def _axes(group: Group, keys: Iterable[str], draw: Any, errors: list[str]) -> dict[str, list[Any]]:
+def _axes(group: Group, keys: Iterable[str], draw: Draw | None, errors: list[str]) -> dict[str, list[Any]]:
     """Return {field of a ProbeSpec: its alternatives}, in the order of `keys`. draw: as for alternatives()."""
     axes: dict[str, list[Any]] = {}
     for key in keys:
@@ -138,13 +118,13 @@ def _axes(group: Group, keys: Iterable[str], draw: Any, errors: list[str]) -> di
 
 
 def _default(section: str) -> str | None:
-    """Return the name of the kind that a section is where a grid does not say, or None if it must."""
-    field = ProbeSpec.__pydantic_fields__[section]
-    return None if field.is_required() else field.get_default(call_default_factory=True).type
+    """Return the type of a section where a grid gives none, or None where it must give one."""
+    default = spec_field(section).default
+    return None if default is MISSING else default.type
 
 
 def _may_lack_epochs(optimizer: Any) -> bool:
-    """Whether a group's optimizers, or some of them, see all images at once."""
+    """Return whether any of a group's optimizers sees all images at once."""
     items = optimizer if isinstance(optimizer, list) else [optimizer]
     for item in items:
         with suppress(ValueError):
@@ -154,8 +134,10 @@ def _may_lack_epochs(optimizer: Any) -> bool:
     return False
 
 
-def _axis(given: Mapping[Any, Any], field: GridField, path: str, name: str, draw: Any, errors: list[str]) -> list[Any]:
-    """Return the alternatives of a field: what is given, else its default."""
+def _axis(
+    given: Mapping[Any, Any], field: GridField, path: str, name: str, draw: Draw | None, errors: list[str]
+) -> list[Any]:
+    """Return the alternatives of a field among the given fields, or else its default."""
     if field.name in given:
         return alternatives(given[field.name], field, path, name, draw, errors)
     if field.default is MISSING:
@@ -165,6 +147,7 @@ def _axis(given: Mapping[Any, Any], field: GridField, path: str, name: str, draw
 
 
 def _multiplied(axes: dict[str, list[Any]], group: Group, errors: list[str]) -> list[ProbeSpec]:
+    """Return a ProbeSpec for every combination of the alternatives."""
     if _too_many(axes.values(), group.path, errors):
         return []
     specs = [ProbeSpec(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
@@ -176,6 +159,7 @@ def _multiplied(axes: dict[str, list[Any]], group: Group, errors: list[str]) -> 
 
 
 def _too_many(axes: Iterable[Sequence[Any]], path: str, errors: list[str]) -> bool:
+    """Return whether alternatives have more combinations than a grid may have probes, and add an error if so."""
     count = math.prod(map(len, axes))
     if count > MOST_PROBES:
         errors.append(f"{path}: {count:,} combinations; a grid has at most {MOST_PROBES:,} probes")
@@ -184,16 +168,16 @@ def _too_many(axes: Iterable[Sequence[Any]], path: str, errors: list[str]) -> bo
 
 def sections(
     value: Any,
-    registry: Registry[Any],
+    registry: Registry[K],
     path: str,
     name: str,
     origins: Mapping[str, str],
-    draw: Any,
+    draw: Draw | None,
     errors: list[str],
-) -> list[Kind]:
+) -> list[K]:
     """Return the kinds that a section stands for, one for every combination of its alternatives.
 
-    name: of the section, for draws. origins: paths of fields that were written elsewhere.
+    name: the section's, which decides draws. origins: {field: path} of fields that come from another group.
     """
     if value is None:
         errors.append(f"{path}: missing (one of {', '.join(registry)})")
@@ -217,8 +201,10 @@ def sections(
     return result
 
 
-def _words(value: Any, registry: Registry[Any], path: str, name: str, draw: Any, errors: list[str]) -> list[str]:
-    """Return the names of kinds that a type stands for: one, a list's, or a choice's."""
+def _words(
+    value: Any, registry: Registry[Any], path: str, name: str, draw: Draw | None, errors: list[str]
+) -> list[str]:
+    """Return the names of the kinds that a type stands for: a word, a list of words, or a choice of them."""
     if value is None:
         errors.append(f"{path}: missing")
         return []
@@ -231,8 +217,8 @@ def _words(value: Any, registry: Registry[Any], path: str, name: str, draw: Any,
     return words
 
 
-def _items(value: Any, path: str, name: str, draw: Any, errors: list[str]) -> list[tuple[Any, str]]:
-    """Return [(item, its path)] of a list or a choice; of anything else, itself."""
+def _items(value: Any, path: str, name: str, draw: Draw | None, errors: list[str]) -> list[tuple[Any, str]]:
+    """Return [(item, path)] of the items of a list or a choice. Anything else is a single item."""
     if isinstance(value, list):
         if not value:
             errors.append(f"{path}: an empty list leaves no probe")
@@ -247,10 +233,11 @@ def _items(value: Any, path: str, name: str, draw: Any, errors: list[str]) -> li
     return [(value, path)]
 
 
-def alternatives(value: Any, field: GridField, path: str, name: str, draw: Any, errors: list[str]) -> list[Any]:
-    """Return the values that a field stands for: one, a list's, or a range's.
+def alternatives(value: Any, field: GridField, path: str, name: str, draw: Draw | None, errors: list[str]) -> list[Any]:
+    """Return the values that a field stands for: a single one, those of a list, or those of a range.
 
-    draw: of a random search, or EVERYTHING that it may draw; None is no such search.
+    name: the field's, which decides draws. draw: the one of a random search that is made, EVERYTHING to check all that
+    it may draw, or None without such a search.
     """
     if value is None:
         errors.append(f"{path}: missing")
@@ -272,12 +259,12 @@ def alternatives(value: Any, field: GridField, path: str, name: str, draw: Any, 
 
 
 def _numbers(
-    value: dict[Any, Any], field: GridField, path: str, name: str, draw: Any, errors: list[str]
+    value: dict[Any, Any], field: GridField, path: str, name: str, draw: Draw | None, errors: list[str]
 ) -> Sequence[float]:
     """Return the numbers that a range of a field stands for."""
     if not is_range(value):
-        meant = nearest(next(iter(value), ""), RANGES)
-        errors.append(f"{path}: expected a number, a list, or one of the ranges {', '.join(RANGES)}{meant}")
+        hint = nearest(next(iter(value), ""), RANGES)
+        errors.append(f"{path}: expected a number, a list, or one of the ranges {', '.join(RANGES)}{hint}")
         return []
     try:
         if "log" in value or "linspace" in value:

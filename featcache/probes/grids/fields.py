@@ -1,7 +1,7 @@
-"""The fields of a grid: what each may be, as the classes of its parts say it."""
+"""The fields of a grid, read from the classes of its parts: what values each may have, and how they are read."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from types import UnionType
@@ -21,9 +21,10 @@ MISSING = object()
 
 @dataclass(frozen=True, eq=False)
 class GridField:
-    """A field of a kind, or of a probe. info: pydantic's, with type, bounds, default and description.
+    """A field of a kind, or of a probe.
 
-    words: {word: value} of words that stand for a value of another type.
+    info: pydantic's, with type, bounds, default and description. words: [(word, value)] for words that stand for a
+    value of another type.
     """
 
     name: str
@@ -32,17 +33,12 @@ class GridField:
 
     @property
     def default(self) -> Any:
-        """What it is where a grid does not say, MISSING if it must."""
+        """The value of the field where a grid gives none, MISSING where it must give one."""
         return MISSING if self.info.is_required() else self.info.get_default(call_default_factory=True)
-
-    @cached_property
-    def types(self) -> tuple[Any, ...]:
-        """The alternatives of its type, without None."""
-        return tuple(kind for kind in _alternatives(self.info.annotation) if kind is not type(None))
 
     @property
     def numeric(self) -> bool:
-        """Whether it may be a number, and so a range of numbers."""
+        """Whether the field may be a number, and so a range of numbers."""
         return any(kind in (int, float) for kind, _ in self._typed)
 
     @property
@@ -52,30 +48,28 @@ class GridField:
 
     @property
     def listed(self) -> bool:
-        """Whether its value is a list by nature."""
+        """Whether a single value of the field is a list."""
         return any(get_origin(kind) is tuple for kind, _ in self._typed)
 
     @cached_property
     def _typed(self) -> list[tuple[Any, list[Any]]]:
-        """[(type, bounds)] of its alternatives."""
-        outer = [*self.info.metadata]
-        return [(*_unwrapped(kind, outer),) for kind in self.types]
+        """[(type, bounds)] of its alternatives, without None."""
+        annotation = self.info.annotation
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        return [_unwrapped(kind, self.info.metadata) for kind in kinds if kind is not type(None)]
 
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:
-        annotation = self.info.annotation
-        for bound in self.info.metadata:
-            annotation = Annotated[annotation, bound]
-        return TypeAdapter(annotation)
+        return TypeAdapter(_bounded(self.info.annotation, self.info.metadata))
 
     def annotations(self) -> list[Any]:
-        """Return its alternatives, each with all of its bounds, as types that pydantic understands."""
-        return [Annotated[(kind, *bounds)] if bounds else kind for kind, bounds in self._typed]  # type: ignore[valid-type]
+        """Return its alternatives, each with its bounds, as types that pydantic understands."""
+        return [_bounded(kind, bounds) for kind, bounds in self._typed]
 
     def read(self, value: Any) -> Any:
-        """Return a value as its type, or raise ValueError that says what is expected.
+        """Return a value as the type of the field. Raises ValueError, which says what is expected.
 
-        Text such as 1e-3, which YAML 1.1 does not read as a number, is one.
+        Text such as 1e-3, which YAML 1.1 does not read as a number, is taken as one.
         """
         for word, meaning in self.words:
             if value == word:
@@ -88,25 +82,26 @@ class GridField:
             raise ValueError(self._reason(value, error)) from None
 
     def _numbers(self, value: Any) -> Any:
-        """Return text that is a number as one, in a list, too."""
+        """Turn text that means a number into one, also within a list."""
         if isinstance(value, (list, tuple)):
             return tuple(map(self._numbers, value)) if self.listed else value
         if not (self.numeric or self.listed) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return value
         try:
-            # A whole number stays what it is: a float has 53 bits, and a seed 63.
+            # A whole number is not made a float, which has 53 bits where a seed has 63.
             if isinstance(value, int) and self.integer:
-                # Larger ones are no numbers to torch and numpy.
+                # torch and numpy take no larger ones. As text it is refused below.
                 return value if abs(value) < 2**63 else str(value)
             number = float(value)
         except (ValueError, OverflowError):
             return value
         if not math.isfinite(number):
-            # No field takes what is no number.
+            # No field takes nan or inf. As text they are refused.
             return str(value)
         return int(number) if self.integer and number == int(number) else number
 
     def _reason(self, value: Any, error: ValidationError) -> str:
+        """Say why pydantic refused a value."""
         first = error.errors()[0]
         if first["type"] == "value_error":
             own = str(first["ctx"]["error"])
@@ -120,7 +115,7 @@ class GridField:
 
     @cached_property
     def expected(self) -> str:
-        """What it may be, in words."""
+        """The values that the field may have, in words."""
         choices = [get_args(kind) for kind, _ in self._typed if get_origin(kind) is Literal]
         choices += [(True, False) for kind, _ in self._typed if kind is bool]
         if choices and len(self._typed) == 1:
@@ -138,37 +133,72 @@ class GridField:
         return ", or ".join(parts)
 
 
-@cache
 def part_fields(kind: type[Kind]) -> dict[str, GridField]:
-    """Return the fields of a kind by name, without its type."""
+    """Return {name: field} of a kind, without its type."""
+    return _part_fields(kind)
+
+
+@cache
+def _part_fields(kind: type[Kind]) -> dict[str, GridField]:
     return {name: GridField(name, info) for name, info in kind.model_fields.items() if name != "type"}
 
 
 @cache
+def spec_field(name: str) -> GridField:
+    """Return a field of ProbeSpec, which may be a section."""
+    words: dict[str, Any] = {"all": None} if name == "views" else {}
+    return GridField(name, vars(ProbeSpec)["__pydantic_fields__"][name], tuple(words.items()))
+
+
+@cache
 def probe_fields() -> dict[str, GridField]:
-    """Return the fields of a probe that are no parts, by name, in the order in which they multiply."""
-    infos = ProbeSpec.__pydantic_fields__
+    """Return {name: field} of the fields of a probe other than sections, in the order in which they multiply."""
     names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
-    words = {"views": (("all", None),)}
-    return {name: GridField(name, infos[name], words.get(name, ())) for name in names}
+    return {name: spec_field(name) for name in names}
 
 
-def known_fields(kinds: Mapping[str, type[Kind]]) -> Iterable[str]:
+def known_fields(kinds: Iterable[type[Kind]]) -> tuple[str, ...]:
     """Return the names of all fields that any of these kinds has."""
-    return dict.fromkeys(name for kind in kinds.values() for name in part_fields(kind))
+    return tuple(dict.fromkeys(name for kind in kinds for name in part_fields(kind)))
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+def check_known(fields: Iterable[Any], known: Iterable[str], path: str, errors: list[str]) -> None:
+    """Add an error for every field that is not known, with the nearest that is. path: ends in a dot."""
+    known = list(known)
+    for key in fields:
+        if key not in known:
+            errors.append(f"{path}{key}: unknown field{_hint(key, known)} (known: {', '.join(known)})")
+
+
+def _hint(key: Any, known: Sequence[str]) -> str:
+    """Return a hint at the field that an unknown one may mean: one of a section, or the nearest."""
+    section = _section_of().get(key) if isinstance(key, str) else None
+    if section in known:
+        return f"; did you mean '{section}.{key}', {key} in the section {section}?"
+    return nearest(key, known)
+
+
+@cache
+def _section_of() -> dict[str, str]:
+    """Return {field: section} for the fields that people write outside their section."""
+    sections = ("schedule", "loss", "optimizer", "head")
+    return {name: section for section in sections for name in known_fields(REGISTRIES[section].own)}
+
+
+def _bounded(annotation: Any, bounds: Iterable[Any]) -> Any:
+    """Return a type with bounds, as pydantic understands it."""
+    for bound in bounds:
+        annotation = Annotated[annotation, bound]
+    return annotation
 
 
 def _unwrapped(annotation: Any, bounds: list[Any]) -> tuple[Any, list[Any]]:
-    """Return the type in an Annotated, and the bounds that it and what is around it say."""
+    """Return the type within an Annotated, and its bounds after those that are given."""
     if get_origin(annotation) is not Annotated:
         return annotation, bounds
     inner, *metadata = get_args(annotation)
-    found = [b for m in metadata for b in (m.metadata if isinstance(m, FieldInfo) else [m])]
-    return _unwrapped(inner, [*bounds, *found])
+    inner_bounds = [b for m in metadata for b in (m.metadata if isinstance(m, FieldInfo) else [m])]
+    return _unwrapped(inner, [*bounds, *inner_bounds])
 
 
 def _range_in_words(kind: str, bounds: list[Any]) -> str:

@@ -1,66 +1,74 @@
-"""A grid: any field of a group may be a list or a range, and they multiply; rules drop or change some probes."""
+"""A grid: fields of its groups may be lists or ranges, which multiply; rules then drop or change some probes."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 from featcache.arguments import is_path
 from featcache.errors import BadInput, nearest, shown
-from featcache.probes.grids.expand import all_specs, check_known, sections
+from featcache.probes.grids.expand import all_specs, sections
+from featcache.probes.grids.fields import check_known
 from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.grids.search import SEARCHES, Halving
-from featcache.probes.identity import REGISTRIES
 from featcache.probes.scores.metrics import METRICS
 from featcache.probes.spec import ProbeSpec
 
+PathOrStr = str | PathLike[str]
 ROLES = ("train", "val", "test")
 TOP = (
     "store", "splits", "select", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
     "profiles",
 )  # fmt: skip
-# What a probe scores on the images that it learned says little of others.
+# The roles that get intervals by default. Scores on the training images say little about other images.
 INTERVALS = ("val", "test")
 
 
 @dataclass(frozen=True, repr=False)
 class Grid:
-    """A checked grid. splits: role (train, val, test) to the store's splits. metric, split: to select by, if named.
+    """A grid that was read and checked.
 
-    intervals: roles whose scores get an interval. Where no val is named and the split of that name has another
-    role, splits has no val. path: of its file. groups: of each of the specs the one that it is of. parity: name
-    of the profile that was applied. content: the grid with included files, groups that start from others and
-    the profile's splits filled in, which reads as the same grid.
+    path: of its file. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
+    for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
+    metric, chosen_on: the metric and role by which probes are chosen, None where the grid does not say. content: the
+    grid with included files, groups that start from others and the profile's splits filled in; it reads as the same
+    grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
-    path: object
+    path: PathOrStr
     specs: tuple[ProbeSpec, ...]
     groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
     metric: str | None
-    split: str | None
+    chosen_on: str | None
     store: str | None
-    content: dict
+    content: dict[str, Any]
     search: Halving | None = None
     parity: str | None = None
     intervals: tuple[str, ...] = INTERVALS
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
 
     @property
-    def allow_overlap(self):
+    def allow_overlap(self) -> bool:
         """Whether the grid lets two roles share images."""
         return self.content.get("allow_overlap", False)
 
     @property
-    def rules(self):
-        """What of the content, beside the groups, decides what a run holds: {} if nothing does."""
+    def rules(self) -> dict[str, Any]:
+        """The fields of the content, other than groups, that decide what a run holds: {} if there are none."""
         keys = ("intervals", "exclude", "search", "parity", "profiles")
         return {key: self.content[key] for key in keys if key in self.content}
 
 
-def load_grid(grid, parity=None):
-    """Check a grid that is given as the path of a YAML file, or as its content. Raises BadInput."""
+def load_grid(grid: PathOrStr | dict[str, Any], parity: str | None = None) -> Grid:
+    """Read and check a grid, given as the path of a YAML file or as its content. Raises BadInput.
+
+    parity: as for parse_grid.
+    """
     if isinstance(grid, dict):
         return parse_grid(grid, parity=parity)
     if not is_path(grid):
@@ -68,27 +76,27 @@ def load_grid(grid, parity=None):
     return read_grid(grid, parity)
 
 
-def read_grid(path, parity=None):
+def read_grid(path: PathOrStr, parity: str | None = None) -> Grid:
     """Read and check a grid file; see parse_grid. Raises BadInput that names every wrong field by its YAML path."""
     return parse_grid(read_content(path), path, parity)
 
 
-def parse_grid(content, path="grid", parity=None):
-    """Turn a grid's content (dicts and lists, as YAML gives them) into a Grid. Raises BadInput.
+def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None) -> Grid:
+    """Turn the content of a grid (dicts and lists, as YAML has them) into a Grid. Raises BadInput.
 
-    path: of the file, to which `include` is relative. parity: name of one of the grid's profiles to apply.
+    path: of the file, to which `include` is relative. parity: name of the profile to apply, by default the grid's own.
     """
     if not isinstance(content, dict):
         raise BadInput(f"grid {path}: expected fields such as store, splits, select and probes at the top")
     check_size(content, path)
-    errors = []
-    written = assemble(content, path, TOP, REGISTRIES, errors)
+    errors: list[str] = []
+    written = assemble(content, path, TOP, errors)
     content = written.content
     at = {key: f"{written.origins.get(key, '')}{key}" for key in TOP}
     parity = parity or content.get("parity")
     written_splits = (content.get("splits", {}), at["splits"])
     splits = _splits([written_splits], parity is not None, errors)
-    metric, split = _select(content.get("select", {}), splits, at["select"], errors)
+    metric, chosen_on = _select(content.get("select", {}), splits, at["select"], errors)
     intervals = _intervals(content.get("intervals", list(INTERVALS)), at["intervals"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
@@ -106,16 +114,16 @@ def parse_grid(content, path="grid", parity=None):
         roles = _splits([written_splits, (profile.get("splits", {}), f"{where}.splits")], True, errors)
         others = changed(specs, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
-            chosen = others, roles
+            profiled = others, roles
     refuse(path, errors)
     if parity is not None:
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
-        specs, splits = chosen
-    return Grid(path, tuple(specs), groups, splits, metric, split, store, content, search, parity, intervals)
+        specs, splits = profiled
+    return Grid(path, tuple(specs), groups, splits, metric, chosen_on, store, content, search, parity, intervals)
 
 
-def refuse(path, errors):
+def refuse(path: PathOrStr, errors: list[str]) -> None:
     """Raise BadInput that lists the errors of a grid, each once, if there are any."""
     errors = list(dict.fromkeys(errors))
     if len(errors) == 1:
@@ -124,14 +132,14 @@ def refuse(path, errors):
         raise BadInput(f"grid {path} has {len(errors)} errors:", *errors)
 
 
-def _profiles(value, parity, path, errors):
-    """Return {name: profile} of the profiles that can be looked into."""
+def _profiles(value: Any, parity: Any, path: str, errors: list[str]) -> dict[str, dict[str, Any]]:
+    """Return {name: profile} of the profiles that are dicts, and add errors for the others."""
     if not isinstance(value, dict):
         errors.append(f"{path}: expected names of profiles, each with splits or change")
         return {}
     if parity is not None and parity not in list(value):
-        there = f"it has {', '.join(map(str, value))}" if value else "it has none"
-        errors.append(f"parity: the grid has no profile {shown(parity)}{nearest(parity, value)} ({there})")
+        known = f"it has {', '.join(map(str, value))}" if value else "it has none"
+        errors.append(f"parity: the grid has no profile {shown(parity)}{nearest(parity, value)} ({known})")
     for name, profile in value.items():
         if not isinstance(profile, dict) or not isinstance(name, str):
             errors.append(f"{path}.{name}: expected the name of a profile, with splits or change")
@@ -140,12 +148,13 @@ def _profiles(value, parity, path, errors):
     return {n: profile for n, profile in value.items() if isinstance(profile, dict)}
 
 
-def _splits(levels, shared, errors):
-    """Return {role: splits}. levels: [(what a grid and a profile of it say, its path)], of which the last wins.
+def _splits(levels: Sequence[tuple[Any, str]], shared: bool, errors: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return {role: splits}. levels: [(`splits` of the grid, then of a profile, its path)], of which the last wins.
 
-    shared: whether val and test may be the same, as in published protocols.
+    shared: whether val and test may be the same split, as in published protocols.
     """
-    roles, where = {role: (role,) for role in ROLES}, {}
+    roles: dict[str, tuple[str, ...]] = {role: (role,) for role in ROLES}
+    where: dict[str, str] = {}
     for value, path in levels:
         if not isinstance(value, dict):
             errors.append(f"{path}: expected train, val and test")
@@ -161,7 +170,7 @@ def _splits(levels, shared, errors):
             else:
                 roles[role] = tuple(names)
     if "val" not in where and any("val" in roles[role] for role in where):
-        # The split of that name is put to another use, which leaves none to choose on.
+        # The split named val has another role, so that there is none to choose on.
         del roles["val"]
     for a, b in itertools.combinations(roles, 2):
         both = set(roles[a]) & set(roles[b])
@@ -171,27 +180,28 @@ def _splits(levels, shared, errors):
     return roles
 
 
-def _select(value, splits, path, errors):
+def _select(value: Any, splits: Mapping[str, object], path: str, errors: list[str]) -> tuple[str | None, str | None]:
+    """Return the metric and the role by which probes are chosen, each None where the grid does not say."""
     if not isinstance(value, dict):
         errors.append(f"{path}: expected metric and split")
         return None, None
     check_known(value, ("metric", "split"), f"{path}.", errors)
-    metric, split = value.get("metric"), value.get("split")
+    metric, role = value.get("metric"), value.get("split")
     if metric is not None:
         try:
             metric = METRICS.meant(metric)
         except ValueError as error:
             errors.append(f"{path}.metric: {error}")
-    if split == "test":
+    if role == "test":
         errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
-    elif split is not None and split not in list(splits):
-        there = [role for role in splits if role != "test"]
-        errors.append(f"{path}.split: {shown(split)} is not one of {', '.join(there)}{nearest(split, there)}")
-    return metric, split
+    elif role is not None and role not in list(splits):
+        known = [name for name in splits if name != "test"]
+        errors.append(f"{path}.split: {shown(role)} is not one of {', '.join(known)}{nearest(role, known)}")
+    return metric, role
 
 
-def _intervals(value, path, errors):
-    """Return the roles whose scores get an interval, of those that the grid has."""
+def _intervals(value: Any, path: str, errors: list[str]) -> tuple[str, ...]:
+    """Return the roles whose scores get an interval."""
     names = value if isinstance(value, list) else [value]
     for name in names:
         if name not in list(ROLES):
@@ -199,10 +209,11 @@ def _intervals(value, path, errors):
     return tuple(names)
 
 
-def _search(value, path, errors):
+def _search(value: Any, path: str, errors: list[str]) -> Halving | None:
+    """Return the search of a grid, None if it has none."""
     if value is None:
         return None
-    found = sections(value, SEARCHES, path, "search", {}, None, errors)
-    if len(found) > 1:
+    searches = sections(value, SEARCHES, path, "search", {}, None, errors)
+    if len(searches) > 1:
         errors.append(f"{path}: expected one value for each field, not several")
-    return found[0] if found else None
+    return searches[0] if searches else None

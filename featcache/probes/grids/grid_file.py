@@ -1,14 +1,19 @@
-"""A grid as it is written: YAML, files that include others, groups that start from others."""
+"""The text of a grid: YAML, files that include others, and groups that start from others."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from featcache.errors import BadInput, nearest, shown
 from featcache.names import unwritable
+from featcache.probes.grids.fields import check_known
 from featcache.probes.grids.ranges import is_range
+from featcache.probes.identity import REGISTRIES
 
 # Anchors may make a few lines stand for any number of nodes.
 MOST_NODES = 1_000_000
@@ -16,18 +21,18 @@ MOST_NODES = 1_000_000
 
 @dataclass(frozen=True)
 class Group:
-    """A group of fields, of which those that it starts `from` are filled in.
+    """A group of fields, with those that it starts `from` filled in.
 
-    path: of the group, as errors name it. origins: {field: path} and {(section, field): path} of what
-    was written elsewhere than `path` says.
+    path: of the group, as errors name it. origins: {field: path} and {(section, field): path} for the fields that come
+    from another group.
     """
 
-    fields: object
+    fields: Any
     path: str
-    origins: dict = field(default_factory=dict)
+    origins: dict[Any, str] = field(default_factory=dict)
 
-    def where(self, key):
-        """Path of a field."""
+    def where(self, key: Any) -> str:
+        """Return the path of a field."""
         return self.origins.get(key, f"{self.path}.{key}")
 
 
@@ -35,22 +40,22 @@ class Group:
 class Written:
     """A grid without `include` and `from`.
 
-    content: the same in plain dicts and lists. groups: Groups. origins: {top-level field: "FILE: "} of
-    what an included file says. exclude: [(path, rule)].
+    content: the same in plain dicts and lists. origins: {top-level field: "FILE: "} for the fields that come from an
+    included file. exclude: [(path, rule)].
     """
 
-    content: dict
-    groups: list
-    origins: dict
-    exclude: list
+    content: dict[str, Any]
+    groups: list[Group]
+    origins: dict[str, str]
+    exclude: list[tuple[str, Any]]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML readers otherwise settle in silence."""
+    """SafeLoader that refuses a key that is given twice, of which YAML readers silently keep one."""
 
-    def compose_mapping_node(self, anchor):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        # Here rather than in construct_mapping, which sees the keys that << merges in as well.
+        # construct_mapping would also see the keys that << merges in.
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
@@ -58,7 +63,7 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.rpartition(":")[2]
         try:
             # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody who writes a grid means.
@@ -71,13 +76,13 @@ class _Loader(yaml.SafeLoader):
                 )
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError):
-            # Such as the date 2001-02-30, or !!int x.
+            # For example the date 2001-02-30, or !!int x.
             raise yaml.constructor.ConstructorError(
                 None, None, f"{shown(node.value)} is not what YAML calls {kind}", node.start_mark
             ) from None
 
 
-def read_content(path):
+def read_content(path: str | PathLike[str]) -> Any:
     """Read one YAML file into dicts and lists. Raises BadInput with line and column."""
     path = Path(path)
     try:
@@ -96,28 +101,27 @@ def read_content(path):
         raise BadInput(f"grid {path}{where}: {getattr(error, 'problem', None) or error}") from None
 
 
-def assemble(content, path, known, sections, errors):
-    """Put a grid together: the files that it includes, and the groups that start from others.
+def assemble(content: dict[Any, Any], path: str | PathLike[str], known: Collection[str], errors: list[str]) -> Written:
+    """Fill in the files that a grid includes, and the groups that its groups start from.
 
-    content: of the file at `path`, to which `include` is relative. known: top-level fields. sections:
-    fields that have fields of their own. Errors are added to the list `errors`. Returns a Written.
+    content: of the file at `path`, to which `include` is relative. known: top-level fields. Adds to `errors`.
     """
     raw = Written({}, [], {}, [])
     _add(content, Path(path), "", (Path(path).resolve(),), known, raw, errors)
-    filled = {}
+    filled: dict[int, Group | None] = {}
     for number in range(len(raw.groups)):
-        _fill(number, raw.groups, filled, (), sections, errors)
-    groups = [filled[number] for number in range(len(raw.groups)) if filled[number]]
+        _fill(number, raw.groups, filled, (), errors)
+    groups = [group for number in range(len(raw.groups)) if (group := filled[number])]
     whole = raw.content | {"probes": [group.fields for group in groups]}
     if raw.exclude:
         whole["exclude"] = [rule for _, rule in raw.exclude]
     return Written(whole, groups, raw.origins, raw.exclude)
 
 
-def check_size(content, path):
-    """Raise BadInput if a grid refers to itself, if aliases blow it up, or if a text in it cannot be written."""
+def check_size(content: Any, path: str | PathLike[str]) -> None:
+    """Raise BadInput if a grid refers to itself, if aliases blow it up, or if it has text that cannot be written."""
 
-    def count(value, within):
+    def count(value: Any, within: frozenset[int]) -> int:
         # Half a surrogate pair can be in no file; what may hold a zero byte, each field says.
         if isinstance(value, str) and "\0" not in value and (reason := unwritable(value)):
             raise BadInput(f"grid {path}: it holds {shown(value)}, {reason}")
@@ -131,7 +135,7 @@ def check_size(content, path):
             sizes[id(value)] = 1 + sum(count(part, inside) for part in parts)
         return sizes[id(value)]
 
-    sizes = {}
+    sizes: dict[int, int] = {}
     try:
         if count(content, frozenset()) > MOST_NODES:
             raise BadInput(f"grid {path}: more than {MOST_NODES:,} values")
@@ -139,16 +143,26 @@ def check_size(content, path):
         raise BadInput(f"grid {path}: nested too deeply") from None
 
 
-def _add(content, file, prefix, chain, known, result, errors):
-    """Add a file's groups, and its top-level fields where no file that includes it has them, to `result`."""
+def _add(
+    content: dict[Any, Any],
+    file: Path,
+    prefix: str,
+    chain: tuple[Path, ...],
+    known: Collection[str],
+    result: Written,
+    errors: list[str],
+) -> None:
+    """Add a file's groups to `result`, and those of its top-level fields that no file that includes it has.
+
+    prefix: what its paths in messages begin with. chain: the file, after all that include it.
+    """
+    check_known(content, known, prefix, errors)
     for key, value in content.items():
-        if key not in known:
-            errors.append(f"{prefix}{key}: unknown field{nearest(key, known)} (known: {', '.join(known)})")
-        elif key not in ("include", "probes", "exclude") and key not in result.content:
+        if key in known and key not in ("include", "probes", "exclude") and key not in result.content:
             result.content[key] = value
             result.origins[key] = prefix
-    result.groups.extend(Group(value, where) for where, value in _items(content, "probes", "groups", prefix, errors))
-    result.exclude.extend(_items(content, "exclude", "rules", prefix, errors))
+    result.groups.extend(Group(value, where) for where, value in _items(content, "probes", "group", prefix, errors))
+    result.exclude.extend(_items(content, "exclude", "rule", prefix, errors))
     names = content.get("include", [])
     for number, name in enumerate(names if isinstance(names, list) else [names]):
         where = f"{prefix}include" + f"[{number}]" * (names is not name)
@@ -158,16 +172,17 @@ def _add(content, file, prefix, chain, known, result, errors):
             _add(inner, path, f"{name}: ", (*chain, path.resolve()), known, result, errors)
 
 
-def _items(content, key, what, prefix, errors):
+def _items(content: dict[Any, Any], key: str, what: str, prefix: str, errors: list[str]) -> list[tuple[str, Any]]:
+    """Return [(path, item)] of a list at the top of a file."""
     value = content.get(key, [])
     if not isinstance(value, list) or (key in content and not value):
-        errors.append(f"{prefix}{key}: expected a list of at least one {what.removesuffix('s')}")
+        errors.append(f"{prefix}{key}: expected a list of at least one {what}")
         return []
     return [(f"{prefix}{key}[{number}]", item) for number, item in enumerate(value)]
 
 
-def _included(name, file, where, chain, errors):
-    """Return the content of an included file, or None and an error."""
+def _included(name: Any, file: Path, where: str, chain: tuple[Path, ...], errors: list[str]) -> dict[Any, Any] | None:
+    """Return the content of an included file, or add an error and return None."""
     if not isinstance(name, str) or not name or "\0" in name:
         errors.append(f"{where}: {shown(name)} is not the path of a file")
         return None
@@ -186,8 +201,10 @@ def _included(name, file, where, chain, errors):
     return content
 
 
-def _fill(number, groups, filled, chain, sections, errors):
-    """Put group `number`, with the fields that it takes from another one, into `filled`; None if there is no such."""
+def _fill(
+    number: int, groups: list[Group], filled: dict[int, Group | None], chain: tuple[int, ...], errors: list[str]
+) -> None:
+    """Put group `number`, with the fields of the one that it starts from, into `filled`; None if it has errors."""
     if number in filled:
         return
     group = groups[number]
@@ -198,35 +215,38 @@ def _fill(number, groups, filled, chain, sections, errors):
     own = {key: value for key, value in group.fields.items() if key != "from"}
     base = _base(number, group, groups, chain, errors)
     if base is not None:
-        _fill(base, groups, filled, (*chain, number), sections, errors)
-        if filled[base]:
-            filled[number] = _merged(filled[base], own, group.path, sections, errors)
+        _fill(base, groups, filled, (*chain, number), errors)
+        if start := filled[base]:
+            filled[number] = _merged(start, own, group.path, errors)
 
 
-def _base(number, group, groups, chain, errors):
-    """Return the number of the group that a group starts from, or None and an error."""
+def _base(number: int, group: Group, groups: list[Group], chain: tuple[int, ...], errors: list[str]) -> int | None:
+    """Return the number of the group that a group starts from, or add an error and return None."""
     name, where = group.fields["from"], f"{group.path}.from"
     names = [g.fields.get("name") if isinstance(g.fields, dict) else None for g in groups]
-    found = [n for n, other in enumerate(names) if isinstance(name, str) and other == name]
-    if not found:
-        there = [n for n in names if isinstance(n, str)]
-        errors.append(f"{where}: no group is called {shown(name)}{nearest(name, there)}")
-    elif len(found) > 1:
-        errors.append(f"{where}: {len(found)} groups are called {name!r}")
-    elif found[0] in (*chain, number):
+    bases = [n for n, other in enumerate(names) if isinstance(name, str) and other == name]
+    if not bases:
+        errors.append(
+            f"{where}: no group is called {shown(name)}{nearest(name, [n for n in names if isinstance(n, str)])}"
+        )
+    elif len(bases) > 1:
+        errors.append(f"{where}: {len(bases)} groups are called {name!r}")
+    elif bases[0] in (*chain, number):
         errors.append(f"{where}: {name!r} starts from itself")
     else:
-        return found[0]
+        return bases[0]
     return None
 
 
-def _merged(base, own, path, sections, errors):
-    """A group that starts from another: a field replaces the other's; a section without a type changes fields in it."""
+def _merged(base: Group, own: dict[Any, Any], path: str, errors: list[str]) -> Group:
+    """Return a group that starts from another. Its fields replace those of the base, a section without a type only the
+    fields that it names.
+    """
     fields = dict(base.fields)
     origins = {key: base.where(key) for key in fields} | {k: v for k, v in base.origins.items() if isinstance(k, tuple)}
     for key, value in own.items():
         changes = isinstance(value, dict) and "type" not in value and not is_range(value)
-        if key in sections and key in fields and changes:
+        if key in REGISTRIES and key in fields and changes:
             if is_range(fields[key]):
                 errors.append(f"{path}.{key}: {base.where(key)} is a choice; give a type here to replace it")
                 continue
@@ -240,5 +260,5 @@ def _merged(base, own, path, sections, errors):
     return Group(fields, path, origins)
 
 
-def _section(item):
+def _section(item: Any) -> dict[Any, Any]:
     return item if isinstance(item, dict) else {"type": item}

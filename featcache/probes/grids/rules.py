@@ -1,4 +1,4 @@
-"""Rules over the probes of a grid: which ones it excludes, and what a parity profile changes."""
+"""Rules that pick probes of a grid: those that it excludes, and those that a profile changes."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,24 +7,24 @@ from typing import Any
 
 from featcache.errors import nearest
 from featcache.kinds import Kind
-from featcache.probes.grids.expand import alternatives, check_known, sections
-from featcache.probes.grids.fields import known_fields, part_fields, probe_fields
+from featcache.probes.grids.expand import alternatives, sections
+from featcache.probes.grids.fields import check_known, known_fields, part_fields, probe_fields
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
-# A rule, read: [((field, its part or None), value or list of values)].
+# A rule that was read: [((field, its part or None), value or list of values)].
 Rule = list[tuple[tuple[str, str | None], Any]]
 
 
 def _parts_of(field: str) -> tuple[str, ...]:
-    """Return the fields of a section of a probe, () for a field that is none."""
-    return ("type", *known_fields(REGISTRIES[field])) if field in REGISTRIES else ()
+    """Return the fields of a section of a probe, () if the field is not a section."""
+    return ("type", *known_fields(REGISTRIES[field].values())) if field in REGISTRIES else ()
 
 
 def without(specs: list[ProbeSpec], rules: list[tuple[str, Any]], errors: list[str]) -> list[ProbeSpec]:
-    """Drop the probes that a rule matches. A rule that drops none is an error, and so is one that leaves none.
+    """Return the specs without those that a rule matches. It is an error if a rule drops no probe, or leaves none.
 
-    rules: [(path, rule)]. Nothing is dropped where there are errors already.
+    rules: [(path, rule)]. Nothing is dropped if there are errors already.
     """
     read = [(path, _read(rule, path, errors)) for path, rule in rules]
     if errors:
@@ -60,14 +60,13 @@ def _changed(specs: list[ProbeSpec], change: Any, path: str, errors: list[str]) 
     rule = _read(change["where"], f"{path}.where", errors) if "where" in change else []
     if errors:
         return specs
-    meant = [_matches(spec, rule) for spec in specs]
-    if not any(meant):
+    if not any(_matches(spec, rule) for spec in specs):
         errors.append(f"{path}.where: no probe has these values")
-    return [_set(s, change["set"], f"{path}.set", errors) if m else s for s, m in zip(specs, meant, strict=True)]
+    return [_set(spec, change["set"], f"{path}.set", errors) if _matches(spec, rule) else spec for spec in specs]
 
 
 def _set(spec: ProbeSpec, values: dict[Any, Any], path: str, errors: list[str]) -> ProbeSpec:
-    """Return a spec with some fields set; a section without a type keeps its other fields."""
+    """Return a spec with other values in some fields. A section without a type keeps its other fields."""
     fields = probe_fields()
     check_known(values, (*fields, *REGISTRIES), f"{path}.", errors)
     for key, value in values.items():
@@ -90,7 +89,7 @@ def _set(spec: ProbeSpec, values: dict[Any, Any], path: str, errors: list[str]) 
 
 
 def _parts(part: Kind, value: dict[Any, Any], path: str, errors: list[str]) -> list[Kind]:
-    """Return a part with some of its fields set, for every combination of them."""
+    """Return a part with other values in some fields, once for every combination of their alternatives."""
     fields = part_fields(type(part))
     check_known(value, fields, f"{path}.", errors)
     given = [key for key in value if key in fields]
@@ -98,15 +97,15 @@ def _parts(part: Kind, value: dict[Any, Any], path: str, errors: list[str]) -> l
     return [type(part)(**dict(part) | dict(zip(given, values, strict=True))) for values in itertools.product(*axes)]
 
 
-def _read(rule: Any, path: str, errors: list[str]) -> Rule | None:
+def _read(rule: Any, path: str, errors: list[str]) -> Rule:
     """Turn {head: {type: bcos}, "optimizer.lr": 30, loss: ce} into [((field, part or None), value)].
 
-    A list of values stands for any of them. Returns None, and adds to `errors`, if anything is wrong.
+    A list of values stands for any of them. What is wrong is added to `errors`.
     """
     if not isinstance(rule, dict) or not rule:
         errors.append(f"{path}: expected some fields of the probes that are meant")
-        return None
-    before, result = len(errors), []
+        return []
+    result: Rule = []
     for key, value in rule.items():
         if key in REGISTRIES:
             parts = value if isinstance(value, dict) else {"type": value}
@@ -114,31 +113,32 @@ def _read(rule: Any, path: str, errors: list[str]) -> Rule | None:
             result += [((key, part), wanted) for part, wanted in parts.items()]
             continue
         field, _, part = str(key).partition(".")
-        whole = ("name", *probe_fields())
-        if key in whole or part in _parts_of(field):
+        own = ("name", *probe_fields())
+        if key in own or part in _parts_of(field):
             result.append(((field, part or None), value))
         else:
-            words = [*whole, *REGISTRIES, *(f"{field}.{part}" for field in REGISTRIES for part in _parts_of(field))]
+            words = [*own, *REGISTRIES, *(f"{field}.{part}" for field in REGISTRIES for part in _parts_of(field))]
             errors.append(f"{path}.{key}: unknown field{nearest(key, words)}")
-    return result if len(errors) == before else None
+    return result
 
 
 def _matches(spec: ProbeSpec, rule: Rule) -> bool:
+    """Return whether a probe has all values of a rule."""
     for (field, part), wanted in rule:
         value = getattr(spec, field)
         if part is not None:
-            # A part's own fields: it has no value of another type's.
+            # A part has no value for the fields of other types.
             if part not in type(value).model_fields:
                 return False
             value = getattr(value, part)
-        # A grid writes None as all, for views.
+        # For views, a grid writes `all` where the spec has None.
         if not _is("all" if value is None and field == "views" else value, wanted):
             return False
     return True
 
 
 def _is(value: Any, wanted: Any) -> bool:
-    """Whether a probe's value is the one that a rule names, or one of them."""
+    """Return whether a probe's value is the one, or one of those, that a rule names."""
     if isinstance(value, tuple):
         return isinstance(wanted, list) and len(wanted) == len(value) and all(map(_is, value, wanted))
     if isinstance(wanted, list):

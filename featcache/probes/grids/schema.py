@@ -1,11 +1,11 @@
-"""The fields of a grid as a JSON schema, which gives editors completion and checking, and as tables for docs/grid.md."""
+"""The fields of a grid as a JSON schema, with which editors complete and check it, and as tables for docs/grid.md."""
 
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from featcache.kinds import Kind, Registry
-from featcache.probes.grids.fields import MISSING, GridField, part_fields, probe_fields
+from featcache.probes.grids.fields import MISSING, GridField, known_fields, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid import ROLES
 from featcache.probes.grids.search import SEARCHES
 from featcache.probes.identity import REGISTRIES
@@ -13,10 +13,9 @@ from featcache.probes.scores.metrics import METRICS
 
 Schema = dict[str, Any]
 
-# YAML 1.1 reads 1e-3 as text; featcache takes it for the number that is meant.
+# YAML 1.1 reads 1e-3 as text, which featcache takes for the number that it means.
 NUMBER_AS_TEXT: Schema = {"type": "string", "pattern": r"^[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"}
 HEADINGS, RULE = "| field | values | default | meaning |", "| --- | --- | --- | --- |"
-SECTIONS_NEEDED = ["features", "head", "loss", "optimizer"]
 
 
 def schema() -> Schema:
@@ -53,7 +52,7 @@ def schema() -> Schema:
 
 
 def table(kinds: Registry[Any]) -> str:
-    """Return a Markdown table of the fields of all own kinds of one sort; a row for all types that agree in a field."""
+    """Return a Markdown table of the fields of our own kinds of one sort. Types that agree in a field share its row."""
     types: dict[str, list[str]] = {}
     for kind in kinds.own:
         for name, field in part_fields(kind).items():
@@ -63,7 +62,7 @@ def table(kinds: Registry[Any]) -> str:
 
 
 def probe_table() -> str:
-    """Return a Markdown table of the fields of a probe that are no sections."""
+    """Return a Markdown table of the fields of a probe other than sections."""
     return "\n".join([HEADINGS, RULE, *(_row(name, field) for name, field in probe_fields().items())])
 
 
@@ -81,7 +80,8 @@ def _group() -> Schema:
     }
     properties |= {name: _field(field) for name, field in probe_fields().items()}
     properties |= {name: {"$ref": f"#/$defs/{name}"} for name in REGISTRIES}
-    needed = [{"required": SECTIONS_NEEDED}, {"required": ["from"]}]
+    required = [name for name in (*probe_fields(), *REGISTRIES) if spec_field(name).default is MISSING]
+    needed = [{"required": required}, {"required": ["from"]}]
     return {"type": "object", "properties": properties, "additionalProperties": False, "anyOf": needed}
 
 
@@ -95,13 +95,11 @@ def _section(name: str, kinds: Registry[Any]) -> Schema:
 def _one_of(kinds: Registry[Any]) -> Schema:
     """Return the schema of one kind: a word, or an object with its fields."""
     words: Schema = {"enum": [word for kind in kinds.values() for word in (kind.word(), *kind.aliases)]}
-    every: Schema = {}
-    for kind in kinds.values():
-        every |= {field: {} for field in part_fields(kind)}
+    fields: Schema = {name: {} for name in known_fields(kinds.values())}
     # A section of a group that starts from another may leave out its type, and a type may be a list.
     loose = {
         "type": "object",
-        "properties": {"type": _one_or_more(words)} | every,
+        "properties": {"type": _one_or_more(words)} | fields,
         "additionalProperties": False,
         "not": {"properties": {"type": {"type": "string"}}, "required": ["type"]},
     }
@@ -125,12 +123,12 @@ def _field(field: GridField) -> Schema:
         drawn = spread | {"minItems": 2, "maxItems": 2}
         options += [_object({name: spread}) | {"required": [name]} for name in ("log", "linspace")]
         options += [_object({name: drawn}) | {"required": [name]} for name in ("uniform", "loguniform")]
-    found: Schema = {"anyOf": options}
+    result: Schema = {"anyOf": options}
     if field.info.description:
-        found["description"] = field.info.description
+        result["description"] = field.info.description
     if field.default is not MISSING and field.default is not None:
-        found["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-    return found
+        result["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return result
 
 
 def _value(field: GridField) -> Schema:
@@ -142,13 +140,13 @@ def _value(field: GridField) -> Schema:
 
 
 def _object(properties: Schema, description: str = "") -> Schema:
-    found: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
-    return found | {"description": description} if description else found
+    result: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return result | {"description": description} if description else result
 
 
 def _one_or_more(value: Schema, description: str = "") -> Schema:
-    found: Schema = {"anyOf": [value, {"type": "array", "items": value}]}
-    return found | {"description": description} if description else found
+    result: Schema = {"anyOf": [value, {"type": "array", "items": value}]}
+    return result | {"description": description} if description else result
 
 
 def _choice(value: Schema) -> Schema:

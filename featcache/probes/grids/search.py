@@ -1,4 +1,4 @@
-"""Searches: which probes of a grid train to the end."""
+"""Searches, which decide which probes of a grid train to the end."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from featcache.kinds import Kind, Registry
 class Halving(Kind):
     """Successive halving (Jamieson & Talwalkar, AISTATS 2016).
 
-    All probes train for the share `first` of their epochs, the best 1/factor of them go on, and so on.
+    All probes train for a share `first` of their epochs, then the best 1/factor of them go on, and so on.
     """
 
     type: Literal["halving"] = "halving"
@@ -20,4 +20,4 @@ class Halving(Kind):
     )
 
 
-SEARCHES = Registry(Halving, "featcache.searches", "search", [Halving])
+SEARCHES: Registry[Halving] = Registry(Halving, "featcache.searches", "search", [Halving])

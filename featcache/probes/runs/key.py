@@ -1,4 +1,4 @@
-"""What a run is a run of."""
+"""What all probes of a run have in common, and the key of each of its grids."""
 
 import hashlib
 import json
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunBasis:
-    """What decides the weights of a probe of a given id: it is the same for all probes of a run.
+    """What decides the weights of a probe, beside its spec. All probes of a run share it.
 
-    splits: {role: the store's splits}. select: {"metric", "split"}; search: fields of the grid's search, or None; both
-    decide which weights are kept. parity: name of the grid's profile.
+    splits: {role: the store's splits}. select, {"metric", "split"}, and search, the fields of the grid's search or
+    None, decide which weights are kept. parity: name of the grid's profile, or None.
     """
 
     store_id: str
@@ -26,9 +26,9 @@ class RunBasis:
         return asdict(self)
 
     def key(self, probes: Any, rules: dict[str, Any]) -> str:
-        """Return the sha256 that stands for one grid in the run: over the basis, its groups of probes, and its rules.
+        """Return the sha256 that identifies one grid of the run: over the basis, its groups of probes, and its rules.
 
-        The name of the profile is among the rules.
+        parity is left out of the basis here because it is one of the rules.
         """
         basis = self.to_json()
         del basis["parity"]

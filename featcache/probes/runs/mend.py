@@ -1,7 +1,9 @@
-"""What is damaged in a run folder is found, and dropped with a notice, so that the same command makes it anew."""
+"""Find the damaged files of a run folder and drop them with a notice, so that the same command makes them anew."""
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +16,7 @@ from featcache.probes.runs.run_file import (
     PARTIAL,
     PROBES,
     SEALED_FILE,
+    Summary,
     checksum,
     identity,
     maker,
@@ -24,10 +27,10 @@ from featcache.probes.scores.metrics import task_of
 from featcache.store.folder import open_folder
 
 
-def damage(folder, summary):
-    """Yield (name, what is wrong with it) of all that is not whole in a run folder, but for run.json itself.
+def damage(folder: str | Path, summary: Summary | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, what is wrong with it) for everything in a run folder that is not whole, except run.json itself.
 
-    summary: of run.json, None where it is lost. Of a run without checksums little can be known.
+    summary: the content of run.json, None where it is lost. Without checksums only some damage can be seen.
     """
     folder = Path(folder)
     for room in (PROBES, PARTIAL):
@@ -36,7 +39,7 @@ def damage(folder, summary):
     for path, reason in check_files(folder, summary):
         yield f"{path.parent.name}/{path.name}", reason
     files = (summary or {}).get("files")
-    # Files of probes have been looked at.
+    # Files of probes were checked above.
     for name in (name for name in files or () if "/" not in name):
         try:
             read_file(folder, name, files)
@@ -52,10 +55,11 @@ def damage(folder, summary):
                 yield name, "it is missing"
 
 
-def drop_damaged(folder, summary, grid):
-    """Drop what is damaged of the files that train-probes makes, each with a notice. Returns whether all was whole.
+def drop_damaged(folder: str | Path, summary: Summary, grid: str | None) -> bool:
+    """Drop the damaged files among those that train-probes makes, each with a notice. Returns whether all were whole.
 
-    summary: of run.json, or of a new run what it is going to say. grid: name of the file of the grid that is trained.
+    summary: the content of run.json; for a new run, what it is going to be. grid: file name of the grid that is
+    trained, None if it has no file yet.
     """
     place, whole = open_folder(folder), True
     for name, reason in damage(folder, summary):
@@ -69,7 +73,8 @@ def drop_damaged(folder, summary, grid):
     return whole
 
 
-def _what_now(name, mine, summary):
+def _what_now(name: str, mine: bool, summary: Summary) -> str:
+    """Say what happens to a damaged file. mine: whether this command may drop it."""
     if name.startswith(PROBES):
         return "its probes are trained again" if maker(summary) == "train-probes" else "import its checkpoint again"
     if name.startswith(PARTIAL):
@@ -79,54 +84,54 @@ def _what_now(name, mine, summary):
     return "the tables are made anew"
 
 
-def without_summary(folder, basis, reason):
-    """What can be known of a run whose run.json is lost: fields of it, {} if nothing was trained.
+def without_summary(folder: str | Path, basis: Mapping[str, Any], reason: str) -> Summary:
+    """Return the fields of a lost run.json that the files of probes still tell: {} if nothing was trained.
 
-    basis: of the grid that is trained. reason: what is wrong with run.json. Raises BadInput if the probes that are
-    there are of another run, or do not say of which.
+    basis: the RunBasis of the grid that is trained, as JSON values. reason: what is wrong with run.json. Raises
+    BadInput if the probes in the folder belong to another run, or do not say to which.
     """
     damaged = {path for path, _ in check_files(folder, None)}
-    found, reason = [], reason.partition(";")[0]
+    origins, reason = [], reason.partition(";")[0]
     for path in (path for path in _files(folder) if path not in damaged):
         origin = read_origin(path)
         if origin is None:
             raise BadInput(
                 f"{reason}; {path} is of an earlier version and does not say how it was trained: choose another --run"
             )
-        found.append(origin)
+        origins.append(origin)
     # How features were read decides the order of the rows.
-    buffers = {read: origin.buffer for origin, read in found if origin.run == identity(basis)}
-    if found and not buffers:
+    buffers = {read: origin.buffer for origin, read in origins if origin.run == identity(basis)}
+    if origins and not buffers:
         raise BadInput(f"{reason}; its probes are of another store, seed, splits or selection: choose another --run")
-    if found or os.path.lexists(Path(folder) / FILE):
+    if origins or os.path.lexists(Path(folder) / FILE):
         click.echo(
             f"notice: {reason}; it is made anew, without what it alone knew of other grids: which roles get intervals, "
             "and the checksums of their files",
             err=True,
         )
         open_folder(folder).delete(FILE)
-    return {"buffers": buffers} if found else {}
+    return {"buffers": buffers} if origins else {}
 
 
-def kept_files(folder, summary, own=None):
-    """The checksums of a run's files that stay as they are, for its next run.json: those of all but its tables.
+def kept_files(folder: str | Path, summary: Summary, own: str | None = None) -> dict[str, dict[str, int]]:
+    """Return the checksums that a run's next run.json takes over: those of all files but the tables.
 
-    A run without checksums has them from now on. own: a grid's file that is going to be written. Maps that are
-    damaged or gone do not stay; a notice says so.
+    They are computed for a run of an earlier version, which has none. own: file name of a grid that is about to be
+    written, which is left out. Maps that are damaged or gone are left out too; a notice says so.
     """
     files = summary.get("files")
     if files is None:
-        there = [path for path in _files(folder) if path.parent.name == PROBES and read_origin(path) is None]
-        there += [path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or path.name in ATTRIBUTION]
-        files = {p.relative_to(folder).as_posix(): checksum(p.read_bytes()) for p in sorted(there) if p.is_file()}
+        paths = [path for path in _files(folder) if path.parent.name == PROBES and read_origin(path) is None]
+        paths += [path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or path.name in ATTRIBUTION]
+        files = {p.relative_to(folder).as_posix(): checksum(p.read_bytes()) for p in sorted(paths) if p.is_file()}
     stay = (name for name in files if name in ATTRIBUTION or GRID_FILE.fullmatch(name) or name.startswith(PROBES))
     return {
         name: files[name] for name in stay if name != own and not (name in ATTRIBUTION and _lost(folder, name, files))
     }
 
 
-def _lost(folder, name, files):
-    """Whether a file of maps is not whole; it is deleted then, for only attribute makes it again."""
+def _lost(folder: str | Path, name: str, files: dict[str, dict[str, int]]) -> bool:
+    """Say whether a file of maps is not whole; it is deleted then, for only attribute makes it again."""
     try:
         read_file(folder, name, files)
     except ValueError as error:
@@ -136,5 +141,5 @@ def _lost(folder, name, files):
     return False
 
 
-def _files(folder):
+def _files(folder: str | Path) -> list[Path]:
     return [path for room in (PROBES, PARTIAL) for path in sorted((Path(folder) / room).glob("*.safetensors"))]

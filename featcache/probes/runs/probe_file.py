@@ -1,13 +1,14 @@
-"""Trained probes as files: probes/*.safetensors, one for the probes of a block that were done together."""
+"""Trained probes as files: each of probes/*.safetensors holds the probes of a block that were finished together."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -16,18 +17,19 @@ from featcache.errors import BadInput, shown
 from featcache.probes.heads.weights import initial_weights
 from featcache.probes.identity import spec_to_dict
 from featcache.probes.inputs.input import Input
-from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, identity, maker, read_file, read_summary
+from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.probes.trained import TrainedProbe
 
-# What is wrong with the description of a file that nobody but featcache writes.
+T = TypeVar("T")
+# What reading a description raises that was written by anything but featcache.
 _ODD = (AttributeError, LookupError, TypeError, ValueError, BadInput)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a probe lies: in which file, and how many bytes of that are its own, about."""
+    """Where a probe lies: the file, and about how many bytes of it belong to the probe."""
 
     path: Path
     bytes: int
@@ -35,9 +37,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file of probes, or a state, is of: the store, the identity of its run, and how features were read.
+    """What a file of probes, or a state, comes from.
 
-    buffer: rows of the shuffle buffer, None where features were in memory.
+    store_id: id of the store. run: identity() of the run. buffer: rows of the shuffle buffer through which features
+    were read, None where they were in memory.
     """
 
     store_id: str
@@ -45,8 +48,8 @@ class Origin:
     buffer: int | None = None
 
 
-def save_probes(folder, probes, origin):
-    """Write trained probes of one shape as one file: weights side by side, and as metadata origin, specs and losses."""
+def save_probes(folder: str | Path, probes: Sequence[TrainedProbe], origin: Origin) -> None:
+    """Write trained probes of one shape into one file: stacked weights, with origin, specs and losses as metadata."""
     entries = [
         {
             "id": probe.spec.id,
@@ -65,45 +68,52 @@ def save_probes(folder, probes, origin):
 
 
 def block_name(specs: Iterable[ProbeSpec]) -> str:
-    """Return the name for the file of some probes, from their ids."""
+    """Return the name of the file that holds these probes, without its ending: a hash of their ids."""
     return hashlib.sha256(" ".join(spec.id for spec in specs).encode()).hexdigest()[:16]
 
 
-def find_probes(folder):
-    """Return {id: Place} of the probes that a run folder holds, by what the beginnings of its files say.
+def find_probes(folder: str | Path) -> dict[str, Place]:
+    """Return {id: Place} for the probes that a run folder holds, from the metadata of its files alone.
 
-    A file that cannot be read holds none. What is in a file is checked when its probes are loaded.
+    A file that cannot be read counts as empty. The rest of a file is checked when its probes are loaded.
     """
-    found = {}
+    places: dict[str, Place] = {}
     for path in _files(folder, PROBES):
         stamp = _stamp(path)
         if ids := _ids(path, stamp):
-            found |= dict.fromkeys(ids, Place(path, stamp.st_size // len(ids)))
-    return found
+            places |= dict.fromkeys(ids, Place(path, stamp.st_size // len(ids)))
+    return places
 
 
-def load_probe(folder, probe_id):
-    """Read a TrainedProbe of a run. Raises BadInput if there is none of that id or its file is damaged."""
+def load_probe(folder: str | Path, probe_id: str) -> TrainedProbe:
+    """Read a TrainedProbe of a run. Raises BadInput if the run has no probe of that id, or its file is damaged.
+
+    load_probe("runs/voc", run.scores[0]["probe"]).weights["fc0.weight"]  # [C, D]
+    """
     return next(load_probes(folder, [probe_id]))
 
 
-def load_probes(folder, ids, there=None):
-    """Yield the TrainedProbes of these ids, file by file, in no order of theirs. Raises BadInput as load_probe.
+def load_probes(
+    folder: str | Path, ids: Iterable[str], places: Mapping[str, Place] | None = None
+) -> Iterator[TrainedProbe]:
+    """Yield the TrainedProbes of these ids, file by file, whatever the order of the ids. Raises BadInput as load_probe.
 
-    there: what find_probes(folder) gave, so that the folder is not listed again.
+    places: the result of find_probes(folder), by default found anew.
     """
-    return _read(folder, ids, there, _probe)
+    return _read(folder, ids, places, _probe)
 
 
-def load_specs(folder, ids, there=None):
+def load_specs(
+    folder: str | Path, ids: Iterable[str], places: Mapping[str, Place] | None = None
+) -> Iterator[ProbeSpec]:
     """Yield the ProbeSpecs of these ids, as load_probes does, without reading their weights."""
-    return _read(folder, ids, there, lambda file, row, entry: spec_from_dict(entry["spec"]))
+    return _read(folder, ids, places, lambda file, row, entry: spec_from_dict(entry["spec"]))
 
 
-def check_files(folder, summary):
-    """Return [(path, what is wrong)] of the files of probes, and of the states, that are not whole, or of another run.
+def check_files(folder: str | Path, summary: Summary | None) -> list[tuple[Path, str]]:
+    """Return [(path, what is wrong)] for the files of probes and states that are damaged or belong to another run.
 
-    summary: of run.json, or None where it is lost.
+    summary: the content of run.json, or None where it is lost.
     """
     wrong = []
     for room in (PROBES, PARTIAL):
@@ -115,12 +125,12 @@ def check_files(folder, summary):
     return wrong
 
 
-def check_file(path, summary):
-    """Check all of a file of probes, or a state. Raises ValueError unless it is whole, and of the run of a run.json.
+def check_file(path: Path, summary: Summary | None) -> None:
+    """Check all of a file of probes, or of a state. Raises ValueError if it is damaged or belongs to another run.
 
-    It is read once per process, unless it changes.
+    summary: as for check_files. The file is read once per process, and again if it changes.
     """
-    known = None
+    known: dict[str, Any] | None = None
     if summary is not None:
         name = f"{path.parent.name}/{path.name}"
         files = summary.get("files")
@@ -128,14 +138,15 @@ def check_file(path, summary):
             "store_id": summary["store_id"],
             "run": identity(summary),
             "buffers": summary.get("buffers", {}),
-            # A file of an earlier version may have its checksum in run.json.
+            # Earlier versions kept the checksums of files of probes in run.json.
             "files": files and {name: files[name]} if name in (files or ()) else files and {},
         }
-    _check(path, _stamp(path), json.dumps(known))
+    if fault := _fault(path, _stamp(path), json.dumps(known)):
+        raise ValueError(fault)
 
 
-def read_origin(path):
-    """Return (Origin, the name of the input that its probes read) of a file with a checksum; None for one without."""
+def read_origin(path: Path) -> tuple[Origin, str] | None:
+    """Return (Origin, name of the input that the probes read) from a file with a checksum; None for one without."""
     content = read_content(path)
     if "crc32" not in content:
         return None
@@ -143,13 +154,13 @@ def read_origin(path):
     return Origin(content["store_id"], content["run"], content["buffer"]), Input.of(specs[0]).name
 
 
-def _files(folder, room):
+def _files(folder: str | Path, room: str) -> list[Path]:
     return sorted((Path(folder) / room).glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What of a file's status changes when the file does."""
+    """The part of a file's status that changes whenever the file does."""
 
     st_ino: int = 0
     st_size: int = 0
@@ -157,7 +168,7 @@ class _Stamp:
     st_ctime_ns: int = 0
 
 
-def _stamp(path):
+def _stamp(path: Path) -> _Stamp:
     try:
         status = path.stat()
     except OSError:
@@ -165,13 +176,20 @@ def _stamp(path):
     return _Stamp(*(getattr(status, field) for field in _Stamp.__annotations__))
 
 
-def _read(folder, ids, there, make):
-    wanted, there = {}, find_probes(folder) if there is None else there
+def _read(
+    folder: str | Path,
+    ids: Iterable[str],
+    places: Mapping[str, Place] | None,
+    make: Callable[[Any, Any, dict[str, Any]], T],
+) -> Iterator[T]:
+    """Yield make(open file, row in its tensors, entry in its metadata) for the probes of these ids, file by file."""
+    wanted: dict[Path, dict[str, None]] = {}
+    places = find_probes(folder) if places is None else places
     summary = read_summary(folder) if (Path(folder) / FILE).exists() else None
     for name in ids:
-        if name not in there:
-            raise BadInput(_not_there(folder, name, summary))
-        wanted.setdefault(there[name].path, {})[name] = None
+        if name not in places:
+            raise BadInput(_missing(folder, name, summary))
+        wanted.setdefault(places[name].path, {})[name] = None
     for path, names in wanted.items():
         with _named(path, summary), safetensors.safe_open(path, "pt") as file:
             check_file(path, summary)
@@ -180,8 +198,8 @@ def _read(folder, ids, there, make):
                 yield make(file, *entries[name])
 
 
-def _not_there(folder, name, summary):
-    """Say that a run has no such probe, and which of its files are damaged, for the probe may be in one of them."""
+def _missing(folder: str | Path, name: str, summary: Summary | None) -> str:
+    """Say that a run has no such probe, and name the first damaged file, which may hold it."""
     damaged = check_files(folder, summary)
     if not damaged:
         return f"run {folder} has no probe {name}"
@@ -190,20 +208,22 @@ def _not_there(folder, name, summary):
 
 
 @contextmanager
-def _named(path, summary):
+def _named(path: Path, summary: Summary | None) -> Iterator[None]:
+    """Turn what reading a file raises into a BadInput that names it."""
     try:
         yield
     except (safetensors.SafetensorError, OSError, RuntimeError, *_ODD) as error:
         raise BadInput(_damaged(path, error, summary)) from None
 
 
-def _damaged(path, reason, summary):
+def _damaged(path: Path, reason: object, summary: Summary | None) -> str:
     return f"damaged probe file {path}: {reason}; run the same {maker(summary or {})} again, which makes it anew"
 
 
-# What a file holds stays as it is, and is asked for often.
+# The stamp is an argument so that a file is read again when it has changed.
 @lru_cache(maxsize=1 << 14)
-def _ids(path, stamp):
+def _ids(path: Path, stamp: _Stamp) -> tuple[str, ...]:
+    """Return the ids of the probes in a file, () if it cannot be read."""
     try:
         return tuple(_entries(read_content(path), path))
     except _ODD:
@@ -211,8 +231,8 @@ def _ids(path, stamp):
 
 
 @lru_cache(maxsize=1 << 14)
-def _outcome(path, stamp, known):
-    """What is wrong with a file, an empty string if nothing is. known: JSON of what run.json says, or of None."""
+def _fault(path: Path, stamp: _Stamp, known: str) -> str:
+    """Say what is wrong with a file, "" if nothing is. known: JSON of what run.json says, null where it is lost."""
     try:
         _check_all(path, json.loads(known))
     except (safetensors.SafetensorError, OSError, *_ODD) as error:
@@ -220,12 +240,8 @@ def _outcome(path, stamp, known):
     return ""
 
 
-def _check(path, stamp, known):
-    if reason := _outcome(path, stamp, known):
-        raise ValueError(reason)
-
-
-def _check_all(path, known):
+def _check_all(path: Path, known: dict[str, Any] | None) -> None:
+    """Raise whatever is wrong with a file, mostly a ValueError that says it. known: what run.json says."""
     content, sealed = unseal(path)
     room, specs = path.parent.name, _specs(content, path)
     if not sealed:
@@ -233,7 +249,7 @@ def _check_all(path, known):
     elif content.keys() != {field.name for field in fields(Origin)} | _OWN[room]:
         raise ValueError(f"it has the fields {shown(sorted(content))}")
     if known and room == PARTIAL and not sealed:
-        # Of an earlier version: what it is of, only its place says.
+        # States of earlier versions do not name their store: only the folder that they lie in tells it.
         content["store_id"] = known["store_id"]
     if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
         raise ValueError("it is of another run")
@@ -246,12 +262,14 @@ def _check_all(path, known):
         raise ValueError(f"it is the state {shown(content['name'])} under another name")
 
 
-# The fields of a file besides those of its origin, by the folder that it lies in.
+# The fields of a description besides those of its origin, by the folder of the file.
 _OWN = {PROBES: {"probes"}, PARTIAL: {"name", "specs", "epoch", "counts"}}
 
 
-def _check_unsealed(path, content, specs, known):
-    """What can be known of a file from before there were checksums."""
+def _check_unsealed(
+    path: Path, content: dict[str, Any], specs: Sequence[ProbeSpec], known: dict[str, Any] | None
+) -> None:
+    """Check what can be checked of a file from before there were checksums. Raises ValueError."""
     if known and known["files"] is not None:
         name = f"{path.parent.name}/{path.name}"
         if name not in known["files"]:
@@ -267,15 +285,15 @@ def _check_unsealed(path, content, specs, known):
     if path.parent.name == PROBES:
         with safetensors.safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        # The names do not depend on the width of the features, and the number of classes; attention heads must divide it.
+        # The names depend neither on the width, which the attention heads must divide, nor on the number of classes.
         if shapes.keys() != initial_weights(specs[0], getattr(specs[0].head, "heads", 1), 2).keys():
             raise ValueError(f"it has the tensors {', '.join(map(shown, shapes))}")
         if "probes" in content and {shape[0] for shape in shapes.values()} != {len(specs)}:
             raise ValueError(f"its tensors are not those of {len(specs)} probes")
 
 
-def _check_names(path, content, specs):
-    """Compare a file's ids with what they are hashes of, and its name with its ids."""
+def _check_names(path: Path, content: dict[str, Any], specs: Sequence[ProbeSpec]) -> None:
+    """Compare the ids in a file with its specs, and its name with its ids. Raises ValueError."""
     for spec, entry in zip(specs, content.get("probes", ()), strict="probes" in content):
         if spec.id != entry["id"]:
             raise ValueError(f"it calls {spec.id} {shown(entry['id'])}")
@@ -284,25 +302,25 @@ def _check_names(path, content, specs):
         raise ValueError(f"it is the file {name} under another name")
 
 
-def _specs(content, path):
-    """The ProbeSpecs that a file's dict tells of."""
+def _specs(content: dict[str, Any], path: Path) -> list[ProbeSpec]:
+    """Return the ProbeSpecs in a description."""
     if "specs" in content:
         return [spec_from_dict(spec) for spec in content["specs"]]
     return [spec_from_dict(entry["spec"]) for _, entry in _entries(content, path).values()]
 
 
-def _entries(content, path):
-    """{id: (row in the file's tensors, what it says of the probe)}."""
+def _entries(content: dict[str, Any], path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return {id: (row in the file's tensors, entry of the probe)} from a description."""
     if "probes" in content:
         return {entry["id"]: (row, entry) for row, entry in enumerate(content["probes"])}
-    # Of an older run: one probe, after which the file is called.
+    # Older runs have one file for each probe, named after it.
     return {path.stem: (..., content)}
 
 
-def _probe(file, row, entry):
+def _probe(file: Any, row: Any, entry: dict[str, Any]) -> TrainedProbe:
     return TrainedProbe(
         spec=spec_from_dict(entry["spec"]),
-        # Copies, for the slices hold on to the whole file.
+        # Slices are copied because they keep the whole file in memory.
         weights={name: file.get_slice(name)[row].clone() for name in file.keys()},
         losses=[math.nan if loss is None else loss for loss in entry["losses"]],
         diverged=entry["diverged"],

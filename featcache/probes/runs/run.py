@@ -1,114 +1,127 @@
-"""A finished run folder, and the choice of probes from it."""
+"""A finished run, and rules that choose probes from it."""
 
 import os
 import re
 import sys
 from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
-from featcache.probes.runs.run_file import ATTRIBUTION, maker, read_file, read_summary
+from featcache.probes.runs.run_file import ATTRIBUTION, Summary, maker, read_file, read_summary
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
 from featcache.probes.scores.metrics import gain
-from featcache.store.reader import open_store
+from featcache.store.reader import Store, open_store
 
-# Of fields whose own last word is long.
+# A row of scores.csv: {column: value}.
+ScoreRow = Mapping[str, Any]
+# Short names of fields whose own last word is long.
 SHORT = {"optimizer.weight_decay": "wd"}
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A finished run: its folder, the contents of run.json, and the rows of scores.csv.
+    """A finished run: its folder, the content of run.json, and the rows of scores.csv.
 
     scores: mappings as in the file, with value, low and high as floats (None where the probe diverged).
+
+        run = featcache.open_run("runs/voc")
+        run.row(run.scores[0]["probe"], "map", run.scored_on)["value"]
     """
 
     path: Path
-    summary: dict
-    scores: list
+    summary: Summary
+    scores: list[ScoreRow]
 
-    def __repr__(self):
-        return f"Run({str(self.path)!r}, {self.summary['probes']} probes, scored on {self.judge})"
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.summary['probes']} probes, scored on {self.scored_on})"
 
     @property
-    def metric(self):
+    def metric(self) -> str:
         """Name of the metric that probes are chosen by."""
         return self.summary["select"]["metric"]
 
     @property
-    def chosen_on(self):
-        """The role that probes are chosen on, or None where nothing is chosen: one configuration, of some seeds."""
+    def chosen_on(self) -> str | None:
+        """The role that probes are chosen on, or None where the run has one configuration and nothing is chosen."""
         return self.summary["select"].get("split")
 
     @property
-    def judge(self):
-        """The role whose scores are reported: test, or the selection split where there is no test split."""
-        return "test" if "test" in self.summary["rows"] else self.chosen_on
+    def scored_on(self) -> str:
+        """The role whose scores are reported: test, or where there is none the role that probes are chosen on."""
+        return "test" if "test" in self.summary["rows"] else self.summary["select"]["split"]
 
     @property
-    def metrics(self):
+    def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that the probes are scored with."""
-        return tuple(self.summary["chance"][self.judge])
+        return tuple(self.summary["chance"][self.scored_on])
 
     @property
-    def fields(self):
-        """Columns of the scores that say what a probe is."""
+    def fields(self) -> list[str]:
+        """Columns of the scores that describe the probe."""
         return [column for column in self.scores[0] if column == "name" or column not in SCORE_COLUMNS]
 
-    def value(self, probe_id, metric, split):
-        """Return the row of scores.csv for a probe, metric and split. Raises BadInput if there is none."""
+    def row(self, probe_id: str, metric: str, role: str) -> ScoreRow:
+        """Return the row of scores.csv for a probe, metric and role. Raises BadInput if there is none."""
         try:
-            return self._rows[probe_id, metric, split]
+            return self._rows[probe_id, metric, role]
         except KeyError:
-            raise self.damaged("scores.csv", f"no {metric} of {probe_id} on {split}") from None
+            raise self.damaged("scores.csv", f"no {metric} of {probe_id} on {role}") from None
 
     @cached_property
-    def _rows(self):
+    def _rows(self) -> dict[tuple[str, str, str], ScoreRow]:
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
 
-    def table(self, name, **kinds):
-        """Read another table of the run, such as calibration.csv: a list of dicts. Raises BadInput for damage.
+    def table(self, name: str, **types: type) -> list[dict[str, Any]]:
+        """Read another table of the run, such as calibration.csv, as a list of dicts. Raises BadInput for damage.
 
-        kinds: {column: type} of columns that must be there, and are not left as strings; an empty float is None.
+        types: {column: type} of columns that the table must have; other columns stay strings. An empty float is None.
         """
         try:
             rows = list(read_table(self.path, name, self.summary.get("files")))
-            return [row | {k: _as(kind, row[k]) for k, kind in kinds.items()} for row in rows]
+            return [row | {column: _as(kind, row[column]) for column, kind in types.items()} for row in rows]
         except KeyError as error:
             raise self.damaged(name, f"it has no column {error}") from None
         except ValueError as error:
             raise self.damaged(name, error) from None
 
-    def read(self, name):
-        """Return the bytes of a file of the run that is no table. Raises BadInput for damage."""
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file of the run other than a table. Raises BadInput for damage."""
         try:
             return read_file(self.path, name, self.summary.get("files"))
         except ValueError as error:
             raise self.damaged(name, error) from None
 
-    def damaged(self, name, reason):
+    def damaged(self, name: str, reason: object) -> BadInput:
         """Return the BadInput for damage to a file of the run."""
         return _damaged(self.path, name, reason, self.summary)
 
     @property
-    def caution(self):
-        """A line to print beside scores: that nothing was chosen, or that choice or shared images make them too good."""
+    def caution(self) -> str | None:
+        """A line to print beside scores, or None: nothing was chosen, or the choice or shared images flatter them."""
         chosen, splits = self.chosen_on, self.summary["splits"]
-        said = []
+        cautions = []
         if chosen is None:
-            said.append("nothing was chosen: one configuration, its seeds are reported")
-        elif set(splits[chosen]) & set(splits[self.judge]):
+            cautions.append("nothing was chosen: one configuration, its seeds are reported")
+        elif set(splits[chosen]) & set(splits[self.scored_on]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
-            said.append(f"chosen on the images that they are scored on, {self.judge}{parity}: the scores are too good")
-        said += [f"{Overlap(**found)}: scores on them are too good" for found in self.summary.get("overlap", [])]
-        return "; ".join(said) or None
+            cautions.append(
+                f"chosen on the images that they are scored on, {self.scored_on}{parity}: the scores are too good"
+            )
+        overlaps = [Overlap(**fields) for fields in self.summary.get("overlap", [])]
+        cautions += [f"{overlap}: scores on them are too good" for overlap in overlaps]
+        return "; ".join(cautions) or None
 
 
-def open_run(folder):
-    """Open a finished run. Raises BadInput if there is none, it is not finished, or it is damaged."""
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """Open a finished run. Raises BadInput if there is none, it is not finished, or it is damaged.
+
+    run = featcache.open_run("runs/voc")
+    """
     summary = read_summary(folder)
     if "key" not in summary:
         raise BadInput(f"run {folder} is not finished; run the command that makes it again to finish it")
@@ -123,20 +136,21 @@ def open_run(folder):
     return Run(Path(folder), summary, scores)
 
 
-def _damaged(folder, name, reason, summary):
+def _damaged(folder: str | os.PathLike[str], name: str, reason: object, summary: Summary) -> BadInput:
     command = "attribute" if name in ATTRIBUTION else maker(summary)
     return BadInput(f"damaged run {folder}: {name}: {reason}; run the same {command} again, which makes it anew")
 
 
-def _as(kind, text):
+def _as(kind: type, text: str) -> Any:
     return None if kind is float and not text else kind(text)
 
 
-def _read_scores(table):
-    """Read the rows of scores.csv, a hundred thousand maybe: those of a probe share the fields that say what it is."""
-    rows, probes = [], {}
+def _read_scores(table: Iterator[dict[str, str]]) -> list[ScoreRow]:
+    """Return the rows of scores.csv. There may be 100,000, so the rows of a probe share the fields that describe it."""
+    rows: list[ScoreRow] = []
+    probes: dict[str, dict[str, str]] = {}
     for row in table:
-        own = {column: sys.intern(row.pop(column)) for column in SCORE_COLUMNS if column != "name"}
+        own: dict[str, Any] = {column: sys.intern(row.pop(column)) for column in SCORE_COLUMNS if column != "name"}
         own |= {k: float(own[k]) if own[k] else None for k in ("value", "low", "high")}
         if own["probe"] not in probes:
             _check_fields(row)
@@ -144,8 +158,8 @@ def _read_scores(table):
     return rows
 
 
-def _check_fields(row):
-    """Raise KeyError or ValueError unless the fields that say what a probe is are there, and numbers where tables count."""
+def _check_fields(row: Mapping[str, str]) -> None:
+    """Raise KeyError or ValueError unless the fields that tables need are there, and are numbers where they must be."""
     for column in ("name", "head.type", "loss.type", "optimizer.type", "seed"):
         row[column]
     for column in ("head.layers", "head.hidden"):
@@ -153,8 +167,8 @@ def _check_fields(row):
     float(row["optimizer.lr"] or 0)
 
 
-def store_of(run, path=None):
-    """Open the store that a run was made from, at `path` if it was moved. Raises BadInput if that is another one."""
+def store_of(run: Run, path: str | os.PathLike[str] | None = None) -> Store:
+    """Open the store that a run was made from. path: where it is, if it was moved. Raises BadInput for another store."""
     store = open_store(path or _recorded_store(run))
     if store.id != run.summary["store_id"]:
         raise BadInput(
@@ -164,9 +178,12 @@ def store_of(run, path=None):
     return store
 
 
-def _recorded_store(run):
-    """Where the store of a run lies. A relative path is that of the folder in which the run was made, often above it."""
-    store = run.summary["store"]
+def _recorded_store(run: Run) -> str | os.PathLike[str]:
+    """Return the place of a run's store.
+
+    A relative path starts from the folder in which the run was made, which is often one above the run.
+    """
+    store: str = run.summary["store"]
     if "://" in store or os.path.isabs(store):
         return store
     places = [Path(store), *(parent / store for parent in run.path.resolve().parents)]
@@ -179,35 +196,36 @@ def _recorded_store(run):
     )
 
 
-def short_names(fields):
-    """Return {field: short name} of fields of probes, such as `lr` for optimizer.lr and `head` for head.type.
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Return {field: short name} for fields of probes, such as `lr` for optimizer.lr and `head` for head.type.
 
-    Fields whose short names would be the same keep their own.
+    Fields keep their own names where two short names would be the same.
     """
     short = {
         f: SHORT.get(f) or (f.removesuffix(".type") if f.endswith(".type") else f.rpartition(".")[2]) for f in fields
     }
-    often = Counter(short.values())
-    return {field: name if often[name] == 1 else field for field, name in short.items()}
+    counts = Counter(short.values())
+    return {field: name if counts[name] == 1 else field for field, name in short.items()}
 
 
-def best(run, per=""):
-    """Choose probes by the run's own metric, the best for each combination of some fields ("head,loss").
+def best(run: Run, per: str = "") -> list[str]:
+    """Choose probes by the run's own metric: the best one, or with `per` ("head,loss") the best for each combination.
 
-    Where nothing is chosen these are all that did not diverge. Returns ids, as `select` does. Raises BadInput.
+    In a run where nothing is chosen, these are all probes that did not diverge. Returns ids, as `select` does. Raises
+    BadInput.
     """
     if run.chosen_on is None:
-        return list(dict.fromkeys(row["probe"] for row in _scored(run, run.judge)))
+        return list(dict.fromkeys(row["probe"] for row in _scored(run, run.scored_on)))
     return select(run, f"best {run.metric}{f' per {per}' if per else ''}")
 
 
-def select(run, rule):
-    """Choose probes by the validation score: "best map", or "best top1 per lr,head".
+def select(run: Run, rule: str) -> list[str]:
+    """Choose probes by a rule about their scores: "best map", or "best top1 per lr,head".
 
-    Returns probe ids, one per group, in order of first appearance; of equal scores the first. The best
-    is the lowest of nll and ece, else the highest. Only the split that the grid selects on is looked at;
-    that is never test, unless the run says parity. Raises BadInput for a rule that cannot be read, and
-    where the run has no split to choose on.
+    Returns probe ids, one per group, in order of first appearance; the first of equal scores wins. The best score is
+    the lowest for nll and ece, and the highest for all others. Only scores on run.chosen_on count, which is never test
+    unless the run was made under parity. Raises BadInput for a rule that cannot be read, and for a run without a split
+    to choose on.
     """
     match = re.fullmatch(r"\s*best\s+(\w+)(?:\s+per\s+([\w.,\s]+?))?\s*", str(rule))
     if not match:
@@ -220,14 +238,14 @@ def select(run, rule):
             "name probes with --probe"
         )
     metric = match.group(1).lower()
-    rows = _scored(run, run.chosen_on or run.judge)
+    rows = _scored(run, run.chosen_on or run.scored_on)
     metrics = sorted({r["metric"] for r in run.scores})
     if metric not in metrics:
         raise BadInput(
             f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})"
         )
     columns = [_column(name.strip(), run.fields, rule) for name in (match.group(2) or "").split(",") if name.strip()]
-    winners = {}
+    winners: dict[tuple[Any, ...], ScoreRow] = {}
     for row in rows:
         group = tuple(row[c] for c in columns)
         if row["metric"] == metric and (
@@ -237,15 +255,16 @@ def select(run, rule):
     return [row["probe"] for row in winners.values()]
 
 
-def _scored(run, split):
-    """The rows of a run's scores on a split of which there are values. Raises BadInput if there are none."""
-    rows = [row for row in run.scores if row["split"] == split and row["value"] is not None]
+def _scored(run: Run, role: str) -> list[ScoreRow]:
+    """Return the rows of a run's scores on a role that have a value. Raises BadInput if there are none."""
+    rows = [row for row in run.scores if row["split"] == role and row["value"] is not None]
     if not rows:
         raise BadInput(f"every probe of run {run.path} diverged")
     return rows
 
 
-def _column(name, fields, rule):
+def _column(name: str, fields: Sequence[str], rule: str) -> str:
+    """Return the column that a field of a rule means. Raises BadInput."""
     known = {field: field for field in fields} | {short: field for field, short in short_names(fields).items()}
     inside = [column for column in fields if column.endswith(f".{name}")]
     if name in known or len(inside) == 1:

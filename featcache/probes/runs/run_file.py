@@ -1,4 +1,4 @@
-"""run.json: what a run is a run of, and the checksums of its files."""
+"""run.json: what a run was made from, and the checksums of its files."""
 
 import functools
 import hashlib
@@ -6,7 +6,9 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,19 +17,24 @@ from featcache.atomic import local_path, remove, write_whole
 from featcache.errors import BadInput, of_the_system, shown
 from featcache.store.sealed import seal, unseal
 
+# The content of run.json.
+Summary = dict[str, Any]
+# {file name: its length and crc32, as `checksum` gives them}.
+Files = Mapping[str, Mapping[str, int]]
+
 FILE = "run.json"
 PROBES, PARTIAL = "probes", "partial"
 ATTRIBUTION = ("attribution.csv", "attribution.npz")
-# What decides the weights of a probe of a given id: it is the same for all probes of a run.
+# The fields of a RunBasis, in the order in which they are hashed.
 BASIS = ("store_id", "seed", "splits", "select", "search", "parity")
 GRID_FILE = re.compile(r"grid(-[0-9a-f]{8})?\.yaml")
-# The files that run.json has checksums of; new files of probes have their own.
+# The files whose checksums run.json holds. Files of probes hold their own, except those of earlier versions.
 SEALED_FILE = re.compile(
     rf"{GRID_FILE.pattern}|attribution\.(csv|npz)|probes/[0-9a-f]{{1,64}}\.safetensors"
     r"|(scores|seeds|history|calibration|scores_per_class)\.csv(\.gz)?"
 )
-# A kind is a type, a list or dict of a kind, or a tuple of alternatives.
-_KINDS = {
+# The form of each field: a type, a list or dict of a form, or a tuple of alternatives.
+_FORMS: dict[str, Any] = {
     "store": str, "store_id": str, "seed": (int, None), "splits": {str: [str]}, "select": {str: str}, "search": (dict, None),
     "parity": (str, None), "buffers": {str: (int, None)}, "grids": {str: str}, "intervals": [str], "imported": [dict],
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
@@ -38,21 +45,21 @@ _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")
 
 
-def identity(summary):
-    """What the probes of a run, and the states of its blocks, are marked with: 16 hex digits over the BASIS."""
+def identity(summary: Mapping[str, Any]) -> str:
+    """Return the mark of a run on its files of probes and states: 16 hex digits of a hash over the BASIS."""
     basis = [summary.get(field) for field in BASIS]
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def checksum(data):
-    """What run.json says of a file of these bytes."""
+def checksum(data: bytes) -> dict[str, int]:
+    """Return the entry in run.json for a file with these bytes."""
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def read_file(folder, name, files):
-    """Return the bytes of a file of a run. Raises ValueError unless they are those that `files`, of run.json, says.
+def read_file(folder: str | os.PathLike[str], name: str, files: Files | None) -> bytes:
+    """Return the bytes of a file of a run. Raises ValueError, which says why, unless they fit their checksum.
 
-    files: None for a run without checksums.
+    files: those of run.json, None for a run without checksums.
     """
     if files is not None and name not in files:
         raise ValueError("it was not finished")
@@ -67,8 +74,8 @@ def read_file(folder, name, files):
     return data
 
 
-def write_file(folder, name, data):
-    """Write a file of a run, bytes, whole or not at all, in the place of whatever is there. Returns its checksum."""
+def write_file(folder: str | Path, name: str, data: bytes) -> dict[str, int]:
+    """Write a file of a run, whole or not at all, over whatever has its name. Returns its checksum."""
     path = Path(folder) / name
     if path.is_dir():
         remove(path)
@@ -76,22 +83,22 @@ def write_file(folder, name, data):
     return checksum(data)
 
 
-def holds_run(folder):
-    """Whether a folder is that of a run, whole or not, and not that of a store."""
-    there = {name for name in (FILE, PROBES, "manifest.json", "commits") if os.path.lexists(Path(folder) / name)}
-    return bool(there & {FILE, PROBES}) and not there - {FILE, PROBES}
+def holds_run(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is that of a run, whole or not, rather than that of a store."""
+    names = {name for name in (FILE, PROBES, "manifest.json", "commits") if os.path.lexists(Path(folder) / name)}
+    return bool(names & {FILE, PROBES}) and not names - {FILE, PROBES}
 
 
-def write_summary(folder, summary):
-    """Write run.json: summary, a dict of JSON values, whose `files` are {name: checksum(its bytes)}."""
+def write_summary(folder: str | Path, summary: Summary) -> None:
+    """Write run.json. summary: JSON values, whose `files` are {name: checksum(its bytes)}."""
     write_file(folder, FILE, seal(summary))
 
 
-def read_summary(folder):
-    """Read run.json, finished or not: a dict whose fields are of the types that they should be.
+def read_summary(folder: str | os.PathLike[str]) -> Summary:
+    """Read the run.json of a run, finished or not, and check the types of its fields.
 
-    One without `files` is of an earlier version, which kept no checksums; that is said once. Raises BadInput if
-    `folder` is no run folder, or run.json is damaged.
+    If it has no `files`, it is of an earlier version, which kept no checksums; a notice says so once. Raises BadInput
+    if `folder` is no run folder, or if run.json is damaged.
     """
     if not is_path(folder):
         raise BadInput(f"run: expected the path of a folder, not {shown(folder)}")
@@ -99,10 +106,10 @@ def read_summary(folder):
     try:
         data = (path / FILE).read_bytes()
     except OSError as error:
-        there = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
+        problem = "is not a run folder (it has no readable run.json)" if path.exists() else "not found"
         if isinstance(error, FileNotFoundError) and holds_run(path):
-            there = "has lost its run.json; run the command that made it again"
-        raise BadInput(f"run {folder} {there}") from None
+            problem = "has lost its run.json; run the command that made it again"
+        raise BadInput(f"run {folder} {problem}") from None
     try:
         summary = _parsed(data)
         _check_fields(summary)
@@ -116,19 +123,19 @@ def read_summary(folder):
     return summary
 
 
-def _parsed(data):
+def _parsed(data: bytes) -> Summary:
     try:
         content = json.loads(data)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
-    # A checksum or files that it covers: not of an earlier version, so that it must fit.
+    # Earlier versions wrote neither of these fields: with one of them, the checksum must be there and fit.
     return unseal(data) if content.keys() & {"crc32", "files"} else content
 
 
 @functools.cache
-def _say_unsealed(folder):
+def _say_unsealed(folder: str) -> None:
     click.echo(
         f"notice: run {folder} was made by an earlier version, which kept no checksums: damage to it may go unnoticed "
         "until another grid is trained into it",
@@ -136,14 +143,14 @@ def _say_unsealed(folder):
     )
 
 
-def _check_fields(summary):
-    """Raise ValueError unless the fields of a run.json are of the right types, and its names those of a run's files."""
+def _check_fields(summary: Summary) -> None:
+    """Raise ValueError unless the fields of a run.json have the right types, and its names are those of a run's files."""
     finished = "key" in summary
     lacking = [field for field in (_FINISHED if finished else _ALWAYS) if field not in summary]
     if lacking:
         raise ValueError(f"it lacks {lacking[0]}")
-    for field, kind in _KINDS.items():
-        if field in summary and not _fits(summary[field], kind):
+    for field, form in _FORMS.items():
+        if field in summary and not _fits(summary[field], form):
             raise ValueError(f"{field} is {shown(summary[field])}")
     for name in summary.get("grids", {}).values():
         if not GRID_FILE.fullmatch(name):
@@ -157,35 +164,37 @@ def _check_fields(summary):
         _check_roles(summary)
 
 
-def _check_roles(summary):
+def _check_roles(summary: Summary) -> None:
+    """Raise ValueError if a finished run.json lacks something about the roles that probes are chosen and scored on."""
     metric, chosen = summary["select"].get("metric"), summary["select"].get("split")
-    judge = "test" if "test" in summary["rows"] else chosen
-    for role in (judge, chosen or judge):
+    scored_on = "test" if "test" in summary["rows"] else chosen
+    for role in (scored_on, chosen or scored_on):
         for field in ("splits", "rows", "chance"):
             if role not in summary[field]:
                 raise ValueError(f"{field} lacks {shown(role)}")
-    if metric not in summary["chance"][judge]:
+    if metric not in summary["chance"][scored_on]:
         raise ValueError(f"chance lacks {shown(metric)}")
-    if not all(found.keys() == {"roles", "images", "of", "example"} for found in summary.get("overlap", [])):
+    if not all(overlap.keys() == {"roles", "images", "of", "example"} for overlap in summary.get("overlap", [])):
         raise ValueError("overlap is not a list of what two roles share")
 
 
-def _fits(value, kind):
-    if isinstance(kind, tuple):
-        return any(_fits(value, one) for one in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(_fits(one, kind[str]) for one in value.values())
-    if kind is float:
+def _fits(value: Any, form: Any) -> bool:
+    """Return whether a JSON value has one of the forms of _FORMS."""
+    if isinstance(form, tuple):
+        return any(_fits(value, alternative) for alternative in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(_fits(item, form[str]) for item in value.values())
+    if form is float:
         return type(value) in (int, float)
-    return value is None if kind is None else type(value) is kind
+    return value is None if form is None else type(value) is form
 
 
-def seal_files(folder, changes):
-    """Note other checksums in run.json: changes is {name: entry, or None for a file that is to be written}.
+def seal_files(folder: str | Path, changes: Mapping[str, Mapping[str, int] | None]) -> None:
+    """Change checksums in run.json, with the folder locked. changes: {name: entry, None for a file not yet written}.
 
-    The run of an earlier version, without checksums, stays as it is. Call it with the folder locked.
+    A run of an earlier version, which has no checksums, stays as it is.
     """
     summary = read_summary(folder)
     if "files" in summary:
@@ -193,6 +202,6 @@ def seal_files(folder, changes):
         write_summary(folder, summary | {"files": {name: entry for name, entry in files.items() if entry}})
 
 
-def maker(summary):
-    """The command that makes what a run's tables and probes hold."""
+def maker(summary: Mapping[str, Any]) -> str:
+    """Return the command that makes a run's probes and tables."""
     return "import-probes" if "imported" in summary else "train-probes"

@@ -1,26 +1,31 @@
-"""safetensors files that notice when any of their bytes changes, and say in their metadata what they are of."""
+"""safetensors files whose metadata hold a description and a checksum over the whole file."""
 
 import json
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from featcache.atomic import replacing
 
 KEY = "featcache"
-# As it stands in the file, where the metadata is JSON within JSON.
+# The beginning of the description as the bytes of the file have it: the metadata is JSON within JSON.
 _MARK, _NONE = b'"featcache":"{\\"crc32\\":\\"', b"00000000"
 _PIECE = 4 << 20
 
 
-def write_sealed(path, tensors, content):
-    """Write {name: tensor} and a dict of JSON values, whole or not at all.
+def write_sealed(path: str | Path, tensors: dict[str, Tensor], content: Mapping[str, Any]) -> None:
+    """Write {name: tensor} and a description, a dict of JSON values, whole or not at all.
 
-    The dict is the only metadata, as JSON under `featcache`: safetensors does not keep the order of several keys, and
-    the bytes should not vary. Its first field is a `crc32`, 8 hex digits, over the file with zeros in their place.
+    The description is the only metadata, as JSON under `featcache`: safetensors does not keep the order of several
+    keys, and equal files should have equal bytes. Its first field, `crc32`, has 8 hex digits: the crc32 of the file
+    with zeros in their place.
     """
-    text = json.dumps({"crc32": _NONE.decode()} | content, separators=(",", ":"))
+    text = json.dumps({"crc32": _NONE.decode(), **content}, separators=(",", ":"))
     data = safetensors.torch.save(tensors, metadata={KEY: text})
     at = data.index(_MARK) + len(_MARK)
     with replacing(path) as file:
@@ -28,8 +33,8 @@ def write_sealed(path, tensors, content):
             file.write(part)
 
 
-def read_content(path):
-    """Return the dict of a file, its `crc32` included if it has one, without a look at the tensors.
+def read_content(path: str | Path) -> dict[str, Any]:
+    """Return the description of a file, with its `crc32` if it has one. Tensors are not read, and nothing is checked.
 
     Raises ValueError, which says why, if it cannot be read.
     """
@@ -45,11 +50,11 @@ def read_content(path):
     return content
 
 
-def unseal(path):
-    """Check every byte of a file. Returns its dict without the `crc32`, and whether it had one.
+def unseal(path: str | Path) -> tuple[dict[str, Any], bool]:
+    """Check every byte of a file. Returns its description without the `crc32`, and whether it had one.
 
-    Raises ValueError, which says why, unless the bytes are those that were written; of a file without a checksum, as
-    earlier versions wrote them, nothing is known.
+    Raises ValueError, which says why, unless the bytes are those that were written. A file without a checksum, as
+    earlier versions wrote them, cannot be checked.
     """
     content = read_content(path)
     if "crc32" not in content:
@@ -59,12 +64,13 @@ def unseal(path):
     return content, True
 
 
-def _crc32(path):
-    """The crc32 of a file whose own one counts as zeros."""
-    crc, at = 0, None
+def _crc32(path: str | Path) -> int:
+    """Return the crc32 of a file with zeros in place of the one that it holds."""
+    crc = 0
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            if at is None and (at := piece.find(_MARK)) >= 0:
+        for number, piece in enumerate(iter(lambda: file.read(_PIECE), b"")):
+            # It stands at the beginning of the file.
+            if number == 0 and (at := piece.find(_MARK)) >= 0:
                 at += len(_MARK)
                 piece = piece[:at] + _NONE + piece[at + len(_NONE) :]
             crc = zlib.crc32(piece, crc)

@@ -1,18 +1,18 @@
-"""Probes that differ in their seed alone, taken together."""
+"""Mean scores over probes that differ only in their seed."""
 
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The columns of scores.csv that say nothing about how a probe was trained, or that the seed changes.
+# The columns of scores.csv that may differ between the seeds of one configuration.
 _OWN = ("probe", "name", "split", "metric", "value", "low", "high", "epoch", "seed")
 
 
 def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a dict for every group of rows of scores.csv that differ in the seed alone, in order.
+    """Return the rows of seeds.csv: one for each group of rows of scores.csv that differ only in the seed, in order.
 
-    mean and std (with n - 1, None for a single seed) are those of the n probes that have a score; diverged counts those
-    that have none; seeds and probes name all, as text. Then come the fields that the rows share.
+    mean and std (with n - 1, None for a single seed) are taken over the n probes that have a score, and diverged counts
+    the others. seeds and probes list all of them, as text. The fields that the group shares follow.
     """
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     configurations: dict[str, str] = {}

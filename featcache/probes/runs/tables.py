@@ -1,27 +1,27 @@
-"""The tables of a run folder: CSV files, of which large ones are compressed."""
+"""The tables of a run folder: CSV files. Large ones are compressed."""
 
 import csv
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
 from featcache.atomic import remove
-from featcache.probes.runs.run_file import read_file, write_file
+from featcache.probes.runs.run_file import Files, read_file, write_file
 from featcache.probes.scores.metrics import metric_kind, metrics_of
 
-# Larger ones nobody opens in an editor; compressed they are a twentieth of that.
+# Larger tables are compressed: nobody opens them in an editor, and they shrink to a twentieth.
 LARGE = 8 << 20
-# What unpacks to more times its size, or has longer lines, is no table but an attempt to fill the memory.
+# A file that unpacks to more times its size, or has longer lines, is an attempt to fill the memory, and no table.
 MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
-
-
 # The columns of scores.csv before the fields of the probe.
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
 def tables_of(task: str) -> dict[str, tuple[str, ...]]:
-    """Return the tables of a run on labels of a task, and the columns that come first in each."""
+    """Return {name: first columns} of the tables of a run. task: of its labels."""
     tables = {
         "scores.csv": SCORE_COLUMNS,
         "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
@@ -34,15 +34,15 @@ def tables_of(task: str) -> dict[str, tuple[str, ...]]:
     return tables
 
 
-def write_table(folder, name, data):
-    """Write CSV, bytes, as `name`, or as name.gz if it is large, in the place of either.
+def write_table(folder: str | Path, name: str, data: bytes) -> dict[str, dict[str, int]]:
+    """Write CSV, bytes, as `name`, or as name.gz if it is large, and remove the other of the two.
 
     Returns {name of the file: its entry in run.json}.
     """
     plain, packed = Path(folder) / name, Path(folder) / f"{name}.gz"
     path, other, held = plain, packed, data
     if len(data) > LARGE:
-        # Without a time in it, so that the same table is the same bytes.
+        # Without a time stamp, so that equal tables have equal bytes.
         small = gzip.compress(data, 5, mtime=0)
         if len(data) <= MOST_UNPACKED * len(small):
             path, other, held = packed, plain, small
@@ -51,16 +51,16 @@ def write_table(folder, name, data):
     return {path.name: written}
 
 
-def find_table(folder, name):
-    """Path of a table, compressed or not; that of `name` if there is neither."""
+def find_table(folder: str | PathLike[str], name: str) -> Path:
+    """Return the path of a table: name.gz if that exists, else `name`."""
     packed = Path(folder) / f"{name}.gz"
     return packed if packed.is_file() else Path(folder) / name
 
 
-def read_table(folder, name, files=None):
+def read_table(folder: str | PathLike[str], name: str, files: Files | None = None) -> Iterator[dict[str, str]]:
     """Yield the rows of a table, as dicts of strings.
 
-    files: of run.json; the file must be the one that it lists. None for a run without checksums. Raises ValueError,
+    files: those of run.json, whose checksum the table must fit; None for a run without checksums. Raises ValueError,
     which says what is wrong.
     """
     path = find_table(folder, name)
@@ -77,8 +77,8 @@ def read_table(folder, name, files=None):
         raise ValueError(str(error)) from None
 
 
-def _lines(data, packed):
-    """Yield the lines of CSV, bytes, packed or not."""
+def _lines(data: bytes, packed: bool) -> Iterator[str]:
+    """Yield the lines of CSV, given as bytes. packed: whether these are compressed."""
     file, most = io.BytesIO(data), MOST_UNPACKED * len(data)
     text = io.TextIOWrapper(gzip.open(file) if packed else file, encoding="utf-8", newline="")
     while line := text.readline(LONGEST_LINE):

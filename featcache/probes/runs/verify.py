@@ -1,4 +1,7 @@
-"""`featcache verify`: every byte of a run, or of a store, against its checksums; `--repair` drops what is bad."""
+"""`featcache verify`: compare every byte of a run or a store with its checksums; `--repair` drops what is damaged."""
+
+import os
+from collections.abc import Iterator
 
 from featcache.arguments import is_path
 from featcache.errors import BadInput
@@ -7,41 +10,43 @@ from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run import open_run
 from featcache.probes.runs.run_file import FILE, PROBES, holds_run, maker, read_summary
 from featcache.store import verify as stores
-from featcache.store.folder import open_folder
+from featcache.store.folder import LocalFolder
 from featcache.store.verify import Finding
 
 
-def verify(path, repair=False):
-    """Check every length and checksum of a store or a run; return the list of Findings, empty if it is whole.
+def verify(path: str | os.PathLike[str], repair: bool = False) -> list[Finding]:
+    """Check every length and checksum of a store or a run. Returns the list of Findings, empty if it is whole.
 
-    path: of a store (path or URL), or a run folder. repair: drop what is damaged, so that the same command again makes
-    just that anew: `extract` of a store, `train-probes`, `attribute` or `import-probes` of a run. What is missing is a
-    finding too. Raises BadInput if there is neither a store nor a run.
+    path: a store (path or URL), or a run folder. repair: drop what is damaged, so that the command that made it
+    (`extract` for a store; `train-probes`, `attribute` or `import-probes` for a run) makes just that anew. Missing
+    files are findings too. Raises BadInput if the path is neither a store nor a run.
+
+        featcache.verify("runs/voc")  # [] if all is well
     """
     if not is_run(path):
         return stores.verify(path, repair)
-    folder = open_folder(path)
+    folder = LocalFolder(path)
     if not repair:
         return [finding for finding, _ in _findings(folder)]
     with folder.locked(f"waiting: another process is training into {folder}"):
-        found = list(_findings(folder))
-        for finding in (finding for finding, bad in found if bad):
+        findings = list(_findings(folder))
+        for finding in (finding for finding, damaged in findings if damaged):
             folder.delete(finding.where)
-    return [finding for finding, _ in found]
+    return [finding for finding, _ in findings]
 
 
-def is_run(path):
-    """Whether a path is that of a run folder on this machine, whole or not."""
+def is_run(path: object) -> bool:
+    """Return whether a path is that of a run folder on this machine, whole or not."""
     return is_path(path) and "://" not in str(path) and holds_run(path)
 
 
-def _findings(folder):
-    """Yield (Finding, whether there is something to drop)."""
+def _findings(folder: LocalFolder) -> Iterator[tuple[Finding, bool]]:
+    """Yield (Finding, whether it is damage that can be dropped)."""
     summary = None
     try:
         summary = read_summary(folder.path)
     except BadInput as error:
-        # It begins with the run and the file, which the finding names itself.
+        # The message begins with the run and the file, which the finding names itself.
         yield Finding(FILE, error.message.partition(";")[0].rpartition(f"{FILE}: ")[2]), True
     wrong = list(damage(folder.path, summary))
     yield from ((Finding(name, reason), True) for name, reason in wrong)
@@ -50,15 +55,15 @@ def _findings(folder):
     if "key" not in summary:
         yield Finding(FILE, f"the run is not finished; the same {maker(summary)} goes on"), False
         return
-    there = len(find_probes(folder.path))
-    if there != summary["probes"] and not any(name.startswith(PROBES) for name, _ in wrong):
-        yield Finding(PROBES, f"it holds {there} probes, the tables are of {summary['probes']}"), False
+    held = len(find_probes(folder.path))
+    if held != summary["probes"] and not any(name.startswith(PROBES) for name, _ in wrong):
+        yield Finding(PROBES, f"it holds {held} probes, the tables are of {summary['probes']}"), False
     if "files" not in summary:
         yield from _what_can_be_seen(folder)
 
 
-def _what_can_be_seen(folder):
-    """The findings on the tables of a run without checksums."""
+def _what_can_be_seen(folder: LocalFolder) -> Iterator[tuple[Finding, bool]]:
+    """Yield what _findings does about the tables of a run without checksums."""
     try:
         run = open_run(folder.path)
         for name in ("seeds.csv", "history.csv", "calibration.csv"):
