@@ -17,7 +17,7 @@ MIN_ROWS = 32
 
 @dataclass(frozen=True)
 class Block(Sequence[ProbeSpec]):
-    """Probes that train together: they read the same input, and share everything but rates, losses, seeds and the like."""
+    """Probes that train together: they share their input and everything but rates, losses, seeds and the like."""
 
     specs: tuple[ProbeSpec, ...]
 
@@ -61,13 +61,13 @@ def blocks(
     for members in alike.values():
         # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
         members.sort(key=lambda s: (s.optimizer.order, repr(s.loss)))
-        count = -(-len(members) // _most(members[0], dim, positions, classes, budget))
+        count = -(-len(members) // _largest_block(members[0], dim, positions, classes, budget))
         size = -(-len(members) // count)
         result += [Block(tuple(members[i : i + size])) for i in range(0, len(members), size)]
     return result
 
 
-def _most(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
+def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
     """Return how many probes like this one may train at a time."""
     weights, activations = spec.head.footprint(dim, classes, positions)
     # An imported probe has no batch size, because it is only scored.
