@@ -72,11 +72,11 @@ def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budg
     weights, activations = spec.head.footprint(dim, classes, positions)
     # An imported probe has no batch size, because it is only scored.
     cached = spec.head.in_cache((spec.batch_size or CHUNK_ROWS) * positions)
-    fit = (budget.weights if cached else budget.activations) // (4 * weights)
-    fit = min(fit, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
+    most = (budget.weights if cached else budget.activations) // (4 * weights)
+    most = min(most, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
     if isinstance(spec.optimizer, FullBatchSolver):
-        fit = min(fit, budget.activations // (4 * spec.optimizer.weight_copies * weights))
-    return max(fit, 1)
+        most = min(most, budget.activations // (4 * spec.optimizer.weight_copies * weights))
+    return max(most, 1)
 
 
 def block_key(spec: ProbeSpec) -> Hashable:

@@ -155,7 +155,7 @@ class Sweep:
     def _validation_scores(self, training: Training, read: Input) -> Tensor:
         """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         if self.selected_on is None:
-            raise RuntimeError("a grid without a split to choose on validates")
+            raise RuntimeError("this block validates, but the grid has no split to choose on")
         (names, labels), device = self.selected_on, self.device
         tally = new_tally(training.specs, labels, len(self.store.classes), [self.metric])
         if read not in self._validation:

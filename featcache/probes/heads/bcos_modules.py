@@ -16,7 +16,7 @@ def cosine_power(cosine: Tensor, b: float) -> tuple[Tensor, Tensor]:
 
 
 def uncentred_scale(weight: Tensor, variance: Tensor) -> Tensor:
-    """Return what uncentred batch norm multiplies each channel by: weight / sqrt(variance + 1e-5)."""
+    """Return the factor of each channel in uncentred batch norm: weight / sqrt(variance + 1e-5)."""
     return weight / (variance + NORM_EPS).sqrt()
 
 

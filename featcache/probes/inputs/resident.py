@@ -12,7 +12,7 @@ from featcache.store.reader import Store
 
 
 class Resident:
-    """An input from a union of splits, held in memory, with one tensor for every view; view 0 is the image as it is.
+    """An input from a union of splits, held in memory, one tensor for each view; view 0 is the image as it is.
 
     As many views stay in memory as fit; the others are read again.
     """
