@@ -136,6 +136,9 @@ def test_grid_fields():
     assert Head("bcos", offset=0.5).resolved(1).offset == 0.5
     with pytest.raises(BadInput, match="at least two classes"):
         Head("bcos", offset="-ln(C-1)").resolved(1)
+    assert Head("bcos", offset="-ln(C-1)").resolved(1000).shift == -math.log(999)
+    with pytest.raises(ValueError, match="no value before resolved"):
+        Head("bcos", offset="-ln(C-1)").shift  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch import nn
 
 from featcache.errors import BadInput
 from featcache.probes.engine.blocks import blocks
+from featcache.probes.engine.fit import fit_block
+from featcache.probes.engine.training import Training
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.spec import ProbeSpec
 
@@ -214,6 +216,18 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
         assert history[:10] == pytest.approx(histories[n][:10], rel=1e-9)
         assert len(history) <= spec.optimizer.iterations + 1
         assert history[-1] < history[0]
+
+
+def test_mini_batch_training_and_full_batch_training_do_not_take_each_others_probes():
+    features, labels = torch.rand(N, D), torch.randint(0, C, (N,))
+    full = lbfgs(Loss("ce"), 0.1)
+    with pytest.raises(TypeError, match=f"probe {full.id} does not train on mini-batches: its optimizer is lbfgs"):
+        Training([full], D, C, labels)
+    mini = ProbeSpec(
+        "x", "layer4:pooled", Head("linear"), Loss("ce"), Optimizer("adam", 0.1), epochs=1, batch_size=BATCH
+    )
+    with pytest.raises(TypeError, match="optimizer adam does not see all images at once"):
+        fit_block([mini], features, labels, C)
 
 
 def test_lbfgs_says_whose_iterations_ended_too_early(problem):

@@ -17,7 +17,7 @@ MIN_ROWS = 32
 
 @dataclass(frozen=True)
 class Block(Sequence[ProbeSpec]):
-    """Probes that train together: they read the same input, and share everything but rates, losses, seeds and the like."""
+    """Probes that train together: they share their input and everything but rates, losses, seeds and the like."""
 
     specs: tuple[ProbeSpec, ...]
 
@@ -61,22 +61,22 @@ def blocks(
     for members in alike.values():
         # Sorted, so that each loss sees one slice of the stack, and that most stacks have one momentum.
         members.sort(key=lambda s: (s.optimizer.order, repr(s.loss)))
-        count = -(-len(members) // _most(members[0], dim, positions, classes, budget))
+        count = -(-len(members) // _largest_block(members[0], dim, positions, classes, budget))
         size = -(-len(members) // count)
         result += [Block(tuple(members[i : i + size])) for i in range(0, len(members), size)]
     return result
 
 
-def _most(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
+def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budget: MemoryBudget) -> int:
     """Return how many probes like this one may train at a time."""
     weights, activations = spec.head.footprint(dim, classes, positions)
     # An imported probe has no batch size, because it is only scored.
     cached = spec.head.in_cache((spec.batch_size or CHUNK_ROWS) * positions)
-    fit = (budget.weights if cached else budget.activations) // (4 * weights)
-    fit = min(fit, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
+    most = (budget.weights if cached else budget.activations) // (4 * weights)
+    most = min(most, budget.activations // (4 * activations * rows_at_once(spec.batch_size, positions)))
     if isinstance(spec.optimizer, FullBatchSolver):
-        fit = min(fit, budget.activations // (4 * spec.optimizer.weight_copies * weights))
-    return max(fit, 1)
+        most = min(most, budget.activations // (4 * spec.optimizer.weight_copies * weights))
+    return max(most, 1)
 
 
 def block_key(spec: ProbeSpec) -> Hashable:

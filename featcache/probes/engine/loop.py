@@ -19,8 +19,8 @@ def train_epoch(
 ) -> None:
     """Train blocks for one epoch on one pass over the data.
 
-    pieces: of the epoch. labels: of all training images, on the device. tick: called with the number of probes that took a
-    step.
+    pieces: of the epoch. labels: of all training images, on the device. tick: called after every step with the number of
+    probes that took it.
     """
     by_size: dict[int, tuple[MiniBatches, list[Training]]] = {}
     for training in trainings:

@@ -67,7 +67,7 @@ class FeatureMemory:
         return cls(resident, min(resident, host))
 
     def buffer_rows(self, rows: int, size: int) -> int | None:
-        """Return the rows of the shuffle buffer for an input of so many rows and bytes, or None if it fits into memory."""
+        """Return the rows of the shuffle buffer for an input, or None if it fits into memory. size: its bytes."""
         # One buffer is trained on while the next is read, each in a third of the memory; they lie on the host.
         return None if size <= self.resident else max(int(rows * (self.streamed / 3) / size), 1)
 

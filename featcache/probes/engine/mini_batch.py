@@ -8,7 +8,7 @@ from featcache.probes.spec import ProbeSpec
 
 @dataclass(frozen=True)
 class MiniBatchRecipe:
-    """The fields of a spec that only probes have which train on mini-batches; for others they are None."""
+    """The fields of a spec that training on mini-batches needs. Probes that train in another way lack them."""
 
     solver: MiniBatchSolver
     epochs: int

@@ -104,19 +104,19 @@ def score_probes(
 
 
 def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
-    """Divide blocks into lists of blocks whose weights, and `kept` bytes for each probe, fit into `most` bytes together."""
+    """Divide blocks into lists that fit into `most` bytes each: the weights, and `kept` bytes for every probe."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0
     for block in group:
         # A missing probe is reported when it is loaded.
-        each = kept + (places[block[0].id].bytes if block[0].id in places else 0)
-        fit = max(most // each, 1)
+        probe_bytes = kept + (places[block[0].id].bytes if block[0].id in places else 0)
+        fit = max(most // probe_bytes, 1)
         for part in (block[start : start + fit] for start in range(0, len(block), fit)):
-            if not result or len(part) * each > room:
+            if not result or len(part) * probe_bytes > room:
                 result.append([])
                 room = most
             result[-1].append(part)
-            room -= len(part) * each
+            room -= len(part) * probe_bytes
     return result
 
 

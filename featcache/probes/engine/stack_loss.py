@@ -18,14 +18,14 @@ class StackLoss:
     """
 
     def __init__(self, specs: Sequence[ProbeSpec], labels: Tensor, classes: int, batch_size: int):
-        most = max(MemoryBudget.of(labels.device).losses // (8 * batch_size * classes), 1)
+        longest = max(MemoryBudget.of(labels.device).losses // (8 * batch_size * classes), 1)
         functions = {loss: LossFunction(loss, labels, classes) for loss in {spec.loss for spec in specs}}
         self._slices: list[tuple[LossFunction, int, int]] = []  # (loss, first probe, end)
         for number, spec in enumerate(specs):
             function = functions[spec.loss]
             if self._slices:
                 last, start, _ = self._slices[-1]
-                if last is function and number - start < most:
+                if last is function and number - start < longest:
                     self._slices[-1] = (function, start, number + 1)
                     continue
             self._slices.append((function, number, number + 1))

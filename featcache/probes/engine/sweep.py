@@ -133,15 +133,15 @@ class Sweep:
         """Train blocks of one input, all on the same pass over the data, each up to its epoch until(training)."""
         while active := [t for t in trainings if t.specs and t.epoch < until(t)]:
             epoch = min(t.epoch for t in active)
-            now = [t for t in active if t.epoch == epoch]
-            for view in sorted({view_of_epoch(t.views, epoch) for t in now}):
-                same_view = [t for t in now if view_of_epoch(t.views, epoch) == view]
+            behind = [t for t in active if t.epoch == epoch]
+            for view in sorted({view_of_epoch(t.views, epoch) for t in behind}):
+                same_view = [t for t in behind if view_of_epoch(t.views, epoch) == view]
                 pieces = source.pieces(view, self.seed, epoch)
                 train_epoch(same_view, pieces, self.labels, self.device, self.tick)
-            for training in now:
+            for training in behind:
                 self._after_epoch(training, read, until)
             if time.monotonic() - self._saved_at > SAVE_SECONDS:
-                self.save(t for t in now if t.specs)
+                self.save(t for t in behind if t.specs)
 
     def _after_epoch(self, training: Training, read: Input, until: Callable[[Training], int]) -> None:
         if training.validates or (until(training) < training.epochs and training.epoch == until(training)):
@@ -155,7 +155,7 @@ class Sweep:
     def _validation_scores(self, training: Training, read: Input) -> Tensor:
         """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         if self.selected_on is None:
-            raise RuntimeError("a grid without a split to choose on validates")
+            raise RuntimeError("this block validates, but the grid has no split to choose on")
         (names, labels), device = self.selected_on, self.device
         tally = new_tally(training.specs, labels, len(self.store.classes), [self.metric])
         if read not in self._validation:
@@ -185,8 +185,8 @@ class Sweep:
                 )
             elif probe.stopped == "iterations":
                 click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps ({probe.spec.optimizer.type}); "
-                    "give it more optimizer.iterations, or more weight_decay",
+                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps "
+                    f"({probe.spec.optimizer.type}); give it more optimizer.iterations, or more weight_decay",
                     err=True,
                 )
 
@@ -200,7 +200,7 @@ class Sweep:
     def cut(self, trainings: Sequence[Training], fraction: float, factor: float) -> None:
         """Keep the best 1/factor of all probes that reached a rung of the search; the others are done.
 
-        All probes of the grid that ever reached it are compared, so that a cut which was interrupted by a kill has the same
+        All probes of the grid that ever reached it are compared, so that a cut which a kill interrupted has the same
         result when it is repeated.
         """
         places = find_probes(self.folder)

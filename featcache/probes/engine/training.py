@@ -99,7 +99,7 @@ class Training:
         return predict(self._stack, self.batch_size, features)[: len(self.specs)]
 
     def validated(self, scores: Tensor) -> None:
-        """Take the validation scores after an epoch, float64 [P], higher is better; with keep: best, keep the best weights."""
+        """Take the validation scores after an epoch, float64 [P], higher is better; keep the weights if keep is best."""
         self._scores[-1] = scores
         if self._first.keep == "best":
             weights = self._weights()

@@ -128,8 +128,8 @@ def _together(
 ) -> list[list[Block]]:
     """Divide the blocks of one input into those that train on the same pass over the data.
 
-    With pooled features in memory, one block trains at a time and stays in the cache. Otherwise a pass is expensive, and
-    as many blocks share it as have room for their states.
+    With pooled features in memory, one block trains at a time and stays in the cache. Otherwise a pass is expensive,
+    and as many blocks share it as have room for their states.
     """
     dim, positions = read.shape(store)
     if buffer_rows is None and positions == 1:

@@ -40,11 +40,11 @@ class Bcos(LayeredHead):
     def _without_idle_fields(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Give fields that cannot matter one value: a head with one layer has nothing between layers."""
         data = without_idle_norm_batch(data)
-        alone = isinstance(data, dict) and data.get("layers", 1) == 1
-        if alone:
+        one_layer = isinstance(data, dict) and data.get("layers", 1) == 1
+        if one_layer:
             data = {name: value for name, value in data.items() if name not in ("hidden", "norm", "norm_batch")}
         head = handler(data)
-        if alone:
+        if one_layer:
             head.__dict__ |= {"hidden": 0, "norm": "none", "norm_batch": 0}
         return head
 

@@ -9,14 +9,14 @@ PATCH_EPS = 1e-6
 
 
 def cosine_power(cosine: Tensor, b: float) -> tuple[Tensor, Tensor]:
-    """Return |cos|^(b - 1), and |cos| times its derivative. Unless b is 2, 1e-6 is added to |cos|, as the package does."""
+    """Return |cos|^(b - 1), and |cos| times its derivative. As in the package, |cos| gets 1e-6 unless b is 2."""
     if b == 2:
         return cosine, cosine
     return (cosine + PATCH_EPS).pow(b - 1), (b - 1) * cosine * (cosine + PATCH_EPS).pow(b - 2)
 
 
 def uncentred_scale(weight: Tensor, variance: Tensor) -> Tensor:
-    """Return what uncentred batch norm multiplies each channel by: weight / sqrt(variance + 1e-5)."""
+    """Return the factor of each channel in uncentred batch norm: weight / sqrt(variance + 1e-5)."""
     return weight / (variance + NORM_EPS).sqrt()
 
 

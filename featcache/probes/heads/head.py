@@ -82,7 +82,7 @@ class Head(Part):
         return classes
 
     def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw its weights: {name: float32 tensor}. dim: width of the features. Raises BadInput for a width it cannot read."""
+        """Draw its weights: {name: float32 tensor}. dim: width of the features. Raises BadInput if it cannot read those."""
         raise NotImplementedError
 
     def stack(self, weights: dict[str, Tensor], precision: str) -> Stack:
@@ -90,7 +90,7 @@ class Head(Part):
         raise NotImplementedError
 
     def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
-        """Return the layers that map [B, D, h, w] to logits [B, C, h, w] or [B, C, 1, 1]; takes its weights out of the dict."""
+        """Return the layers that map [B, D, h, w] to logits [B, C, h, w] or [B, C, 1, 1]; pop their weights."""
         raise NotImplementedError
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class LinearStack:
         self.parameters = list(self.weights.values())
 
     def forward(self, features: Tensor, training: bool = False) -> Tensor:
-        """Map features [B, D] to logits [B, P, C]. They lie as [P, C, B], because weights times features is the faster GEMM."""
+        """Map features [B, D] to logits [B, P, C]. They lie as [P, C, B], the result of the faster GEMM."""
         weight = self.weights["fc0.weight"]  # [P, C, D]
         precision = self.precision if training else "float32"
         logits = multiply(weight.flatten(0, 1), features.t(), precision).unflatten(0, weight.shape[:2])

@@ -14,13 +14,13 @@ class HeadModule(nn.Module):
 
     def __init__(self, head: Head, weights: dict[str, Tensor]):
         super().__init__()
-        left = dict(weights)
+        unused = dict(weights)
         try:
-            layers = head.modules(left)
+            layers = head.modules(unused)
         except KeyError as error:
             raise ValueError(f"weights do not fit the head: missing {error}") from None
-        if left:
-            raise ValueError(f"weights do not fit the head: unexpected {list(left)}")
+        if unused:
+            raise ValueError(f"weights do not fit the head: unexpected {list(unused)}")
         self.head, self.layers = head, nn.ModuleDict(layers)
         self.eval().requires_grad_(False)
 

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 class Memory:
-    """Reused memory for activations and their gradients, by name: fresh memory from the system costs two passes over it.
+    """Reused memory for activations and gradients, by name: fresh memory from the system costs two passes over it.
 
     The stacks of a thread share one, because only one of them is between forward() and backward() at a time. It lives
     as long as they do. turn: a token of the stack whose forward() used it last.
@@ -65,7 +65,7 @@ class Layer:
     positions: int = 1
 
     def forward(self, rows: Tensor, training: bool) -> Tensor:
-        """Return the layer's output for rows [P, D, R], or [D, R] if the probes share them; keep what backward() needs."""
+        """Map rows [P, D, R], or [D, R] if the probes share them, to the output; keep what backward() needs."""
         raise NotImplementedError
 
     def backward(self, gradient: Tensor) -> Tensor | None:
@@ -200,7 +200,7 @@ class UncentredBatchNorm(Norm):
 
 
 class GhostNorm(Layer):
-    """A batch norm that sees `images` of a mini-batch at a time (Hoffer et al., NeurIPS 2017); the last part may be smaller.
+    """A batch norm that sees `images` of a mini-batch at a time (Hoffer et al., NeurIPS 2017), fewer in the last part.
 
     This is what several GPUs with so many images each do without SyncBN. Only the first part's statistics move the
     running ones, because the first process is the one that saves them.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of an epoch: features values[order], which are the rows `rows` of the training data. last: whether it ends the epoch."""
+    """Part of an epoch: the features values[order], which are `rows` of the training data. last: the epoch's end."""
 
     values: Tensor
     order: Tensor

@@ -86,7 +86,7 @@ class Input:
         return values
 
     def chunks(self, store: Store, splits: Sequence[str], device: torch.device) -> Iterator[Tensor]:
-        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows; only one read is held at a time."""
+        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows, holding one 32 MB read at a time."""
         for name in splits:
             for _, piece in store[name][self.feature].pieces():
                 yield from self.read(torch.from_numpy(piece).to(device)).float().split(CHUNK_ROWS)

@@ -12,25 +12,25 @@ from featcache.store.reader import Store
 
 
 class Resident:
-    """An input from a union of splits, held in memory, with one tensor for every view; view 0 is the image as it is.
+    """An input from a union of splits, held in memory, one tensor for each view; view 0 is the image as it is.
 
     As many views stay in memory as fit; the others are read again.
     """
 
     def __init__(self, input: Input, store: Store, splits: Sequence[str], device: torch.device):
         self._input, self._store, self._splits, self._device = input, store, splits, device
-        self._held: dict[int, Tensor] = {}
+        self._views: dict[int, Tensor] = {}
         self._replaced_next: int | None = None
 
     def __getitem__(self, view: int) -> Tensor:
-        if view not in self._held:
+        if view not in self._views:
             if self._replaced_next is not None:
-                self._held.pop(self._replaced_next, None)
-            self._held[view] = self._input.load(self._store, self._splits, self._device, view)
+                self._views.pop(self._replaced_next, None)
+            self._views[view] = self._input.load(self._store, self._splits, self._device, view)
             # It makes way for the next view unless there is room for both and for training.
-            roomy = free_bytes(self._held[view].device) >= 2 * self._held[view].nbytes
+            roomy = free_bytes(self._views[view].device) >= 2 * self._views[view].nbytes
             self._replaced_next = None if roomy else view
-        return self._held[view]
+        return self._views[view]
 
     def pieces(self, view: int, seed: int, epoch: int) -> Iterator[Piece]:
         """Yield the single Piece of an epoch: all rows, with every order equally likely."""

@@ -31,7 +31,7 @@ class Bce(Loss):
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
-        """See Loss.weigh_classes: negatives over positives, and 1 for a class without positives or without negatives."""
+        """See Loss.weigh_classes: negatives over positives, and 1 for a class that lacks positives or negatives."""
         if self.class_weights == "none":
             return None
         return usable(absences(self.read(labels), classes) / occurrences(labels, classes))

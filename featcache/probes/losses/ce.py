@@ -17,8 +17,8 @@ IGNORED = -1e30
 class Ce(Loss):
     """Softmax cross-entropy, torch's with label_smoothing and class weights w: -sum w_c t_c log(p_c) over classes.
 
-    The mean is over images. A multi-label image spreads its target evenly over the classes present (Mahajan et al., ECCV
-    2018); ignored classes leave the softmax and get no smoothing. An image without a class counts in the mean with loss 0.
+    The mean is over images. A multi-label image spreads its target evenly over the classes present (Mahajan et al.,
+    ECCV 2018). Ignored classes leave the softmax and get no smoothing. An image without a class has loss 0 and counts.
     """
 
     type: Literal["ce"] = "ce"
@@ -55,7 +55,7 @@ class Ce(Loss):
         return float(weights[labels].sum()) if weights is not None and labels.ndim == 1 else len(labels)
 
     def _targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return targets over the count of images [B, 1, C], their sums [B, 1, 1], and which are ignored, [B, 1, C] or None."""
+        """Return targets over the count of images [B, 1, C], their sums [B, 1, 1], and ignored ones [B, 1, C] or None."""
         positive = (labels > 0).to(logits.dtype)
         targets = positive / positive.sum(1, keepdim=True).clamp(min=1)  # [B, C]
         mass = positive.amax(1, keepdim=True)  # [B, 1]
@@ -80,10 +80,10 @@ class Ce(Loss):
         Targets are divided by the count of images, each counted by the weight of its class.
         """
         smoothing, classes = self.label_smoothing, logits.shape[2]
-        each = logits.new_ones(classes) if weights is None else weights.to(logits)
-        chosen = each[labels]
+        by_class = logits.new_ones(classes) if weights is None else weights.to(logits)
+        chosen = by_class[labels]
         count = chosen.sum()
-        target, spread = (1 - smoothing) * chosen / count, smoothing * each / classes / count
+        target, spread = (1 - smoothing) * chosen / count, smoothing * by_class / classes / count
         return (
             labels.view(1, 1, -1),
             target.view(1, 1, -1),

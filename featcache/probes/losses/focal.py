@@ -13,7 +13,7 @@ from featcache.probes.part import Share
 class Focal(Loss):
     """Sigmoid focal loss (Lin et al., ICCV 2017), the mean over the classes and images that are not ignored.
 
-    -a (1 - q)^gamma log(q) with q the probability of the true answer, and a = alpha for positives, 1 - alpha for negatives,
+    -a (1 - q)^gamma log(q) with q the probability of the truth, and a = alpha for positives, 1 - alpha for negatives,
     as torchvision.ops.sigmoid_focal_loss.
     """
 

@@ -26,11 +26,11 @@ class Loss(Part):
     link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
-        """Return weights of the classes by how rare they are among labels, float64 [C], or None if all count the same."""
+        """Return weights of the classes, float64 [C], by how rare they are among labels, or None for equal weights."""
         return None
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
-        """Return what compute() needs to know of the labels, in the dtype of the logits. weights: from weigh_classes()."""
+        """Return what compute() needs of the labels, in the dtype of the logits. weights: from weigh_classes()."""
         return present(labels, logits), shares(labels, logits)
 
     def compute(self, logits: Tensor, *targets: Any) -> tuple[Tensor, Tensor]:
@@ -59,15 +59,15 @@ class LossFunction:
 
     def __init__(self, loss: Loss, labels: Tensor, classes: int):
         self.loss, self.classes = loss, classes
-        self._held: tuple[Any, Any, tuple[Any, ...]] = None, None, ()
+        self._cached: tuple[Any, Any, tuple[Any, ...]] = None, None, ()
         self.weights = loss.weigh_classes(labels, classes)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss of every probe, [P], and its gradient, [B, P, C]."""
         # The slices of a stack come one after another with the same labels.
-        if self._held[0] is not labels or self._held[1] != logits.dtype:
-            self._held = labels, logits.dtype, self.loss.targets(self.loss.read(labels), logits, self.weights)
-        return self.loss.compute(logits, *self._held[2])
+        if self._cached[0] is not labels or self._cached[1] != logits.dtype:
+            self._cached = labels, logits.dtype, self.loss.targets(self.loss.read(labels), logits, self.weights)
+        return self.loss.compute(logits, *self._cached[2])
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
         """Return the Loss.targets of labels, in a dtype."""

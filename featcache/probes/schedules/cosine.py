@@ -14,7 +14,7 @@ from featcache.probes.schedules.schedule import WarmedUp
 class Cosine(WarmedUp):
     """The rate falls along half a cosine (Loshchilov & Hutter, ICLR 2017, without restarts).
 
-    final + (1 - final) (1 + cos(pi t)) / 2 with t the share of the run after the warm-up that is over.
+    final + (1 - final) (1 + cos(pi t)) / 2 with t the elapsed share of the epochs after the warm-up.
     """
 
     type: Literal["cosine"] = "cosine"

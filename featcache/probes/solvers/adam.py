@@ -48,8 +48,8 @@ class AdamRule(UpdateRule):
         correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        # w - rate (m / c1) / (sqrt(s) / c2 + eps), with all numbers of a probe moved into the divisor to save passes over
-        # memory. The gradient's memory is free by now. A rate may be 0.
+        # w - rate (m / c1) / (sqrt(s) / c2 + eps), with each probe's numbers moved into the divisor to save passes
+        # over memory. The gradient's memory is free by now. A rate may be 0.
         steep = correction1 / rates.clamp(min=1e-30)
         root = torch.sqrt(second, out=gradient)
         root = torch.addcmul(per_probe(1e-8 * steep, root), root, per_probe(steep / correction2, root), out=root)

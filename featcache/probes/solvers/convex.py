@@ -33,8 +33,8 @@ TOLERANCE = 1e-5
 UNDECAYED_TOLERANCE = 1e-7
 # Gradients below this share of the one at the start are rounding errors of float64.
 RESOLUTION = 1e-14
-# The search leaves a power of ten once the gradient is this share of its first one, or after so many steps. There are at
-# most so many powers; weaker decays, and none, start from the last.
+# The search leaves a power of ten once the gradient is this share of its first one, or after so many steps. There are
+# at most so many powers; weaker decays, and no decay, start from the last.
 ROUGHLY, ROUGH_STEPS, POWERS = 0.03, 50, 10
 # Conjugate gradients end once the residual is this share of the gradient, or after so many products.
 INEXACT, PRODUCTS = 0.1, 500
@@ -198,25 +198,25 @@ class _Path:
             push, curvature = problem.slope(logits)
             decayed = penalty.unsqueeze(1) * point
             slope = self._pulled(push) + decayed
-            norm, whole = problem.dot(slope, slope).sqrt(), value + problem.dot(decayed, point) / 2
+            norm, objective = problem.dot(slope, slope).sqrt(), value + problem.dot(decayed, point) / 2
             if lowest is None:
-                least, lowest = torch.maximum(least, share * norm), (norm, whole)
+                least, lowest = torch.maximum(least, share * norm), (norm, objective)
             weight = problem.dot(decayed, decayed).sqrt()
             pending = norm > torch.maximum(TOLERANCE * weight, least)
-            stale = stale + 1 if taken and not self._gained(norm, whole, lowest, pending) else 0
-            lowest = torch.minimum(norm, lowest[0]), torch.minimum(whole, lowest[1])
+            stale = stale + 1 if taken and not self._gained(norm, objective, lowest, pending) else 0
+            lowest = torch.minimum(norm, lowest[0]), torch.minimum(objective, lowest[1])
             if not pending.any() or taken == steps or stale == PATIENCE:
                 break
             step = self._newton(slope, curvature, penalty, pending)
             move = basis.along(step).div_(self.head.temperature)
-            length = self._length(logits, move, (point, step, penalty), (whole, problem.dot(slope, step)), pending)
+            length = self._length(logits, move, (point, step, penalty), (objective, problem.dot(slope, step)), pending)
             point, logits = point + length * step, logits.add_(length * move)
         return point, losses, not pending.any()
 
     @staticmethod
-    def _gained(norm: Tensor, whole: Tensor, lowest: tuple[Tensor, Tensor], pending: Tensor) -> bool:
+    def _gained(norm: Tensor, objective: Tensor, lowest: tuple[Tensor, Tensor], pending: Tensor) -> bool:
         """Return whether any pending problem has a smaller gradient, or a lower objective, than ever before."""
-        better = (norm < 0.9 * lowest[0]) | (whole < lowest[1] - 10 * ROUNDING * lowest[1].abs())
+        better = (norm < 0.9 * lowest[0]) | (objective < lowest[1] - 10 * ROUNDING * lowest[1].abs())
         return bool((better & pending).any())
 
     def _newton(self, slope: Tensor, curvature: Tensor, penalty: Tensor, pending: Tensor) -> Tensor:
@@ -259,17 +259,17 @@ class _Path:
 
         line: point, step, penalty. start: the objective, and its slope along the step.
         """
-        (point, step, penalty), (whole, promise), dot = line, start, self.problem.dot
+        (point, step, penalty), (objective, slope), dot = line, start, self.problem.dot
         pulling, bending = (dot(penalty.unsqueeze(1) * other, step) for other in (point, step))
-        decay_part = whole - self.problem.value(logits)
+        decay_part = objective - self.problem.value(logits)
         length = pending.double()
         for _ in range(TRIALS):
             value = self.problem.value(logits + length * move) + decay_part + length * (pulling + length / 2 * bending)
-            promised = length * promise
-            pending = pending & ~(value <= whole + SUFFICIENT * promised + ROUNDING * whole.abs())
+            promised = length * slope
+            pending = pending & ~(value <= objective + SUFFICIENT * promised + ROUNDING * objective.abs())
             if not pending.any():
                 return length
             # The minimum of the parabola through both values and the slope.
-            shorter = (promised / (2 * (whole + promised - value))).nan_to_num(nan=0.5).clamp(0.1, 0.5)
+            shorter = (promised / (2 * (objective + promised - value))).nan_to_num(nan=0.5).clamp(0.1, 0.5)
             length = torch.where(pending, length * shorter, length)
         return torch.where(pending, 0.0, length)

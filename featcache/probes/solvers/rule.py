@@ -1,8 +1,8 @@
 """What the update rules of mini-batch solvers share.
 
-A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair (A, B) of matrices, or of stacks of
-P matrices, that stands for A B. The pair lets SGD add it to the momentum within the GEMM, without another pass over
-memory.
+A gradient is a tensor of the parameter's size, which step() may overwrite, or a pair (A, B) that stands for A B: two
+matrices, or two stacks of P matrices. A pair lets SGD add the product to the momentum within the GEMM, without another
+pass over memory.
 """
 
 from collections.abc import Sequence
