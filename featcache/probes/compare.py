@@ -26,11 +26,11 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 class Comparison:
     """Two probes on one metric: their scores, the difference first - second with its 95% interval, and its p value.
 
-    split: the role whose images they were scored on. See jackknife.paired_test for interval and p.
+    role: the one whose images they were scored on. See jackknife.paired_test for interval and p.
     """
 
     probes: tuple[str, str]
-    split: str
+    role: str
     metric: str
     scores: tuple[float, float]
     difference: float

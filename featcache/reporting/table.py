@@ -93,7 +93,7 @@ def seed_texts(run: Run, metric: str) -> dict[str, str]:
 def comparison_rows(comparisons: Sequence["Comparison"]) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows of strings) for the Comparisons of two probes."""
     first, second = comparisons[0].probes
-    columns = [f"on {comparisons[0].split}", first, second, "difference [95%]", "p"]
+    columns = [f"on {comparisons[0].role}", first, second, "difference [95%]", "p"]
     rows = []
     for c in comparisons:
         values = [scored(c.metric, score) for score in c.scores]

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from featcache.kinds import Kind, Registry
+from featcache.probes.grids.expand import RANDOM
 from featcache.probes.grids.fields import MISSING, GridField, known_fields, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid import ROLES
 from featcache.probes.grids.search import SEARCHES
@@ -74,9 +75,7 @@ def _group() -> Schema:
     properties: Schema = {
         "name": {"type": "string", "description": "what tables call the group"},
         "from": {"type": "string", "description": "name of the group that this one starts from"},
-        "random": _object(
-            {"n": {"type": "integer", "minimum": 1}, "seed": {"type": "integer", "minimum": 0}}, "random search"
-        ),
+        "random": _object({name: _value(field) for name, field in RANDOM.items()}, "random search"),
     }
     properties |= {name: _field(field) for name, field in probe_fields().items()}
     properties |= {name: {"$ref": f"#/$defs/{name}"} for name in REGISTRIES}

@@ -1,1 +1,1 @@
-"""Pure numbers: metrics of logits, their intervals, and the test of a difference."""
+"""Scores as pure numbers: metrics of logits, their intervals, and a test of differences. No folders, no stores."""

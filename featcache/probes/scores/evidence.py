@@ -1,13 +1,13 @@
-"""What metrics read: numbers about the images that several metrics share, computed once for all of them.
+"""Evidence: the numbers about images that metrics read, computed once for all metrics that share them.
 
-Each holds the numbers of p probes on all N images. A metric names the kind that it reads.
+Each class holds the numbers of p probes on all N images. A metric names the class that it reads.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-# Bins of the confidence, of equal width, in which calibration is measured.
+# Number of bins of the confidence, of equal width, in which calibration is measured.
 BINS = 15
 
 
@@ -18,7 +18,7 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Ranks(Evidence):
-    """The rank of each image's class, from 0: int64 [p, N]. labels: int64 [N]. classes: their number C."""
+    """The rank of each image's true class, from 0: int64 [p, N]. labels: int64 [N]. classes: the number C."""
 
     ranks: Tensor
     labels: Tensor
@@ -27,7 +27,7 @@ class Ranks(Evidence):
 
 @dataclass(frozen=True, eq=False)
 class Logits(Evidence):
-    """All logits, class by class: float32 [p, C, N]. labels: int8 [C, N], -1 where a label is not known."""
+    """All logits, class by class: float32 [p, C, N]. labels: int8 [C, N], -1 where the label is unknown."""
 
     logits: Tensor
     labels: Tensor
@@ -35,10 +35,10 @@ class Logits(Evidence):
 
 @dataclass(frozen=True, eq=False)
 class Sums(Evidence):
-    """What adds up over images to a loss and a calibration error, float64.
+    """Numbers whose sums over images give the mean loss and the calibration error, float64.
 
-    losses, divisors: of each image, [p, N]; the mean loss is the ratio of their sums. gaps: confidence minus outcome
-    in each bin, [p, BINS, N]. pairs: how many confidences each image adds, [p, N].
+    losses, divisors: [p, N]; the mean loss is the ratio of their sums. gaps: confidence minus outcome in each bin,
+    [p, BINS, N]. pairs: number of confidences that each image adds, [p, N].
     """
 
     losses: Tensor
@@ -49,12 +49,12 @@ class Sums(Evidence):
 
 @dataclass(frozen=True, eq=False)
 class Decisions(Sums):
-    """And which classes are predicted, at a probability of 0.5 or more. float64 but for codes.
+    """Sums, and the classes that are predicted (with a probability of 0.5 or more). float64 except codes.
 
-    hits, predicted, actual: how many classes each image has that are rightly predicted, predicted and present, [p, N].
-    class_hits, class_predicted, class_actual: the same of each class over the images, [p, C].
+    hits, predicted, actual: numbers of classes that are rightly predicted, predicted, and present in each image, [p, N].
+    class_hits, class_predicted, class_actual: the same numbers for each class over the images, [p, C].
     codes: uint8 [p, C, N], 1 where a class is predicted, plus 2 where it is present.
-    pieces: slices of the images that are passed over at a time.
+    pieces: slices of the images that are processed at a time.
     """
 
     hits: Tensor
@@ -69,7 +69,7 @@ class Decisions(Sums):
 
 @dataclass(frozen=True, eq=False)
 class Gathered(Evidence):
-    """What a PlainMetric gathered: [p, N, ...]. labels: of all images, int8 [N, C] or int64 [N]."""
+    """The values that a PlainMetric gathered, [p, N, ...]. labels: of all images, int8 [N, C] or int64 [N]."""
 
     values: Tensor
     labels: Tensor

@@ -1,6 +1,6 @@
-"""What is kept of probes' logits chunk by chunk, and the evidence that metrics read from it.
+"""Gatherers keep what metrics need from the logits of probes, chunk by chunk, and turn it into evidence.
 
-Probabilities are those that a probe was trained to give: the softmax or a sigmoid for each class.
+Probabilities are those that a probe was trained to give: the softmax, or a sigmoid for each class.
 """
 
 from typing import ClassVar
@@ -13,17 +13,18 @@ from featcache.errors import BadInput
 from featcache.probes.scores.evidence import BINS, Decisions, Evidence, Gathered, Logits, Ranks, Sums
 from featcache.probes.scores.metric import Metric, PlainMetric
 
-# Numbers that are passed over at a time: on a CPU they stay in the cache, on a GPU a step costs its launches.
+# Quantity of numbers that are processed at a time. On a CPU they should stay in the cache; on a GPU few, large steps
+# are best.
 AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 23}
-# Stands for minus infinity where a label is not known: finite, so that 0 times it is 0.
+# Stands for minus infinity where a label is unknown. It is finite so that 0 times it is 0.
 IGNORED = -1e30
 
 
 class Gatherer:
-    """Base of what is kept of P probes on N images.
+    """Base of all gatherers, for P probes on N images.
 
-    labels: of all images, int8 [N, C] or int64 [N]. classes: C. softmax: of each probe, whether its probabilities are a
-    softmax; those of the others are sigmoids. offers: the kinds of evidence. bins: float64 [P, BINS, 3], see
+    labels: of all images, int8 [N, C] or int64 [N]. classes: C. softmax: for each probe, whether its probabilities are
+    a softmax rather than sigmoids. offers: the kinds of evidence that it makes. bins: float64 [P, BINS, 3], see
     Tally.calibration.
     """
 
@@ -34,7 +35,7 @@ class Gatherer:
         self.bins = torch.zeros(len(softmax), BINS, 3, dtype=torch.float64, device=labels.device)
 
     def offered(self, metric: Metric) -> type[Evidence]:
-        """Return the kind of evidence offered that has what a metric reads."""
+        """Return the kind of evidence on offer that a metric can read. Raises BadInput if there is none."""
         for kind in self.offers:
             if issubclass(kind, metric.reads):
                 return kind
@@ -42,7 +43,7 @@ class Gatherer:
         raise BadInput(f"metric {metric.type} reads {metric.reads.__name__}, which {task} data does not have")
 
     def bytes_per_image(self) -> int:
-        """Return the bytes that are kept of each image and probe."""
+        """Return the bytes that are kept for each image and probe."""
         raise NotImplementedError
 
     def keep(self, logits: Tensor, rows: slice) -> None:
@@ -50,29 +51,29 @@ class Gatherer:
         raise NotImplementedError
 
     def width(self, kind: type[Evidence]) -> int:
-        """Return how many numbers of an image and probe evidence of a kind passes over."""
+        """Return how many numbers evidence of a kind processes for each image and probe."""
         raise NotImplementedError
 
     def read(self, kind: type[Evidence], probes: slice) -> Evidence:
-        """Return the evidence of some probes, all of one kind of probability."""
+        """Return the evidence about a slice of the probes, which all give softmaxes or all give sigmoids."""
         raise NotImplementedError
 
     def pieces(self, images: int) -> list[slice]:
-        """Return slices of the images, as many of all their classes as are passed over at a time."""
+        """Return slices of the images small enough that all their classes can be processed at a time."""
         size = max(AT_ONCE[self.labels.device.type] // self.classes, 64)
         return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
     def _gaps(self, probes: slice, confidence: Tensor, outcome: Tensor, counted: Tensor) -> Tensor:
-        """Sum, for each image and bin, confidence minus outcome over its pairs [p, K, n] that count: [p, BINS, n].
+        """Return confidence minus outcome, summed over the pairs [p, K, n] that count, by bin and image: [p, BINS, n].
 
-        Counts them for calibration, too.
+        The pairs are also added to `bins`.
         """
         # The bin of a confidence c in [0, 1] is the b from 0 with b / BINS < c <= (b + 1) / BINS.
         bins = confidence.mul(BINS).ceil_().long().sub_(1).clamp_(0, BINS - 1)
         gaps = confidence.new_zeros(len(bins), BINS, bins.shape[2])
         confidence, outcome = confidence * counted, outcome * counted
         gaps.scatter_add_(1, bins, confidence - outcome)
-        # One probe after another in one row of bins.
+        # All probes share one row of bins, one after another.
         bins += BINS * torch.arange(len(bins), device=bins.device).view(-1, 1, 1)
         for column, numbers in enumerate((counted, confidence, outcome)):
             sums = gaps.new_zeros(len(bins) * BINS).index_add_(0, bins.flatten(), numbers.flatten())
@@ -81,7 +82,7 @@ class Gatherer:
 
 
 class SingleLabelGatherer(Gatherer):
-    """Of images with one class it keeps the rank of that class, the loss and the top confidence."""
+    """For single-label data: keeps the rank of each image's class, the loss and the top confidence."""
 
     offers = (Ranks, Sums)
 
@@ -104,17 +105,20 @@ class SingleLabelGatherer(Gatherer):
             self._keep_piece(logits[:, piece], labels[piece], (classes < labels[piece]).float(), images)
 
     def _keep_piece(self, logits: Tensor, labels: Tensor, earlier: Tensor, images: slice) -> None:
-        """logits [P, n, C], labels [n, 1], earlier [n, C]: whether a class comes before that of the image."""
+        """Take the logits [P, n, C] of a piece of the images.
+
+        labels: [n, 1]. earlier: [n, C], 1 for classes that come before that of the image. images: the slice of all N.
+        """
         for p, values in enumerate(logits):
             true, top = values.gather(1, labels), values.amax(1, keepdim=True).double()
-            # Of equal logits the first ranks first, as argmax has it: a constant gets no credit. Sums of 0 and 1 in
-            # float32 are several times faster than sums of booleans.
+            # Among equal logits the first class ranks first, as in argmax, so that constant logits get no credit.
+            # Summing 0 and 1 as float32 is several times faster than summing booleans.
             flags = torch.eq(values, true, out=torch.empty_like(values)).mul_(earlier)
             ranks = flags.sum(1) + torch.gt(values, true, out=flags).sum(1)
             self._ranks[p, images] = ranks.long()
             true = true.squeeze(1).double()
             if self.softmax[p]:
-                # The logarithm of the sum of exp, less the largest logit.
+                # log sum exp(z), less the largest logit.
                 norm = values.double().sub_(top).exp_().sum(1).log_()
                 self._losses[p, images] = norm + (top.squeeze(1) - true)
                 self._confidence[p, images] = norm.neg_().exp_()
@@ -127,7 +131,7 @@ class SingleLabelGatherer(Gatherer):
         return 1 if kind is Ranks else BINS
 
     def read(self, kind: type[Evidence], probes: slice) -> Evidence:
-        """Return Ranks or Sums of some probes."""
+        """Return Ranks or Sums of a slice of the probes."""
         if kind is Ranks:
             return Ranks(self._ranks[probes], self.labels, self.classes)
         losses, hits = self._losses[probes], (self._ranks[probes] < 1).double()
@@ -138,14 +142,14 @@ class SingleLabelGatherer(Gatherer):
 
 
 class MultiLabelGatherer(Gatherer):
-    """Of images with any number of classes it keeps all logits. A label of -1 is left out of every sum."""
+    """For multi-label data: keeps all logits. Labels of -1 are left out of every sum."""
 
     offers = (Logits, Decisions)
 
     def __init__(self, labels: Tensor, classes: int, softmax: list[bool]):
         super().__init__(labels, classes, softmax)
         self._by_class = labels.t().contiguous()
-        # In memory as predictions are: class by class.
+        # Class by class, as predictions lie in memory.
         self._logits = torch.empty(len(softmax), classes, len(labels), device=labels.device)
 
     def bytes_per_image(self) -> int:
@@ -161,11 +165,11 @@ class MultiLabelGatherer(Gatherer):
         return 1 if kind is Logits else self.classes
 
     def read(self, kind: type[Evidence], probes: slice) -> Evidence:
-        """Return Logits or Decisions of some probes."""
+        """Return Logits or Decisions of a slice of the probes."""
         return Logits(self._logits[probes], self._by_class) if kind is Logits else self._decisions(probes)
 
     def _decisions(self, probes: slice) -> Decisions:
-        """Pass over all pairs of class and image once, for all sums over them."""
+        """Return Decisions, with all sums from a single pass over the pairs of class and image."""
         shape, pieces = self._logits[probes].shape, self.pieces(len(self.labels))
         # The rows are: hits, predicted, actual, losses, divisors, pairs, and the gap in each bin.
         images = self._logits.new_empty(shape[0], 6 + BINS, shape[2], dtype=torch.float64)
@@ -181,9 +185,9 @@ class MultiLabelGatherer(Gatherer):
             predicted = (probability >= 0.5).logical_and_(labels >= 0).double()
             actual = (labels == 1).double().unsqueeze(0)
             codes[:, :, rows] = predicted + 2 * actual
-            for row, each in enumerate((predicted * actual, predicted, actual)):
-                classes[:, row] += each.sum(2)
-                images[:, row, rows] = each.sum(1)
+            for row, flags in enumerate((predicted * actual, predicted, actual)):
+                classes[:, row] += flags.sum(2)
+                images[:, row, rows] = flags.sum(1)
         hits, predicted, actual, losses, divisors, pairs = images[:, :6].unbind(1)
         return Decisions(
             losses=losses, divisors=divisors, gaps=images[:, 6:], pairs=pairs,
@@ -193,10 +197,10 @@ class MultiLabelGatherer(Gatherer):
         )  # fmt: skip
 
     def _pairs(self, probes: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the probability [p, C, n] of every (class, image), its target and whether it counts [1, C, n], float64.
+        """Return, as float64, the probability [p, C, n] of every (class, image), and its target and weight [1, C, n].
 
-        The softmax says how the classes present share one image: its target is 1 over their number, and
-        images without a class do not count.
+        The target is 0 or 1 for sigmoids. For the softmax, the classes present share the image equally: each has the
+        target 1 over their number, and images without a class do not count.
         """
         labels, logits = self._by_class[:, rows], self._logits[probes, :, rows].double()
         known, present = (labels >= 0).double().unsqueeze(0), (labels == 1).double().unsqueeze(0)
@@ -207,7 +211,7 @@ class MultiLabelGatherer(Gatherer):
         return probability, present / count.clamp(min=1), known * (count > 0)
 
     def _losses(self, probes: slice, rows: slice, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of every image [p, n], and what divides it [1, n]. target, counted: see _pairs."""
+        """Return the loss of every image [p, n], and its divisor [1, n]. target, counted: from _pairs."""
         logits = self._logits[probes, :, rows].double()
         if not self.softmax[probes.start]:
             losses = F.softplus(logits, threshold=40).sub_(logits.mul_(target)).mul_(counted)
@@ -217,7 +221,7 @@ class MultiLabelGatherer(Gatherer):
 
 
 class MetricGatherer(Gatherer):
-    """What a PlainMetric keeps of the logits."""
+    """For a PlainMetric: keeps what the metric gathers from the logits."""
 
     offers = (Gathered,)
 
@@ -225,7 +229,7 @@ class MetricGatherer(Gatherer):
         super().__init__(labels, classes, softmax)
         self._metric = metric
         self._softmax = torch.tensor(softmax, device=labels.device)
-        # Shape and type of what is kept are known from a single image.
+        # A single image shows the shape and type of what the metric gathers.
         sample = self._kept(torch.zeros(len(softmax), 1, classes, device=labels.device), slice(0, 1))
         self._values = sample.new_empty(len(softmax), len(labels), *sample.shape[2:])
 
@@ -245,5 +249,5 @@ class MetricGatherer(Gatherer):
         return max(self._values[0, 0].numel(), 1)
 
     def read(self, kind: type[Evidence], probes: slice) -> Evidence:
-        """Return what was gathered of some probes."""
+        """Return what was gathered from a slice of the probes."""
         return Gathered(self._values[probes], self.labels)

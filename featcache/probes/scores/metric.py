@@ -1,4 +1,4 @@
-"""What a metric is, and the simple way to write one: a function of logits and labels."""
+"""The base class of metrics, and PlainMetric, the simple way to write one as a function of logits and labels."""
 
 import re
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ E = TypeVar("E", bound=Evidence)
 class Estimate:
     """Scores of p probes, float64 [p].
 
-    left_out: the scores without each image [p, N], or without each group of images, or None where they were not asked
-    for. counts: how many images or decisions each score is a share of, float64 [p]; None for the images.
-    by_class: the scores of the single classes [p, C], NaN for a class without one, or None.
+    left_out: the scores without each image [p, N], or without each group of images; None where they were not asked for.
+    counts: number of images or decisions that each score is a share of, float64 [p]; None if that is all images.
+    by_class: the scores of the single classes [p, C], NaN for a class that has none; or None.
     """
 
     scores: Tensor
@@ -36,10 +36,10 @@ class Estimate:
 class Metric(Kind, Generic[E]):
     """Base of all metrics.
 
-    title: its name in tables and plots, by default that which users choose it by. tasks: the labels that it is for.
-    higher_is_better: whether the higher of two scores is the better. bounds: between which all scores lie; those
-    between 0 and 1 are shown as percent. class_column: the column of scores_per_class.csv for the scores by class, or
-    None where there are none. reads: the kind of evidence that `estimate` takes.
+    title: its name in tables and plots, by default the name that users choose it by. tasks: the kinds of labels that it
+    can score. higher_is_better: whether higher scores are better. bounds: the lowest and highest possible score; scores
+    between 0 and 1 are shown as percent. class_column: the column of scores_per_class.csv for its scores by class, None
+    if it has none. reads: the kind of evidence that `estimate` takes.
     """
 
     title: ClassVar[str] = ""
@@ -51,9 +51,9 @@ class Metric(Kind, Generic[E]):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
-        """Raise ValueError for a metric that could not be chosen or scored. Its title is by default its name.
+        """Set the default title. Raises ValueError for a metric that could not be chosen or scored.
 
-        Grids and rules such as "best map per loss" know no capitals.
+        Names have no capitals because grids and rules such as "best map per loss" are read in any case.
         """
         name = cls.model_fields["type"].default
         if not isinstance(name, str):
@@ -70,11 +70,11 @@ class Metric(Kind, Generic[E]):
             cls.title = name
 
     def estimate(self, evidence: E, leave_out: bool) -> Estimate:
-        """Return the scores of the evidence's probes, and with leave_out also those without each image."""
+        """Return the scores of the probes in the evidence, and with leave_out also the scores without each image."""
         raise NotImplementedError
 
     def chance(self, labels: Tensor, classes: int) -> float | None:
-        """Return the expected score of a random ranking, or None where a ranking alone does not decide the score.
+        """Return the expected score of a random ranking, None for a score that depends on more than the ranking.
 
         labels: int8 [N, C] or int64 [N]. classes: C.
         """
@@ -87,9 +87,9 @@ class Metric(Kind, Generic[E]):
 
 
 class PlainMetric(Metric[Gathered]):
-    """Base of metrics that are a function of logits and labels. docs/scores.md has an example.
+    """Base of metrics that are a plain function of logits and labels. docs/scores.md has an example.
 
-    The intervals come from computing `value` anew without each of up to 100 groups of images.
+    For intervals, `value` is computed again without each of up to 100 groups of images.
     """
 
     reads = Gathered
@@ -97,22 +97,21 @@ class PlainMetric(Metric[Gathered]):
     def value(self, gathered: Tensor, labels: Tensor) -> Tensor:
         """Return the scores [P] of P probes on n images.
 
-        gathered: logits float32 [P, n, C], or what `gather` makes of them. labels: int8 [n, C] (1 present, 0 absent,
-        -1 not known) or int64 [n]. Each probe's score must depend on its own logits alone.
+        gathered: logits float32 [P, n, C], or what `gather` returns. labels: int8 [n, C] (1 present, 0 absent,
+        -1 unknown) or int64 [n]. Each probe's score must depend on its own logits alone.
         """
         raise NotImplementedError
 
     def gather(self, logits: Tensor, labels: Tensor, softmax: Tensor) -> Tensor:
-        """Return what is kept of a chunk of n images until all are seen: [P, n, ...], by default the logits.
+        """Return what to keep from a chunk of n images until all are seen: [P, n, ...], by default the logits.
 
-        Override it to keep less, or to know how each probe turns logits into probabilities. logits: float32 [P, n, C].
-        labels: of these images. softmax: bool [P], the others give sigmoids. Other metrics read the same tensors: do not
-        change them in place.
+        Override it to keep less, or to see which probes give a softmax. logits: float32 [P, n, C]. labels: of these
+        images. softmax: bool [P], False for sigmoids. Do not change the tensors in place: other metrics read them too.
         """
         return logits
 
     def estimate(self, evidence: Gathered, leave_out: bool) -> Estimate:
-        """Return the scores, and with leave_out also those without each group of images."""
+        """Return the scores, and with leave_out also the scores without each group of images."""
         # A copy, in case `value` changes it in place.
         scores = self._value(evidence.values.clone(), evidence.labels)
         if not leave_out:
@@ -141,7 +140,7 @@ class PlainMetric(Metric[Gathered]):
         return scores.clamp(low, high)
 
     def checked_gather(self, logits: Tensor, labels: Tensor, softmax: Tensor) -> Tensor:
-        """Return what `gather` does. Raises BadInput unless that has a row for each probe and image."""
+        """Call `gather`. Raises BadInput unless the result begins with the axes of probes and images."""
         values = self.gather(logits, labels, softmax)
         if not isinstance(values, Tensor) or values.shape[:2] != logits.shape[:2]:
             raise BadInput(

@@ -1,7 +1,7 @@
-"""Scores of many probes at once: their logits are gathered chunk by chunk, once for all metrics.
+"""Score many probes at once: their logits are gathered chunk by chunk, once for all metrics.
 
-Every metric is known without any one image, too, from a pass over the images: average precision from one sort,
-the others because they are functions of sums over images.
+A single pass over the images also gives every metric without each one of them: average precision from one sort, the
+others because they are functions of sums over images.
 """
 
 import itertools
@@ -21,11 +21,11 @@ Reduce = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, ...]]
 
 
 class Tally:
-    """The logits of P probes on N images: `add` them in the order of the images, then ask for scores.
+    """Scores of P probes on N images: `add` the logits in the order of the images, then ask for scores.
 
-    labels: of all images, int8 [N, C] or int64 [N], on the device of the logits. classes: C. softmax: of each probe,
-    whether its probabilities are a softmax; those of the others are sigmoids. metrics: names of those that are asked
-    for, by default all of the task.
+    labels: of all images, int8 [N, C] or int64 [N], on the device of the logits. classes: C. softmax: for each probe,
+    whether its probabilities are a softmax rather than sigmoids. metrics: names of the metrics to compute, by default
+    all of the task.
 
         tally = Tally(labels, classes=20, softmax=[False, False])
         for chunk in chunks:
@@ -39,7 +39,7 @@ class Tally:
         self._rows = 0
         self._by_class: dict[str, Tensor] | None = None
         multi = labels.ndim == 2
-        # How many images say something about a score: those of a class.
+        # Number of images that bear on a score: those that have a class.
         self._informative = int((labels == 1).any(1).sum()) if multi else len(labels)
         names = metrics_of("multi-label" if multi else "single-label") if metrics is None else metrics
         shared = MultiLabelGatherer if multi else SingleLabelGatherer
@@ -56,7 +56,7 @@ class Tally:
 
     @property
     def bytes_per_image(self) -> int:
-        """Bytes that are kept of each image and probe."""
+        """Bytes that are kept for each image and probe."""
         return sum(gatherer.bytes_per_image() for gatherer in self._gatherers)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class Tally:
         end = self._rows + logits.shape[1]
         # The extremes are finite where all are, and NaN where one is.
         self.finite &= logits.amax((1, 2)).isfinite() & logits.amin((1, 2)).isfinite()
-        # These numbers sort and sum; what comes of them is left out in the end.
+        # Finite numbers can be sorted and summed. The scores of such probes are replaced by NaN in the end.
         logits = logits.nan_to_num() if not self.finite.all() else logits
         for gatherer in self._gatherers:
             gatherer.keep(logits, slice(self._rows, end))
@@ -80,7 +80,7 @@ class Tally:
     def estimates(self) -> dict[str, tuple[Tensor, ...]]:
         """Return {metric: (scores, standard deviations, counts)}, each float64 [P] on the CPU: see jackknife.py.
 
-        counts: how many images or decisions make the score, at most the images that say something about it.
+        counts: number of images or decisions behind the score, at most that of the images that bear on it.
         """
 
         def reduce(score: Tensor, left_out: Tensor | None, count: Tensor) -> tuple[Tensor, ...]:
@@ -90,24 +90,24 @@ class Tally:
 
     @torch.no_grad()
     def influences(self) -> dict[str, tuple[Tensor, ...]]:
-        """Return {metric: (scores [P], influences [P, N])}, float64 on the CPU: see jackknife.py. For few probes.
+        """Return {metric: (scores [P], influences [P, N])}, float64 on the CPU: see jackknife.py.
 
-        A PlainMetric has the influences of groups of images.
+        This takes much memory for many probes. For a PlainMetric the influences are those of groups of images.
         """
         return self._table(lambda score, left_out, _: (score, _influences(score, left_out)), True)
 
     def by_class(self) -> dict[str, Tensor]:
-        """Return {metric: scores of every class, float64 [P, C] on the CPU} for the metrics that have such.
+        """Return {metric: scores of every class, float64 [P, C] on the CPU} for the metrics that score classes.
 
-        They are NaN for a class without a score.
+        Classes without a score have NaN.
         """
         if self._by_class is None:
             self.scores()
         return self._by_class or {}
 
     def calibration(self) -> Tensor:
-        """Return float64 [P, BINS, 3] on the CPU: pairs in each bin of the confidence, sums of their confidences and
-        outcomes. Ask for it after scores or estimates of all metrics, which count them.
+        """Return float64 [P, BINS, 3] on the CPU: for each bin of the confidence the number of pairs, and the sums of
+        their confidences and outcomes. Ask for it after the scores or estimates of all metrics, which fill the bins.
         """
         assert self._shared is not None, "no metric counts the bins"
         return self._shared.bins.cpu().masked_fill(~self.finite.cpu().view(-1, 1, 1), 0)
@@ -115,8 +115,8 @@ class Tally:
     def _table(self, reduce: Reduce, leave_out: bool) -> dict[str, tuple[Tensor, ...]]:
         """Return {metric: reduce(scores, left_out, counts)} of all probes.
 
-        Some probes are reduced at a time, so that the scores without each image [P, N] are not held; they are None
-        without leave_out.
+        left_out, the scores without each image [p, N], is None without leave_out. It is reduced for a slice of the
+        probes at a time, so that [P, N] never exists.
         """
         parts: dict[str, list[tuple[Tensor, ...]]] = {}
         by_class: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -131,7 +131,7 @@ class Tally:
         return self._joined(parts)
 
     def _joined(self, parts: dict[str, list[tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
-        """Put the columns of some probes at a time together, on the CPU, with NaN for probes that are not finite."""
+        """Join the columns of all slices of probes, on the CPU, with NaN for probes that are not finite."""
         table = {m: tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True)) for m, rows in parts.items()}
         broken = ~self.finite.cpu()
         for columns in table.values():
@@ -140,7 +140,7 @@ class Tally:
         return table
 
     def _estimates(self, leave_out: bool) -> Iterator[tuple[Metric, Estimate]]:
-        """Yield every metric's estimate of some probes at a time."""
+        """Yield (metric, its estimate) for one slice of the probes after another."""
         for (gatherer, kind), metrics in self._readers.items():
             for probes in self._batches(gatherer.width(kind) * len(self.labels)):
                 evidence = gatherer.read(kind, probes)
@@ -148,7 +148,7 @@ class Tally:
                     yield metric, metric.estimate(evidence, leave_out)
 
     def _batches(self, numbers: int) -> Iterator[slice]:
-        """Yield slices of the probes, each of one kind of probability. numbers: how many are passed over for a probe."""
+        """Yield slices of the probes, none with both softmax and sigmoids. numbers: that are processed for a probe."""
         size = max(gatherers.AT_ONCE[self.labels.device.type] // numbers, 1)
         starts = [p for p, kind in enumerate(self.softmax) if p == 0 or kind != self.softmax[p - 1]]
         for first, end in itertools.pairwise([*starts, len(self.softmax)]):

@@ -1,4 +1,4 @@
-"""The metrics by name: the project's own, and those that installed packages bring (docs/scores.md, "A metric of your own").
+"""The registry of metrics: our own, and those of installed packages (docs/scores.md, "A metric of your own").
 
 No other file names a metric.
 """
@@ -25,7 +25,7 @@ from featcache.probes.scores.metrics.precision_recall import (
 )
 from featcache.probes.scores.metrics.top_k import Top1, Top5
 
-# The first of a task is the one that probes are chosen by, unless the grid names another.
+# Probes are chosen by the first metric of their task, unless the grid names another.
 METRICS: Registry[Metric] = Registry(
     Metric,
     "featcache.metrics",
@@ -39,17 +39,17 @@ V = TypeVar("V", float, Tensor)
 
 
 def metrics_of(task: str) -> tuple[str, ...]:
-    """Return the names of the metrics of a task, the one that probes are chosen by first."""
+    """Return the names of the metrics of a task. The first is the one that probes are chosen by."""
     return tuple(name for name, metric in METRICS.items() if task in metric.tasks)
 
 
 def default_metric(task: str) -> str:
-    """Return the name of the metric that probes of a task are chosen by, unless the grid names another."""
+    """Return the name of the metric that probes are chosen by, unless the grid names another."""
     return metrics_of(task)[0]
 
 
 def task_of(metrics: Iterable[str]) -> Task:
-    """Return the task whose metrics these are: those of a run, for example."""
+    """Return the task that has these metrics, for example those of a run."""
     names = set(metrics)
     return "multi-label" if default_metric("multi-label") in names else "single-label"
 
@@ -62,5 +62,5 @@ def metric_kind(name: str) -> type[Metric]:
 
 
 def gain(metric: str, value: V) -> V:
-    """Turn a score into one that is the better the higher it is, for comparing."""
+    """Return the score, negated if lower is better, so that scores of any metric can be compared."""
     return value if metric_kind(metric).higher_is_better else -value

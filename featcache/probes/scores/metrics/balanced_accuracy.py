@@ -27,7 +27,7 @@ class BalancedAccuracy(Metric[Ranks]):
         total, count = recalls.sum(1), (images > 0).sum()
         if not leave_out:
             return Estimate(total / count)
-        # Without its only image a class does not count.
+        # A class without its only image does not count.
         fewer = images[labels] - 1
         without = (right[:, labels] - hits) / fewer.clamp(min=1)
         left_out = total.unsqueeze(1) - recalls[:, labels] + without

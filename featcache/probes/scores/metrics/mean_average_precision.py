@@ -24,13 +24,13 @@ class MeanAveragePrecision(Metric[Logits]):
     def estimate(self, evidence: Logits, leave_out: bool) -> Estimate:
         """Return the means over classes.
 
-        What a class of K positives changes without an image is drawn in by sqrt(1 - 1 / K): average precision is a
-        mean over the positives, and the jackknife overstates its variance K / (K - 1) times.
+        For a class with K positives, the change without an image is scaled by sqrt(1 - 1 / K), because average
+        precision is a mean over the positives, of which the jackknife overstates the variance K / (K - 1) times.
         """
         probes, classes, images = evidence.logits.shape
         precisions = evidence.logits.new_full((probes, classes), torch.nan, dtype=torch.float64)
         positives = (evidence.labels == 1).sum(1)
-        # Without its only positive a class is gone altogether.
+        # A class without its only positive is gone altogether, so its change is not scaled.
         drawn_in = torch.where(positives > 1, 1 - 1 / positives.double(), 1).sqrt()
         changes = evidence.logits.new_zeros(probes, images, dtype=torch.float64)
         for c in positives.nonzero()[:, 0].tolist():
@@ -45,7 +45,7 @@ class MeanAveragePrecision(Metric[Logits]):
         count, total = (positives > 0).sum(), precisions.nansum(1)
         if not leave_out:
             return Estimate(total / count, by_class=precisions)
-        # Without its only positive a class does not count.
+        # A class without its only positive does not count.
         alone = ((evidence.labels == 1) & (positives == 1).unsqueeze(1)).sum(0)
         left_out = (total.unsqueeze(1) + changes) / nan_for_zero(count - alone)
         return Estimate(total / count, left_out, by_class=precisions)

@@ -18,5 +18,5 @@ class NLL(Metric[Sums]):
     reads = Sums
 
     def estimate(self, evidence: Sums, leave_out: bool) -> Estimate:
-        """Return the mean losses."""
+        """Return the mean loss of every probe."""
         return Estimate(*ratio(evidence.losses, evidence.divisors, leave_out))

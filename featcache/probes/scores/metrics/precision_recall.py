@@ -1,6 +1,6 @@
 """Precision, recall and F1 of the classes that are predicted at a probability of 0.5 or more.
 
-Macro metrics are means over all classes, micro metrics are of sums over classes and images. 0 / 0 counts as 0.
+Macro metrics are means over all classes; micro metrics divide sums over classes and images. 0 / 0 counts as 0.
 """
 
 from typing import Literal
@@ -19,25 +19,25 @@ class _DecisionMetric(Metric[Decisions]):
 
     @staticmethod
     def terms(hits: Tensor, predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is divided by what, of numbers of right predictions, predictions and classes present."""
+        """Return (numerator, denominator), from the numbers of right predictions, predictions and classes present."""
         raise NotImplementedError
 
 
 class _Macro(_DecisionMetric):
     def estimate(self, evidence: Decisions, leave_out: bool) -> Estimate:
         hits, predicted, actual = evidence.class_hits, evidence.class_predicted, evidence.class_actual  # [p, C]
-        each = self._of(hits, predicted, actual)
-        scores = each.mean(1)
+        by_class = self._of(hits, predicted, actual)
+        scores = by_class.mean(1)
         if not leave_out:
             return Estimate(scores)
-        # What a class adds without one image of each code.
+        # The score of a class with all images, and without one image of each code.
         fewer = (
-            each,
+            by_class,
             self._of(hits, predicted - 1, actual),
             self._of(hits, predicted, actual - 1),
             self._of(hits - 1, predicted - 1, actual - 1),
         )
-        changes = (torch.stack(fewer, dim=2) - each.unsqueeze(2)) / each.shape[1]  # [p, C, 4]
+        changes = (torch.stack(fewer, dim=2) - by_class.unsqueeze(2)) / by_class.shape[1]  # [p, C, 4]
         left_out = scores.unsqueeze(1).repeat(1, evidence.codes.shape[2])
         for rows in evidence.pieces:
             left_out[:, rows] += changes.gather(2, evidence.codes[:, :, rows].long()).sum(1)
@@ -45,7 +45,7 @@ class _Macro(_DecisionMetric):
 
     def _of(self, hits: Tensor, predicted: Tensor, actual: Tensor) -> Tensor:
         upper, lower = self.terms(hits, predicted, actual)
-        # These are whole numbers, so that the clamp only turns 0 / 0 into 0.
+        # The denominators are whole numbers, so that the clamp only turns 0 / 0 into 0.
         return upper / lower.clamp(min=1)
 
 
