@@ -31,7 +31,7 @@ PROBE_ROOMS = [
     {"gemm", "part"},
     {"heads", "losses", "schedules", "scores"},
     {"solvers"},
-    {"imported", "identity", "spec", "trained"},
+    {"imported", "identity", "spec", "trained", "weights"},
     {"inputs", "overlap"},
     {"runs", "grids"},
     {"engine"},

@@ -22,11 +22,11 @@ from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
-from featcache.probes.identity import complete
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import FILE
 from featcache.probes.scores.metrics import task_of
+from featcache.probes.spec import complete
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)

@@ -23,7 +23,6 @@ from featcache.feature import Feature, parse_feature
 from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
 from featcache.probes.heads.head import Head
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.losses import LOSSES
 from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
 from featcache.probes.runs.probe_file import Origin, find_probes, load_specs, save_probes
@@ -32,6 +31,7 @@ from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_sum
 from featcache.probes.scores.metrics import default_metric
 from featcache.probes.spec import ProbeSpec, imported_spec
 from featcache.probes.trained import TrainedProbe
+from featcache.probes.weights import initial_weights
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
 

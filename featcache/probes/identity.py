@@ -12,10 +12,7 @@ An id is a hash of the dict, so the dict of a spec must never change. This is ho
 - ELSE_OF_SPEC does the same for the fields of the spec itself.
 """
 
-import hashlib
-import json
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featcache.kinds import Registry
 from featcache.probes.heads import HEADS
@@ -24,9 +21,6 @@ from featcache.probes.losses import LOSSES
 from featcache.probes.part import Part
 from featcache.probes.schedules import SCHEDULES
 from featcache.probes.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
 
 REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
 # Parts that a grid cannot name.
@@ -56,25 +50,6 @@ ELSE: dict[str, dict[str, Any]] = {
 ELSE_OF_SPEC: dict[str, Any] = {"views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32"}
 
 
-def spec_id(spec: "ProbeSpec") -> str:
-    """Return 10 hex digits of the sha256 over spec_to_dict() without the name."""
-    hashed = spec_to_dict(spec)
-    del hashed["name"]
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def spec_to_dict(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return the fields of a ProbeSpec as nested dicts of JSON values, for files and ids."""
-    content: dict[str, Any] = {}
-    for field in fields(spec):
-        value = getattr(spec, field.name)
-        if field.name in REGISTRIES:
-            content[field.name] = _part_to_dict(field.name, value)
-        elif field.name not in ELSE_OF_SPEC or value != ELSE_OF_SPEC[field.name]:
-            content[field.name] = value
-    return content
-
-
 def part_from_dict(section: str, content: dict[str, Any]) -> Part:
     """Rebuild the part of a section from its dict. Fields that the dict lacks get their idle value.
 
@@ -95,37 +70,21 @@ def part_from_dict(section: str, content: dict[str, Any]) -> Part:
     )
 
 
-def complete(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return the fields as nested dicts, for people: each section has the fields of all its types."""
-    content: dict[str, Any] = {}
-    for field in fields(spec):
-        value = getattr(spec, field.name)
-        if field.name in REGISTRIES:
-            idle = {**ALWAYS[field.name], **ELSE[field.name]}
-            own = dict(value)
-            value = {"type": value.type} | {name: _written(value, name, idle[name]) for name in idle}
-            value |= {name: own[name] for name in own if name not in value}
-        content[field.name] = value
-    return content
-
-
-def flat(spec: "ProbeSpec") -> dict[str, Any]:
-    """Return complete() as {"optimizer.lr": 0.1, ...}, for tables."""
-    row: dict[str, Any] = {}
-    for name, value in complete(spec).items():
-        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
-        row |= {key: " ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in parts.items()}
-    return row
-
-
-def _part_to_dict(section: str, part: Part) -> dict[str, Any]:
-    """Return a part in the old form: see above."""
+def part_to_dict(section: str, part: Part) -> dict[str, Any]:
+    """Return a part as a dict of JSON values: see above."""
     always, others = ALWAYS[section], ELSE[section]
     content = {"type": part.type} | {name: getattr(part, name, value) for name, value in always.items()}
     for name, value in part:
         if name not in content and not (name in others and _is_idle(type(part), name, value, others[name])):
             content[name] = value
     return content
+
+
+def complete_part(section: str, part: Part) -> dict[str, Any]:
+    """Return the fields that any type of the section has, for people, and those that the part alone has."""
+    idle = {**ALWAYS[section], **ELSE[section]}
+    content = {"type": part.type} | {name: _written(part, name, value) for name, value in idle.items()}
+    return content | {name: value for name, value in part if name not in content}
 
 
 def _written(part: Part, name: str, idle: Any) -> Any:

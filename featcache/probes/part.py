@@ -1,13 +1,10 @@
 """What heads, losses, solvers and schedules have in common: they are the parts of a probe."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
 from featcache.kinds import Kind
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
 
 # Types of fields with bounds.
 Positive = Annotated[float, Field(gt=0)]
@@ -17,9 +14,26 @@ Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 
 
+class Whole(Protocol):
+    """What a part may know about the probe that it belongs to. The other parts are of any kind."""
+
+    @property
+    def head(self) -> Any: ...
+    @property
+    def loss(self) -> Any: ...
+    @property
+    def optimizer(self) -> Any: ...
+    @property
+    def views(self) -> int | None: ...
+    @property
+    def keep(self) -> str: ...
+    @property
+    def patience(self) -> int: ...
+
+
 class Part(Kind):
     """Base of the parts that a probe consists of."""
 
-    def conflict(self, spec: "ProbeSpec") -> str | None:
+    def conflict(self, spec: Whole) -> str | None:
         """Return a line for the user if something else in the probe does not go with this part, else None."""
         return None

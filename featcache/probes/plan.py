@@ -17,9 +17,9 @@ from featcache.probes.engine.waves import blocks_by_input, plan_buffers
 from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import Head
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.resolve import resolve
 from featcache.probes.solvers.solver import FullBatchSolver, MiniBatchSolver
+from featcache.probes.weights import initial_weights
 from featcache.store.reader import open_store
 
 # Tensors of the size of a layer's outputs that training holds: the outputs, what norm and activation make of them, and

@@ -1,6 +1,8 @@
 """The full specification of a probe: its head, and how it is trained. docs/grid.md has the formulas of the fields."""
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from featcache.errors import BadInput
 from featcache.feature import parse_feature
 from featcache.probes.heads.head import Head
-from featcache.probes.identity import ELSE_OF_SPEC, REGISTRIES, flat, part_from_dict, spec_id
+from featcache.probes.identity import ELSE_OF_SPEC, REGISTRIES, complete_part, part_from_dict, part_to_dict
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
 from featcache.probes.losses.loss import Loss
 from featcache.probes.part import Count, CountOr0
@@ -74,8 +76,10 @@ class ProbeSpec:
 
     @cached_property
     def id(self) -> str:
-        """10 hex digits of a hash over every field but the name; see identity.py."""
-        return spec_id(self)
+        """10 hex digits of the sha256 over spec_to_dict() without the name; see identity.py."""
+        hashed = spec_to_dict(self)
+        del hashed["name"]
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def configuration(self) -> "ProbeSpec":
@@ -94,8 +98,24 @@ class ProbeSpec:
         return next((reason for reason in reasons if reason), None)
 
     def flat(self) -> dict[str, Any]:
-        """Return the fields as {"optimizer.lr": 0.1, ...}, for tables."""
-        return flat(self)
+        """Return complete() as {"optimizer.lr": 0.1, ...}, for tables."""
+        row: dict[str, Any] = {}
+        for name, value in complete(self).items():
+            parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            row |= {key: " ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in parts.items()}
+        return row
+
+
+def spec_to_dict(spec: ProbeSpec) -> dict[str, Any]:
+    """Return the fields of a ProbeSpec as nested dicts of JSON values, for files and ids."""
+    content: dict[str, Any] = {}
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in REGISTRIES:
+            content[field.name] = part_to_dict(field.name, value)
+        elif field.name not in ELSE_OF_SPEC or value != ELSE_OF_SPEC[field.name]:
+            content[field.name] = value
+    return content
 
 
 def spec_from_dict(content: dict[str, Any]) -> ProbeSpec:
@@ -105,6 +125,12 @@ def spec_from_dict(content: dict[str, Any]) -> ProbeSpec:
     """
     parts = {section: part_from_dict(section, content[section]) for section in REGISTRIES}
     return ProbeSpec(**(ELSE_OF_SPEC | content | parts))
+
+
+def complete(spec: ProbeSpec) -> dict[str, Any]:
+    """Return the fields as nested dicts, for people: each section has the fields of all its types."""
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return {name: complete_part(name, value) if name in REGISTRIES else value for name, value in values.items()}
 
 
 def imported_spec(name: str, features: str, head: Head, loss: Loss, source: str) -> ProbeSpec:

@@ -27,11 +27,11 @@ from featcache.probes.engine.predict import Predictor
 from featcache.probes.engine.scoring import load_predictors
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.spec import spec_from_dict
 from featcache.probes.trained import TrainedProbe
+from featcache.probes.weights import initial_weights
 
 TRAIN = {"epochs": 2, "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}}
 GRID = {

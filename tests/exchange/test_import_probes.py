@@ -24,10 +24,10 @@ from featcache.backbones.architecture import Architecture
 from featcache.errors import BadInput
 from featcache.exchange.head_names import from_published, published_offset, to_published
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import select
 from featcache.probes.spec import imported_spec
+from featcache.probes.weights import initial_weights
 from featcache.store.sealed import seal, unseal
 
 C, H = 10, 12

@@ -31,13 +31,12 @@ from featcache.datasets.augmentation import MULTI_LABEL
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.probes.grids.grid_file import Group
-from featcache.probes.heads.weights import initial_weights
-from featcache.probes.identity import spec_to_dict
 from featcache.probes.inputs.batches import epoch_order
 from featcache.probes.inputs.input import Input
 from featcache.probes.resolve import _views
 from featcache.probes.runs.probe_file import load_probe
-from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
+from featcache.probes.weights import initial_weights
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 K = 3

@@ -19,7 +19,7 @@ from featcache.probes.engine.memory import CPU
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights
+from featcache.probes.weights import initial_weights
 from featcache.reporting.configuration import describe_head
 
 ONE = Head("bcos", 1, 0, "none", False, b=2.0)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from featcache.errors import BadInput
 from featcache.probes.grids.grid import parse_grid, read_grid
-from featcache.probes.identity import spec_to_dict
-from featcache.probes.spec import spec_from_dict
+from featcache.probes.spec import spec_from_dict, spec_to_dict
 
 BASE = {"features": "pooled", "head": "linear", "loss": "bce", "optimizer": {"type": "sgd", "lr": 0.1}, "epochs": 2}
 

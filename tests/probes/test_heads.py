@@ -15,9 +15,9 @@ from featcache.probes.engine.blocks import blocks
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.grids.grid import parse_grid
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights, stacked_weights
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.spec import ProbeSpec
+from featcache.probes.weights import initial_weights, stacked_weights
 
 P, B, D, C, S = 3, 24, 16, 5, 6
 HEADS = [

@@ -13,9 +13,9 @@ from featcache.errors import BadInput
 from featcache.probes.engine.waves import blocks_by_input
 from featcache.probes.grids.grid import load_grid
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.plan import gemm_rate, plan_probes
 from featcache.probes.resolve import resolve
+from featcache.probes.weights import initial_weights
 
 
 def test_stacks_of_a_grid(store):

@@ -5,8 +5,8 @@ import yaml
 from folders import DATA
 
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.identity import REGISTRIES, spec_to_dict
-from featcache.probes.spec import spec_from_dict
+from featcache.probes.identity import REGISTRIES
+from featcache.probes.spec import spec_from_dict, spec_to_dict
 
 PLAIN = {
     "name": "p",

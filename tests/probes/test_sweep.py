@@ -21,12 +21,12 @@ from featcache.errors import BadInput
 from featcache.probes.engine.sweep import rung_epoch, rungs
 from featcache.probes.engine.training import Training, state_path
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.inputs.batches import MiniBatches, epoch_order
 from featcache.probes.inputs.input import Input
 from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probe, load_probes
 from featcache.probes.spec import ProbeSpec
+from featcache.probes.weights import initial_weights
 from featcache.store import manifest
 
 LINEAR = {

@@ -11,8 +11,8 @@ from parts import every_field
 from torch import nn
 from torch.nn import functional as F
 
-from featcache.probes.heads.weights import initial_weights
 from featcache.probes.inputs.batches import epoch_order
+from featcache.probes.weights import initial_weights
 
 
 class Attention(nn.Module):

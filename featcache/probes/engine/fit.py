@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from featcache.probes.heads.weights import all_finite
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
+from featcache.probes.weights import all_finite
 
 
 def fit_block(specs: Sequence[ProbeSpec], features: Tensor, labels: Tensor, classes: int) -> list[TrainedProbe]:

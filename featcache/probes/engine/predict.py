@@ -8,8 +8,8 @@ from torch import Tensor
 from featcache.device import multiplying
 from featcache.probes.engine.blocks import padded, rows_at_once
 from featcache.probes.heads.head import Stack
-from featcache.probes.heads.weights import side_by_side
 from featcache.probes.spec import ProbeSpec
+from featcache.probes.weights import side_by_side
 
 
 def predict(stack: Stack, batch_size: int | None, features: Tensor) -> Tensor:

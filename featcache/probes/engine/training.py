@@ -14,14 +14,13 @@ from featcache.probes.engine.blocks import padded
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.predict import predict
 from featcache.probes.engine.stack_loss import StackLoss
-from featcache.probes.heads.weights import all_finite, stacked_weights
-from featcache.probes.identity import spec_to_dict
 from featcache.probes.runs.probe_file import Origin, block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
 from featcache.probes.solvers.solver import Rule
-from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
+from featcache.probes.weights import all_finite, stacked_weights
 
 
 class Training:

@@ -1,11 +1,11 @@
 """A loss as a convex function of the logits of all images: values, slopes and curvatures, for full-batch training."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from featcache.probes.losses.loss import LossFunction
+# From logits [N, 1, C] and labels to the mean loss [1] and its gradient [N, 1, C].
+Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Curvature:
@@ -18,7 +18,7 @@ class Curvature:
     # Step of the differences of gradients that give the curvature, in logits.
     WIDTH = 1e-4
 
-    def __init__(self, function: "LossFunction", labels: Tensor):
+    def __init__(self, function: Function, labels: Tensor):
         self.function, self.labels = function, labels
 
     def _look(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,12 @@ import safetensors
 import torch
 
 from featcache.errors import BadInput, shown
-from featcache.probes.heads.weights import initial_weights
-from featcache.probes.identity import spec_to_dict
 from featcache.probes.inputs.input import Input
 from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
-from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
+from featcache.probes.weights import initial_weights
 
 T = TypeVar("T")
 # What reading a description raises that was written by anything but featcache.

@@ -1,16 +1,13 @@
 """The step schedule."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from featcache.probes.part import CountOr0, Positive
+from featcache.probes.part import CountOr0, Positive, Whole
 from featcache.probes.schedules.schedule import WarmedUp
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
 
 
 def _rising(points: tuple[float, ...]) -> tuple[float, ...]:
@@ -35,7 +32,7 @@ class Step(WarmedUp):
         "epoch", description="whether the factor changes at any step or between epochs"
     )
 
-    def conflict(self, spec: "ProbeSpec") -> str | None:
+    def conflict(self, spec: Whole) -> str | None:
         """See Part.conflict."""
         if bool(self.milestones) == bool(self.every):
             return "schedule: a step needs either milestones or every"

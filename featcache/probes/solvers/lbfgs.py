@@ -1,18 +1,15 @@
 """Full-batch training to the optimum. Grids call it lbfgs, after the method that most people use for it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from featcache.probes.heads.linear import Linear
-from featcache.probes.part import AtLeast0
+from featcache.probes.part import AtLeast0, Whole
 from featcache.probes.solvers.convex import Problem, fit_convex
 from featcache.probes.solvers.solver import Fit, FullBatchSolver
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
 
 # Roughly how often it goes over the images for a probe, measured with weight decays of 1e-8 to 0.1.
 PASSES = 150
@@ -29,7 +26,7 @@ class Lbfgs(FullBatchSolver):
 
     per_probe: ClassVar[frozenset[str]] = frozenset({"weight_decay"})
 
-    def conflict(self, spec: "ProbeSpec") -> str | None:
+    def conflict(self, spec: Whole) -> str | None:
         """See Part.conflict."""
         if not isinstance(spec.head, Linear):
             return f"optimizer lbfgs trains linear heads, not {spec.head.type}"
@@ -39,7 +36,7 @@ class Lbfgs(FullBatchSolver):
             return "optimizer lbfgs has no epochs to choose from: leave out keep and patience"
         return None
 
-    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+    def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """See FullBatchSolver.fit."""
         head = specs[0].head
         if not isinstance(head, Linear):
@@ -55,7 +52,7 @@ class Lbfgs(FullBatchSolver):
         return ROTATED_BYTES * width + LOGITS_BYTES * classes
 
 
-def _problem(spec: "ProbeSpec") -> Problem:
+def _problem(spec: Whole) -> Problem:
     solver = spec.optimizer
     if not isinstance(solver, Lbfgs):
         raise TypeError(f"a probe of another optimizer, {solver.type}, is in a block of lbfgs")

@@ -1,7 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -9,11 +9,9 @@ from torch import Tensor
 
 from featcache.probes.gemm import accumulate
 from featcache.probes.heads.head import Gradient
+from featcache.probes.part import Whole
 from featcache.probes.solvers.momentum import MomentumSolver
 from featcache.probes.solvers.rule import UpdateRule, per_probe
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
 
 
 class Sgd(MomentumSolver):
@@ -22,7 +20,7 @@ class Sgd(MomentumSolver):
     type: Literal["sgd"] = "sgd"
     nesterov: bool = Field(False, description="whether the step looks ahead along the momentum")
 
-    def conflict(self, spec: "ProbeSpec") -> str | None:
+    def conflict(self, spec: Whole) -> str | None:
         """See Part.conflict."""
         return "optimizer.nesterov needs a momentum above 0" if self.nesterov and not self.momentum else None
 

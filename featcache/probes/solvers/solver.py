@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from featcache.probes.gemm import PRECISIONS
 from featcache.probes.heads.head import Gradient
-from featcache.probes.part import AtLeast0, CountOr0, Part, Positive
-
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
+from featcache.probes.part import AtLeast0, CountOr0, Part, Positive, Whole
 
 
 class Solver(Part):
@@ -61,7 +58,7 @@ class FullBatchSolver(Solver):
     full_batch: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
 
-    def fit(self, specs: "Sequence[ProbeSpec]", features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+    def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """Train probes that share features and head, and return a Fit of each.
 
         features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N]. Both on one device.

@@ -1,23 +1,21 @@
 """The weights of probes of one shape: initial ones, and those of many probes side by side."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from featcache.probes.spec import ProbeSpec
+from featcache.probes.spec import ProbeSpec
 
 
-def initial_weights(spec: "ProbeSpec", dim: int, classes: int) -> dict[str, Tensor]:
+def initial_weights(spec: ProbeSpec, dim: int, classes: int) -> dict[str, Tensor]:
     """Draw a probe's weights from its own seed, so that they do not depend on neighbours: {name: float32 tensor}."""
     # An imported probe has no seed: its weights exist already, and only their names and shapes matter here.
     generator = torch.Generator().manual_seed(spec.seed or 0)
     return spec.head.initial_weights(dim, classes, generator)
 
 
-def stacked_weights(specs: "Sequence[ProbeSpec]", dim: int, classes: int, device: torch.device) -> dict[str, Tensor]:
+def stacked_weights(specs: Sequence[ProbeSpec], dim: int, classes: int, device: torch.device) -> dict[str, Tensor]:
     """Return the initial weights of probes of one shape side by side: {name: [P, ...]}."""
     return side_by_side([initial_weights(spec, dim, classes) for spec in specs], device)
 
