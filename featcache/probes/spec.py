@@ -38,7 +38,7 @@ class ProbeSpec:
     None.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: str
     features: Annotated[
         str,
         Field(min_length=1, description="a reduction of the last layer, or LAYER:REDUCTION"),
@@ -84,7 +84,7 @@ class ProbeSpec:
     @property
     def configuration(self) -> "ProbeSpec":
         """The spec without its name and seed: equal for probes that differ in nothing else."""
-        return replace(self, name="probe", seed=None)
+        return replace(self, name="", seed=None)
 
     @property
     def conflict(self) -> str | None:

@@ -560,3 +560,8 @@ def test_ten_thousand_probes_do_not_keep_one_waiting():
 @pytest.mark.parametrize("path", sorted(CHECKOUT.glob("pipelines/*/*.yaml")), ids=lambda p: p.parent.name)
 def test_recipes_are_grids(path):
     assert len(read_grid(path).specs) >= 6
+
+
+def test_a_name_may_be_empty_and_tells_no_probes_apart():
+    named, unnamed = (parse_grid(grid(name=name)).specs[0] for name in ("probe", ""))
+    assert unnamed.name == "" and unnamed.id == named.id and unnamed.configuration == named.configuration

@@ -38,7 +38,7 @@ def all_specs(groups: Iterable[Group], errors: list[str]) -> dict[ProbeSpec, Gro
     seen: dict[ProbeSpec, str] = {}
     for group in groups:
         for spec in _group_specs(group, errors):
-            same = replace(spec, name="probe")
+            same = replace(spec, name="")
             if same in seen:
                 errors.append(f"{group.path}: repeats a probe of {seen[same]}")
                 break

@@ -47,7 +47,7 @@ def changed(specs: list[ProbeSpec], changes: Any, path: str, errors: list[str]) 
         return specs
     for number, change in enumerate(changes):
         specs = _changed(specs, change, f"{path}[{number}]", errors)
-    if not errors and len({replace(spec, name="probe") for spec in specs}) < len(specs):
+    if not errors and len({replace(spec, name="") for spec in specs}) < len(specs):
         errors.append(f"{path}: makes two probes the same")
     return specs
 
