@@ -235,3 +235,9 @@ def test_a_device_that_is_not_there_is_bad_input(name):
     with pytest.raises(BadInput, match=f"--device {name}: cannot be used here"):
         choose_device(name)
     assert choose_device("cpu").type == "cpu"
+
+
+def test_every_folder_is_a_package():
+    """One without an __init__.py works in a checkout and is missing in an installation."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
