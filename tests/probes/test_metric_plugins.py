@@ -23,7 +23,7 @@ from featcache.probes.scores.metric import Estimate, Metric, PlainMetric
 from featcache.probes.scores.metrics import METRICS, default_metric, gain, metric_kind, metrics_of
 from featcache.probes.scores.tally import Tally
 
-DOCS = Path(featcache.__file__).parent.parent / "docs/scores.md"
+DOCS = Path(__file__).parents[2] / "docs/scores.md"
 GRID = {
     "select": {"metric": "hit"},
     "probes": [{"features": "pooled", "head": "linear", "loss": "bce", "epochs": 2, "batch_size": 16, "seed": [0, 1],
