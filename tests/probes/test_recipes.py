@@ -181,7 +181,7 @@ def test_recipes_are_the_published_configurations(recipe, parity):
 def test_splits_and_choosing():
     for recipe in RECIPES:
         default, parity = grid_of(recipe), grid_of(recipe, PARITY)
-        assert default.split == parity.split == "val"
+        assert default.chosen_on == parity.chosen_on == "val"
         assert default.metric == parity.metric == ("top1" if recipe.startswith("in1k") else "map")
         if recipe.startswith("voc07"):
             assert default.splits == {"train": ("train",), "val": ("val",), "test": ("test",)}
