@@ -28,6 +28,9 @@ from timm.layers import SwiGLUPacked, resample_abs_pos_embed  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
 
+# Many networks, or many runs: longer together than the fast tests may take.
+pytestmark = pytest.mark.process
+
 # Networks of the same shapes, the one that is taken first.
 TWINS = [
     *((f"resnet{depth}", f"resnet{depth}_caffe") for depth in (50, 101, 152)),

@@ -10,6 +10,9 @@ from featcache.backbones.load import load_backbone
 from featcache.backbones.recognise import find_architecture, recognise
 from featcache.errors import BadInput
 
+# Many networks, or many runs: longer together than the fast tests may take.
+pytestmark = pytest.mark.process
+
 timm = pytest.importorskip("timm")
 
 LISTED = {name for _, names in VITS for name in names}

@@ -24,6 +24,9 @@ from featcache.extraction.fill import _cast
 from featcache.feature import parse_features
 from featcache.store.manifest import read_manifest
 
+# Many networks, or many runs: longer together than the fast tests may take.
+pytestmark = pytest.mark.process
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,9 @@ from featcache.probes.runs.run import open_run
 from featcache.probes.runs.tables import write_table
 from featcache.store.sealed import seal, unseal
 
+# Many networks, or many runs: longer together than the fast tests may take.
+pytestmark = pytest.mark.process
+
 # Bytes for features: less than any has, so that all are streamed.
 SMALL = 100.0
 OTHER = {"probes": [trust.GRID["probes"][0] | {"name": "more", "seed": 7}]}
