@@ -1,5 +1,6 @@
 """The plan of a grid: its stacks, their memory and time, without training anything."""
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -129,11 +130,9 @@ def plan_probes(
     stacks = []
     for read, blocks in blocks_by_input(specs, opened, chosen_device):
         data = (read.feature, read.bytes(opened, splits["train"]), buffers[read.name] is not None)
-        alike: dict[Hashable, list[Block]] = {}
-        for block in blocks:
-            alike.setdefault(block.key, []).append(block)
         shape = (*read.shape(opened), rows, len(opened.classes))
-        stacks += [_stack(members, data, shape, chosen_device, rates) for members in alike.values()]
+        for _, members in itertools.groupby(blocks, lambda block: block.key):
+            stacks.append(_stack(list(members), data, shape, chosen_device, rates))
     return Plan(checked, groups, stacks, rows, str(chosen_device), free, None)
 
 

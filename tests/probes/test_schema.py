@@ -108,6 +108,8 @@ def test_an_optimizer_that_sees_all_images_asks_for_no_epochs():
     group = {key: value for key, value in PLAIN.items() if key != "epochs"}
     (spec,) = parse_grid({"probes": [group | {"optimizer": "lbfgs", "views": 0}]}).specs
     assert spec.epochs is None
+    drawn = {"optimizer": {"choice": ["lbfgs"]}, "views": 0, "random": {"n": 1}}
+    assert parse_grid({"probes": [group | drawn]}).specs[0].epochs is None
     (with_epochs,) = parse_grid({"probes": [PLAIN | {"optimizer": "lbfgs", "views": 0}]}).specs
     assert with_epochs.epochs == 2, "a grid of before names them, and its probes keep their ids"
     with pytest.raises(BadInput, match=r"probes\[0\].epochs: missing"):

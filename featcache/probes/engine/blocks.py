@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from typing import overload
 
 from featcache.probes.engine.memory import CPU, MemoryBudget
+from featcache.probes.heads.head import MANY_ROWS
 from featcache.probes.inputs.input import CHUNK_ROWS
-from featcache.probes.runs.probe_file import block_name
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 
-# With so many rows in a batch, a product is not held up by reading weights from memory.
-MANY_ROWS = 1024
 MIN_ROWS = 32
 
 
@@ -40,11 +38,6 @@ class Block(Sequence[ProbeSpec]):
     def key(self) -> Hashable:
         """What the probes have in common."""
         return block_key(self.specs[0])
-
-    @property
-    def name(self) -> str:
-        """Name of the file of its probes, made from their ids."""
-        return block_name(self.specs)
 
 
 def blocks(

@@ -73,10 +73,13 @@ def plan_buffers(
     names, buffers = splits["train"], {}
     room = FeatureMemory.of(device, memory, processes)
     rows = sum(len(store[name]) for name in names)
+    sizes: dict[Input, int] = {}
     for spec in specs:
         read = Input.of(spec)
-        size = read.bytes(store, names)
-        buffers[read.name] = room.buffer_rows(rows, size)
+        if read not in sizes:
+            sizes[read] = read.bytes(store, names)
+            buffers[read.name] = room.buffer_rows(rows, sizes[read])
+        size = sizes[read]
         if buffers[read.name] is not None and spec.optimizer.full_batch:
             raise BadInput(
                 f"{spec.optimizer.type} needs all of {read.feature} in memory, {size / 1e9:.3g} GB, and "

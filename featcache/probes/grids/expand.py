@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -17,6 +16,8 @@ from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
+
+V = TypeVar("V")
 
 MOST_PROBES = 100_000
 # Random search gives up after this many draws in a row that repeat earlier ones.
@@ -112,8 +113,8 @@ def _axes(group: Group, keys: Iterable[str], draw: Draw | None, errors: list[str
             axes[key] = list(dict.fromkeys(sections(given, REGISTRIES[key], path, key, origins, draw, errors)))
         else:
             axes[key] = _axis(group.fields, probe_fields()[key], path, key, draw, errors)
-            if key == "epochs" and key not in group.fields and not _may_lack_epochs(group.fields.get("optimizer")):
-                errors.append(f"{path}: missing")
+    if axes.get("epochs") == [None] and not any(solver.full_batch for solver in axes.get("optimizer", ())):
+        errors.append(f"{group.where('epochs')}: missing")
     return axes
 
 
@@ -121,17 +122,6 @@ def _default(section: str) -> str | None:
     """Return the type of a section where a grid gives none, or None where it must give one."""
     default = spec_field(section).default
     return None if default is MISSING else default.type
-
-
-def _may_lack_epochs(optimizer: Any) -> bool:
-    """Return whether any of a group's optimizers sees all images at once."""
-    items = optimizer if isinstance(optimizer, list) else [optimizer]
-    for item in items:
-        with suppress(ValueError):
-            solvers = REGISTRIES["optimizer"]
-            if solvers[solvers.meant(item.get("type") if isinstance(item, dict) else item)].full_batch:
-                return True
-    return False
 
 
 def _axis(
@@ -208,13 +198,18 @@ def _words(
     if value is None:
         errors.append(f"{path}: missing")
         return []
-    words = []
-    for item, where in _items(value, path, name, draw, errors):
+    return _read_all(_items(value, path, name, draw, errors), registry.meant, errors)
+
+
+def _read_all(items: Iterable[tuple[Any, str]], read: Callable[[Any], V], errors: list[str]) -> list[V]:
+    """Return what items [(item, path)] are read as, and add an error for each that is refused with a ValueError."""
+    values = []
+    for item, where in items:
         try:
-            words.append(registry.meant(item))
+            values.append(read(item))
         except ValueError as error:
             errors.append(f"{where}: {error}")
-    return words
+    return values
 
 
 def _items(value: Any, path: str, name: str, draw: Draw | None, errors: list[str]) -> list[tuple[Any, str]]:
@@ -249,13 +244,7 @@ def alternatives(value: Any, field: GridField, path: str, name: str, draw: Draw 
         items = [(number, path) for number in _numbers(value, field, path, name, draw, errors)]
     else:
         items = _items(value, path, name, draw, errors)
-    result = []
-    for item, where in items:
-        try:
-            result.append(field.read(item))
-        except ValueError as error:
-            errors.append(f"{where}: {error}")
-    return result
+    return _read_all(items, field.read, errors)
 
 
 def _numbers(

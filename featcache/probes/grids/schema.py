@@ -1,4 +1,4 @@
-"""The fields of a grid as a JSON schema, with which editors complete and check it, and as tables for docs/grid.md."""
+"""The fields of a grid as a JSON schema, with which editors complete and check it."""
 
 from typing import Any
 
@@ -16,7 +16,6 @@ Schema = dict[str, Any]
 
 # YAML 1.1 reads 1e-3 as text, which featcache takes for the number that it means.
 NUMBER_AS_TEXT: Schema = {"type": "string", "pattern": r"^[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"}
-HEADINGS, RULE = "| field | values | default | meaning |", "| --- | --- | --- | --- |"
 
 
 def schema() -> Schema:
@@ -50,25 +49,6 @@ def schema() -> Schema:
         | {name: _section(name, kinds) for name, kinds in REGISTRIES.items()}
         | {f"one {name}": _one_of(kinds) for name, kinds in [*REGISTRIES.items(), ("search", SEARCHES)]},
     }
-
-
-def table(kinds: Registry[Any]) -> str:
-    """Return a Markdown table of the fields of our own kinds of one sort. Types that agree in a field share its row."""
-    types: dict[str, list[str]] = {}
-    for kind in kinds.own:
-        for name, field in part_fields(kind).items():
-            types.setdefault(_row(name, field), []).append(f"`{kind.word()}`")
-    rows = [f"{row} {'all' if len(words) == len(kinds.own) else ', '.join(words)} |" for row, words in types.items()]
-    return "\n".join([f"{HEADINGS} types |", f"{RULE} --- |", *rows])
-
-
-def probe_table() -> str:
-    """Return a Markdown table of the fields of a probe other than sections."""
-    return "\n".join([HEADINGS, RULE, *(_row(name, field) for name, field in probe_fields().items())])
-
-
-def _row(name: str, field: GridField) -> str:
-    return f"| `{name}` | {_values(field)} | {_default(field)} | {field.info.description or ''} |"
 
 
 def _group() -> Schema:
@@ -150,15 +130,3 @@ def _one_or_more(value: Schema, description: str = "") -> Schema:
 
 def _choice(value: Schema) -> Schema:
     return _object({"choice": {"type": "array", "items": value}}) | {"required": ["choice"]}
-
-
-def _values(field: GridField) -> str:
-    return field.expected.removeprefix("one of ").replace("True, False", "true, false")
-
-
-def _default(field: GridField) -> str:
-    if field.default is MISSING:
-        return "required"
-    words = {meaning: word for word, meaning in field.words}
-    value = words.get(field.default, field.default) if not isinstance(field.default, tuple) else list(field.default)
-    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.probes.heads.head import Gradient, Head
-from featcache.probes.heads.layered import drawn_layer, filled, taken
+from featcache.probes.heads.layered import drawn_layer, plain_convolution, taken
 
 
 class Attentive(Head):
@@ -28,6 +28,11 @@ class Attentive(Head):
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
     reads_tokens: ClassVar[bool] = True
+
+    @property
+    def narrowest(self) -> int:
+        """See Head.narrowest: every attention head takes at least one number."""
+        return self.heads
 
     def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the weights of a torch.nn.MultiheadAttention, `attention.{query,key,value,out}.weight` and `.bias`; its
@@ -54,12 +59,7 @@ class Attentive(Head):
     def modules(self, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
         """See Head.modules."""
         pooling = AttentivePooling(self.heads, taken(weights, "attention"))
-        layer = taken(weights, "fc0")
-        outputs, inputs = layer["weight"].shape
-        linear = filled(
-            nn.Conv2d(inputs, outputs, 1, bias="bias" in layer), layer | {"weight": layer["weight"][:, :, None, None]}
-        )
-        return {"attention": pooling, "fc0": linear}
+        return {"attention": pooling, "fc0": plain_convolution(taken(weights, "fc0"))}
 
     def footprint(self, dim: int, classes: int, positions: int) -> tuple[int, int]:
         """See Head.footprint."""

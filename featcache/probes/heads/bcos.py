@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from featcache.probes.gemm import multiply
 from featcache.probes.heads.bcos_modules import PATCH_EPS, BcosConv2d, cosine_power
 from featcache.probes.heads.layer_stack import LayerStack
-from featcache.probes.heads.layered import LayeredHead, Layout, filled
+from featcache.probes.heads.layered import LayeredHead, Layout, filled_convolution
 from featcache.probes.heads.mlp import without_idle_norm_batch
 from featcache.probes.heads.norms import norm_layers
 from featcache.probes.heads.stacked_layers import Layer, Mean, weight_gradient
@@ -70,8 +70,7 @@ class Bcos(LayeredHead):
     def convolution(self, weights: dict[str, Tensor]) -> nn.Module:
         """See LayeredHead.convolution."""
         outputs, inputs = weights["weight"].shape
-        module = BcosConv2d(inputs, outputs, self.b, self.max_out)
-        return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
+        return filled_convolution(BcosConv2d(inputs, outputs, self.b, self.max_out), weights)
 
 
 class BcosLayer(Layer):

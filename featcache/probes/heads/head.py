@@ -13,6 +13,8 @@ from featcache.feature import Feature
 from featcache.probes.gemm import PRECISIONS
 from featcache.probes.part import Part, Positive
 
+# With so many rows in a batch, a product is not held up by reading weights from memory.
+MANY_ROWS = 1024
 # With this logit offset, a B-cos head whose weights are all zero gives every class p = 1/C.
 UNIFORM_OFFSET = "-ln(C-1)"
 Offset = Annotated[float, Field(ge=-1e6, le=1e6)] | Literal["-ln(C-1)"]
@@ -77,6 +79,11 @@ class Head(Part):
         """How many layers of weights it has."""
         return 1
 
+    @property
+    def narrowest(self) -> int:
+        """Width of the narrowest feature that it can read."""
+        return 1
+
     def first_width(self, classes: int) -> int:
         """Return the outputs of its first layer."""
         return classes
@@ -103,7 +110,7 @@ class Head(Part):
 
     def in_cache(self, rows: int) -> bool:
         """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
-        return rows < 1024
+        return rows < MANY_ROWS
 
     def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
         """Return (field, reason) if it cannot train on a feature with so many positions, else None.

@@ -121,9 +121,7 @@ class LayeredHead(Head):
 
     def convolution(self, weights: dict[str, Tensor]) -> nn.Module:
         """Return a layer as a module. weights: {"weight": [out, in], and "bias" if it has one}."""
-        outputs, inputs = weights["weight"].shape
-        module = nn.Conv2d(inputs, outputs, 1, bias="bias" in weights)
-        return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
+        return plain_convolution(weights)
 
     def between(self, layer: int) -> dict[str, nn.Module]:
         """Return the modules between the norm behind a layer and the next layer, by name."""
@@ -151,6 +149,17 @@ def taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the weights of one layer out of a dict, without the prefix of their names."""
     names = [name for name in weights if name.startswith(f"{prefix}.")]
     return {name.removeprefix(f"{prefix}."): weights.pop(name) for name in names}
+
+
+def plain_convolution(weights: dict[str, Tensor]) -> nn.Module:
+    """Return a linear layer as a 1x1 convolution. weights: {"weight": [out, in], and "bias" if it has one}."""
+    outputs, inputs = weights["weight"].shape
+    return filled_convolution(nn.Conv2d(inputs, outputs, 1, bias="bias" in weights), weights)
+
+
+def filled_convolution(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Load the weights of a layer, "weight" as [out, in], into a 1x1 convolution. Raises ValueError as filled() does."""
+    return filled(module, weights | {"weight": weights["weight"][:, :, None, None]})
 
 
 def filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

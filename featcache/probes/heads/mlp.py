@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from featcache.probes.heads.layer_stack import LayerStack
 from featcache.probes.heads.layered import LayeredHead, Layout
 from featcache.probes.heads.norms import norm_layers
-from featcache.probes.heads.stacked_layers import GELU, Layer, Linear, Mean, ReLU
+from featcache.probes.heads.stacked_layers import GELU, Layer, LinearLayer, Mean, ReLU
 from featcache.probes.part import Count, CountOr0
 
 ACTIVATIONS = {"relu": (ReLU, nn.ReLU), "gelu": (GELU, nn.GELU)}
@@ -49,7 +49,7 @@ class Mlp(LayeredHead):
         for i in range(self.layers):
             if i == self.layers - 1:
                 layers.append(Mean())
-            layers.append(Linear(weights[f"fc{i}.weight"], weights.get(f"fc{i}.bias")))
+            layers.append(LinearLayer(weights[f"fc{i}.weight"], weights.get(f"fc{i}.bias")))
             if i < self.layers - 1:
                 layers += [*norm_layers(self.layout, weights, i), ACTIVATIONS[self.activation][0]()]
         return LayerStack(self, weights, precision, layers)

@@ -102,7 +102,7 @@ def weight_gradient(gradient: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return gradient, rows.transpose(1, 2)
 
 
-class Linear(Layer):
+class LinearLayer(Layer):
     """y = W x + b. weight: [P, U, D]. bias: [P, U] or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):

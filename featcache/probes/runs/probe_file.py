@@ -285,7 +285,7 @@ def _check_unsealed(
         with safetensors.safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         # The names depend neither on the width, which the attention heads must divide, nor on the number of classes.
-        if shapes.keys() != initial_weights(specs[0], getattr(specs[0].head, "heads", 1), 2).keys():
+        if shapes.keys() != initial_weights(specs[0], specs[0].head.narrowest, 2).keys():
             raise ValueError(f"it has the tensors {', '.join(map(shown, shapes))}")
         if "probes" in content and {shape[0] for shape in shapes.values()} != {len(specs)}:
             raise ValueError(f"its tensors are not those of {len(specs)} probes")
