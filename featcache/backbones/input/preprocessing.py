@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -235,7 +235,8 @@ def import_opencv() -> ModuleType:
         raise BadInput(f"--interpolation {OPENCV} needs OpenCV: pip install 'featcache[opencv]'") from None
     # Its threads would not survive the fork of a DataLoader's workers.
     cv2.setNumThreads(0)
-    return cast(ModuleType, cv2)
+    module: ModuleType = cv2
+    return module
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
