@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from featcache.probes.losses.curvature import Curvature, Logistic
+from featcache.probes.losses.curvature import Curvature, LogisticCurvature
 from featcache.probes.losses.loss import Loss, LossFunction, absences, occurrences, present, shares, usable
 from featcache.probes.part import Share
 
@@ -63,4 +63,4 @@ class Bce(Loss):
         """See Loss.curvature."""
         targets, share, weights = function.targets(labels, torch.float64)
         parts = targets * share * (1 if weights is None else weights), (1 - targets) * share
-        return Logistic(*(part[:, 0].t().contiguous() for part in parts))
+        return LogisticCurvature(*(part[:, 0].t().contiguous() for part in parts))

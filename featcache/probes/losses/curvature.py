@@ -61,7 +61,7 @@ class Curvature:
         return step
 
 
-class Separate(Curvature):
+class SeparateCurvature(Curvature):
     """Base of losses that are one problem for each column. parts: what the loss knows of each image, [Q, N] each."""
 
     columns = 1
@@ -75,7 +75,7 @@ class Separate(Curvature):
         return type(self)(*(part[numbers] for part in self.parts))
 
 
-class Logistic(Separate):
+class LogisticCurvature(SeparateCurvature):
     """The sum over images of a log(1 + exp(-z)) + b log(1 + exp(z)). parts: a and b, at least 0."""
 
     def value(self, logits: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Logistic(Separate):
         return (absent * p - present * rest).unsqueeze(1), (present + absent).mul_(p).mul_(rest).unsqueeze(1)
 
 
-class SquaredHinge(Separate):
+class SquaredHingeCurvature(SeparateCurvature):
     """The sum over images of a max(0, 1 - y z)^2. parts: the weights a, and the signs y."""
 
     def _short(self, logits: Tensor) -> Tensor:

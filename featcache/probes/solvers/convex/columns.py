@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from featcache.probes.losses.curvature import Logistic, Separate, SquaredHinge
+from featcache.probes.losses.curvature import LogisticCurvature, SeparateCurvature, SquaredHingeCurvature
 from featcache.probes.solvers.convex.basis import Eigenbasis
 from featcache.probes.solvers.convex.newton import TOLERANCE
 from featcache.probes.solvers.convex.path import Path
@@ -107,7 +107,7 @@ def solve(
     )
 
 
-class _Groups(Separate):
+class _Groups(SeparateCurvature):
     """The problems of all classes and folds, fold by fold within a class. Their parts are made when they are taken."""
 
     def __init__(self, columns: Columns):
@@ -120,11 +120,11 @@ class _Groups(Separate):
         self.folds = folds.expand(*targets.shape, -1).permute(1, 2, 0)  # [C, F, N]
         self.problems = self.folds.shape[0] * self.folds.shape[1]
 
-    def take(self, numbers: Tensor) -> Separate:  # type: ignore[override]  # Its problems are of another class.
+    def take(self, numbers: Tensor) -> SeparateCurvature:  # type: ignore[override]  # Its problems are of another class.
         """See Curvature.take."""
         folds = self.folds.shape[1]
         kind = numbers // folds
         weights, targets = self.weights[kind].double() * self.folds[kind, numbers % folds], self.targets[kind].double()
         if self.loss == "squared_hinge":
-            return SquaredHinge(weights, targets)
-        return Logistic(weights * (1 + targets) / 2, weights * (1 - targets) / 2)
+            return SquaredHingeCurvature(weights, targets)
+        return LogisticCurvature(weights * (1 + targets) / 2, weights * (1 - targets) / 2)
