@@ -31,6 +31,7 @@ from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
+from featcache.probes.solvers.solver import Optimality
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
 from featcache.ranks import Alone
@@ -186,7 +187,8 @@ class Sweep:
             elif probe.stopped == "iterations":
                 click.echo(
                     f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps "
-                    f"({probe.spec.optimizer.type}); give it more optimizer.iterations, or more weight_decay",
+                    f"({probe.spec.optimizer.type}{_missing(probe.optimality)}); give it more optimizer.iterations, or "
+                    f"more weight_decay",
                     err=True,
                 )
 
@@ -220,6 +222,15 @@ class Sweep:
                 gone = torch.tensor([spec.id not in best for spec in training.specs], dtype=torch.bool)
                 self._drop(training, gone, "halving")
         self.save(t for t in trainings if t.specs)
+
+
+def _missing(optimality: Optimality | None) -> str:
+    """Say how far from its optimum a probe is, if that is known."""
+    if optimality is None:
+        return ""
+    if math.isfinite(optimality.distance):
+        return f", up to {optimality.distance:.1e} of its weights from the optimum"
+    return f", with {optimality.gradient:.1e} times the gradient that it may have"
 
 
 def train_missing(

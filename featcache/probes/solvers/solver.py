@@ -1,6 +1,5 @@
 """What every solver does: it changes the weights of probes so that their losses fall."""
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
@@ -41,18 +40,29 @@ class Solver(Part):
 
 
 @dataclass(frozen=True)
+class Optimality:
+    """How far from the optimum W* a full-batch probe ended.
+
+    distance: a bound on |W - W*| / |W|, infinite where there is none, as without weight decay. gradient: its norm over
+    the largest at which the probe counts as converged.
+    """
+
+    distance: float
+    gradient: float
+
+
+@dataclass(frozen=True)
 class Fit:
     """The result of full-batch training of one probe.
 
     weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each step. converged: False if the steps ran out. distance: a bound on |W - W*| / |W| with W* the optimum,
-    infinite if the loss has no such bound, NaN if the weights are.
+    after each step. converged: False if the steps ran out. optimality: None if the solver does not know it.
     """
 
     weights: dict[str, Tensor]
     losses: list[float]
     converged: bool
-    distance: float = math.inf
+    optimality: Optimality | None = None
 
 
 class FullBatchSolver(Solver):
