@@ -391,7 +391,10 @@ def test_a_full_batch_probe_says_how_far_from_its_optimum_it_is(store, tmp_path,
     gap = (far.weights["fc0.weight"] - best.weights["fc0.weight"]).norm() / far.weights["fc0.weight"].norm()
     assert 0 < gap <= 1.1 * far.optimality.distance
     away = f"up to {far.optimality.distance:.1e} of its weights from the optimum"
-    assert f"warning: probe {far.spec.id} had not converged after 1 Newton steps (lbfgs, {away})" in capsys.readouterr().err
+    assert (
+        f"warning: probe {far.spec.id} had not converged after 1 Newton steps (lbfgs, {away})"
+        in capsys.readouterr().err
+    )
 
 
 def test_attentive_probes_read_tokens_and_maps(store, tmp_path):
