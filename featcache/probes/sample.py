@@ -7,8 +7,8 @@ raw outputs of PCG64, which numpy keeps the same in all versions and on all mach
 
 import hashlib
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -16,6 +16,45 @@ from featcache.datasets.layout import IMAGE_SUFFIXES, read_lines, whole_number
 from featcache.errors import BadInput, shown
 
 Rows = np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which training images a probe learns from, as its spec says it. See draw_rows, listed_rows and fold_numbers.
+
+    subset: a list by its name and the digest of its ids, as `NAME#DIGEST`. fold: the fold that is held out, from 1, of
+    how many, as `1/5`. refit: the roles that the probe learns from, as `train+val`; None is train alone.
+    """
+
+    label_fraction: float | None = None
+    shots: int | None = None
+    subset: str | None = None
+    draw: int = 0
+    fold: str | None = None
+    refit: str | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is drawn, so that the seed of the draw matters."""
+        return self.label_fraction is not None or self.shots is not None
+
+    @property
+    def partial(self) -> bool:
+        """Whether it may leave out some images of the role train, not counting a fold."""
+        return self.drawn or self.subset is not None
+
+    @property
+    def name(self) -> str:
+        """Its name in run.json and in messages, such as `shots 8, draw 0`; empty for all of train."""
+        parts = [
+            f"label_fraction {self.label_fraction:g}" if self.label_fraction is not None else "",
+            f"shots {self.shots}" if self.shots is not None else "",
+            f"subset {self.subset}" if self.subset is not None else "",
+            f"draw {self.draw}" if self.drawn else "",
+            f"without fold {self.fold}" if self.fold else "",
+            f"refit {self.refit}" if self.refit else "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 def random_order(count: int, draw: int) -> Rows:
@@ -66,7 +105,7 @@ def draw_rows(
     return np.unique(np.concatenate(chosen))
 
 
-def listed_rows(path: str | PathLike[str], ids: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> Rows:
+def listed_rows(path: str | Path, ids: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> Rows:
     """Return the rows of the images that a file lists, one a line: sorted, int64 [n].
 
     A line is an id; or a name with a folder, an ending or both, where the ids of the store have none; or one of these
