@@ -35,7 +35,8 @@ PROBE_ROOMS = [
     {"inputs", "overlap"},
     {"runs", "grids"},
     {"engine"},
-    {"resolve", "finish"},
+    {"refit", "finish"},
+    {"resolve"},
 ]
 # Files that a kind of probe is named in: those of kinds, and those of formats that published code reads.
 KINDS_ARE_NAMED_IN = {

@@ -124,7 +124,8 @@ def plan_probes(
     if opened is None:
         return Plan(checked, groups, [], 0, str(chosen_device), free, "no store given")
     resolved = resolve(checked, opened, chosen_device, allow_overlap)
-    specs, sets = resolved.specs, resolved.sets
+    sets = resolved.sets
+    specs = [*resolved.specs, *(fold for spec in resolved.specs for fold in spec.with_folds(resolved.folds or 0))]
     buffers = plan_buffers(specs, sets, memory, chosen_device)
     rates: dict[Hashable, float] = {}
     stacks = []

@@ -19,7 +19,7 @@ from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
-from featcache.reporting.table import heading, score_rows, scored, seed_texts
+from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
 
 
 @takes(runs=PATHS, out=PATH)
@@ -50,6 +50,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
     page = {
         "metric": metric_kind(metric).title,
         "heading": heading(metric),
+        "over": next((over(run) for run in opened if seed_texts(run, metric)), "seeds"),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "scored_on": opened[0].scored_on,
         "best": [line for run in opened for line in _best_rows(run, metric)],
@@ -95,7 +96,7 @@ def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
             "run": run.path.name,
             "probe": head_and_loss(test),
             "recipe": training(test, texts),
-            "chosen_by": scored(metric, run.row(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
+            "chosen_by": scored(metric, run.chosen_by(probe)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
             "width": f"{100 * test['value']:.1f}" if barred else None,

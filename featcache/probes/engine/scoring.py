@@ -5,6 +5,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -46,15 +47,16 @@ def tally_blocks(
     splits: Sequence[str],
     labels: Tensor,
     device: torch.device,
+    rows: np.ndarray | None = None,
 ) -> list[Tally]:
     """Gather the logits of blocks on a union of splits, in a Tally for each block.
 
-    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once,
-    whatever the number of blocks, and not kept.
+    group: blocks that read one input. predictors: of the blocks. labels: of the images. rows: sorted rows of the union,
+    by default all. The features are read once, whatever the number of blocks, and not kept.
     """
     read = Input.of(group[0][0])
     tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
-    for part in read.chunks(store, splits, device):
+    for part in read.chunks(store, splits, device, rows):
         for predictor, tally in zip(predictors, tallies, strict=True):
             tally.add(predictor(part))
     return tallies
@@ -92,7 +94,7 @@ def score_probes(
         largest = max(labels.values(), key=len)
         kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
-            for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
+            for part in passes(places, group, kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, device, places)
                 for role, names in splits.items():
                     tallies = tally_blocks(predictors, part, store, names, labels[role], device)
@@ -103,7 +105,7 @@ def score_probes(
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
-def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
+def passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
     """Divide blocks into lists that fit into `most` bytes each: the weights, and `kept` bytes for every probe."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0
@@ -123,7 +125,7 @@ def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) ->
 def _scored(tally: Tally, with_intervals: bool) -> Iterator[Scored]:
     """Yield the Scored of every probe of a tally. Without intervals low and high are NaN."""
     if with_intervals:
-        values = {metric: _with_interval(metric, *columns) for metric, columns in tally.estimates().items()}
+        values = {metric: with_interval(metric, *columns) for metric, columns in tally.estimates().items()}
     else:
         values = {
             metric: [(v, math.nan, math.nan) for v in scores.tolist()] for metric, scores in tally.scores().items()
@@ -134,7 +136,7 @@ def _scored(tally: Tally, with_intervals: bool) -> Iterator[Scored]:
         yield Scored(of_probe, {metric: scores[p] for metric, scores in by_class.items()}, bins[p])
 
 
-def _with_interval(metric: str, scores: Tensor, deviations: Tensor, counts: Tensor) -> list[tuple[float, float, float]]:
+def with_interval(metric: str, scores: Tensor, deviations: Tensor, counts: Tensor) -> list[tuple[float, float, float]]:
     """Return [(score, low, high)] for scores [P]. deviations, counts: see Tally.estimates."""
     low, high = interval(scores, deviations, counts, metric_kind(metric).bounds)
     return list(zip(scores.tolist(), low.tolist(), high.tolist(), strict=True))
