@@ -112,7 +112,9 @@ def test_clipping_is_of_each_probe_alone():
     rules = [Optimizer("sgd", 1.0, clip=clip) for clip in (0.5, 0.0, 1e6)]
     wanted = [ProbeSpec("x", "l:pooled", Head("linear"), Loss("bce"), rule, Schedule(), 1, 1, 0) for rule in rules]
     dense = [(gradients[0][0] @ gradients[0][1]).view(3, 4, 5), gradients[1].clone()]
-    wanted[0].optimizer.rule(parameters, [s.optimizer for s in wanted], "float32", "cpu").step(gradients, torch.ones(3))
+    wanted[0].optimizer.rule(parameters, [s.optimizer for s in wanted], "float32", torch.device("cpu")).step(
+        gradients, torch.ones(3)
+    )
     for p, rule in enumerate(rules):
         own = [nn.Parameter(torch.zeros_like(g[p])) for g in dense]
         for parameter, gradient in zip(own, dense, strict=True):

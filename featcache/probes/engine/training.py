@@ -14,6 +14,7 @@ from featcache.probes.engine.blocks import padded
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.predict import predict
 from featcache.probes.engine.stack_loss import StackLoss
+from featcache.probes.engine.step import can_capture, make_step
 from featcache.probes.runs.probe_file import Origin, block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
@@ -57,7 +58,9 @@ class Training:
         self._stack = head.stack(stacked_weights(self._padded, self._dim, self._classes, device), precision)
         solvers = [recipe.solver for recipe in self._recipes]
         self._rule = solvers[0].rule(self._stack.parameters, solvers, precision, device)
-        self._loss = StackLoss(self._padded, self._labels, self._classes, self.batch_size)
+        loss = StackLoss(self._padded, self._labels, self._classes, self.batch_size)
+        capturable = all(can_capture(spec, device) for spec in self.specs)
+        self._step = make_step(self._first, self._stack, loss, self._rule, capturable)
 
     def begin_epoch(self) -> None:
         """Prepare the rates of an epoch's steps."""
@@ -71,13 +74,10 @@ class Training:
 
     def feed(self, features: Tensor, targets: Tensor) -> None:
         """Take one step. features: float32 [B, D] or [B, D, S]. targets: labels of the rows, [B] or [B, C]."""
-        step, precision = len(self._step_sizes), self._first.precision
-        with multiplying(precision):
-            logits = self._stack.forward(features, training=True)  # [B, P, C]
-            exact = logits.device.type == "cpu" and precision == "float32"
-            loss, gradient = self._loss(logits.detach(), targets, exact)
-            self._rule.step(self._stack.backward(features, logits, gradient), self._rates[step])
-        self._step_losses[step] = loss
+        step = len(self._step_sizes)
+        self._rule.advance()
+        with multiplying(self._first.precision):
+            self._step_losses[step] = self._step(features, targets, self._rates[step])
         self._step_sizes.append(len(features))
 
     def end_epoch(self) -> None:

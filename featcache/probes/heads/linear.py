@@ -17,6 +17,7 @@ class Linear(LayeredHead):
     bias: bool = Field(True, description="whether the layer has a bias")
 
     commutes: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
     @property
     def layout(self) -> Layout:
