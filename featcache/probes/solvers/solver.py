@@ -1,5 +1,6 @@
 """What every solver does: it changes the weights of probes so that their losses fall."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
@@ -44,12 +45,14 @@ class Fit:
     """The result of full-batch training of one probe.
 
     weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each step. converged: False if the steps ran out.
+    after each step. converged: False if the steps ran out. distance: a bound on |W - W*| / |W| with W* the optimum,
+    infinite if the loss has no such bound, NaN if the weights are.
     """
 
     weights: dict[str, Tensor]
     losses: list[float]
     converged: bool
+    distance: float = math.inf
 
 
 class FullBatchSolver(Solver):
