@@ -48,10 +48,10 @@ def finish_run(
     the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
     default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
-    metrics, classes = metrics_of(store.task), len(store.classes)
+    metrics, classes = metrics_of(store.task, basis["select"]["metric"]), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     roles = list(splits if intervals is None else intervals)
-    scored = score_probes(folder, specs, store, splits, labels, device, roles)
+    scored = score_probes(folder, specs, store, splits, labels, device, roles, metrics)
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.
@@ -74,7 +74,7 @@ def finish_run(
         "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
     }
     files = dict(basis["files"])
-    for name, columns in tables_of(store.task).items():
+    for name, columns in tables_of(metrics).items():
         files |= write_table(folder, name, _to_csv(rows[name](), columns))
     scored, scores = {}, []
     identity = store.manifest.identity

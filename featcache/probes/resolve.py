@@ -12,7 +12,7 @@ from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.inputs.input import Input
 from featcache.probes.overlap import Overlap, find_overlaps
-from featcache.probes.scores.metrics import default_metric, metrics_of
+from featcache.probes.scores.metrics import default_metric, known_metrics
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
@@ -141,7 +141,7 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
 
 
 def _metric(grid: Grid, store: Store, errors: list[str]) -> str:
-    metrics = metrics_of(store.task)
+    metrics = known_metrics(store.task)
     metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
