@@ -20,6 +20,10 @@ MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
+# The table of what probes chose for each class. Runs without such probes have none.
+COSTS, COST_COLUMNS = "costs.csv", ("probe", "class", "cost", "ap", "folds", "chosen", "excess", "draw")
+
+
 def tables_of(metrics: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return {name: first columns} of the tables of a run. metrics: those that it is scored with."""
     tables = {

@@ -10,19 +10,6 @@ from torch import Tensor
 Reading = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def all_points(hits: Tensor, envelope: Tensor, positives: Tensor) -> Tensor:
-    """Return the area under the envelope, as VOC2010 and later years and VISSL compute average precision."""
-    return (envelope * (envelope >= 0)).sum(-1) / positives
-
-
-def eleven_points(hits: Tensor, envelope: Tensor, positives: Tensor) -> Tensor:
-    """Return the mean of the envelope at recalls 0, 0.1, ..., 1, as VOC2007 computes average precision."""
-    tenths = torch.arange(11, device=hits.device)
-    # In whole numbers, so that a recall of 3/10 is no less than 0.3.
-    reached = 10 * hits.unsqueeze(-1) >= tenths * positives.view(*positives.shape, 1, 1)  # [..., K, 11]
-    return (envelope.clamp(min=0).unsqueeze(-1) * reached).amax(-2).mean(-1)
-
-
 def interpolated_precision(
     logits: Tensor, labels: Tensor, reading: Reading, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -1,10 +1,11 @@
 """Mean average precision as PASCAL VOC defines it: from the envelope of the precision."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from featcache.probes.scores.envelope import Reading, all_points, eleven_points, interpolated_precision
+from featcache.probes.scores.envelope import interpolated_precision
 from featcache.probes.scores.evidence import Logits
 from featcache.probes.scores.jackknife import without_each_group
 from featcache.probes.scores.metric import Estimate, Metric
@@ -14,7 +15,11 @@ class _Interpolated(Metric[Logits]):
     tasks = ("multi-label",)
     on_request = True
     reads = Logits
-    reading: ClassVar[Reading]
+
+    @staticmethod
+    def reading(hits: Tensor, envelope: Tensor, positives: Tensor) -> Tensor:
+        """Read the average precision off the envelope: see envelope.Reading."""
+        raise NotImplementedError
 
     def estimate(self, evidence: Logits, leave_out: bool) -> Estimate:
         """Return the means over classes with a positive image, and with leave_out those without each group of images."""
@@ -34,7 +39,7 @@ class _Interpolated(Metric[Logits]):
             own = torch.searchsorted(present, own)
             for p in range(probes):
                 value, without = interpolated_precision(
-                    evidence.logits[p, c][known], labels, type(self).reading, own if leave_out else None
+                    evidence.logits[p, c][known], labels, self.reading, own if leave_out else None
                 )
                 precisions[p, c] = value
                 if without is not None:
@@ -51,7 +56,11 @@ class EnvelopeAveragePrecision(_Interpolated):
     aliases = ("map_vissl", "map_voc2010", "map_envelope")
     title = "mAP (VOC2010)"
     class_column = "ap_voc10"
-    reading = staticmethod(all_points)
+
+    @staticmethod
+    def reading(hits: Tensor, envelope: Tensor, positives: Tensor) -> Tensor:
+        """Return the mean of the envelope at each positive, which is the area under it."""
+        return envelope.clamp(min=0).sum(-1) / positives
 
 
 class ElevenPointAveragePrecision(_Interpolated):
@@ -61,4 +70,11 @@ class ElevenPointAveragePrecision(_Interpolated):
     aliases = ("map_voc2007", "map_11_point")
     title = "mAP (VOC2007, 11 points)"
     class_column = "ap_voc07"
-    reading = staticmethod(eleven_points)
+
+    @staticmethod
+    def reading(hits: Tensor, envelope: Tensor, positives: Tensor) -> Tensor:
+        """Return the mean of the envelope at recalls 0, 0.1, ..., 1."""
+        tenths = torch.arange(11, device=hits.device)
+        # In whole numbers, so that a recall of 3/10 is no less than 0.3.
+        reached = 10 * hits.unsqueeze(-1) >= tenths * positives.view(*positives.shape, 1, 1)  # [..., K, 11]
+        return (envelope.clamp(min=0).unsqueeze(-1) * reached).amax(-2).mean(-1)
