@@ -133,8 +133,10 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
     """Return {role: splits of the store}, and add an error for every split that the store lacks."""
     roles = dict(grid.splits)
     for role in ("val", "test"):
-        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split.
-        if role not in grid.content.get("splits", {}) and role not in store.splits:
+        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split. Where
+        # nothing is chosen, nothing is validated.
+        needed = role in store.splits and not (role == "val" and grid.reports_all)
+        if role not in grid.content.get("splits", {}) and not needed:
             roles.pop(role, None)
     for role, names in roles.items():
         errors.extend(

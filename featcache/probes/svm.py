@@ -94,6 +94,7 @@ def svm_grid(
         solver |= {"positives": _shots(shots), "negatives": NEGATIVES}
     if on_test:
         solver["costs"] = [[cost] for cost in cost_list(costs)]
+        grid["splits"]["val"] = grid["splits"]["test"]
         grid |= {"parity": PARITY, "profiles": {PARITY: {"splits": {"val": grid["splits"]["test"]}}}}
         grid["select"]["split"] = "val"
     else:

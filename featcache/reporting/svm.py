@@ -82,7 +82,7 @@ def low_shot_rows(run: Run) -> tuple[list[str], list[list[str]]]:
             # Of equal ones the first.
             if key[:2] not in best or mean > means[best[key[:2]]]:
                 best[key[:2]] = key
-        samples = {key: values for key, values in samples.items() if key in best.values()}
+        samples = {key: samples[key] for key in best.values()}
     columns = ["features", "k", "samples", "mean", "min", "max", f"std (ddof {ddof})", "cost"]
     rows = []
     for (feature, shots, costs), values in samples.items():

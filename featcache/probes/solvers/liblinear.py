@@ -1,5 +1,6 @@
 """Support vector machines by liblinear, class by class: the reference that the stacked solver is compared with."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -31,21 +32,25 @@ class Liblinear:
         self._rows = features.cpu().numpy()
 
     def solve(
-        self, signs: Tensor, numbers: Tensor, costs: Tensor, positive_weight: float, iterations: int
+        self, signs: Tensor, costs: Tensor, parts: Tensor, positive_weight: float, iterations: int
     ) -> tuple[Tensor, Tensor]:
         """See Machines.solve."""
-        columns = signs.cpu().numpy()
+        problems = signs.unsqueeze(1).mul(parts).cpu().numpy()  # [C, F, N]
         weights, finished = [], []
-        for number, cost in zip(numbers.tolist(), costs.tolist(), strict=True):
-            used = columns[number] != 0
-            machine = self._machine(
-                C=cost, class_weight={1: positive_weight, -1: 1.0}, loss="squared_hinge", dual=True, tol=self.tolerance,
-                max_iter=iterations, fit_intercept=self.bias, intercept_scaling=1, random_state=SEED,
-            )  # fmt: skip
-            with warnings.catch_warnings():
-                # Whether it has converged is in the result.
-                warnings.simplefilter("ignore", self._warning)
-                machine.fit(self._rows[used], columns[number][used])
-            weights.append(np.append(machine.coef_[0], machine.intercept_ if self.bias else []))
-            finished.append(machine.n_iter_ < iterations)
-        return torch.from_numpy(np.stack(weights)).to(self.features), torch.tensor(finished)
+        for columns, own in zip(problems, costs.tolist(), strict=True):
+            for column, cost in itertools.product(columns, own):
+                used = column != 0
+                machine = self._machine(
+                    C=cost, class_weight={1: positive_weight, -1: 1.0}, loss="squared_hinge", dual=True,
+                    tol=self.tolerance, max_iter=iterations, fit_intercept=self.bias, random_state=SEED,
+                )  # fmt: skip
+                with warnings.catch_warnings():
+                    # Whether it has converged is in the result.
+                    warnings.simplefilter("ignore", self._warning)
+                    machine.fit(self._rows[used], column[used])
+                weights.append(np.append(machine.coef_[0], machine.intercept_ if self.bias else []))
+                finished.append(machine.n_iter_ < iterations)
+        shape = (*problems.shape[:2], costs.shape[1])
+        return torch.from_numpy(np.stack(weights)).to(self.features).unflatten(0, shape), torch.tensor(finished).view(
+            shape
+        )

@@ -39,6 +39,13 @@ class Solver(Part):
         """How messages about a probe describe its rate: lr 0.1, or the type where there is no rate."""
         return self.type
 
+    def shortfall(self, steps: int) -> str:
+        """Return how messages go on about a probe that had not converged after so many steps."""
+        return (
+            f"had not converged after {steps} Newton steps ({self.type}); give it more optimizer.iterations, or more "
+            "weight_decay"
+        )
+
 
 @dataclass(frozen=True)
 class Choice:

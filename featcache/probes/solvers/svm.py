@@ -1,10 +1,9 @@
 """Linear support vector machines, one for each class, with a cost of its own."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from featcache.errors import BadInput
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.squared_hinge import SquaredHinge
-from featcache.probes.part import CountOr0, Positive, Whole
+from featcache.probes.part import Count, CountOr0, Positive, Whole
 from featcache.probes.solvers.liblinear import Liblinear
 from featcache.probes.solvers.low_shot import digest_of_draw, draw_few
 from featcache.probes.solvers.machines import Machines, cross_validated, excess
@@ -55,7 +54,7 @@ class Svm(FullBatchSolver):
     positives: CountOr0 = Field(
         0, description="positives that each class draws to train on, by the probe's seed; 0 trains on all images"
     )
-    negatives: CountOr0 = Field(19, description="negatives that each class draws for each of its positives")
+    negatives: Count = Field(19, description="negatives that each class draws for each of its positives")
     engine: Literal["newton", "liblinear"] = Field(
         "newton", description="newton trains all machines together; liblinear is scikit-learn's, one after the other"
     )
@@ -84,22 +83,27 @@ class Svm(FullBatchSolver):
 
     def unfit(self, spec: Whole, labels: Tensor, classes: Sequence[str]) -> str | None:
         """See FullBatchSolver.unfit: every class needs positives and negatives, in every fold or draw."""
-        known = spec.loss.read(_matrix(labels, len(classes)))
-        present, absent = (known == 1).sum(0).tolist(), (known == 0).sum(0).tolist()
+        known = _matrix(labels, len(classes))
         if self.positives:
             # Labels of -1 are never drawn, whatever the loss makes of them.
-            absent = (_matrix(labels, len(classes)) == 0).sum(0).tolist()
-            present_needed, absent_needed = self.positives, self.positives * self.negatives
-            why = f"optimizer.positives {self.positives} with {self.negatives} negatives each draws"
+            needed = (1, self.positives), (0, self.positives * self.negatives)
+            why, remedy = f"{self.positives} shots are drawn", "draw fewer"
         else:
-            present_needed = absent_needed = self.folds if len(self.cost_list) > 1 else 1
-            why = f"{self.folds} folds need" if len(self.cost_list) > 1 else "training needs"
-        for name, has, lacks in zip(classes, present, absent, strict=True):
-            if has < present_needed:
-                return f"{why} {present_needed} positives of every class, and {name!r} has {has} in training"
-            if lacks < max(absent_needed, 1):
-                return f"{why} {max(absent_needed, 1)} negatives of every class, and {name!r} has {lacks} in training"
+            known, least = spec.loss.read(known), self.folds if len(self.cost_list) > 1 else 1
+            needed = (1, least), (0, least)
+            why, remedy = f"each of {least} folds needs one" if least > 1 else "one is needed", "leave the class out"
+            remedy = "take fewer folds, or a single cost" if least > 1 else remedy
+        for value, least in needed:
+            counts = (known == value).sum(0)
+            if int(counts.min()) < least:
+                what = f"{'positives' if value else 'negatives'} of class {classes[int(counts.argmin())]!r}"
+                asked = f", with {self.negatives} negatives for each" if self.positives and not value else ""
+                return f"{int(counts.min())} {what} in training, and {why}{asked}; {remedy}"
         return None
+
+    def shortfall(self, steps: int) -> str:
+        """See Solver.shortfall."""
+        return "has machines that had not converged; give it more optimizer.iterations, or smaller costs"
 
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """See FullBatchSolver.fit. Raises BadInput for features that are not finite, or all alike."""
@@ -111,8 +115,8 @@ class Svm(FullBatchSolver):
             )
         if bool((rows == rows[:1]).all()):
             raise BadInput(f"feature {specs[0].features} is the same for all training images: nothing can be learned")
-        machines = ENGINES[self.engine](rows, head.bias)
-        return [_fit(spec, machines, labels, classes) for spec in specs]
+        shared = Trainer(ENGINES[self.engine], rows, head.bias)
+        return [_fit(spec, shared, labels, classes) for spec in specs]
 
     def passes(self) -> int:
         """See FullBatchSolver.passes."""
@@ -123,41 +127,89 @@ class Svm(FullBatchSolver):
         return FEATURE_BYTES * width + CLASS_BYTES * classes * len(self.cost_list)
 
 
-def _fit(spec: Whole, machines: Machines, labels: Tensor, classes: int) -> Fit:
-    """Choose costs and train the machines of one probe."""
-    solver, draw = spec.optimizer, None
+class Trainer:
+    """Trains machines on some or all rows of features, float64 [N, D]. Those of all rows share what they prepare."""
+
+    def __init__(self, engine: Callable[[Tensor, bool], Machines], features: Tensor, bias: bool):
+        self.engine, self.features, self.bias = engine, features, bias
+
+    @cached_property
+    def _machines(self) -> Machines:
+        return self.engine(self.features, self.bias)
+
+    def train(self, signs: Tensor, solver: Svm, positive_weight: float) -> "_Trained":
+        """Choose costs and train a machine for each class. signs: int8 [C, N], 0 for images that it does not have.
+
+        Classes that draw a few images of their own are trained one by one, each on its images alone.
+        """
+        if not solver.positives:
+            return _train(self._machines, signs, solver, positive_weight)
+        parts = []
+        for sign in signs:
+            rows = sign.nonzero()[:, 0]
+            parts.append(_train(self.engine(self.features[rows], self.bias), sign[None, rows], solver, positive_weight))
+        return _Trained(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+class _Trained(NamedTuple):
+    """Machines of C classes. ap: [C, P], of each cost. folds, chosen: int64 [C]. The others as from solve and excess."""
+
+    ap: Tensor
+    folds: Tensor
+    chosen: Tensor
+    weights: Tensor  # [C, D] or [C, D + 1]
+    converged: Tensor
+    excess: Tensor
+    loss: Tensor
+
+
+def _train(machines: Machines, signs: Tensor, solver: Svm, positive_weight: float) -> _Trained:
+    """Choose a cost for each class by cross-validation, if there are several, and train its machine on all images."""
+    costs = torch.tensor(solver.cost_list, dtype=torch.float64, device=signs.device)
+    ap = torch.full((len(signs), len(costs)), torch.nan, dtype=torch.float64)
+    # Each fold needs a positive and a negative.
+    folds = min(solver.folds, int((signs > 0).sum(1).min()), int((signs < 0).sum(1).min())) if len(costs) > 1 else 0
+    if folds > 1:
+        ap = cross_validated(machines, signs, costs, folds, positive_weight, solver.iterations)
+        chosen = torch.from_numpy(ap.numpy().argmax(1))
+    else:
+        folds = 0
+        chosen = (costs / PLAIN_COST).log().abs().argmin().cpu().expand(len(signs))
+    own = costs[chosen.to(costs.device)]
+    everything = torch.ones_like(signs, dtype=torch.bool).unsqueeze(1)
+    weights, converged = machines.solve(signs, own.unsqueeze(1), everything, positive_weight, solver.iterations)
+    bounds, losses = excess(machines, signs, own, positive_weight, weights[:, 0, 0])
+    return _Trained(ap, torch.full_like(chosen, folds), chosen, weights[:, 0, 0], converged[:, 0, 0], bounds, losses)
+
+
+def _fit(spec: Whole, trainer: Trainer, labels: Tensor, classes: int) -> Fit:
+    """Train the machines of one probe."""
+    solver, draw, known = spec.optimizer, None, _matrix(labels, classes)
     if solver.positives:
-        drawn = draw_few(_matrix(labels, classes).cpu().numpy(), solver.positives, solver.negatives, spec.seed or 0)
+        drawn = draw_few(known.cpu().numpy(), solver.positives, solver.negatives, spec.seed or 0)
         draw, known = digest_of_draw(drawn), torch.from_numpy(drawn).to(labels.device)
     else:
-        known = spec.loss.read(_matrix(labels, classes))
+        known = spec.loss.read(known)
     signs = torch.where(known < 0, 0, 2 * known - 1).to(torch.int8).t().contiguous()  # [C, N]
-    costs = torch.tensor(solver.cost_list, dtype=torch.float64, device=signs.device)
-    weight, most = spec.loss.positive_weight, solver.iterations
-    table, folds = torch.full((classes, len(costs)), torch.nan, dtype=torch.float64), [0] * classes
-    if len(costs) > 1:
-        table, folds = cross_validated(machines, signs, costs, solver.folds, weight, most)
-    chosen = _chosen(table.numpy(), solver.cost_list)
-    own = costs[chosen]
-    weights, finished = machines.solve(signs, torch.arange(classes, device=signs.device), own, weight, most)
-    bounds, losses = excess(machines, signs, own, weight, weights)
-    count = float((signs != 0).sum())
-    at_zero = float(torch.where(signs > 0, weight, (signs < 0).double()).sum()) / count
-    dim = machines.features.shape[1]
-    trained = {"fc0.weight": weights[:, :dim]} | ({"fc0.bias": weights[:, dim]} if machines.bias else {})
-    choice = Choice(solver.cost_list, table.tolist(), chosen, folds, bounds.tolist(), draw)
+    weight = spec.loss.positive_weight
+    trained = trainer.train(signs, solver, weight)
+    dim = trainer.features.shape[1]
+    weights = {"fc0.weight": trained.weights[:, :dim]} | ({"fc0.bias": trained.weights[:, dim]} if trainer.bias else {})
+    labelled = int((signs != 0).sum())
+    at_zero = labelled + (weight - 1) * int((signs > 0).sum())
     return Fit(
-        {name: w.float().cpu() for name, w in trained.items()},
-        [at_zero, float(losses.sum()) / count],
-        bool(finished.all()),
-        choice,
+        {name: values.float().cpu().contiguous() for name, values in weights.items()},
+        [at_zero / labelled, float(trained.loss.sum()) / labelled],
+        bool(trained.converged.all()),
+        Choice(
+            solver.cost_list,
+            trained.ap.tolist(),
+            trained.chosen.tolist(),
+            trained.folds.tolist(),
+            trained.excess.tolist(),
+            draw,
+        ),
     )
-
-
-def _chosen(table: np.ndarray, costs: Sequence[float]) -> list[int]:
-    """Return the place of each class's cost: the best, of equal ones the first; without a table the nearest to 1."""
-    plain = min(range(len(costs)), key=lambda k: abs(math.log(costs[k] / PLAIN_COST)))
-    return [plain if np.isnan(row).any() else int(row.argmax()) for row in table]
 
 
 def _matrix(labels: Tensor, classes: int) -> Tensor:
