@@ -209,7 +209,7 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
     ]
     wanted = [lbfgs(loss, 10.0**-n, iterations=(30, 200)[n % 2], temperature=0.5) for n, loss in enumerate(losses)]
     together, histories, _ = fit_convex(wanted, features, multi, 4)
-    monkeypatch.setattr("featcache.probes.solvers.convex.CHUNK_ROWS", 64)
+    monkeypatch.setattr("featcache.probes.solvers.convex.basis.CHUNK_ROWS", 64)
     for n, spec in enumerate(wanted):
         (alone,), (history,), _ = fit_convex([spec], features, multi, 4)
         assert_near(together[n], alone, 1e-4)
@@ -274,7 +274,7 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
 def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.solvers.convex.RESOLUTION", 0.0)
+    monkeypatch.setattr("featcache.probes.solvers.convex.newton.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 

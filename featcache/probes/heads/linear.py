@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ LEAST_NORM = 1e-5
 
 def l2_normalised(features: Tensor, dim: int) -> Tensor:
     """Divide features by their norm along an axis, and a little more: f / (|f| + 1e-5)."""
+    # The squares of float16 numbers may be beyond its range.
+    features = features if features.dtype == torch.float64 else features.float()
     return features / (features.norm(dim=dim, keepdim=True) + LEAST_NORM)
 
 

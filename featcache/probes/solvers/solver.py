@@ -80,12 +80,14 @@ class Fit:
     """The result of full-batch training of one probe.
 
     weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each step. converged: False if the steps ran out. choice: of a solver that chooses for each class.
+    after each step. converged: False if the steps ran out. distance: a bound on |W - W*| / |W| with W* the optimum,
+    infinite if the loss has no such bound, NaN if the weights are. choice: of a solver that chooses for each class.
     """
 
     weights: dict[str, Tensor]
     losses: list[float]
     converged: bool
+    distance: float = math.inf
     choice: Choice | None = None
 
 

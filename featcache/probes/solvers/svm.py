@@ -17,13 +17,14 @@ from featcache.probes.solvers.liblinear import Liblinear
 from featcache.probes.solvers.low_shot import digest_of_draw, draw_few
 from featcache.probes.solvers.machines import Machines, cross_validated, excess
 from featcache.probes.solvers.solver import Choice, Fit, FullBatchSolver
+from featcache.probes.solvers.stacked_machines import StackedMachines
 
 # Lists of costs that published code uses: VISSL's for VOC2007 as MMSelfSup and OpenMixup have it, and VISSL's default.
 COSTS: dict[str, tuple[float, ...]] = {
     "voc07": (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20))),
     "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
 }
-ENGINES: dict[str, Callable[[Tensor, bool], Machines]] = {"liblinear": Liblinear}
+ENGINES: dict[str, Callable[[Tensor, bool], Machines]] = {"newton": StackedMachines, "liblinear": Liblinear}
 # LinearSVC's default, for a class with too few positives to hold some out.
 PLAIN_COST = 1.0
 # Roughly how often it goes over the images for a probe.
@@ -201,7 +202,7 @@ def _fit(spec: Whole, trainer: Trainer, labels: Tensor, classes: int) -> Fit:
         {name: values.float().cpu().contiguous() for name, values in weights.items()},
         [at_zero / labelled, float(trained.loss.sum()) / labelled],
         bool(trained.converged.all()),
-        Choice(
+        choice=Choice(
             solver.cost_list,
             trained.ap.tolist(),
             trained.chosen.tolist(),
