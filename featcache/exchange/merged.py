@@ -60,7 +60,7 @@ def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | Non
     Temperature and offset are part of the layer.
     """
     head = probe.spec.head
-    if not isinstance(head, Linear):
+    if not isinstance(head, Linear) or head.norm != "none":
         return None
     weight = probe.weights["fc0.weight"]
     bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + float(head.offset)

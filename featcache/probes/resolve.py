@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -10,9 +11,10 @@ from featcache.errors import BadInput, nearest
 from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
-from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.input import Input, load_labels
 from featcache.probes.overlap import Overlap, find_overlaps
-from featcache.probes.scores.metrics import default_metric, metrics_of
+from featcache.probes.scores.metrics import default_metric, known_metrics
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
@@ -43,7 +45,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
-    chosen_on = grid.chosen_on or ("val" if "val" in splits else None)
+    chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if chosen_on not in (None, *splits):
         errors.append(f"select.split: store {store.path} has no split {chosen_on!r} to choose on")
     if not splits.keys() & {chosen_on, "test"}:
@@ -60,12 +62,15 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     views = {name: store[name].views for name in splits["train"]}
     specs: list[ProbeSpec] = []
     seen: dict[str, str] = {}
+    unfit = _LabelCheck(store, splits["train"]).reason
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
         resolved = _spec(spec, group, store, views, errors)
         if resolved is None:
             continue
+        if reason := unfit(resolved):
+            errors.append(f"{group.path}: {reason}")
         if resolved.id in seen:
             errors.append(
                 f"{group.path}: repeats a probe of {seen[resolved.id]}; features and views that they write differently "
@@ -93,7 +98,8 @@ def undecided(specs: Sequence[ProbeSpec]) -> str | None:
         return None
     return (
         f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
-        "say select: {split: train}; without, a grid has one configuration, of any number of seeds"
+        "say select: {split: train}, or {split: none} to choose nothing and report all; without, a grid has one "
+        "configuration, of any number of seeds"
     )
 
 
@@ -105,7 +111,7 @@ def _check_unchosen(grid: Grid, specs: Sequence[ProbeSpec], store: Store, errors
                 errors.append(f"{group.where(field)}: looks at scores of a split to choose on, and the grid has none")
     if grid.search:
         errors.append("search: halving looks at scores of a split to choose on, and the grid has none")
-    if not errors and (reason := undecided(specs)):
+    if not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
 
 
@@ -127,8 +133,10 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
     """Return {role: splits of the store}, and add an error for every split that the store lacks."""
     roles = dict(grid.splits)
     for role in ("val", "test"):
-        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split.
-        if role not in grid.content.get("splits", {}) and role not in store.splits:
+        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split. Where
+        # nothing is chosen, nothing is validated.
+        needed = role in store.splits and not (role == "val" and grid.reports_all)
+        if role not in grid.content.get("splits", {}) and not needed:
             roles.pop(role, None)
     for role, names in roles.items():
         errors.extend(
@@ -141,7 +149,7 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
 
 
 def _metric(grid: Grid, store: Store, errors: list[str]) -> str:
-    metrics = metrics_of(store.task)
+    metrics = known_metrics(store.task)
     metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
@@ -187,6 +195,24 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
         errors.append(f"{group.path}: {spec.conflict}")
         return None
     return spec
+
+
+class _LabelCheck:
+    """Says why a probe cannot be trained on the labels of a store. They are read once, if any solver asks for them."""
+
+    def __init__(self, store: Store, names: Sequence[str]):
+        self.store, self.names = store, names
+
+    @cached_property
+    def _labels(self) -> torch.Tensor:
+        return load_labels(self.store, self.names)
+
+    def reason(self, spec: ProbeSpec) -> str | None:
+        """Return a line for the user, or None."""
+        solver = spec.optimizer
+        if not isinstance(solver, FullBatchSolver):
+            return None
+        return solver.unfit(spec, self._labels, self.store.classes)
 
 
 def _views(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> int | None:

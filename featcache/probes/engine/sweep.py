@@ -184,11 +184,8 @@ class Sweep:
                     err=True,
                 )
             elif probe.stopped == "iterations":
-                click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps "
-                    f"({probe.spec.optimizer.type}); give it more optimizer.iterations, or more weight_decay",
-                    err=True,
-                )
+                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1)
+                click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
         """Write the states of blocks."""

@@ -17,6 +17,7 @@ from featcache.errors import BadInput, shown
 from featcache.probes.inputs.input import Input
 from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
+from featcache.probes.solvers.solver import Choice
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.weights import initial_weights
@@ -58,6 +59,7 @@ def save_probes(folder: str | Path, probes: Sequence[TrainedProbe], origin: Orig
             "diverged": probe.diverged,
             "epoch": probe.epoch,
             "stopped": probe.stopped,
+            **({"choice": probe.choice.to_json()} if probe.choice else {}),
         }
         for probe in probes
     ]
@@ -326,4 +328,5 @@ def _probe(file: Any, row: Any, entry: dict[str, Any]) -> TrainedProbe:
         epoch=entry["epoch"],
         scores=[math.nan if score is None else score for score in entry["scores"]],
         stopped=entry["stopped"],
+        choice=Choice.from_json(entry["choice"]) if "choice" in entry else None,
     )

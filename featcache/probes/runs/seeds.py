@@ -18,7 +18,7 @@ def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     configurations: dict[str, str] = {}
     for row in scores:
         if row["probe"] not in configurations:
-            configurations[row["probe"]] = str(_shared(row))
+            configurations[row["probe"]] = str(shared_fields(row))
         groups.setdefault((configurations[row["probe"]], row["split"], row["metric"]), []).append(row)
     result = []
     for members in groups.values():
@@ -29,9 +29,10 @@ def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values), "diverged": len(members) - len(values),
             "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
-        } | _shared(members[0]))  # fmt: skip
+        } | shared_fields(members[0]))  # fmt: skip
     return result
 
 
-def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
+def shared_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row of scores.csv that the seeds of one configuration share."""
     return {column: value for column, value in row.items() if column not in _OWN}
