@@ -250,7 +250,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(tmp_path, optimizer):
         training.validated(torch.rand(4, generator=torch.Generator().manual_seed(epoch), dtype=torch.float64))
     (tmp_path / "partial").mkdir()
     training.save(tmp_path, Origin("store", "run"))
-    other = Training.restored(state_path(tmp_path, training.name), 12, 3, labels)
+    other = Training.restored(state_path(tmp_path, training.name), lambda spec: 12, 3, labels)
     for t in (training, other):
         for _ in range(2):
             run_epoch(t, features, labels)

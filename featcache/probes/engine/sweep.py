@@ -25,7 +25,7 @@ from featcache.probes.engine.training import Training, state_path
 from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
 from featcache.probes.grids.search import Halving
 from featcache.probes.inputs.batches import view_of_epoch
-from featcache.probes.inputs.input import Input, load_labels
+from featcache.probes.inputs.input import Input, load_labels, narrowed
 from featcache.probes.inputs.resident import Resident
 from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
@@ -90,21 +90,29 @@ class Sweep:
 
     def open(self, wave: Wave) -> list[Training]:
         """Return the Trainings of a wave's blocks, new or from their states."""
-        shape, trainings = (wave.input.shape(self.store)[0], len(self.store.classes), self.labels), []
+        trainings = []
         for block in wave.blocks:
             if isinstance(block, str):
-                trainings.append(self._restored(block, shape))
+                training = self._restored(block)
                 # Probes that the grid no longer has are not trained further.
-                trainings[-1].take_out(torch.tensor([spec.id not in self.specs for spec in trainings[-1].specs]))
+                training.take_out(torch.tensor([spec.id not in self.specs for spec in training.specs]))
             else:
-                trainings.append(Training([self.specs[name] for name in block], *shape))
+                specs = [self.specs[name] for name in block]
+                training = Training(specs, self._width(specs[0]), len(self.store.classes), self.labels)
+            if training.specs:
+                training.columns = wave.input.columns(Input.of(training.specs[0]), self.store)
+            trainings.append(training)
         self._origins |= dict.fromkeys((training.name for training in trainings), self._origin(wave.buffer_rows))
         return trainings
 
-    def _restored(self, name: str, shape: tuple[int, int, Tensor]) -> Training:
+    def _width(self, spec: ProbeSpec) -> int:
+        """Return the width of the features that a probe reads."""
+        return Input.of(spec).shape(self.store)[0]
+
+    def _restored(self, name: str) -> Training:
         path = self.folder / PARTIAL / name
         try:
-            return Training.restored(path, *shape)
+            return Training.restored(path, self._width, len(self.store.classes), self.labels)
         except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
             # The file was checked a moment ago, so it has changed since.
             raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
@@ -130,7 +138,7 @@ class Sweep:
         read: Input,
         until: Callable[[Training], int],
     ) -> None:
-        """Train blocks of one input, all on the same pass over the data, each up to its epoch until(training)."""
+        """Train blocks on columns of one input, all on the same pass over the data, each up to its epoch until(training)."""
         while active := [t for t in trainings if t.specs and t.epoch < until(t)]:
             epoch = min(t.epoch for t in active)
             behind = [t for t in active if t.epoch == epoch]
@@ -163,7 +171,7 @@ class Sweep:
             fits = 4 * numbers < MemoryBudget.for_validation(device)
             self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
         for chunk in self._validation[read] or read.chunks(self.store, names, device):
-            tally.add(training.logits(chunk))
+            tally.add(training.logits(chunk if training.columns is None else narrowed(chunk, training.columns)))
         return gain(self.metric, tally.scores()[self.metric])
 
     def _drop(self, training: Training, gone: Tensor, why: str) -> None:

@@ -12,19 +12,20 @@ from featcache.errors import BadInput
 from featcache.probes.engine.blocks import Block, blocks
 from featcache.probes.engine.memory import FeatureMemory, MemoryBudget, state_bytes
 from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.shared import shared_inputs
 from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.store.reader import Store
 
-# Rows of the shuffle buffer of each input by name, None for an input that is in memory.
+# {name of what a probe reads: rows of the shuffle buffer, None if it is in memory}.
 Buffers = dict[str, int | None]
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Blocks that train on the same pass over one input.
+    """Blocks that train on the same pass over one input, of which each reads some or all columns.
 
     blocks: the ids of each block's probes, or the name of the file that holds its state. buffer_rows: of the shuffle
     buffer, None where the features are in memory.
@@ -70,16 +71,15 @@ def plan_buffers(
     memory: bytes for features, by default half of what is free on the device. processes: how many share this machine.
     Raises BadInput if an optimizer needs an input in memory that does not fit.
     """
-    names, buffers = splits["train"], {}
+    specs, names = list(specs), splits["train"]
     room = FeatureMemory.of(device, memory, processes)
     rows = sum(len(store[name]) for name in names)
-    sizes: dict[Input, int] = {}
+    shared = shared_inputs(specs)
+    sizes = {whole: whole.bytes(store, names) for whole in shared.values()}
+    buffers = {read.name: room.buffer_rows(rows, sizes[whole]) for read, whole in shared.items()}
     for spec in specs:
         read = Input.of(spec)
-        if read not in sizes:
-            sizes[read] = read.bytes(store, names)
-            buffers[read.name] = room.buffer_rows(rows, sizes[read])
-        size = sizes[read]
+        size = sizes[shared[read]]
         if buffers[read.name] is not None and spec.optimizer.full_batch:
             raise BadInput(
                 f"{spec.optimizer.type} needs all of {read.feature} in memory, {size / 1e9:.3g} GB, and "
@@ -92,7 +92,7 @@ def plan_waves(
     folder: Path, specs: Sequence[ProbeSpec], store: Store, buffers: Buffers, device: torch.device
 ) -> list[Wave]:
     """Return the probes of a grid that a run folder lacks, as Waves."""
-    missing = missing_specs(folder, specs)
+    shared, missing = shared_inputs(specs, buffers), missing_specs(folder, specs)
     if len(missing) < len(specs):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
     states = _states(folder, {spec.id for spec in missing})
@@ -100,11 +100,14 @@ def plan_waves(
     waves = []
     for path, members in states:
         read = Input.of(members[0])
-        waves.append(Wave([path.name], read, buffers[read.name]))
+        waves.append(Wave([path.name], shared[read], buffers[read.name]))
+    groups: dict[tuple[Input, int | None], list[Block]] = {}
     for read, group in blocks_by_input([s for s in missing if s.id not in resumed], store, device):
-        for together in _together(group, read, store, buffers[read.name], device):
+        groups.setdefault((shared[read], buffers[read.name]), []).extend(group)
+    for (whole, buffer_rows), group in groups.items():
+        for together in _together(group, store, buffer_rows, device):
             ids: list[list[str] | str] = [[spec.id for spec in block] for block in together]
-            waves.append(Wave(ids, read, buffers[read.name]))
+            waves.append(Wave(ids, whole, buffer_rows))
     return waves
 
 
@@ -126,15 +129,14 @@ def unsaved(folder: Path, waves: Iterable[Wave]) -> list[Wave]:
     return [wave for wave in waves if any(map(lacks, wave.blocks))]
 
 
-def _together(
-    group: Sequence[Block], read: Input, store: Store, buffer_rows: int | None, device: torch.device
-) -> list[list[Block]]:
-    """Divide the blocks of one input into those that train on the same pass over the data.
+def _together(group: Sequence[Block], store: Store, buffer_rows: int | None, device: torch.device) -> list[list[Block]]:
+    """Divide blocks that read one input, or columns of it, into those that train on the same pass over the data.
 
     With pooled features in memory, one block trains at a time and stays in the cache. Otherwise a pass is expensive,
     and as many blocks share it as have room for their states.
     """
-    dim, positions = read.shape(store)
+    # The same number of positions in all of them.
+    positions = Input.of(group[0][0]).shape(store)[1]
     if buffer_rows is None and positions == 1:
         return [[block] for block in group]
     room, used = MemoryBudget.for_states(device), 0
@@ -144,6 +146,7 @@ def _together(
         if block[0].optimizer.full_batch:
             alone.insert(0, [block])
             continue
+        dim, _ = Input.of(block[0]).shape(store)
         size = len(block) * state_bytes(block[0].head, dim, len(store.classes), positions)
         if waves[-1] and used + size > room:
             waves, used = [*waves, []], 0

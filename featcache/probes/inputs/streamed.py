@@ -12,8 +12,8 @@ from featcache.probes.inputs.input import Input
 from featcache.store.feature_array import FeatureArray
 from featcache.store.reader import Store
 
-# Neighbouring rows of an array: (array, first row, end, row of the union at which the array begins).
-Chunk = tuple[FeatureArray, int, int, int]
+# Neighbouring rows of a split: (the arrays of the features, first row, end, row of the union at which the split begins).
+Chunk = tuple[list[FeatureArray], int, int, int]
 
 
 class Streamed:
@@ -29,16 +29,18 @@ class Streamed:
 
     def pieces(self, view: int, seed: int, epoch: int) -> Iterator[Piece]:
         """Yield the Pieces of an epoch; every row is in exactly one."""
-        arrays = [self._store[name].view(view)[self._input.feature] for name in self._splits]
-        firsts = np.cumsum([0, *(len(a) for a in arrays)])
+        splits = [self._input.arrays(self._store[name].view(view)) for name in self._splits]
+        firsts = np.cumsum([0, *(len(arrays[0]) for arrays in splits)])
+        # Powers of two, so that the largest is made of whole chunks of all features.
+        chunk_rows = max(array.chunk_rows for array in splits[0])
         chunks = [
-            (array, start, min(start + array.chunk_rows, len(array)), int(first))
-            for array, first in zip(arrays, firsts, strict=False)
-            for start in range(0, len(array), array.chunk_rows)
+            (arrays, start, min(start + chunk_rows, len(arrays[0])), int(first))
+            for arrays, first in zip(splits, firsts, strict=False)
+            for start in range(0, len(arrays[0]), chunk_rows)
         ]
         random = np.random.default_rng((seed, epoch))
         chunks = [chunks[n] for n in random.permutation(len(chunks))]
-        at_once = max(self._buffer_rows // arrays[0].chunk_rows, 1)
+        at_once = max(self._buffer_rows // chunk_rows, 1)
         fillings = [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
         with ThreadPoolExecutor(1) as reader:
             buffer = reader.submit(self._read, fillings[0])
@@ -55,12 +57,13 @@ class Streamed:
         values, numbers, at = torch.empty(0), [], 0
         total = sum(stop - start for _, start, stop, _ in filling)
         # In their order on disk; the shuffle comes later.
-        for array, start, stop, first in sorted(filling, key=lambda chunk: (chunk[3], chunk[1])):
-            part = self._input.read(torch.from_numpy(array[start:stop]))
+        for arrays, start, stop, first in sorted(filling, key=lambda chunk: (chunk[3], chunk[1])):
+            part = self._input.read(torch.from_numpy(array[start:stop]) for array in arrays)
             if not at:
                 values = part.new_empty(total, *part.shape[1:])
             values[at : at + len(part)] = part
             at += len(part)
             numbers.append(torch.arange(first + start, first + stop))
-            array.release()
+            for array in arrays:
+                array.release()
         return values, torch.cat(numbers)
