@@ -7,6 +7,7 @@ import torch
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
+from featcache.feature import beside, parse_beside
 from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
@@ -169,23 +170,32 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     """
     where = group.where("features")
     try:
-        feature = store.manifest.feature(spec.features)
+        features = [store.manifest.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
-    before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
-    width, positions = Input.of(spec).shape(store)
+    feature, kinds = features[0], [feature.kind for feature in features]
+    before, spec = len(errors), replace(spec, features=beside(features))
+    read = Input.of(spec)
+    width, positions = read.shape(store)
+    sizes = [(read.part_shape(str(part), store)[1], part) for part in features]
     assert spec.batch_size is not None, "only imported probes lack one"
-    if kind == "tokens" and not spec.head.reads_tokens:
+    if "tokens" in kinds and not spec.head.reads_tokens:
+        feature = features[kinds.index("tokens")]
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
-    elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+    elif unlike := next((size for size in sizes if size[0] != positions), None):
+        errors.append(
+            f"{where}: {feature} has {positions} positions and {unlike[1]} has {unlike[0]}; features side by side have "
+            "equally many"
+        )
+    elif set(kinds) <= {"pooled", "patch_mean"} and not spec.head.pools_first:
         otherwise = "" if spec.head.reads_tokens else ", or say pool: before if that is what you want"
         errors.append(
             f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
             f"{feature.layer}:spatial{otherwise}"
         )
-    elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
+    elif misfit := spec.head.misfit(features, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from featcache.errors import BadInput
-from featcache.feature import parse_feature
+from featcache.feature import parse_feature, split_beside
 from featcache.probes.heads.head import Head
 from featcache.probes.identity import ELSE_OF_SPEC, REGISTRIES, complete_part, part_from_dict, part_to_dict
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
@@ -27,7 +27,8 @@ OF_SAMPLES = ("label_fraction", "shots", "subset", "fold", "refit", "stop")
 
 def _feature(name: str) -> str:
     try:
-        parse_feature(name, {})
+        for part in split_beside(name):
+            parse_feature(part, {})
     except BadInput as error:
         raise ValueError(error.message) from None
     return name
@@ -46,7 +47,10 @@ class ProbeSpec:
     name: str
     features: Annotated[
         str,
-        Field(min_length=1, description="a reduction of the last layer, or LAYER:REDUCTION"),
+        Field(
+            min_length=1,
+            description="a reduction of the last layer, or LAYER:REDUCTION; several side by side with + between them",
+        ),
         AfterValidator(_feature),
     ]
     head: Head

@@ -1,6 +1,6 @@
 """A block of probes while it trains on mini-batches: weights, update rule, and the history of each probe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +15,7 @@ from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.predict import predict
 from featcache.probes.engine.stack_loss import StackLoss
 from featcache.probes.engine.step import can_capture, make_step
+from featcache.probes.inputs.input import Columns
 from featcache.probes.runs.probe_file import Origin, block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
@@ -31,9 +32,12 @@ class Training:
     restored() goes on to the same bits.
 
     specs: the probes that still train. name: of the block as it began, from its probes' ids. epoch: epochs done, of
-    `epochs`. end: the epoch after which training ends, which for a refit may be before the last. steps: of an epoch. batch_size: images of a mini-batch. views: over which the epochs rotate. validates:
-    whether every epoch ends with a validation score.
+    `epochs`. end: the epoch after which training ends, which for a refit may be before the last. steps: of an epoch.
+    batch_size: images of a mini-batch. views: over which the epochs rotate. validates: whether every epoch ends with a
+    validation score. columns: of the features that training reads, None for all.
     """
+
+    columns: Columns | None = None
 
     def __init__(self, specs: Sequence[ProbeSpec], dim: int, classes: int, labels: Tensor):
         """specs: of one block. dim: width of the features. labels: of the training data, on the device to train on."""
@@ -204,10 +208,11 @@ class Training:
         write_sealed(state_path(folder, self.name), contiguous, vars(origin) | content)
 
     @classmethod
-    def restored(cls, path: str | Path, dim: int, classes: int, labels: Tensor) -> Self:
-        """Return the Training whose state a file holds. The file has passed check_file."""
+    def restored(cls, path: str | Path, width: Callable[[ProbeSpec], int], classes: int, labels: Tensor) -> Self:
+        """Return the Training whose state a file holds. The file has passed check_file. width: of a probe's features."""
         content, tensors = read_content(path), safetensors.torch.load_file(path)
-        training = cls([spec_from_dict(spec) for spec in content["specs"]], dim, classes, labels)
+        specs = [spec_from_dict(spec) for spec in content["specs"]]
+        training = cls(specs, width(specs[0]), classes, labels)
         training.name, training.epoch = Path(path).stem, content["epoch"]
         training._losses, training._scores = tensors["losses"], tensors["scores"]
         training._diverged = tensors["diverged"]

@@ -1,6 +1,6 @@
 """The linear head: one layer."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
