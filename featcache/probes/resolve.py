@@ -63,6 +63,10 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
+        if spec.finetune:
+            errors.append(
+                f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
+            )
         resolved = _spec(spec, group, store, views, errors)
         if resolved is None:
             continue

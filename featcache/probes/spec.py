@@ -12,13 +12,14 @@ from pydantic.dataclasses import dataclass
 from featcache.errors import BadInput
 from featcache.feature import parse_feature
 from featcache.probes.heads.head import Head
-from featcache.probes.identity import ELSE_OF_SPEC, REGISTRIES, complete_part, part_from_dict, part_to_dict
+from featcache.probes.identity import ELSE_OF_SPEC, OPTIONAL, REGISTRIES, complete_part, part_from_dict, part_to_dict
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
 from featcache.probes.losses.loss import Loss
 from featcache.probes.part import Count, CountOr0
 from featcache.probes.schedules.constant import Constant
 from featcache.probes.schedules.schedule import Schedule
 from featcache.probes.solvers.solver import Solver
+from featcache.probes.tuning import Tuning
 
 
 def _feature(name: str) -> str:
@@ -35,7 +36,8 @@ class ProbeSpec:
 
     epochs: None where the optimizer takes none. views: None stands for all that the store has. source: the sha256 of
     an imported probe's weights, which takes the place of how it was trained: epochs, batch_size, seed and views are
-    None.
+    None; of a fine-tuned probe, that of the weights which its head started from, None for random ones. finetune: how the
+    backbone is trained too, None where it is frozen.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ProbeSpec:
         Literal["float32", "tf32", "bf16"],
         Field(description="of the matrix products; weights and all else are float32"),
     ] = "float32"
+    finetune: Tuning | None = None
 
     @cached_property
     def id(self) -> str:
@@ -89,7 +92,7 @@ class ProbeSpec:
     @property
     def conflict(self) -> str | None:
         """A line for the user about parts that do not go together, or None."""
-        parts = (self.optimizer, self.head, self.loss, self.schedule)
+        parts = (self.optimizer, self.head, self.loss, self.schedule, *((self.finetune,) if self.finetune else ()))
         reasons = [part.conflict(self) for part in parts]
         for part in (self.optimizer, self.head):
             if self.precision not in part.precisions:
@@ -111,6 +114,8 @@ def spec_to_dict(spec: ProbeSpec) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
+        if field.name in OPTIONAL and value is None:
+            continue
         if field.name in REGISTRIES:
             content[field.name] = part_to_dict(field.name, value)
         elif field.name not in ELSE_OF_SPEC or value != ELSE_OF_SPEC[field.name]:
@@ -123,13 +128,18 @@ def spec_from_dict(content: dict[str, Any]) -> ProbeSpec:
 
     Raises LookupError, TypeError or ValueError for anything else, and BadInput for a kind that is not installed.
     """
-    parts = {section: part_from_dict(section, content[section]) for section in REGISTRIES}
+    parts = {
+        section: part_from_dict(section, content[section])
+        for section in REGISTRIES
+        if section in content or section not in OPTIONAL
+    }
     return ProbeSpec(**(ELSE_OF_SPEC | content | parts))
 
 
 def complete(spec: ProbeSpec) -> dict[str, Any]:
     """Return the fields as nested dicts, for people: each section has the fields of all its types."""
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    values = {name: value for name, value in values.items() if name not in OPTIONAL or value is not None}
     return {name: complete_part(name, value) if name in REGISTRIES else value for name, value in values.items()}
 
 
