@@ -72,6 +72,10 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
             )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
+        if spec.finetune:
+            errors.append(
+                f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
+            )
         resolved = _spec(spec, group, store, views, errors)
         resolved = resolved and _sampled(resolved, group, sets, errors)
         if resolved is None:

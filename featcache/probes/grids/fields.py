@@ -188,7 +188,7 @@ def _hint(key: Any, known: Sequence[str]) -> str:
 @cache
 def _section_of() -> dict[str, str]:
     """Return {field: section} for the fields that people write outside their section."""
-    sections = ("schedule", "loss", "optimizer", "head")
+    sections = ("finetune", "schedule", "loss", "optimizer", "head")
     return {name: section for section in sections for name in known_fields(REGISTRIES[section].own)}
 
 
