@@ -16,7 +16,7 @@ from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import load_probes
 from featcache.probes.runs.run import field_column
 from featcache.probes.sample import FOLDS
-from featcache.probes.scores.metrics import gain, metric_kind
+from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
 
 
@@ -26,6 +26,8 @@ def why_no_refit(
     """Yield what keeps probes from being trained again, each as a line for the user."""
     if chosen_on == FOLDS:
         yield "by folds, what is chosen is trained on all of train anyway; leave refit out, or choose on val"
+    elif chosen_on is None:
+        yield "nothing is chosen"
     elif "val" not in splits:
         yield "there is no split in the role val to train on too"
     elif set(splits["val"]) & set(splits.get("test", ())):
@@ -65,7 +67,7 @@ def chosen_refits(
     (metric, role), store = selection, sets.store
     names = {role: sets.splits[role]}
     labels = {role: load_labels(store, sets.splits[role])}
-    scored = score_probes(folder, specs, store, names, labels, device, ())
+    scored = score_probes(folder, specs, store, names, labels, device, (), metrics_of(store.task, metric))
     fields = list(dict.fromkeys(field for spec in specs for field in spec.flat()))
     columns = [field_column(name, fields, "refit.per") for name in refit.per]
     groups: dict[tuple[object, ...], dict[ProbeSpec, list[ProbeSpec]]] = {}

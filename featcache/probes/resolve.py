@@ -7,6 +7,7 @@ import torch
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
+from featcache.feature import beside, parse_beside
 from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
@@ -15,7 +16,8 @@ from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.overlap import Overlap, find_overlaps
 from featcache.probes.refit import why_no_refit
 from featcache.probes.sample import FOLDS
-from featcache.probes.scores.metrics import default_metric, metrics_of
+from featcache.probes.scores.metrics import default_metric, known_metrics
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
@@ -50,7 +52,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
     folds = grid.selection.folds
-    chosen_on = grid.chosen_on or ("val" if "val" in splits else None)
+    chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if chosen_on not in (None, FOLDS, *splits):
         errors.append(f"select.split: store {store.path} has no split {chosen_on!r} to choose on")
     if folds and "test" not in splits:
@@ -79,10 +81,16 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
             )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
+        if spec.finetune:
+            errors.append(
+                f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
+            )
         resolved = _spec(spec, group, store, views, errors)
         resolved = resolved and _sampled(resolved, folds, group, sets, errors)
         if resolved is None:
             continue
+        if reason := _unfit(resolved, sets, store.classes):
+            errors.append(f"{group.path}: {reason}")
         if resolved.id in seen:
             errors.append(
                 f"{group.path}: repeats a probe of {seen[resolved.id]}; "
@@ -100,7 +108,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         _check_room(specs, store, device, errors)
     if chosen_on in (None, FOLDS):
         _check_no_split(grid, chosen_on, errors)
-    if chosen_on is None and not errors and (reason := undecided(specs)):
+    if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
     if grid.refit:
         errors.extend(f"refit: {reason}" for reason in why_no_refit(grid.refit, specs, splits, chosen_on))
@@ -115,7 +123,8 @@ def undecided(specs: Sequence[ProbeSpec]) -> str | None:
         return None
     return (
         f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
-        "say select: {split: train} or select: {folds: 5}; without, a grid has one configuration, of any number of seeds"
+        "say select: {split: train} or {folds: 5}, or {split: none} to choose nothing and report all; without, a grid has "
+        "one configuration, of any number of seeds"
     )
 
 
@@ -150,8 +159,10 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
     """Return {role: splits of the store}, and add an error for every split that the store lacks."""
     roles = dict(grid.splits)
     for role in ("val", "test"):
-        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split.
-        if role not in grid.content.get("splits", {}) and role not in store.splits:
+        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split. Where
+        # nothing is chosen, nothing is validated.
+        needed = role in store.splits and not (role == "val" and grid.reports_all)
+        if role not in grid.content.get("splits", {}) and not needed:
             roles.pop(role, None)
     for role, names in roles.items():
         errors.extend(
@@ -164,7 +175,7 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
 
 
 def _metric(grid: Grid, store: Store, errors: list[str]) -> str:
-    metrics = metrics_of(store.task)
+    metrics = known_metrics(store.task)
     metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
@@ -178,23 +189,32 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     """
     where = group.where("features")
     try:
-        feature = store.manifest.feature(spec.features)
+        features = [store.manifest.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
-    before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
-    width, positions = Input.of(spec).shape(store)
+    feature, kinds = features[0], [feature.kind for feature in features]
+    before, spec = len(errors), replace(spec, features=beside(features))
+    read = Input.of(spec)
+    width, positions = read.shape(store)
+    sizes = [(read.part_shape(str(part), store)[1], part) for part in features]
     assert spec.batch_size is not None, "only imported probes lack one"
-    if kind == "tokens" and not spec.head.reads_tokens:
+    if "tokens" in kinds and not spec.head.reads_tokens:
+        feature = features[kinds.index("tokens")]
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
-    elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+    elif unlike := next((size for size in sizes if size[0] != positions), None):
+        errors.append(
+            f"{where}: {feature} has {positions} positions and {unlike[1]} has {unlike[0]}; features side by side have "
+            "equally many"
+        )
+    elif set(kinds) <= {"pooled", "patch_mean"} and not spec.head.pools_first:
         otherwise = "" if spec.head.reads_tokens else ", or say pool: before if that is what you want"
         errors.append(
             f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
             f"{feature.layer}:spatial{otherwise}"
         )
-    elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
+    elif misfit := spec.head.misfit(features, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
@@ -229,6 +249,12 @@ def _sampled(
         errors.append(f"{where}: {error.message}")
         return None
     return spec
+
+
+def _unfit(spec: ProbeSpec, sets: TrainingSets, classes: Sequence[str]) -> str | None:
+    """Return why a probe cannot be trained on the labels of its images, or None."""
+    solver = spec.optimizer
+    return solver.unfit(spec, sets[spec.sample].labels, classes) if isinstance(solver, FullBatchSolver) else None
 
 
 def _views(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> int | None:

@@ -20,7 +20,7 @@ from featcache.probes.engine.sweep import train_missing
 from featcache.probes.engine.waves import Buffers, plan_buffers
 from featcache.probes.finish import finish_run
 from featcache.probes.grids.grid import Grid, load_grid
-from featcache.probes.grids.selection import Refit
+from featcache.probes.grids.selection import NOTHING, Refit
 from featcache.probes.refit import as_refits, chosen_refits, why_no_refit
 from featcache.probes.resolve import Resolved, resolve, undecided
 from featcache.probes.runs.key import RunBasis
@@ -157,13 +157,10 @@ def _prepare(
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
     resolved = resolve(grid, opened, device, allow_overlap)
-    chosen: dict[str, Any] = {"split": resolved.chosen_on} if resolved.chosen_on else {}
-    if resolved.folds:
-        chosen = {"folds": resolved.folds}
     content = grid.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | chosen,
+        "select": {"metric": resolved.metric} | _chosen_on(grid, resolved),
         **({"allow_overlap": True} if resolved.overlaps else {}),
     }
     search = None
@@ -171,9 +168,18 @@ def _prepare(
         # A search compares all probes with each other, so its result depends on which they are.
         among = hashlib.sha256(" ".join(sorted(spec.id for spec in resolved.specs)).encode()).hexdigest()
         search = grid.search.model_dump() | {"among": f"{len(resolved.specs)} probes ({among[:8]})"}
-    select = content["select"] | ({"split": FOLDS, "folds": str(resolved.folds)} if resolved.folds else {})
+    select = {key: value for key, value in content["select"].items() if value != NOTHING}
+    select |= {"split": FOLDS, "folds": str(resolved.folds)} if resolved.folds else {}
     basis = RunBasis(opened.id, seed, content["splits"], select, search, grid.parity)
     return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
+
+
+def _chosen_on(grid: Grid, resolved: Resolved) -> dict[str, Any]:
+    """Return the split or the folds of `select`, as the grid's content has them."""
+    if resolved.folds:
+        return {"folds": resolved.folds}
+    split = NOTHING if grid.reports_all else resolved.chosen_on
+    return {"split": split} if split else {}
 
 
 def _refit(grid: Grid, summary: Mapping[str, Any]) -> Refit | None:
@@ -220,7 +226,7 @@ def _begin(
         if reason := next(why_no_refit(refit, everything, splits, chosen_on), None):
             raise BadInput(f"run {folder}, with this grid: refit: {reason}; or choose another --run")
         planned = planned | plan(as_refits(everything, refit))
-    if task.resolved.chosen_on is None and (reason := undecided(everything)):
+    if task.resolved.chosen_on is None and not task.grid.reports_all and (reason := undecided(everything)):
         raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
     if of_grids:
         click.echo(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores", err=True)

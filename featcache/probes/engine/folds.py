@@ -19,7 +19,7 @@ Values = dict[str, tuple[float, float, float]]
 
 
 def score_folds(
-    folder: str | Path, specs: Sequence[ProbeSpec], sets: TrainingSets, device: torch.device
+    folder: str | Path, specs: Sequence[ProbeSpec], sets: TrainingSets, device: torch.device, metrics: Sequence[str]
 ) -> dict[str, Values]:
     """Score recipes by their folds: {id of the probe that holds no fold out: Values}.
 
@@ -35,12 +35,16 @@ def score_folds(
         images, labels = sets[sample], sets.held_out_labels(sample)
         members = [spec for spec in specs if spec.sample == sample and spec.id in places]
         kept = (
-            new_tally(members[:1], labels[:1], len(sets.store.classes)).bytes_per_image * len(labels) if members else 0
+            new_tally(members[:1], labels[:1], len(sets.store.classes), metrics).bytes_per_image * len(labels)
+            if members
+            else 0
         )
         for _, group in blocks_by_input(members, sets.store, device):
             for part in passes(places, group, kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, sets.store, device, places)
-                tallies = tally_blocks(predictors, part, sets.store, images.splits, labels, device, images.held_out)
+                tallies = tally_blocks(
+                    predictors, part, sets.store, images.splits, labels, device, metrics, images.held_out
+                )
                 for block, tally in zip(part, tallies, strict=True):
                     estimates = tally.estimates()
                     for p, spec in enumerate(block):

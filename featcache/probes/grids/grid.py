@@ -13,7 +13,7 @@ from featcache.probes.grids.fields import check_known
 from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.grids.search import SEARCHES, Halving
-from featcache.probes.grids.selection import Refit, Selection, read_refit, read_selection
+from featcache.probes.grids.selection import NOTHING, Refit, Selection, read_refit, read_selection
 from featcache.probes.sample import FOLDS
 from featcache.probes.spec import ProbeSpec
 
@@ -33,8 +33,8 @@ class Grid:
 
     path: of its file. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
     for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
-    selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with included files, groups that start from others and the profile's splits filled in; it reads as the same
-    grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
+    selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with
+    included files, groups that start from others and the profile's splits filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
     path: PathOrStr
@@ -66,6 +66,11 @@ class Grid:
     def allow_overlap(self) -> bool:
         """Whether the grid lets two roles share images."""
         return self.content.get("allow_overlap", False)
+
+    @property
+    def reports_all(self) -> bool:
+        """Whether the grid chooses nothing, however many configurations it has: select: {split: none}."""
+        return self.content.get("select", {}).get("split") == NOTHING
 
     @property
     def rules(self) -> dict[str, Any]:

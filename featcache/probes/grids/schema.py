@@ -9,7 +9,7 @@ from featcache.probes.grids.expand import RANDOM
 from featcache.probes.grids.fields import MISSING, GridField, known_fields, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid import ROLES
 from featcache.probes.grids.search import SEARCHES
-from featcache.probes.grids.selection import MOST_FOLDS, REFIT_ON
+from featcache.probes.grids.selection import MOST_FOLDS, NOTHING, REFIT_ON
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.scores.metrics import METRICS
 
@@ -37,7 +37,7 @@ def schema() -> Schema:
             "select": _object(
                 {
                     "metric": {"enum": list(METRICS)},
-                    "split": {"enum": ["train", "val"]},
+                    "split": {"enum": ["train", "val", NOTHING]},
                     "folds": {"type": "integer", "minimum": 2, "maximum": MOST_FOLDS},
                 },
                 "how the best probe is chosen",

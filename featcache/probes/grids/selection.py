@@ -9,6 +9,8 @@ from featcache.probes.grids.fields import check_known
 from featcache.probes.scores.metrics import METRICS
 
 MOST_FOLDS = 100
+# As select.split: nothing is chosen.
+NOTHING = "none"
 # The roles whose images a refit learns from.
 REFIT_ON = ("train", "val")
 # The best recipe for each combination of these fields is trained again, unless the grid names others.
@@ -50,14 +52,14 @@ def read_selection(value: Any, splits: Mapping[str, object], path: str, errors: 
             errors.append(f"{path}.metric: {error}")
     if role == "test":
         errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
-    elif role is not None and role not in list(splits):
-        known = [name for name in splits if name != "test"]
+    elif role is not None and role not in [*splits, NOTHING]:
+        known = [*(name for name in splits if name != "test"), NOTHING]
         errors.append(f"{path}.split: {shown(role)} is not one of {', '.join(known)}{nearest(role, known)}")
     if folds is not None and (type(folds) is not int or not 2 <= folds <= MOST_FOLDS):
         errors.append(f"{path}.folds: {shown(folds)} is not a whole number from 2 to {MOST_FOLDS}")
     elif folds is not None and role is not None:
         errors.append(f"{path}: give split or folds, not both")
-    return Selection(metric, role, folds)
+    return Selection(metric, None if role == NOTHING else role, folds)
 
 
 def read_refit(value: Any, path: str, errors: list[str]) -> Refit | None:

@@ -29,6 +29,11 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def count(self) -> int | None:
+        """The number of its rows, or None for all rows of the splits."""
+        return None if self.rows is None else len(self.rows)
+
 
 class TrainingSets:
     """The TrainingSet of every Sample of a run. Each is made when it is asked for, and kept.

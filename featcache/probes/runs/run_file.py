@@ -32,7 +32,7 @@ GRID_FILE = re.compile(r"grid(-[0-9a-f]{8})?\.yaml")
 # The files whose checksums run.json holds. Files of probes hold their own, except those of earlier versions.
 SEALED_FILE = re.compile(
     rf"{GRID_FILE.pattern}|attribution\.(csv|npz)|probes/[0-9a-f]{{1,64}}\.safetensors"
-    r"|(scores|seeds|history|calibration|scores_per_class)\.csv(\.gz)?"
+    r"|(scores|seeds|history|calibration|scores_per_class|costs)\.csv(\.gz)?"
 )
 # The form of each field: a type, a list or dict of a form, or a tuple of alternatives.
 _FORMS: dict[str, Any] = {
