@@ -142,6 +142,7 @@ def test_lamb_is_timms():
             for parameter, gradient in zip(own[p], gradients, strict=True):
                 parameter.grad = gradient[p].clone()
             theirs[p].step()
+        rule.advance()
         rule.step(gradients, torch.tensor([0.1, 0.02]))
     for p in range(2):
         for parameter, moved in zip(own[p], parameters, strict=True):
