@@ -298,10 +298,9 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
             assert (found["fc0.weight"] - best).norm() < 1.1e-5 * best.norm()
 
 
-def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
+def test_lbfgs_does_not_take_rounding_for_an_optimum(problem):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.solvers.convex.newton.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 
