@@ -80,7 +80,7 @@ def svm_grid(
     """
     if parity not in (None, PARITY):
         raise BadInput(f"--parity {parity}: svm has only {PARITY}{nearest(parity, [PARITY])}")
-    on_test = low_shot and parity is not None
+    numbers, on_test = cost_list(costs), low_shot and parity is not None
     grid: dict[str, Any] = {
         "splits": _splits(store, train, test),
         "select": {"metric": metric or ("map_voc10" if store.task == "multi-label" else "top1")},
@@ -93,7 +93,7 @@ def svm_grid(
     if low_shot:
         solver |= {"positives": _shots(shots), "negatives": NEGATIVES}
     if on_test:
-        solver["costs"] = [[cost] for cost in cost_list(costs)]
+        solver["costs"] = [[cost] for cost in numbers]
         grid["splits"]["val"] = grid["splits"]["test"]
         grid |= {"parity": PARITY, "profiles": {PARITY: {"splits": {"val": grid["splits"]["test"]}}}}
         grid["select"]["split"] = "val"

@@ -103,8 +103,12 @@ class Manifest:
         """Return the feature of a name, aliases resolved. Raises BadInput if the store does not hold it."""
         feature = parse_feature(name, self.aliases)
         if str(feature) not in self.features:
-            hint = nearest(feature, self.features)
-            raise BadInput(f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)})")
+            hint, all_of_them = nearest(feature, self.features), ",".join([*self.features, str(feature)])
+            dataset = self.identity.get("dataset", {}).get("name", "NAME")
+            raise BadInput(
+                f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)}); a store with it "
+                f"is made by featcache extract --backbone CKPT --dataset {dataset} --features '{all_of_them}'"
+            )
         return feature
 
     def to_bytes(self) -> bytes:
