@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
+from featcache.feature import beside, parse_beside
 from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
-from featcache.probes.inputs.input import Input, load_labels
+from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.overlap import Overlap, find_overlaps
 from featcache.probes.scores.metrics import default_metric, known_metrics
 from featcache.probes.solvers.solver import FullBatchSolver
@@ -26,7 +27,7 @@ class Resolved:
     specs: their features, views and offsets are names and numbers of the store. splits: {role: splits of the store},
     without val or test where neither grid nor store names such a split. metric: by which probes are chosen. chosen_on:
     the role on which they are chosen, None where nothing is. overlaps: images that two roles share, where the grid
-    allows it. notice: a line about what could not be checked, or None.
+    allows it. notice: a line about what could not be checked, or None. sets: the images that each spec trains on.
     """
 
     specs: list[ProbeSpec]
@@ -35,6 +36,7 @@ class Resolved:
     chosen_on: str | None
     overlaps: list[Overlap]
     notice: str | None
+    sets: TrainingSets
 
 
 def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool = False) -> Resolved:
@@ -62,19 +64,28 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     views = {name: store[name].views for name in splits["train"]}
     specs: list[ProbeSpec] = []
     seen: dict[str, str] = {}
-    unfit = _LabelCheck(store, splits["train"]).reason
+    sets = TrainingSets(store, splits, device)
     for spec, group in zip(grid.specs, grid.groups, strict=True):
+        if chosen_on == "train" and spec.sample.partial:
+            errors.append(
+                f"{group.path}: select.split: train would choose by labels that the probe may not see; choose on val"
+            )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
+        if spec.finetune:
+            errors.append(
+                f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
+            )
         resolved = _spec(spec, group, store, views, errors)
+        resolved = resolved and _sampled(resolved, group, sets, errors)
         if resolved is None:
             continue
-        if reason := unfit(resolved):
+        if reason := _unfit(resolved, sets, store.classes):
             errors.append(f"{group.path}: {reason}")
         if resolved.id in seen:
             errors.append(
-                f"{group.path}: repeats a probe of {seen[resolved.id]}; features and views that they write differently "
-                f"are one in store {store.path}"
+                f"{group.path}: repeats a probe of {seen[resolved.id]}; features, views and lists that they write "
+                f"differently are one in store {store.path}"
             )
         seen[resolved.id] = group.path
         specs.append(resolved)
@@ -88,7 +99,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     if chosen_on is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, chosen_on, overlaps, notice)
+    return Resolved(specs, splits, metric, chosen_on, overlaps, notice, sets)
 
 
 def undecided(specs: Sequence[ProbeSpec]) -> str | None:
@@ -163,23 +174,32 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     """
     where = group.where("features")
     try:
-        feature = store.manifest.feature(spec.features)
+        features = [store.manifest.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
-    before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
-    width, positions = Input.of(spec).shape(store)
+    feature, kinds = features[0], [feature.kind for feature in features]
+    before, spec = len(errors), replace(spec, features=beside(features))
+    read = Input.of(spec)
+    width, positions = read.shape(store)
+    sizes = [(read.part_shape(str(part), store)[1], part) for part in features]
     assert spec.batch_size is not None, "only imported probes lack one"
-    if kind == "tokens" and not spec.head.reads_tokens:
+    if "tokens" in kinds and not spec.head.reads_tokens:
+        feature = features[kinds.index("tokens")]
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
-    elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+    elif unlike := next((size for size in sizes if size[0] != positions), None):
+        errors.append(
+            f"{where}: {feature} has {positions} positions and {unlike[1]} has {unlike[0]}; features side by side have "
+            "equally many"
+        )
+    elif set(kinds) <= {"pooled", "patch_mean"} and not spec.head.pools_first:
         otherwise = "" if spec.head.reads_tokens else ", or say pool: before if that is what you want"
         errors.append(
             f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
             f"{feature.layer}:spatial{otherwise}"
         )
-    elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
+    elif misfit := spec.head.misfit(features, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
@@ -197,22 +217,25 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     return spec
 
 
-class _LabelCheck:
-    """Says why a probe cannot be trained on the labels of a store. They are read once, if any solver asks for them."""
+def _sampled(spec: ProbeSpec, group: Group, sets: TrainingSets, errors: list[str]) -> ProbeSpec | None:
+    """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""
+    if not spec.sample.partial:
+        return spec
+    field = next(name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None)
+    try:
+        if spec.subset is not None:
+            spec = replace(spec, subset=sets.listed(spec.subset))
+        sets[spec.sample]
+    except BadInput as error:
+        errors.append(f"{group.where(field)}: {error.message}")
+        return None
+    return spec
 
-    def __init__(self, store: Store, names: Sequence[str]):
-        self.store, self.names = store, names
 
-    @cached_property
-    def _labels(self) -> torch.Tensor:
-        return load_labels(self.store, self.names)
-
-    def reason(self, spec: ProbeSpec) -> str | None:
-        """Return a line for the user, or None."""
-        solver = spec.optimizer
-        if not isinstance(solver, FullBatchSolver):
-            return None
-        return solver.unfit(spec, self._labels, self.store.classes)
+def _unfit(spec: ProbeSpec, sets: TrainingSets, classes: Sequence[str]) -> str | None:
+    """Return why a probe cannot be trained on the labels of its images, or None."""
+    solver = spec.optimizer
+    return solver.unfit(spec, sets[spec.sample].labels, classes) if isinstance(solver, FullBatchSolver) else None
 
 
 def _views(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> int | None:

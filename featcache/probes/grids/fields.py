@@ -17,6 +17,8 @@ from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 MISSING = object()
+# Fields of a probe that a group does not give as fields of its own.
+NOT_IN_GROUPS = ("name", "source", "fold", "refit", "stop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,7 @@ def spec_field(name: str) -> GridField:
 @cache
 def probe_fields() -> dict[str, GridField]:
     """Return {name: field} of the fields of a probe other than sections, in the order in which they multiply."""
-    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
+    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, *NOT_IN_GROUPS)]
     return {name: spec_field(name) for name in names}
 
 
@@ -186,7 +188,7 @@ def _hint(key: Any, known: Sequence[str]) -> str:
 @cache
 def _section_of() -> dict[str, str]:
     """Return {field: section} for the fields that people write outside their section."""
-    sections = ("schedule", "loss", "optimizer", "head")
+    sections = ("finetune", "schedule", "loss", "optimizer", "head")
     return {name: section for section in sections for name in known_fields(REGISTRIES[section].own)}
 
 

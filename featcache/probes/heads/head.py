@@ -1,7 +1,7 @@
 """What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -115,10 +115,12 @@ class Head(Part):
         """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
         return rows < MANY_ROWS
 
-    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
-        """Return (field, reason) if it cannot train on a feature with so many positions, else None.
+    def misfit(
+        self, features: Sequence[Feature], width: int, positions: int, batch_size: int
+    ) -> tuple[str, str] | None:
+        """Return (field, reason) if it cannot train on features side by side with so many positions, else None.
 
-        width: of the feature. batch_size: images of a mini-batch.
+        width: of all of them. batch_size: images of a mini-batch.
         """
         return None
 

@@ -1,6 +1,6 @@
 """The linear head: one layer."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,8 @@ class Linear(LayeredHead):
     norm: Literal["none", "l2"] = Field(
         "none", description="of the features, before the layer: none, or l2, f / (‖f‖ + 1e-5), which needs pool: before"
     )
+
+    capturable: ClassVar[bool] = True
 
     @property
     def commutes(self) -> bool:

@@ -160,6 +160,9 @@ class Rule(Protocol):
 
     steps: int
 
+    def advance(self) -> None:
+        """Count a step that is about to be taken, in `steps`, and set what depends on their number."""
+
     def step(self, gradients: list[Gradient], rates: Tensor) -> None:
         """Update all parameters in place; it may overwrite the gradients. rates: float32 [P]."""
 
