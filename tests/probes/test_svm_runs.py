@@ -22,6 +22,7 @@ import featcache
 from featcache.backbones.load import load_backbone
 from featcache.demo.scenes import make_scenes
 from featcache.errors import BadInput
+from featcache.feature import Feature
 from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.solvers.low_shot import digest_of_draw, draw_few
@@ -58,7 +59,9 @@ def full(store, tmp_path_factory):
 @pytest.fixture(scope="module")
 def low(store, tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "low"
-    return featcache.svm(store, "pooled", low_shot=True, shots=[1, 2, 4], samples=3, costs=[0.1, 1, 10], seed=5, run=run)
+    return featcache.svm(
+        store, "pooled", low_shot=True, shots=[1, 2, 4], samples=3, costs=[0.1, 1, 10], seed=5, run=run
+    )
 
 
 def rows_of(run, name):
@@ -71,10 +74,14 @@ def test_the_table_of_layers(store, command, tmp_path, full):
     assert code == 0, err
     assert "mAP (VOC2010)" in out and "scikit-learn's" in out and "all probes are reported" in out
     for name in ("layer4:pooled", "layer3:pooled"):
-        row = next(r for r in full.scores if r["features"] == name and r["metric"] == "map_voc10" and r["split"] == "test")
+        row = next(
+            r for r in full.scores if r["features"] == name and r["metric"] == "map_voc10" and r["split"] == "test"
+        )
         assert re.search(rf"{row['probe']} +{name} +{100 * row['value']:.1f} \[", out)
     # The same command again has nothing to do, and says the same.
-    code, again, err = command("svm", "--store", store, "--features", LAYERS, "--costs", COSTS, "--run", tmp_path / "run")
+    code, again, err = command(
+        "svm", "--store", store, "--features", LAYERS, "--costs", COSTS, "--run", tmp_path / "run"
+    )
     assert (code, again) == (0, out) and "finished already" in err
 
 
@@ -140,7 +147,19 @@ class TestLowShot:
             assert seed in (5, 6, 7) and draw == digest_of_draw(draw_few(labels, k, 19, seed))
 
     def test_the_table(self, store, low, command, tmp_path):
-        words = ("--features", "pooled", "--low-shot", "--shots", "1,2,4", "--samples", 3, "--costs", COSTS, "--seed", 5)
+        words = (
+            "--features",
+            "pooled",
+            "--low-shot",
+            "--shots",
+            "1,2,4",
+            "--samples",
+            3,
+            "--costs",
+            COSTS,
+            "--seed",
+            5,
+        )
         code, out, err = command("svm", "--store", store, *words, "--run", low.path)
         assert code == 0, err
         for k in ("1", "2", "4"):
@@ -165,7 +184,12 @@ class TestLowShot:
             for costs, own in _grouped([r for r in test if r["optimizer.positives"] == k], "optimizer.costs").items():
                 means[costs[0]] = [row["value"] for row in own]
             best = max(means, key=lambda cost: statistics.fmean(means[cost]))
-            numbers = (statistics.fmean(means[best]), min(means[best]), max(means[best]), statistics.pstdev(means[best]))
+            numbers = (
+                statistics.fmean(means[best]),
+                min(means[best]),
+                max(means[best]),
+                statistics.pstdev(means[best]),
+            )
             line = " +".join(f"{100 * v:.2f}" for v in numbers)
             assert re.search(rf"layer4:pooled +{k} +2 +{line} +{float(best):g}", out), out
 
@@ -190,7 +214,9 @@ def test_report_compare_attribute_and_export(store, scenes, checkpoint, full, lo
     code, out, err = command("compare", "--run", full.path, *words)
     assert code == 0 and "mAP (VOC2010) %" in out, err
     methods = ("--method", "gradcam,input_x_gradient", "--backbone", checkpoint, "--dataset", "voc", "--root", scenes)
-    code, out, err = command("attribute", "--run", full.path, "--probe", probes["layer4:pooled"], "--limit", 4, *methods)
+    code, out, err = command(
+        "attribute", "--run", full.path, "--probe", probes["layer4:pooled"], "--limit", 4, *methods
+    )
     assert code == 0 and "input_x_gradient" in out, err
     given = ("--run", full.path, "--probe", probes["layer4:pooled"], "--backbone", checkpoint)
     code, _, err = command("export", *given, "--to", tmp_path / "merged.pth")
@@ -200,7 +226,7 @@ def test_report_compare_attribute_and_export(store, scenes, checkpoint, full, lo
     images = torch.randn(3, 3, SIZE, SIZE)
     backbone = load_backbone(checkpoint, arch="resnet18", size=SIZE)
     with torch.inference_mode():
-        features = next(iter(backbone(images, ["pooled"]).values())).double()
+        features = next(iter(backbone(images, [Feature("layer4", "pooled")]).values())).double()
     features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
     weights = load_probe(full.path, probes["layer4:pooled"]).weights
     expected = features @ weights["fc0.weight"].double().t() + weights["fc0.bias"].double()
@@ -209,8 +235,8 @@ def test_report_compare_attribute_and_export(store, scenes, checkpoint, full, lo
 
 def test_a_killed_run_ends_with_the_same_bytes(store, tmp_path):
     words = [
-        sys.executable, "-m", "featcache", "svm", "--store", store, "--engine", "liblinear", "--low-shot", "--shots", "2,4",
-        "--samples", "2", "--costs", "0.1,1,10,100",
+        sys.executable, "-m", "featcache", "svm", "--store", store, "--engine", "liblinear", "--low-shot", "--shots", "2",
+        "--samples", "3", "--costs", "0.1,1,10",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*words, "--run", tmp_path / "whole"], env=environment, check=True, capture_output=True)
@@ -228,7 +254,11 @@ def test_a_killed_run_ends_with_the_same_bytes(store, tmp_path):
     done = subprocess.run([*words, "--run", struck], env=environment, check=True, capture_output=True, text=True)
     assert "probes are trained already" in done.stderr
     files = {path.relative_to(struck) for path in struck.rglob("*") if path.is_file() and path.name != "run.json"}
-    assert files == {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.name != "run.json" and p.is_file()}
+    assert files == {
+        p.relative_to(tmp_path / "whole")
+        for p in (tmp_path / "whole").rglob("*")
+        if p.name != "run.json" and p.is_file()
+    }
     for name in files:
         assert (struck / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert featcache.verify(struck) == []
@@ -301,9 +331,17 @@ class TestRecipes:
         grid = self.specs(store, low_shot, parity, "pooled")
         ours = {s.configuration: s.seed for s in grid.specs}
         theirs = {spec.features for spec in recipe.specs}
-        assert theirs == {"feat1:grid(10,10,4)", "feat2:grid(16,8,0)", "feat3:grid(13,5,0)", "feat4:grid(8,3,0)", "feat5:grid(6,1,0)"}
+        assert theirs == {
+            "feat1:grid(10,10,4)",
+            "feat2:grid(16,8,0)",
+            "feat3:grid(13,5,0)",
+            "feat4:grid(8,3,0)",
+            "feat5:grid(6,1,0)",
+        }
         alike = [spec for spec in recipe.specs if spec.features == "feat5:grid(6,1,0)"]
-        assert {replace(s, features="layer4:pooled", name="") for s in alike} == {replace(s, name="") for s in grid.specs}
+        assert {replace(s, features="layer4:pooled", name="") for s in alike} == {
+            replace(s, name="") for s in grid.specs
+        }
         assert len(ours) * (5 if low_shot else 1) == len(alike) and len(recipe.specs) == 5 * len(alike)
         assert recipe.metric == grid.metric == "map_voc10" and recipe.chosen_on == grid.chosen_on
         assert recipe.splits["test"] == grid.splits["test"] and recipe.splits["train"] == ("train", "val")
