@@ -55,8 +55,11 @@ def _published_head(layers: int, hidden: int, norm: Any, bias: bool, bcos: bool,
 def to_published(head: Head, weights: State, multi_label: bool) -> dict[str, torch.Tensor]:
     """Rename and reshape the weights of a probe as the state dict of the head that How-to-Probe would train.
 
-    What it does not have, such as attention, keeps its names.
+    What it does not have, such as attention, keeps its names. Raises BadInput for a linear head that normalises its
+    features, which no tensor would say.
     """
+    if isinstance(head, Linear) and head.norm == "l2":
+        raise BadInput("the head normalises its features (norm: l2), which a state dict cannot say: export to FILE.pt2")
     layout = head.layout if isinstance(head, LayeredHead) else Layout(bias=False)
     state = {}
     for name, value in weights.items():
