@@ -40,18 +40,19 @@ def finish_run(
     device: torch.device,
     started: float,
     intervals: Iterable[str] | None = None,
+    memory: float | None = None,
 ) -> Run:
     """Score the probes of a run, write the tables, then run.json, which marks the run as finished.
 
     specs: of probes in the folder. splits: {role: splits of the store}. basis: fields of run.json, among them the
     store's id and path, `select`, the `key` that marks the run as finished, and `files`, the checksums of all files but
     the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
-    default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
+    default all. memory: as for engine.scoring.load_predictors. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
     metrics, classes = metrics_of(store.task), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     roles = list(splits if intervals is None else intervals)
-    scored = score_probes(folder, specs, store, splits, labels, device, roles)
+    scored = score_probes(folder, specs, store, splits, labels, device, roles, memory)
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.
@@ -61,7 +62,8 @@ def finish_run(
         history += _history(spec.id, _series(probe, basis["select"]["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
         fields = spec.flat()
-        for role, metric in itertools.product(splits, metrics):
+        roles_of = [role for role in splits if (spec.id, role) in scored]
+        for role, metric in itertools.product(roles_of, metrics):
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)

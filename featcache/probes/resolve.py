@@ -80,6 +80,13 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
+    if chosen_on == "train":
+        errors.extend(
+            f"{group.where('head')}: to be chosen on the training images, a head of type {spec.head.type} must leave each "
+            "of them out in turn: say leave_one_out: true"
+            for spec, group in zip(grid.specs, grid.groups, strict=True)
+            if not spec.head.scored_on_training
+        )
     if chosen_on is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
@@ -174,6 +181,8 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
+    if reason := spec.head.short_of(sum(len(store[name]) for name in views)):
+        errors.append(f"{group.where('head')}: {reason}")
     head = spec.head
     try:
         head = head.resolved(len(store.classes))

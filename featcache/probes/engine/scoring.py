@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featcache.probes.engine.memory import MemoryBudget
+from featcache.probes.engine.neighbours import NeighbourPredictor
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.engine.waves import blocks_by_input
 from featcache.probes.inputs.input import Input
@@ -21,6 +22,7 @@ from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
 Blocks = Sequence[Sequence[ProbeSpec]]
+Predictors = Sequence[Predictor | NeighbourPredictor]
 
 
 def new_tally(specs: Sequence[ProbeSpec], labels: Tensor, classes: int, metrics: Iterable[str] | None = None) -> Tally:
@@ -29,18 +31,32 @@ def new_tally(specs: Sequence[ProbeSpec], labels: Tensor, classes: int, metrics:
 
 
 def load_predictors(
-    folder: str | Path, group: Blocks, store: Store, device: torch.device, places: dict[str, Place] | None = None
-) -> list[Predictor]:
-    """Return the Predictor of each block of a run folder's probes. group: the blocks. places: from find_probes."""
-    predictors, places = [], find_probes(folder) if places is None else places
+    folder: str | Path,
+    group: Blocks,
+    store: Store,
+    train: Sequence[str],
+    device: torch.device,
+    places: dict[str, Place] | None = None,
+    memory: float | None = None,
+) -> Predictors:
+    """Return a predictor of each block of a run folder's probes.
+
+    group: the blocks. train: the splits that they learned from. places: from find_probes. memory: bytes for probes that
+    read these splits whenever they predict, by default half of what is free.
+    """
+    predictors: list[Predictor | NeighbourPredictor] = []
+    places = find_probes(folder) if places is None else places
     for block in group:
         weights = {probe.spec.id: probe.weights for probe in load_probes(folder, [s.id for s in block], places)}
-        predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
+        if block[0].head.trains:
+            predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
+        else:
+            predictors.append(NeighbourPredictor(block, store, train, device, memory))
     return predictors
 
 
 def tally_blocks(
-    predictors: Sequence[Predictor],
+    predictors: Predictors,
     group: Blocks,
     store: Store,
     splits: Sequence[str],
@@ -49,14 +65,21 @@ def tally_blocks(
 ) -> list[Tally]:
     """Gather the logits of blocks on a union of splits, in a Tally for each block.
 
-    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once,
-    whatever the number of blocks, and not kept.
+    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once for
+    all Predictors, and not kept.
     """
+    if not group:
+        return []
     read = Input.of(group[0][0])
     tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
-    for part in read.chunks(store, splits, device):
-        for predictor, tally in zip(predictors, tallies, strict=True):
+    readers = [(p, tally) for p, tally in zip(predictors, tallies, strict=True) if isinstance(p, Predictor)]
+    for part in read.chunks(store, splits, device) if readers else ():
+        for predictor, tally in readers:
             tally.add(predictor(part))
+    for other, tally in zip(predictors, tallies, strict=True):
+        if isinstance(other, NeighbourPredictor):
+            for logits in other(splits):
+                tally.add(logits)
     return tallies
 
 
@@ -81,11 +104,12 @@ def score_probes(
     labels: Mapping[str, Tensor],
     device: torch.device,
     intervals: Container[str],
+    memory: float | None = None,
 ) -> dict[tuple[str, str], Scored]:
     """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and splits.
 
     splits, labels: {role: splits of the store} and {role: labels of their images}. intervals: roles whose scores get
-    an interval.
+    an interval. memory: as for load_predictors. A probe that is not scored on training images lacks that role.
     """
     scored, places = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
@@ -93,14 +117,17 @@ def score_probes(
         kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
             for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
-                predictors = load_predictors(folder, part, store, device, places)
+                predictors = load_predictors(folder, part, store, splits["train"], device, places, memory)
                 for role, names in splits.items():
-                    tallies = tally_blocks(predictors, part, store, names, labels[role], device)
-                    for block, tally in zip(part, tallies, strict=True):
+                    of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
+                    blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
+                    for block, tally in zip(
+                        blocks, tally_blocks(own, blocks, store, names, labels[role], device), strict=True
+                    ):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result
-                        progress.update(len(block))
-    return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
+                    progress.update(sum(map(len, part)))
+    return {(s.id, role): scored[s.id, role] for s in specs for role in splits if (s.id, role) in scored}
 
 
 def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:

@@ -119,6 +119,11 @@ class Sweep:
         self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
 
+    def remember(self, specs: Sequence[ProbeSpec], buffer_rows: int | None) -> None:
+        """Save a block of probes that have no weights, because they read the training images when they predict."""
+        self._keep([TrainedProbe(spec, {}, [], None) for spec in specs], self._origin(buffer_rows))
+        self.tick(len(specs))
+
     def steps_of(self, spec: ProbeSpec) -> int:
         """Return the steps of a probe's training, as the progress bar counts them."""
         return spec.epochs * -(-len(self.labels) // spec.batch_size) if spec.epochs and spec.batch_size else 1
@@ -270,6 +275,9 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
             source, key = sweep.source(wave), (wave.input, wave.buffer_rows)
         first = wave.blocks[0]
         specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
+        if specs and not specs[0].optimizer.trains:
+            sweep.remember(specs, wave.buffer_rows)
+            continue
         if specs and specs[0].optimizer.full_batch:
             sweep.fit(specs, source)
             continue

@@ -15,6 +15,7 @@ from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.store.reader import Store
 
@@ -80,7 +81,7 @@ def plan_buffers(
             sizes[read] = read.bytes(store, names)
             buffers[read.name] = room.buffer_rows(rows, sizes[read])
         size = sizes[read]
-        if buffers[read.name] is not None and spec.optimizer.full_batch:
+        if buffers[read.name] is not None and isinstance(spec.optimizer, FullBatchSolver):
             raise BadInput(
                 f"{spec.optimizer.type} needs all of {read.feature} in memory, {size / 1e9:.3g} GB, and "
                 f"{room.resident / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"

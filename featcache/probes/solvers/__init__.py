@@ -5,7 +5,8 @@ from featcache.probes.solvers.adam import Adam
 from featcache.probes.solvers.adamw import AdamW
 from featcache.probes.solvers.lars import Lars
 from featcache.probes.solvers.lbfgs import Lbfgs
+from featcache.probes.solvers.none import NoTraining
 from featcache.probes.solvers.sgd import Sgd
 from featcache.probes.solvers.solver import Solver
 
-SOLVERS = Registry(Solver, "featcache.solvers", "optimizer", [Sgd, Adam, AdamW, Lars, Lbfgs])
+SOLVERS = Registry(Solver, "featcache.solvers", "optimizer", [Sgd, Adam, AdamW, Lars, Lbfgs, NoTraining])
