@@ -28,11 +28,12 @@ FLOORS = [
 BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 # The same of probes/, whose last files are commands and what they share.
 PROBE_ROOMS = [
-    {"gemm", "part"},
+    {"gemm", "part", "sample"},
     {"heads", "losses", "schedules", "scores"},
     {"solvers"},
     {"imported", "identity", "spec", "trained", "weights"},
     {"inputs", "overlap"},
+    {"neighbours"},
     {"runs", "grids"},
     {"engine"},
     {"resolve", "finish"},
@@ -129,6 +130,8 @@ def test_no_file_but_its_own_names_a_kind():
     words = {word for kinds in (*REGISTRIES.values(), METHODS, LOCALISATION_SCORES, METRICS) for word in kinds}
     # These are values of other fields too.
     words -= {"step", "constant"}
+    # This is a command too.
+    words -= {"knn"}
     named = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).parts
@@ -160,7 +163,7 @@ def test_families_are_named_in_their_own_files_alone():
 
 def test_public_face():
     assert featcache.__all__ == [
-        "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
+        "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes", "knn",
         "plan_probes", "schema", "attribute", "open_run", "compare", "report", "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
@@ -220,7 +223,7 @@ def test_torchvision_and_the_compiler_stay_whole():
 
 def test_every_command_explains_itself(command):
     commands = (
-        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "compare", "attribute", "report",
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "knn", "compare", "attribute", "report",
         "export", "import-probes",
     )  # fmt: skip
     for name in commands:

@@ -18,6 +18,7 @@ from featcache.probes.engine.waves import blocks_by_input, plan_buffers
 from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import Head
+from featcache.probes.inputs.input import source_name
 from featcache.probes.resolve import resolve
 from featcache.probes.solvers.solver import FullBatchSolver, MiniBatchSolver
 from featcache.probes.weights import initial_weights
@@ -123,16 +124,19 @@ def plan_probes(
     if opened is None:
         return Plan(checked, groups, [], 0, str(chosen_device), free, "no store given")
     resolved = resolve(checked, opened, chosen_device, allow_overlap)
-    specs, splits = resolved.specs, resolved.splits
-    rows = sum(len(opened[name]) for name in splits["train"])
-    buffers = plan_buffers(specs, opened, splits, memory, chosen_device)
+    specs, sets = resolved.specs, resolved.sets
+    buffers = plan_buffers(specs, sets, memory, chosen_device)
     rates: dict[Hashable, float] = {}
     stacks = []
     for read, blocks in blocks_by_input(specs, opened, chosen_device):
-        data = (read.feature, read.bytes(opened, splits["train"]), buffers[read.name] is not None)
-        shape = (*read.shape(opened), rows, len(opened.classes))
-        for _, members in itertools.groupby(blocks, lambda block: block.key):
-            stacks.append(_stack(list(members), data, shape, chosen_device, rates))
+        for _, alike in itertools.groupby(blocks, lambda block: block.key):
+            members = list(alike)
+            first, images = members[0][0], sets[members[0][0].sample]
+            size = read.bytes(opened, images.splits, None if images.rows is None else len(images))
+            data = (read.feature, size, buffers[source_name(first)] is not None)
+            shape = (*read.shape(opened), len(images), len(opened.classes))
+            stacks.append(_stack(members, data, shape, chosen_device, rates))
+    rows = sum(len(opened[name]) for name in resolved.splits["train"])
     return Plan(checked, groups, stacks, rows, str(chosen_device), free, None)
 
 
@@ -181,7 +185,9 @@ def _stack(
         blocks=len(blocks),
         flops=flops,
         seconds=flops / rates[product],
-        weight_bytes=solver.weight_copies * 4 * largest * numbers if solver.trains else 0,
+        weight_bytes=solver.weight_copies * 4 * largest * numbers
+        if isinstance(solver, FullBatchSolver | MiniBatchSolver)
+        else 0,
         activation_bytes=activations,
         feature_bytes=feature_bytes,
         streamed=streamed,

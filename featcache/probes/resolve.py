@@ -11,6 +11,7 @@ from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.overlap import Overlap, find_overlaps
 from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec
@@ -24,7 +25,7 @@ class Resolved:
     specs: their features, views and offsets are names and numbers of the store. splits: {role: splits of the store},
     without val or test where neither grid nor store names such a split. metric: by which probes are chosen. chosen_on:
     the role on which they are chosen, None where nothing is. overlaps: images that two roles share, where the grid
-    allows it. notice: a line about what could not be checked, or None.
+    allows it. notice: a line about what could not be checked, or None. sets: the images that each spec trains on.
     """
 
     specs: list[ProbeSpec]
@@ -33,6 +34,7 @@ class Resolved:
     chosen_on: str | None
     overlaps: list[Overlap]
     notice: str | None
+    sets: TrainingSets
 
 
 def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool = False) -> Resolved:
@@ -60,16 +62,24 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     views = {name: store[name].views for name in splits["train"]}
     specs: list[ProbeSpec] = []
     seen: dict[str, str] = {}
+    sets = TrainingSets(store, splits, device)
     for spec, group in zip(grid.specs, grid.groups, strict=True):
+        if chosen_on == "train" and spec.sample.partial:
+            errors.append(
+                f"{group.path}: select.split: train would choose by labels that the probe may not see; choose on val"
+            )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
         resolved = _spec(spec, group, store, views, errors)
+        resolved = resolved and _sampled(resolved, group, sets, errors)
+        if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
+            errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
             continue
         if resolved.id in seen:
             errors.append(
-                f"{group.path}: repeats a probe of {seen[resolved.id]}; features and views that they write differently "
-                f"are one in store {store.path}"
+                f"{group.path}: repeats a probe of {seen[resolved.id]}; features, views and lists that they write "
+                f"differently are one in store {store.path}"
             )
         seen[resolved.id] = group.path
         specs.append(resolved)
@@ -90,7 +100,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     if chosen_on is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, chosen_on, overlaps, notice)
+    return Resolved(specs, splits, metric, chosen_on, overlaps, notice, sets)
 
 
 def undecided(specs: Sequence[ProbeSpec]) -> str | None:
@@ -181,8 +191,6 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
-    if reason := spec.head.short_of(sum(len(store[name]) for name in views)):
-        errors.append(f"{group.where('head')}: {reason}")
     head = spec.head
     try:
         head = head.resolved(len(store.classes))
@@ -194,6 +202,21 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     spec = replace(spec, head=head, views=count)
     if spec.conflict:
         errors.append(f"{group.path}: {spec.conflict}")
+        return None
+    return spec
+
+
+def _sampled(spec: ProbeSpec, group: Group, sets: TrainingSets, errors: list[str]) -> ProbeSpec | None:
+    """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""
+    if not spec.sample.partial:
+        return spec
+    field = next(name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None)
+    try:
+        if spec.subset is not None:
+            spec = replace(spec, subset=sets.listed(spec.subset))
+        sets[spec.sample]
+    except BadInput as error:
+        errors.append(f"{group.where(field)}: {error.message}")
         return None
     return spec
 

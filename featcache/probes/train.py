@@ -91,7 +91,8 @@ def train_probes(
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
-    buffers = plan_buffers(specs, task.store, splits, memory, chosen_device, ranks.local_size)
+    sets = task.resolved.sets
+    buffers = plan_buffers(specs, sets, memory, chosen_device, ranks.local_size)
     place = open_folder(folder)
     with ranks.leading(place.locked(f"waiting: another process is training into {folder}")) as leads:
         summary, everything = task.basis.to_json(), list(specs)
@@ -105,12 +106,17 @@ def train_probes(
             summary, everything = begun
             buffers = summary["buffers"]
         selection, run_id = (task.resolved.metric, task.resolved.chosen_on), identity(summary)
-        train_missing(folder, specs, task.store, splits, chosen_device, seed, selection, buffers, search, ranks, run_id)
+        train_missing(folder, specs, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
         if not leads:
             return None
         overlaps = [asdict(overlap) for overlap in task.resolved.overlaps]
-        summary |= {"key": task.key, "store": task.source, "overlap": overlaps}
-        return finish_run(folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"], memory)
+        samples = {s.sample.name: sets.described(s.sample) for s in specs if s.sample.partial}
+        samples = summary.get("samples", {}) | samples
+        summary |= {"key": task.key, "store": task.source, "overlap": overlaps} | (
+            {"samples": samples} if samples else {}
+        )
+        intervals = summary["intervals"]
+        return finish_run(folder, everything, task.store, splits, summary, chosen_device, started, intervals, memory)
 
 
 def _prepare(
@@ -167,6 +173,7 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
         # Intervals that an earlier grid asked for stay.
         "intervals": [role for role in task.resolved.splits if role in asked_for],
         "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
+        **({"samples": begun["samples"]} if "samples" in begun else {}),
     }
     # run.json keeps the names of these probes until the tables, which also have them, are written anew.
     names = {"others": {spec.id: spec.name for spec in others}} if others else {}

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from featcache.errors import BadInput
 from featcache.probes.engine.memory import FeatureMemory
+from featcache.probes.heads.knn import Knn
 from featcache.probes.inputs.input import Input, load_labels
 from featcache.probes.neighbours.memory import SearchMemory
 from featcache.probes.neighbours.rows import TrainingRows
@@ -23,14 +24,16 @@ LOGITS = 64 << 20
 
 
 class NeighbourPredictor:
-    """Probes of one block of kNN probes, as a function from splits to logits. One search serves all of them.
+    """kNN probes that compare images alike, as a function from splits to logits. One search serves all of them.
 
-    train: the splits whose images vote. memory: bytes for all that is held, by default half of what is free.
+    rows: for each of the specs, which images of the splits `train` vote, sorted int64, or None for all. memory: bytes
+    for all that is held, by default half of what is free.
     """
 
     def __init__(
         self,
         specs: Sequence[ProbeSpec],
+        rows: Sequence[Tensor | None],
         store: Store,
         train: Sequence[str],
         device: torch.device,
@@ -38,7 +41,13 @@ class NeighbourPredictor:
     ):
         self._specs, self._store, self._train, self._device = specs, store, tuple(train), device
         self._read, self._room = Input.of(specs[0]), FeatureMemory.of(device, memory).resident
-        self._cosine = specs[0].head.distance == "cosine"
+        self._heads = [spec.head for spec in specs if isinstance(spec.head, Knn)]
+        self._distance, self._said = self._heads[0].distance, False
+        # Probes that learned from the same images share a draw.
+        samples = [spec.sample for spec in specs]
+        self._samples = list(dict.fromkeys(samples))
+        self._draw_of = [self._samples.index(sample) for sample in samples]
+        self._rows = [rows[samples.index(sample)] for sample in self._samples]
 
     @torch.no_grad()
     def __call__(self, splits: Sequence[str]) -> Iterator[Tensor]:
@@ -46,35 +55,60 @@ class NeighbourPredictor:
 
         The training images are not neighbours of themselves. Raises BadInput for features that have no neighbours.
         """
-        labels = load_labels(self._store, self._train).to(self._device)
-        draw = Draw(None, tuple(sorted({s.head.k for s in self._specs})), any(s.head.needs_exact for s in self._specs))
-        memory = self._memory(len(labels), [draw])
-        training = TrainingRows(self._read, self._store, self._train, self._device, held=memory.held)
-        self._check(training.norms, self._train, 0)
-        search, classes = Search(training, self._specs[0].head.distance, [draw], memory), len(self._store.classes)
-        own, done = tuple(splits) == self._train, 0
+        labels, classes = load_labels(self._store, self._train), len(self._store.classes)
+        wanted, draws = self._draws()
+        labels = (labels if wanted is None else labels[wanted]).to(self._device)
+        memory = self._memory(len(labels), draws)
+        training = TrainingRows(self._read, self._store, self._train, self._device, wanted, memory.held)
+        self._check(training.norms, self._train, torch.arange(len(labels)) if wanted is None else wanted)
+        search, done = Search(training, self._distance, draws, memory), 0
         total = sum(len(self._store[name]) for name in splits)
         with tqdm(total=total, unit="image", desc="neighbours", leave=False) as progress:
             for images in self._images(splits, memory.images):
-                self._check(images.double().norm(dim=1), splits, done)
-                found = search(images, done if own else None)
-                for start, end in self._pieces(len(images), labels, max(draw.ks), classes):
-                    parts = [(n.similarities[start:end], labels[n.rows[start:end]]) for n in found]
-                    yield torch.stack([vote(s.head, s.loss, *parts[0], classes) for s in self._specs])
+                numbers = torch.arange(done, done + len(images))
+                self._check(images.double().norm(dim=1), splits, numbers)
+                own = _places(numbers, wanted).to(self._device) if tuple(splits) == self._train else None
+                found = search(images, own)
+                for start, end in self._pieces(len(images), labels, max(max(d.ks) for d in draws), classes):
+                    votes = [(n.similarities[start:end], labels[n.rows[start:end]]) for n in found]
+                    yield torch.stack(
+                        [
+                            vote(head, spec.loss, *votes[draw], classes)
+                            for head, spec, draw in zip(self._heads, self._specs, self._draw_of, strict=True)
+                        ]
+                    )
                 done += len(images)
                 progress.update(len(images))
+
+    def _draws(self) -> tuple[Tensor | None, list[Draw]]:
+        """Return the rows that any of the probes learned from, None for all, and the draws within them."""
+        some = [rows for rows in self._rows if rows is not None]
+        wanted = torch.cat(some).unique() if len(some) == len(self._rows) else None
+        draws = []
+        for number, rows in enumerate(self._rows):
+            heads = [head for head, draw in zip(self._heads, self._draw_of, strict=True) if draw == number]
+            places = None if rows is None else _places(rows, wanted).to(self._device)
+            ks = tuple(sorted({head.k for head in heads}))
+            draws.append(Draw(places, ks, any(head.needs_exact for head in heads)))
+        return wanted, draws
 
     def _memory(self, rows: int, draws: Sequence[Draw]) -> SearchMemory:
         """Divide the memory, and say so."""
         width, kept = self._read.shape(self._store)[0], sum(candidates(max(draw.ks)) for draw in draws)
-        itemsize = 4 if self._read.pooled else self._store[self._train[0]][self._read.feature].dtype.itemsize
-        memory = SearchMemory.of(self._room, self._device, rows, width, itemsize, kept)
-        how = "stay in memory" if memory.held else "are read again for every group"
-        click.echo(
-            f"neighbours among {rows} images of {self._read.name} ({width} numbers) on {self._device}, for groups of "
-            f"{memory.images} images: {memory.bytes / 1e9:.2g} GB; the {rows} {how}",
-            err=True,
+        itemsize = -(
+            -self._read.bytes(self._store, self._train) // (sum(len(self._store[name]) for name in self._train) * width)
         )
+        memory = SearchMemory.of(self._room, self._device, rows, width, itemsize, kept)
+        read = self._store[self._train[0]][self._read.feature]
+        averaged = ", averaged over its positions" if read.ndim > 2 and self._read.pooled else ""
+        how = "held in memory" if memory.held else f"read again for every {memory.images} images"
+        if not self._said:
+            self._said = True
+            click.echo(
+                f"kNN: {rows} training images of {self._read.feature}{averaged} ({width} numbers), {how}; "
+                f"{memory.bytes / 1e9:.2g} GB on {self._device}",
+                err=True,
+            )
         return memory
 
     def _images(self, splits: Sequence[str], rows: int) -> Iterator[Tensor]:
@@ -95,16 +129,24 @@ class NeighbourPredictor:
         size = max(LOGITS // one, 1)
         yield from ((start, min(start + size, images)) for start in range(0, images, size))
 
-    def _check(self, norms: Tensor, splits: Sequence[str], first: int) -> None:
-        """Raise BadInput, which names the image, if a feature has no neighbours. norms: of the images from `first` on."""
-        bad = ~norms.isfinite() | (norms == 0 if self._cosine else False)
+    def _check(self, norms: Tensor, splits: Sequence[str], numbers: Tensor) -> None:
+        """Raise BadInput, which names the image, if a feature has no neighbours. norms: of the images with these numbers."""
+        bad = ~norms.isfinite() | ((norms == 0) & (self._distance == "cosine"))
         if not bad.any():
             return
         row = int(bad.nonzero()[0])
         reason = "is all zero, and has no cosine" if norms[row] == 0 else "is not finite"
         ids = np.concatenate([[f"{name} {image!r}" for image in self._store[name].ids] for name in splits])
         raise BadInput(
-            f"feature {self._read.name} of {ids[first + row]} in store {self._store.path} {reason}: it has no nearest "
+            f"feature {self._read.name} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
             f"neighbours ({int(bad.sum())} such images); "
             + ("take distance euclidean, or another feature" if norms[row] == 0 else "extract with --dtype float32")
         )
+
+
+def _places(rows: Tensor, wanted: Tensor | None) -> Tensor:
+    """Return the places of rows among those that are wanted, sorted, -1 for those that are not; None wants all."""
+    if wanted is None:
+        return rows
+    places = torch.searchsorted(wanted, rows).clamp(max=len(wanted) - 1)
+    return torch.where(wanted[places] == rows, places, -1)

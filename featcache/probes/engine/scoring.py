@@ -1,7 +1,7 @@
 """Scores of the probes in a run folder, with intervals."""
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from featcache.probes.engine.blocks import Block
 from featcache.probes.engine.memory import MemoryBudget
 from featcache.probes.engine.neighbours import NeighbourPredictor
 from featcache.probes.engine.predict import Predictor
@@ -19,6 +20,7 @@ from featcache.probes.scores.jackknife import interval
 from featcache.probes.scores.metrics import metric_kind
 from featcache.probes.scores.tally import Tally
 from featcache.probes.spec import ProbeSpec
+from featcache.probes.trained import ROWS
 from featcache.store.reader import Store
 
 Blocks = Sequence[Sequence[ProbeSpec]]
@@ -34,15 +36,15 @@ def load_predictors(
     folder: str | Path,
     group: Blocks,
     store: Store,
-    train: Sequence[str],
+    splits: Mapping[str, Sequence[str]],
     device: torch.device,
     places: dict[str, Place] | None = None,
     memory: float | None = None,
 ) -> Predictors:
     """Return a predictor of each block of a run folder's probes.
 
-    group: the blocks. train: the splits that they learned from. places: from find_probes. memory: bytes for probes that
-    read these splits whenever they predict, by default half of what is free.
+    group: the blocks. splits: {role: splits of the store}. places: from find_probes. memory: bytes for probes that read
+    the training images whenever they predict, by default half of what is free.
     """
     predictors: list[Predictor | NeighbourPredictor] = []
     places = find_probes(folder) if places is None else places
@@ -51,7 +53,10 @@ def load_predictors(
         if block[0].head.trains:
             predictors.append(Predictor(block, [weights[s.id] for s in block], len(store.classes), device))
         else:
-            predictors.append(NeighbourPredictor(block, store, train, device, memory))
+            roles = block[0].refit.split("+") if block[0].refit else ["train"]
+            train = [name for role in roles for name in splits[role]]
+            rows = [weights[spec.id].get(ROWS) for spec in block]
+            predictors.append(NeighbourPredictor(block, rows, store, train, device, memory))
     return predictors
 
 
@@ -116,8 +121,8 @@ def score_probes(
         largest = max(labels.values(), key=len)
         kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
-            for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
-                predictors = load_predictors(folder, part, store, splits["train"], device, places, memory)
+            for part in _passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
+                predictors = load_predictors(folder, part, store, splits, device, places, memory)
                 for role, names in splits.items():
                     of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
                     blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
@@ -128,6 +133,22 @@ def score_probes(
                             scored[spec.id, role] = result
                     progress.update(sum(map(len, part)))
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits if (s.id, role) in scored}
+
+
+def _searching_together(group: Sequence[Block]) -> Blocks:
+    """Join the blocks that train nothing and compare images alike, since one search serves them all."""
+    blocks: list[Sequence[ProbeSpec]] = []
+    joined: dict[Hashable, list[ProbeSpec]] = {}
+    for block in group:
+        first = block[0]
+        if first.head.trains:
+            blocks.append(block)
+            continue
+        key = first.head.shared, first.refit
+        if key not in joined:
+            blocks.append(joined.setdefault(key, []))
+        joined[key] += block
+    return blocks
 
 
 def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:

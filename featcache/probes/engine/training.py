@@ -24,13 +24,13 @@ from featcache.probes.weights import all_finite, stacked_weights
 
 
 class Training:
-    """Probes of one block, which share features, views, head, batches and update rule (see blocks.py).
+    """Probes of one block, which share images, features, views, head, batches and update rule (see blocks.py).
 
     An epoch is begin_epoch(), feed() for each mini-batch, and end_epoch(). save() writes the whole state, from which
     restored() goes on to the same bits.
 
     specs: the probes that still train. name: of the block as it began, from its probes' ids. epoch: epochs done, of
-    `epochs`. steps: of an epoch. batch_size: images of a mini-batch. views: over which the epochs rotate. validates:
+    `epochs`. end: the epoch after which training ends, which for a refit may be before the last. steps: of an epoch. batch_size: images of a mini-batch. views: over which the epochs rotate. validates:
     whether every epoch ends with a validation score.
     """
 
@@ -40,8 +40,10 @@ class Training:
         recipe = MiniBatchRecipe.of(first)
         self.specs, self.name = list(specs), block_name(specs)
         self.epoch, self.epochs, self.batch_size, self.views = 0, recipe.epochs, recipe.batch_size, first.views
+        self.end = first.stop or self.epochs
         self.steps = -(-len(labels) // self.batch_size)
-        self.validates = first.keep == "best" or first.patience > 0
+        # A refit has no images left to validate on; what the choice found out is its `stop`.
+        self.validates = (first.keep == "best" or first.patience > 0) and not first.refit
         self._first, self._dim, self._classes, self._labels = first, dim, classes, labels
         self._losses = torch.zeros(0, len(specs), dtype=torch.float64)  # [epochs done, P]
         self._scores = torch.zeros(0, len(specs), dtype=torch.float64)
@@ -108,7 +110,7 @@ class Training:
     def impatient(self) -> Tensor:
         """Return which probes have gone `patience` epochs without a better validation score, bool [P]."""
         patience = self._first.patience
-        if not patience or self.epoch <= patience:
+        if not self.validates or not patience or self.epoch <= patience:
             return torch.zeros(len(self.specs), dtype=torch.bool)
         scores = self._scores.nan_to_num(nan=-torch.inf)
         return scores[-patience:].amax(0) <= scores[:-patience].amax(0)

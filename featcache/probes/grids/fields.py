@@ -17,6 +17,8 @@ from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 MISSING = object()
+# Fields of a probe that a group does not give as fields of its own.
+NOT_IN_GROUPS = ("name", "source", "fold", "refit", "stop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def spec_field(name: str) -> GridField:
 @cache
 def probe_fields() -> dict[str, GridField]:
     """Return {name: field} of the fields of a probe other than sections, in the order in which they multiply."""
-    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
+    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, *NOT_IN_GROUPS)]
     return {name: spec_field(name) for name in names}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from featcache.device import free_bytes
 from featcache.errors import BadInput
 from featcache.probes.spec import ProbeSpec
+from featcache.store.feature_array import PIECE_BYTES, FeatureArray
 from featcache.store.manifest import feature_of
 from featcache.store.reader import Store
 
@@ -48,12 +49,13 @@ class Input:
             return shape[1], shape[0]
         return shape[0], 1 if self.pooled else math.prod(shape[1:])
 
-    def bytes(self, store: Store, splits: Sequence[str]) -> int:
-        """Return the bytes that load() takes for one view of a union of splits."""
+    def bytes(self, store: Store, splits: Sequence[str], rows: int | None = None) -> int:
+        """Return the bytes that load() takes for one view of a union of splits, or of so many of its rows."""
         arrays = [store[name][self.feature] for name in splits]
-        if self.pooled and arrays[0].ndim > 2:
-            return 4 * sum(len(a) for a in arrays) * self.shape(store)[0]
-        return sum(a.nbytes for a in arrays)
+        count = sum(len(a) for a in arrays)
+        averaged = self.pooled and arrays[0].ndim > 2
+        size = 4 * count * self.shape(store)[0] if averaged else sum(a.nbytes for a in arrays)
+        return size if rows is None else size // max(count, 1) * rows
 
     def read(self, rows: Tensor) -> Tensor:
         """Return stored rows [n, ...] as probes read them: in the store's dtype, or float32 if they are averaged."""
@@ -66,30 +68,69 @@ class Input:
             return rows.float().flatten(2).mean(2)
         return rows.flatten(2) if rows.ndim > 2 else rows
 
-    def load(self, store: Store, splits: Sequence[str], device: torch.device, view: int = 0) -> Tensor:
-        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there."""
+    def load(
+        self,
+        store: Store,
+        splits: Sequence[str],
+        device: torch.device,
+        view: int = 0,
+        rows: np.ndarray | None = None,
+    ) -> Tensor:
+        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there.
+
+        rows: sorted rows of the union, int64 [n], by default all.
+        """
         arrays = [store[name].view(view)[self.feature] for name in splits]
-        needed, free = self.bytes(store, splits), free_bytes(device)
+        count = sum(map(len, arrays)) if rows is None else len(rows)
+        needed, free = self.bytes(store, splits, None if rows is None else count), free_bytes(device)
         if needed > free:
             raise BadInput(
                 f"feature {self.feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory on "
                 f"{device}, {free / 2**30:.1f} are free"
             )
         values, at = torch.empty(0), 0
-        for array in arrays:
-            for _, piece in array.pieces():
-                part = self.read(torch.from_numpy(piece).to(device))
-                if not at:
-                    values = part.new_empty(sum(map(len, arrays)), *part.shape[1:])
-                values[at : at + len(part)] = part
-                at += len(part)
+        for piece in _pieces(arrays, rows):
+            part = self.read(torch.from_numpy(piece).to(device))
+            if not at:
+                values = part.new_empty(count, *part.shape[1:])
+            values[at : at + len(part)] = part
+            at += len(part)
         return values
 
-    def chunks(self, store: Store, splits: Sequence[str], device: torch.device) -> Iterator[Tensor]:
-        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows, holding one 32 MB read at a time."""
-        for name in splits:
-            for _, piece in store[name][self.feature].pieces():
-                yield from self.read(torch.from_numpy(piece).to(device)).float().split(CHUNK_ROWS)
+    def chunks(
+        self, store: Store, splits: Sequence[str], device: torch.device, rows: np.ndarray | None = None
+    ) -> Iterator[Tensor]:
+        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows, holding one 32 MB read at a time.
+
+        rows: as for load().
+        """
+        for piece in _pieces([store[name][self.feature] for name in splits], rows):
+            yield from self.read(torch.from_numpy(piece).to(device)).float().split(CHUNK_ROWS)
+
+
+def source_name(spec: ProbeSpec) -> str:
+    """Return what a probe's training reads, as run.json names it: its input, and which images if not all of train."""
+    return ", ".join(filter(None, (Input.of(spec).name, spec.sample.name)))
+
+
+def rows_within(rows: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Return the sorted rows from `first` up to `end`, counted from `first`."""
+    start, stop = np.searchsorted(rows, (first, end))
+    return rows[start:stop] - first
+
+
+def _pieces(arrays: Sequence[FeatureArray], rows: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield the rows of a union of arrays, or some of them, in order, about 32 MB at a time."""
+    first = 0
+    for array in arrays:
+        if rows is None:
+            yield from (piece for _, piece in array.pieces())
+            continue
+        own, first = rows_within(rows, first, first + len(array)), first + len(array)
+        step = max(PIECE_BYTES * len(array) // max(array.nbytes, 1), 1)
+        for start in range(0, len(own), step):
+            yield array.take(own[start : start + step], check=True)
+            array.release()
 
 
 def load_labels(store: Store, splits: Sequence[str]) -> Tensor:

@@ -65,22 +65,21 @@ class Search:
         if memory.prepared:
             self._kept = [(first, self._prepared(tile, first)) for first, tile in training.tiles()]
 
-    def __call__(self, images: Tensor, first: int | None = None) -> list[Neighbours]:
+    def __call__(self, images: Tensor, own: Tensor | None = None) -> list[Neighbours]:
         """Return the Neighbours of images, float32 [q, D], in each of the draws.
 
-        first: number of the first image in the matrix of TrainingRows, if the images are rows of it; an image is then not
-        its own neighbour.
+        own: the numbers of the images themselves in the matrix of TrainingRows, int64 [q], -1 for those that are not in
+        it; an image is not its own neighbour.
         """
-        own = None if first is None else first + torch.arange(len(images), device=images.device)
         return self._found(images, own, self._draws, self._tf32_pays(images))
 
     def _tf32_pays(self, images: Tensor) -> bool:
-        candidates = sum(candidates(max(draw.ks), True) for draw in self._draws)
+        kept = sum(candidates(max(draw.ks)) for draw in self._draws)
         return (
             self._distance == "cosine"
             and images.is_cuda
             and torch.cuda.get_device_capability(images.device) >= (8, 0)
-            and self._training.count >= ROWS_PER_CANDIDATE * candidates
+            and self._training.count >= ROWS_PER_CANDIDATE * kept
         )
 
     def _found(self, images: Tensor, own: Tensor | None, draws: Sequence[Draw], tf32: bool) -> list[Neighbours]:
@@ -243,7 +242,8 @@ class Search:
             columns = [self._row_of_float64(part, tile, first) for first, tile in self._training.tiles()]
             similarities = torch.cat(columns, 1).float()
             if own is not None:
-                similarities[torch.arange(len(part), device=part.device), own[start : start + size]] = -torch.inf
+                inside = (own[start : start + size] >= 0).nonzero().squeeze(1)
+                similarities[inside, own[start : start + size][inside]] = -torch.inf
             if draw.rows is not None:
                 similarities = similarities[:, draw.rows]
             values, places = similarities.sort(dim=1, descending=True, stable=True)

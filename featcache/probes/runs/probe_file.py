@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 from featcache.errors import BadInput, shown
-from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.input import source_name
 from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
@@ -145,12 +145,12 @@ def check_file(path: Path, summary: Summary | None) -> None:
 
 
 def read_origin(path: Path) -> tuple[Origin, str] | None:
-    """Return (Origin, name of the input that the probes read) from a file with a checksum; None for one without."""
+    """Return (Origin, source_name() of what the probes read) from a file with a checksum; None for one without."""
     content = read_content(path)
     if "crc32" not in content:
         return None
     specs = _specs(content, path)
-    return Origin(content["store_id"], content["run"], content["buffer"]), Input.of(specs[0]).name
+    return Origin(content["store_id"], content["run"], content["buffer"]), source_name(specs[0])
 
 
 def _files(folder: str | Path, room: str) -> list[Path]:
@@ -252,7 +252,7 @@ def _check_all(path: Path, known: dict[str, Any] | None) -> None:
         content["store_id"] = known["store_id"]
     if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
         raise ValueError("it is of another run")
-    read = Input.of(specs[0]).name
+    read = source_name(specs[0])
     if known and sealed and content["buffer"] != known["buffers"].get(read):
         raise ValueError(f"it is of a run that read {read} otherwise")
     if room == PROBES:

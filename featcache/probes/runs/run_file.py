@@ -40,6 +40,7 @@ _FORMS: dict[str, Any] = {
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
     "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
+    "samples": {str: {str: (int, str)}},
 }  # fmt: skip
 _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")

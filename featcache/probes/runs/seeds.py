@@ -1,18 +1,19 @@
-"""Mean scores over probes that differ only in their seed."""
+"""Mean scores over probes that differ only in their seed, or in the draw of their images."""
 
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The columns of scores.csv that may differ between the seeds of one configuration.
-_OWN = ("probe", "name", "split", "metric", "value", "low", "high", "epoch", "seed")
+# The columns of scores.csv that may differ between the seeds and draws of one configuration.
+_OWN = ("probe", "name", "split", "metric", "value", "low", "high", "epoch", "seed", "draw", "refit_of", "stop")
 
 
 def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of seeds.csv: one for each group of rows of scores.csv that differ only in the seed, in order.
+    """Return the rows of seeds.csv: one for each group of rows of scores.csv that differ only in seed and draw, in order.
 
     mean and std (with n - 1, None for a single seed) are taken over the n probes that have a score, and diverged counts
-    the others. seeds and probes list all of them, as text. The fields that the group shares follow.
+    the others. seeds, probes, and where images are drawn draws, list all of them, as text. The fields that the group
+    shares follow.
     """
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     configurations: dict[str, str] = {}
@@ -29,6 +30,7 @@ def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values), "diverged": len(members) - len(values),
             "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
+            **({"draws": " ".join(str(m["draw"]) for m in members)} if members[0].get("draw") not in (None, "") else {}),
         } | _shared(members[0]))  # fmt: skip
     return result
 
