@@ -22,11 +22,12 @@ def vote(head: Knn, loss: Loss, similarities: Tensor, labels: Tensor, classes: i
     similarities: of their neighbours, float32 [n, K], falling, of which the first head.k count. labels: of the neighbours,
     int64 [n, K] or int8 [n, K, C].
     """
-    weights, own = head.vote_weights(similarities[:, : head.k]), loss.read(labels[:, : head.k])
+    weights, own = head.vote_weights(similarities[:, : head.k]), labels[:, : head.k]
     if own.ndim == 2:
         favour = weights.new_zeros(len(weights), classes).scatter_add_(1, own, weights)
         against = weights.sum(1, keepdim=True) - favour
     else:
+        own = loss.read(own.flatten(0, 1)).view_as(own)
         favour, against = (torch.einsum("nk,nkc->nc", weights, (own == value).double()) for value in (1, 0))
     if loss.link == "sigmoid":
         return (favour.log() - against.log()).nan_to_num(NO_VOTE, -NO_VOTE, NO_VOTE).clamp(NO_VOTE, -NO_VOTE).float()
