@@ -28,7 +28,7 @@ FLOORS = [
 BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 # The same of probes/, whose last files are commands and what they share.
 PROBE_ROOMS = [
-    {"gemm", "part", "sample"},
+    {"gemm", "part", "sample", "tuning"},
     {"heads", "losses", "schedules", "scores"},
     {"solvers"},
     {"imported", "identity", "spec", "trained", "weights"},
@@ -36,7 +36,8 @@ PROBE_ROOMS = [
     {"neighbours"},
     {"runs", "grids"},
     {"engine"},
-    {"resolve", "finish"},
+    {"refit", "finish"},
+    {"resolve"},
 ]
 # Files that a kind of probe is named in: those of kinds, and those of formats that published code reads.
 KINDS_ARE_NAMED_IN = {
@@ -47,6 +48,7 @@ KINDS_ARE_NAMED_IN = {
     "scores",
     "methods",
     "imported.py",
+    "tuning.py",
     "exchange",
     "import_probes.py",
     "demo",
@@ -129,7 +131,7 @@ def test_no_file_but_its_own_names_a_kind():
 
     words = {word for kinds in (*REGISTRIES.values(), METHODS, LOCALISATION_SCORES, METRICS) for word in kinds}
     # These are values of other fields too.
-    words -= {"step", "constant"}
+    words -= {"step", "constant", "none"}
     # This is a command too.
     words -= {"knn"}
     named = {}

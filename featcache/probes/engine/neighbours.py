@@ -50,10 +50,10 @@ class NeighbourPredictor:
         self._rows = [rows[samples.index(sample)] for sample in self._samples]
 
     @torch.no_grad()
-    def __call__(self, splits: Sequence[str]) -> Iterator[Tensor]:
+    def __call__(self, splits: Sequence[str], rows: np.ndarray | None = None) -> Iterator[Tensor]:
         """Yield the logits of a union of splits in order, float32 [P, n, C].
 
-        The training images are not neighbours of themselves. Raises BadInput for features that have no neighbours.
+        rows: sorted rows of the union, by default all. An image that votes is not its own neighbour. Raises BadInput for features that have no neighbours.
         """
         labels, classes = load_labels(self._store, self._train), len(self._store.classes)
         wanted, draws = self._draws()
@@ -62,13 +62,15 @@ class NeighbourPredictor:
         training = TrainingRows(self._read, self._store, self._train, self._device, wanted, memory.held)
         self._check(training.norms, self._train, torch.arange(len(labels)) if wanted is None else wanted)
         search, done = Search(training, self._distance, draws, memory), 0
-        total = sum(len(self._store[name]) for name in splits)
-        with tqdm(total=total, unit="image", desc="neighbours", leave=False) as progress:
-            for images in self._images(splits, memory.images):
-                numbers = torch.arange(done, done + len(images))
-                self._check(images.double().norm(dim=1), splits, numbers)
-                own = _places(numbers, wanted).to(self._device) if tuple(splits) == self._train else None
-                found = search(images, own)
+        numbers = (
+            torch.arange(sum(len(self._store[name]) for name in splits)) if rows is None else torch.from_numpy(rows)
+        )
+        own = _places(self._among_training(splits)[numbers], wanted).to(self._device)
+        with tqdm(total=len(numbers), unit="image", desc="neighbours", leave=False) as progress:
+            for images in self._images(splits, rows, memory.images):
+                part = slice(done, done + len(images))
+                self._check(images.double().norm(dim=1), splits, numbers[part])
+                found = search(images, own[part])
                 for start, end in self._pieces(len(images), labels, max(max(d.ks) for d in draws), classes):
                     votes = [(n.similarities[start:end], labels[n.rows[start:end]]) for n in found]
                     yield torch.stack(
@@ -79,6 +81,17 @@ class NeighbourPredictor:
                     )
                 done += len(images)
                 progress.update(len(images))
+
+    def _among_training(self, splits: Sequence[str]) -> Tensor:
+        """Return the numbers of the images of some splits among those of the splits that vote, -1 for others."""
+        firsts, at = {}, 0
+        for name in self._train:
+            firsts[name], at = at, at + len(self._store[name])
+        own = []
+        for name in splits:
+            numbers = torch.arange(len(self._store[name]))
+            own.append(numbers + firsts[name] if name in firsts else torch.full_like(numbers, -1))
+        return torch.cat(own)
 
     def _draws(self) -> tuple[Tensor | None, list[Draw]]:
         """Return the rows that any of the probes learned from, None for all, and the draws within them."""
@@ -95,12 +108,10 @@ class NeighbourPredictor:
     def _memory(self, rows: int, draws: Sequence[Draw]) -> SearchMemory:
         """Divide the memory, and say so."""
         width, kept = self._read.shape(self._store)[0], sum(candidates(max(draw.ks)) for draw in draws)
-        itemsize = -(
-            -self._read.bytes(self._store, self._train) // (sum(len(self._store[name]) for name in self._train) * width)
-        )
+        itemsize = self._read.bytes(self._store, self._train, 1) // width
         memory = SearchMemory.of(self._room, self._device, rows, width, itemsize, kept)
-        read = self._store[self._train[0]][self._read.feature]
-        averaged = ", averaged over its positions" if read.ndim > 2 and self._read.pooled else ""
+        maps = [array for array in self._read.arrays(self._store[self._train[0]]) if array.ndim > 2]
+        averaged = ", averaged over positions" if maps and self._read.pooled else ""
         how = "held in memory" if memory.held else f"read again for every {memory.images} images"
         if not self._said:
             self._said = True
@@ -111,15 +122,15 @@ class NeighbourPredictor:
             )
         return memory
 
-    def _images(self, splits: Sequence[str], rows: int) -> Iterator[Tensor]:
-        """Yield the features of a union of splits, float32 [n, D], `rows` images at a time."""
+    def _images(self, splits: Sequence[str], rows: np.ndarray | None, count: int) -> Iterator[Tensor]:
+        """Yield the features of a union of splits, float32 [n, D], `count` images at a time."""
         waiting: list[Tensor] = []
-        for chunk in self._read.chunks(self._store, splits, self._device):
+        for chunk in self._read.chunks(self._store, splits, self._device, rows):
             waiting.append(chunk)
-            if sum(map(len, waiting)) >= rows:
+            if sum(map(len, waiting)) >= count:
                 joined = torch.cat(waiting)
-                yield joined[:rows]
-                waiting = [joined[rows:]]
+                yield joined[:count]
+                waiting = [joined[count:]]
         if sum(map(len, waiting)):
             yield torch.cat(waiting)
 

@@ -5,6 +5,7 @@ from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -67,23 +68,26 @@ def tally_blocks(
     splits: Sequence[str],
     labels: Tensor,
     device: torch.device,
+    metrics: Iterable[str],
+    rows: np.ndarray | None = None,
 ) -> list[Tally]:
     """Gather the logits of blocks on a union of splits, in a Tally for each block.
 
-    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once for
-    all Predictors, and not kept.
+    group: blocks that read one input. predictors: of the blocks. labels: of the images. metrics: names of those that
+    the tallies compute. rows: sorted rows of the union, by default all. The features are read once for all Predictors,
+    and not kept.
     """
     if not group:
         return []
     read = Input.of(group[0][0])
-    tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
+    tallies = [new_tally(block, labels.to(device), len(store.classes), metrics) for block in group]
     readers = [(p, tally) for p, tally in zip(predictors, tallies, strict=True) if isinstance(p, Predictor)]
-    for part in read.chunks(store, splits, device) if readers else ():
+    for part in read.chunks(store, splits, device, rows) if readers else ():
         for predictor, tally in readers:
             tally.add(predictor(part))
     for other, tally in zip(predictors, tallies, strict=True):
         if isinstance(other, NeighbourPredictor):
-            for logits in other(splits):
+            for logits in other(splits, rows):
                 tally.add(logits)
     return tallies
 
@@ -109,26 +113,27 @@ def score_probes(
     labels: Mapping[str, Tensor],
     device: torch.device,
     intervals: Container[str],
+    metrics: Sequence[str],
     memory: float | None = None,
 ) -> dict[tuple[str, str], Scored]:
     """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and splits.
 
     splits, labels: {role: splits of the store} and {role: labels of their images}. intervals: roles whose scores get
-    an interval. memory: as for load_predictors. A probe that is not scored on training images lacks that role.
+    an interval. metrics: names of those to compute. memory: as for load_predictors. A probe that is not scored on the
+    images that it learns from lacks the role train.
     """
     scored, places = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         largest = max(labels.values(), key=len)
-        kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
+        kept = new_tally(specs[:1], largest[:1], len(store.classes), metrics).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
-            for part in _passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
+            for part in passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, splits, device, places, memory)
                 for role, names in splits.items():
                     of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
                     blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
-                    for block, tally in zip(
-                        blocks, tally_blocks(own, blocks, store, names, labels[role], device), strict=True
-                    ):
+                    tallies = tally_blocks(own, blocks, store, names, labels[role], device, metrics)
+                    for block, tally in zip(blocks, tallies, strict=True):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result
                     progress.update(sum(map(len, part)))
@@ -151,7 +156,7 @@ def _searching_together(group: Sequence[Block]) -> Blocks:
     return blocks
 
 
-def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
+def passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
     """Divide blocks into lists that fit into `most` bytes each: the weights, and `kept` bytes for every probe."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0
@@ -171,7 +176,7 @@ def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) ->
 def _scored(tally: Tally, with_intervals: bool) -> Iterator[Scored]:
     """Yield the Scored of every probe of a tally. Without intervals low and high are NaN."""
     if with_intervals:
-        values = {metric: _with_interval(metric, *columns) for metric, columns in tally.estimates().items()}
+        values = {metric: with_interval(metric, *columns) for metric, columns in tally.estimates().items()}
     else:
         values = {
             metric: [(v, math.nan, math.nan) for v in scores.tolist()] for metric, scores in tally.scores().items()
@@ -182,7 +187,7 @@ def _scored(tally: Tally, with_intervals: bool) -> Iterator[Scored]:
         yield Scored(of_probe, {metric: scores[p] for metric, scores in by_class.items()}, bins[p])
 
 
-def _with_interval(metric: str, scores: Tensor, deviations: Tensor, counts: Tensor) -> list[tuple[float, float, float]]:
+def with_interval(metric: str, scores: Tensor, deviations: Tensor, counts: Tensor) -> list[tuple[float, float, float]]:
     """Return [(score, low, high)] for scores [P]. deviations, counts: see Tally.estimates."""
     low, high = interval(scores, deviations, counts, metric_kind(metric).bounds)
     return list(zip(scores.tolist(), low.tolist(), high.tolist(), strict=True))

@@ -25,7 +25,7 @@ from featcache.probes.engine.training import Training, state_path
 from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
 from featcache.probes.grids.search import Halving
 from featcache.probes.inputs.batches import view_of_epoch
-from featcache.probes.inputs.input import Input, load_labels
+from featcache.probes.inputs.input import Input, load_labels, narrowed
 from featcache.probes.inputs.resident import Resident
 from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.inputs.training_sets import TrainingSets
@@ -89,22 +89,29 @@ class Sweep:
 
     def open(self, wave: Wave) -> list[Training]:
         """Return the Trainings of a wave's blocks, new or from their states."""
-        labels = self.sets[wave.sample].labels
-        shape, trainings = (wave.input.shape(self.store)[0], len(self.store.classes), labels), []
+        trainings, images = [], self.sets[wave.sample]
         for block in wave.blocks:
             if isinstance(block, str):
-                trainings.append(self._restored(block, shape))
+                training = self._restored(block, images.labels)
                 # Probes that the grid no longer has are not trained further.
-                trainings[-1].take_out(torch.tensor([spec.id not in self.specs for spec in trainings[-1].specs]))
+                training.take_out(torch.tensor([spec.id not in self.specs for spec in training.specs]))
             else:
-                trainings.append(Training([self.specs[name] for name in block], *shape))
+                specs = [self.specs[name] for name in block]
+                training = Training(specs, self._width(specs[0]), len(self.store.classes), images.labels)
+            if training.specs:
+                training.columns = wave.input.columns(Input.of(training.specs[0]), self.store)
+            trainings.append(training)
         self._origins |= dict.fromkeys((training.name for training in trainings), self._origin(wave.buffer_rows))
         return trainings
 
-    def _restored(self, name: str, shape: tuple[int, int, Tensor]) -> Training:
+    def _width(self, spec: ProbeSpec) -> int:
+        """Return the width of the features that a probe reads."""
+        return Input.of(spec).shape(self.store)[0]
+
+    def _restored(self, name: str, labels: Tensor) -> Training:
         path = self.folder / PARTIAL / name
         try:
-            return Training.restored(path, *shape)
+            return Training.restored(path, self._width, len(self.store.classes), labels)
         except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
             # The file was checked a moment ago, so it has changed since.
             raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
@@ -174,7 +181,7 @@ class Sweep:
             fits = 4 * numbers < MemoryBudget.for_validation(device)
             self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
         for chunk in self._validation[read] or read.chunks(self.store, names, device):
-            tally.add(training.logits(chunk))
+            tally.add(training.logits(chunk if training.columns is None else narrowed(chunk, training.columns)))
         return gain(self.metric, tally.scores()[self.metric])
 
     def _drop(self, training: Training, gone: Tensor, why: str) -> None:
@@ -195,11 +202,8 @@ class Sweep:
                     err=True,
                 )
             elif probe.stopped == "iterations":
-                click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps "
-                    f"({probe.spec.optimizer.type}); give it more optimizer.iterations, or more weight_decay",
-                    err=True,
-                )
+                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1)
+                click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
         """Write the states of blocks."""

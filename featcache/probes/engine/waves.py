@@ -11,7 +11,8 @@ import torch
 from featcache.errors import BadInput
 from featcache.probes.engine.blocks import Block, blocks
 from featcache.probes.engine.memory import FeatureMemory, MemoryBudget, state_bytes
-from featcache.probes.inputs.input import Input, source_name
+from featcache.probes.inputs.input import Input, Source
+from featcache.probes.inputs.shared import shared_inputs
 from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run_file import PARTIAL
@@ -21,13 +22,13 @@ from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.store.reader import Store
 
-# Rows of the shuffle buffer of each source_name(), None for features that are in memory.
+# Rows of the shuffle buffer of each Source by name, None for features that are in memory.
 Buffers = dict[str, int | None]
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Blocks that train on the same pass over one input, on the same images.
+    """Blocks that train on the same pass over one input, of which each reads some or all columns, on the same images.
 
     blocks: the ids of each block's probes, or the name of the file that holds its state. buffer_rows: of the shuffle
     buffer, None where the features are in memory.
@@ -73,19 +74,18 @@ def plan_buffers(
     memory: bytes for features, by default half of what is free on the device. processes: how many share this machine.
     Raises BadInput if an optimizer needs an input in memory that does not fit.
     """
+    specs = list(specs)
+    room, shared = FeatureMemory.of(device, memory, processes), shared_inputs(specs)
     buffers: Buffers = {}
-    room = FeatureMemory.of(device, memory, processes)
-    sizes: dict[tuple[Input, Sample], int] = {}
     for spec in specs:
-        read, images = Input.of(spec), sets[spec.sample]
-        if (read, spec.sample) not in sizes:
-            count = None if images.rows is None else len(images)
-            sizes[read, spec.sample] = read.bytes(sets.store, images.splits, count)
-            buffers[source_name(spec)] = room.buffer_rows(len(images), sizes[read, spec.sample])
-        size = sizes[read, spec.sample]
-        if buffers[source_name(spec)] is not None and isinstance(spec.optimizer, FullBatchSolver):
+        source, images = Source.of(spec), sets[spec.sample]
+        if source.name not in buffers:
+            size = shared[source].bytes(sets.store, images.splits, images.count)
+            buffers[source.name] = room.buffer_rows(len(images), size)
+        if buffers[source.name] is not None and isinstance(spec.optimizer, FullBatchSolver):
+            size = shared[source].bytes(sets.store, images.splits, images.count)
             raise BadInput(
-                f"{spec.optimizer.type} needs all of {read.feature} in memory, {size / 1e9:.3g} GB, and "
+                f"{spec.optimizer.type} needs all of {source.input.feature} in memory, {size / 1e9:.3g} GB, and "
                 f"{room.resident / 1e9:.3g} GB are for it; take another optimizer, or give more --memory"
             )
     return buffers
@@ -95,22 +95,24 @@ def plan_waves(
     folder: Path, specs: Sequence[ProbeSpec], store: Store, buffers: Buffers, device: torch.device
 ) -> list[Wave]:
     """Return the probes of a grid that a run folder lacks, as Waves."""
-    missing = missing_specs(folder, specs)
+    shared, missing = shared_inputs(specs, buffers), missing_specs(folder, specs)
     if len(missing) < len(specs):
         click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
     states = _states(folder, {spec.id for spec in missing}, any(spec.refit for spec in specs))
     resumed = {spec.id for _, members in states for spec in members}
     waves = []
     for path, members in states:
-        first = members[0]
-        waves.append(Wave([path.name], Input.of(first), first.sample, buffers[source_name(first)]))
-    for read, group in blocks_by_input([s for s in missing if s.id not in resumed], store, device):
-        for sample in dict.fromkeys(block[0].sample for block in group):
-            alike = [block for block in group if block[0].sample == sample]
-            buffer_rows = buffers[source_name(alike[0][0])]
-            for together in _together(alike, read, store, buffer_rows, device):
-                ids: list[list[str] | str] = [[spec.id for spec in block] for block in together]
-                waves.append(Wave(ids, read, sample, buffer_rows))
+        source = Source.of(members[0])
+        waves.append(Wave([path.name], shared[source], source.sample, buffers[source.name]))
+    groups: dict[tuple[Input, Sample, int | None], list[Block]] = {}
+    for _, group in blocks_by_input([s for s in missing if s.id not in resumed], store, device):
+        for block in group:
+            source = Source.of(block[0])
+            groups.setdefault((shared[source], source.sample, buffers[source.name]), []).append(block)
+    for (whole, sample, buffer_rows), group in groups.items():
+        for together in _together(group, store, buffer_rows, device):
+            ids: list[list[str] | str] = [[spec.id for spec in block] for block in together]
+            waves.append(Wave(ids, whole, sample, buffer_rows))
     return waves
 
 
@@ -132,15 +134,14 @@ def unsaved(folder: Path, waves: Iterable[Wave]) -> list[Wave]:
     return [wave for wave in waves if any(map(lacks, wave.blocks))]
 
 
-def _together(
-    group: Sequence[Block], read: Input, store: Store, buffer_rows: int | None, device: torch.device
-) -> list[list[Block]]:
-    """Divide the blocks of one input into those that train on the same pass over the data.
+def _together(group: Sequence[Block], store: Store, buffer_rows: int | None, device: torch.device) -> list[list[Block]]:
+    """Divide blocks that read one input, or columns of it, into those that train on the same pass over the data.
 
     With pooled features in memory, one block trains at a time and stays in the cache. Otherwise a pass is expensive,
     and as many blocks share it as have room for their states.
     """
-    dim, positions = read.shape(store)
+    # The same number of positions in all of them.
+    positions = Input.of(group[0][0]).shape(store)[1]
     if buffer_rows is None and positions == 1:
         return [[block] for block in group]
     room, used = MemoryBudget.for_states(device), 0
@@ -150,6 +151,7 @@ def _together(
         if block[0].optimizer.full_batch:
             alone.insert(0, [block])
             continue
+        dim, _ = Input.of(block[0]).shape(store)
         size = len(block) * state_bytes(block[0].head, dim, len(store.classes), positions)
         if waves[-1] and used + size > room:
             waves, used = [*waves, []], 0

@@ -16,12 +16,12 @@ from featcache.store.reader import Store
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Neighbouring rows of an array, from `start` to `stop`, and which of them to read, counted from start.
+    """Neighbouring rows of the arrays of a split, from `start` to `stop`, and which of them to read, counted from start.
 
     place: how many rows to read lie before these in the union.
     """
 
-    array: FeatureArray
+    arrays: list[FeatureArray]
     start: int
     stop: int
     rows: np.ndarray
@@ -50,11 +50,13 @@ class Streamed:
 
     def pieces(self, view: int, seed: int, epoch: int) -> Iterator[Piece]:
         """Yield the Pieces of an epoch; every row is in exactly one."""
-        arrays = [self._store[name].view(view)[self._input.feature] for name in self._splits]
-        chunks = self._chunks(arrays)
+        splits = [self._input.arrays(self._store[name].view(view)) for name in self._splits]
+        # Powers of two, so that the largest is made of whole chunks of all features.
+        chunk_rows = max(array.chunk_rows for array in splits[0])
+        chunks = self._chunks(splits, chunk_rows)
         random = np.random.default_rng((seed, epoch))
         chunks = [chunks[n] for n in random.permutation(len(chunks))]
-        most = arrays[0].chunk_rows if self._rows is None else max(len(chunk.rows) for chunk in chunks)
+        most = chunk_rows if self._rows is None else max(len(chunk.rows) for chunk in chunks)
         at_once = max(self._buffer_rows // most, 1)
         fillings = [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
         with ThreadPoolExecutor(1) as reader:
@@ -67,20 +69,21 @@ class Streamed:
                 order = torch.from_numpy(random.permutation(len(rows)))
                 yield Piece(values, order, rows[order], last)
 
-    def _chunks(self, arrays: Sequence[FeatureArray]) -> list[_Chunk]:
-        """Return the chunks of a union of arrays that hold rows to read, in their order on disk."""
+    def _chunks(self, splits: Sequence[list[FeatureArray]], chunk_rows: int) -> list[_Chunk]:
+        """Return the chunks of a union of splits that hold rows to read, in their order on disk."""
         chunks: list[_Chunk] = []
         first, place = 0, 0
-        for array in arrays:
-            for start in range(0, len(array), array.chunk_rows):
-                stop = min(start + array.chunk_rows, len(array))
+        for arrays in splits:
+            count = len(arrays[0])
+            for start in range(0, count, chunk_rows):
+                stop = min(start + chunk_rows, count)
                 rows = np.arange(stop - start)
                 if self._rows is not None:
                     rows = rows_within(self._rows, first + start, first + stop)
                 if len(rows):
-                    chunks.append(_Chunk(array, start, stop, rows, place))
+                    chunks.append(_Chunk(arrays, start, stop, rows, place))
                 place += len(rows)
-            first += len(array)
+            first += count
         return chunks
 
     def _read(self, filling: list[_Chunk]) -> tuple[Tensor, Tensor]:
@@ -89,12 +92,13 @@ class Streamed:
         total = sum(len(chunk.rows) for chunk in filling)
         # In their order on disk; the shuffle comes later.
         for chunk in sorted(filling, key=lambda chunk: chunk.place):
-            piece = chunk.array[chunk.start : chunk.stop]
-            part = self._input.read(torch.from_numpy(piece if self._rows is None else piece[chunk.rows]))
+            pieces = (array[chunk.start : chunk.stop] for array in chunk.arrays)
+            part = self._input.read(torch.from_numpy(p if self._rows is None else p[chunk.rows]) for p in pieces)
             if not at:
                 values = part.new_empty(total, *part.shape[1:])
             values[at : at + len(part)] = part
             at += len(part)
             numbers.append(torch.arange(chunk.place, chunk.place + len(part)))
-            chunk.array.release()
+            for array in chunk.arrays:
+                array.release()
         return values, torch.cat(numbers)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.input import Input, rows_within
 from featcache.store.reader import Store
 
 # Rows that are read at a time where they are not kept.
@@ -30,8 +30,8 @@ class TrainingRows:
         held: bool = True,
     ):
         self._read, self._device = read, device
-        self._arrays = [store[name][read.feature] for name in splits]
-        self._firsts = [int(first) for first in np.cumsum([0, *map(len, self._arrays)])]
+        self._arrays = [read.arrays(store[name]) for name in splits]
+        self._firsts = [int(first) for first in np.cumsum([0, *(len(arrays[0]) for arrays in self._arrays)])]
         self._wanted = None if wanted is None else wanted.cpu().numpy()
         self.count, self.width = self._firsts[-1] if wanted is None else len(wanted), read.shape(store)[0]
         self._values: Tensor | None = None
@@ -58,25 +58,25 @@ class TrainingRows:
         numbers, back = np.unique(rows.cpu().numpy(), return_inverse=True)
         numbers = numbers if self._wanted is None else self._wanted[numbers]
         parts = []
-        for first, array in zip(self._firsts, self._arrays, strict=False):
-            begin, end = np.searchsorted(numbers, [first, first + len(array)])
-            if begin < end:
-                parts.append(self._on_device(array.take(numbers[begin:end] - first, check=True)))
-                array.release()
+        for first, arrays in zip(self._firsts, self._arrays, strict=False):
+            own = rows_within(numbers, first, first + len(arrays[0]))
+            if len(own):
+                parts.append(self._on_device([array.take(own, check=True) for array in arrays]))
         return torch.cat(parts)[torch.from_numpy(back).to(self._device)]
 
     def _read_tiles(self) -> Iterator[tuple[int, Tensor]]:
         at = 0
-        for first, array in zip(self._firsts, self._arrays, strict=False):
-            for start in range(0, len(array), READ_ROWS):
-                rows = array[start : start + READ_ROWS]
-                array.release()
+        for first, arrays in zip(self._firsts, self._arrays, strict=False):
+            for start in range(0, len(arrays[0]), READ_ROWS):
+                rows = [array[start : start + READ_ROWS] for array in arrays]
                 if self._wanted is not None:
-                    begin, end = np.searchsorted(self._wanted, [first + start, first + start + len(rows)])
-                    rows = rows[self._wanted[begin:end] - first - start]
-                if len(rows):
+                    own = rows_within(self._wanted, first + start, first + start + len(rows[0]))
+                    rows = [part[own] for part in rows]
+                for array in arrays:
+                    array.release()
+                if len(rows[0]):
                     yield at, self._on_device(rows)
-                at += len(rows)
+                at += len(rows[0])
 
-    def _on_device(self, rows: np.ndarray) -> Tensor:
-        return self._read.read(torch.from_numpy(rows).to(self._device))
+    def _on_device(self, rows: Sequence[np.ndarray]) -> Tensor:
+        return self._read.read(torch.from_numpy(part).to(self._device) for part in rows)

@@ -19,7 +19,7 @@ def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     configurations: dict[str, str] = {}
     for row in scores:
         if row["probe"] not in configurations:
-            configurations[row["probe"]] = str(_shared(row))
+            configurations[row["probe"]] = str(shared_fields(row))
         groups.setdefault((configurations[row["probe"]], row["split"], row["metric"]), []).append(row)
     result = []
     for members in groups.values():
@@ -31,9 +31,10 @@ def over_seeds(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "n": len(values), "diverged": len(members) - len(values),
             "seeds": " ".join(str(m["seed"]) for m in members), "probes": " ".join(m["probe"] for m in members),
             **({"draws": " ".join(str(m["draw"]) for m in members)} if members[0].get("draw") not in (None, "") else {}),
-        } | _shared(members[0]))  # fmt: skip
+        } | shared_fields(members[0]))  # fmt: skip
     return result
 
 
-def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
+def shared_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row of scores.csv that the seeds and draws of one configuration share."""
     return {column: value for column, value in row.items() if column not in _OWN}
