@@ -45,6 +45,7 @@ def finish_run(
     started: float,
     intervals: Iterable[str] | None = None,
     sets: TrainingSets | None = None,
+    memory: float | None = None,
 ) -> Run:
     """Score the probes of a run, write the tables, then run.json, which marks the run as finished.
 
@@ -52,7 +53,7 @@ def finish_run(
     splits of the store}. basis: fields of run.json, among them the store's id and path, `select`, the `key` that marks
     the run as finished, and `files`, the checksums of all files but the tables. started: time.monotonic() when the
     command began. intervals: roles whose scores get an interval, by default all. sets: the images that probes trained
-    on, where some hold folds out. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
+    on, where some hold folds out. memory: as for engine.scoring.load_predictors. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
     metrics, classes = metrics_of(store.task, basis["select"]["metric"]), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
@@ -64,8 +65,8 @@ def finish_run(
         known = {
             role: names for role, names in splits.items() if role == "train" or role not in (refit or "").split("+")
         }
-        scored |= score_probes(folder, list(alike), store, known, labels, device, roles, metrics)
-    by_folds = score_folds(folder, folds, sets, device, metrics) if folds and sets else {}
+        scored |= score_probes(folder, list(alike), store, known, labels, device, roles, metrics, memory)
+    by_folds = score_folds(folder, folds, sets, device, metrics, memory) if folds and sets else {}
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.

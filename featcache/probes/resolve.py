@@ -87,6 +87,8 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
             )
         resolved = _spec(spec, group, store, views, errors)
         resolved = resolved and _sampled(resolved, folds, group, sets, errors)
+        if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
+            errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
             continue
         if reason := _unfit(resolved, sets, store.classes):
@@ -106,6 +108,13 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
+    if chosen_on == "train":
+        errors.extend(
+            f"{group.where('head')}: to be chosen on the training images, a head of type {spec.head.type} must leave each "
+            "of them out in turn: say leave_one_out: true"
+            for spec, group in zip(grid.specs, grid.groups, strict=True)
+            if not spec.head.scored_on_training
+        )
     if chosen_on in (None, FOLDS):
         _check_no_split(grid, chosen_on, errors)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):

@@ -80,8 +80,8 @@ def train_probes(
     grid: path of a YAML file, or its content as a dict. store: path, by default the grid's own. run: folder, by
     default runs/<grid>-<id>. device: torch device. seed: draws the order of the mini-batches. parity: name of one of
     the grid's profiles, such as how-to-probe. memory: bytes of features to hold, by default half of what is free; if
-    they need more, they are streamed from the store. allow_overlap: train although two roles share images; run.json
-    records how many.
+    they need more, they are streamed from the store. The search of kNN probes keeps within it in all that it holds.
+    allow_overlap: train although two roles share images; run.json records how many.
 
     Returns the Run. Under torchrun the processes share the blocks, and all but the first return None. Probes that the
     folder already holds are not trained again, those of earlier grids are scored with the new ones, and a finished run
@@ -144,7 +144,7 @@ def train_probes(
             {"samples": samples} if samples else {}
         )
         return finish_run(
-            folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"], sets
+            folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"], sets, memory
         )
 
 

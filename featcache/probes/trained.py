@@ -9,6 +9,9 @@ from torch import Tensor
 from featcache.probes.solvers.solver import Choice, Optimality
 from featcache.probes.spec import ProbeSpec
 
+# The only tensor of a probe that trains nothing and learns from some of the images: their rows, sorted int64.
+ROWS = "rows"
+
 
 @dataclass(frozen=True, repr=False)
 class TrainedProbe:

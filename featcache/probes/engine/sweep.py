@@ -33,7 +33,7 @@ from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, s
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
-from featcache.probes.trained import TrainedProbe
+from featcache.probes.trained import ROWS, TrainedProbe
 from featcache.ranks import Alone
 
 # States are written after an epoch, but not more often than this, so a kill costs about that much.
@@ -126,6 +126,13 @@ class Sweep:
         labels = self.sets[specs[0].sample].labels
         self._keep(fit_block(specs, source[0], labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
+
+    def remember(self, specs: Sequence[ProbeSpec], wave: Wave) -> None:
+        """Save a block of probes that train nothing: in place of weights, the rows of a sample that they learn from."""
+        rows = self.sets[wave.sample].rows
+        weights = {} if rows is None else {ROWS: torch.from_numpy(rows)}
+        self._keep([TrainedProbe(spec, weights, [], None) for spec in specs], self._origin(wave.buffer_rows))
+        self.tick(len(specs))
 
     def steps_of(self, spec: ProbeSpec) -> int:
         """Return the steps of a probe's training, as the progress bar counts them."""
@@ -278,6 +285,9 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
             source, key = sweep.source(wave), (wave.input, wave.sample, wave.buffer_rows)
         first = wave.blocks[0]
         specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
+        if specs and not specs[0].optimizer.trains:
+            sweep.remember(specs, wave)
+            continue
         if specs and specs[0].optimizer.full_batch:
             sweep.fit(specs, source)
             continue

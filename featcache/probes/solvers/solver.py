@@ -19,6 +19,8 @@ class Solver(Part):
 
     # Whether it sees all images at once, and so has no epochs, rates and mini-batches.
     full_batch: ClassVar[bool] = False
+    # Whether it changes weights at all.
+    trains: ClassVar[bool] = True
     # The fields in which the probes of one stack may differ.
     per_probe: ClassVar[frozenset[str]] = frozenset()
     # Precisions in which the products can be computed.
