@@ -2,12 +2,18 @@
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from featcache.probes.gemm import multiply
 from featcache.probes.heads.head import Gradient, scaled, unscaled
-from featcache.probes.heads.layered import LayeredHead, Layout
+from featcache.probes.heads.layered import LayeredHead, Layout, drawn_layer
+from featcache.probes.part import AtLeast0
+
+INIT_STD = Field(
+    0.0, description="deviation of normal initial weights, with biases of 0; 0 draws both uniformly, as torch does"
+)
 
 
 class Linear(LayeredHead):
@@ -15,6 +21,7 @@ class Linear(LayeredHead):
 
     type: Literal["linear"] = "linear"
     bias: bool = Field(True, description="whether the layer has a bias")
+    init_std: AtLeast0 = INIT_STD
 
     commutes: ClassVar[bool] = True
 
@@ -22,6 +29,10 @@ class Linear(LayeredHead):
     def layout(self) -> Layout:
         """One layer."""
         return Layout(bias=self.bias)
+
+    def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw from N(0, init_std^2), or as torch does."""
+        return drawn_layer("fc0", dim, classes, self.bias, generator, self.init_std)
 
     def in_cache(self, rows: int) -> bool:
         """See Head.in_cache. A linear head reads its weights for every row."""
