@@ -64,7 +64,7 @@ def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | Non
     head = probe.spec.head
     if isinstance(head, BnLinear):
         weight, bias = head.folded(probe.weights)
-    elif isinstance(head, Linear):
+    elif isinstance(head, Linear) and head.norm == "none":
         weight = probe.weights["fc0.weight"]
         bias = probe.weights.get("fc0.bias", torch.zeros(len(weight)))
     else:

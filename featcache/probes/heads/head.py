@@ -51,8 +51,11 @@ class Head(Part):
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     # Whether it reads tokens, which have no position in a map.
     reads_tokens: ClassVar[bool] = False
-    # Whether pooling the features first gives the same logits, which is true of a plain linear layer alone.
-    commutes: ClassVar[bool] = False
+
+    @property
+    def commutes(self) -> bool:
+        """Whether pooling the features first gives the same logits, which is true of a plain linear layer alone."""
+        return False
 
     @property
     def averages_features(self) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor
 from featcache.device import free_bytes
 from featcache.errors import BadInput
 from featcache.feature import BESIDE
+from featcache.probes.sample import Sample
 from featcache.probes.spec import ProbeSpec
-from featcache.store.feature_array import FeatureArray
+from featcache.store.feature_array import PIECE_BYTES, FeatureArray
 from featcache.store.manifest import feature_of
 from featcache.store.reader import Split, Store
 
@@ -76,10 +77,10 @@ class Input:
             ranges.append((first, end))
         return tuple(ranges)
 
-    def bytes(self, store: Store, splits: Sequence[str]) -> int:
-        """Return the bytes that load() takes for one view of a union of splits."""
-        rows, size = sum(len(store[name]) for name in splits), self._dtype(store).itemsize
-        return rows * size * math.prod(self.shape(store))
+    def bytes(self, store: Store, splits: Sequence[str], rows: int | None = None) -> int:
+        """Return the bytes that load() takes for one view of a union of splits, or of so many of its rows."""
+        count = sum(len(store[name]) for name in splits) if rows is None else rows
+        return count * self._dtype(store).itemsize * math.prod(self.shape(store))
 
     def _dtype(self, store: Store) -> torch.dtype:
         """Return the dtype in which its rows are held: float32 if any of its features is averaged."""
@@ -111,39 +112,93 @@ class Input:
             return rows.float().flatten(2).mean(2)
         return rows.flatten(2) if rows.ndim > 2 else rows
 
-    def _pieces(self, split: Split, device: torch.device) -> Iterator[Tensor]:
-        """Yield the rows of a split in order as probes read them, holding one 32 MB read of each feature at a time."""
-        arrays = self.arrays(split)
-        longest = max(arrays, key=lambda array: array.nbytes)
-        for first, piece in longest.pieces():
-            rows = [piece if array is longest else array[first : first + len(piece)] for array in arrays]
-            yield self.read(torch.from_numpy(part).to(device) for part in rows)
-            for array in arrays:
-                array.release()
+    def load(
+        self,
+        store: Store,
+        splits: Sequence[str],
+        device: torch.device,
+        view: int = 0,
+        rows: np.ndarray | None = None,
+    ) -> Tensor:
+        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there.
 
-    def load(self, store: Store, splits: Sequence[str], device: torch.device, view: int = 0) -> Tensor:
-        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there."""
+        rows: sorted rows of the union, int64 [n], by default all.
+        """
         chosen = [store[name].view(view) for name in splits]
-        needed, free = self.bytes(store, splits), free_bytes(device)
+        count = sum(map(len, chosen)) if rows is None else len(rows)
+        needed, free = self.bytes(store, splits, count), free_bytes(device)
         if needed > free:
             raise BadInput(
                 f"feature {self.feature} of {'+'.join(splits)} needs {needed / 2**30:.1f} GiB of memory on "
                 f"{device}, {free / 2**30:.1f} are free"
             )
         values, at = torch.empty(0), 0
-        for split in chosen:
-            for part in self._pieces(split, device):
-                if not at:
-                    values = part.new_empty(sum(map(len, chosen)), *part.shape[1:])
-                values[at : at + len(part)] = part
-                at += len(part)
+        for part in self._pieces(chosen, device, rows):
+            if not at:
+                values = part.new_empty(count, *part.shape[1:])
+            values[at : at + len(part)] = part
+            at += len(part)
         return values
 
-    def chunks(self, store: Store, splits: Sequence[str], device: torch.device) -> Iterator[Tensor]:
-        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows."""
-        for name in splits:
-            for part in self._pieces(store[name], device):
-                yield from part.float().split(CHUNK_ROWS)
+    def chunks(
+        self, store: Store, splits: Sequence[str], device: torch.device, rows: np.ndarray | None = None
+    ) -> Iterator[Tensor]:
+        """Yield a union of splits in order, as float32 pieces of up to CHUNK_ROWS rows. rows: as for load()."""
+        for part in self._pieces([store[name] for name in splits], device, rows):
+            yield from part.float().split(CHUNK_ROWS)
+
+    def _pieces(self, splits: Sequence[Split], device: torch.device, rows: np.ndarray | None) -> Iterator[Tensor]:
+        """Yield the rows of a union of splits, or some of them, in order as probes read them.
+
+        It holds about 32 MB of the largest feature at a time.
+        """
+        first = 0
+        for split in splits:
+            arrays = self.arrays(split)
+            own = None if rows is None else rows_within(rows, first, first + len(arrays[0]))
+            first += len(arrays[0])
+            for parts in _whole_pieces(arrays) if own is None else _picked_pieces(arrays, own):
+                yield self.read(torch.from_numpy(part).to(device) for part in parts)
+                for array in arrays:
+                    array.release()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the training of a probe reads: an input, and which images if not all of train."""
+
+    input: Input
+    sample: Sample
+
+    @classmethod
+    def of(cls, spec: ProbeSpec) -> "Source":
+        """Return what a probe's training reads."""
+        return cls(Input.of(spec), spec.sample)
+
+    @property
+    def name(self) -> str:
+        """Its name in messages and in run.json."""
+        return ", ".join(filter(None, (self.input.name, self.sample.name)))
+
+
+def _whole_pieces(arrays: Sequence[FeatureArray]) -> Iterator[list[np.ndarray]]:
+    """Yield all rows of arrays of one split in order, as [a piece of each array]."""
+    longest = max(arrays, key=lambda array: array.nbytes)
+    for start, piece in longest.pieces():
+        yield [piece if array is longest else array[start : start + len(piece)] for array in arrays]
+
+
+def _picked_pieces(arrays: Sequence[FeatureArray], rows: np.ndarray) -> Iterator[list[np.ndarray]]:
+    """Yield some sorted rows of arrays of one split in order, as [a piece of each array]."""
+    step = max(PIECE_BYTES * len(arrays[0]) // max(1, *(array.nbytes for array in arrays)), 1)
+    for start in range(0, len(rows), step):
+        yield [array.take(rows[start : start + step], check=True) for array in arrays]
+
+
+def rows_within(rows: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Return the sorted rows from `first` up to `end`, counted from `first`."""
+    start, stop = np.searchsorted(rows, (first, end))
+    return rows[start:stop] - first
 
 
 def narrowed(values: Tensor, columns: Columns) -> Tensor:

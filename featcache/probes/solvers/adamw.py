@@ -1,7 +1,7 @@
 """AdamW."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ class AdamW(AdamSolver):
     """AdamW, torch.optim.AdamW's: Adam with weight decay apart from the gradient."""
 
     type: Literal["adamw"] = "adamw"
+
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device

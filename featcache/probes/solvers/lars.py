@@ -23,6 +23,7 @@ class Lars(MomentumSolver):
     )
 
     per_probe: ClassVar[frozenset[str]] = MomentumSolver.per_probe | {"trust"}
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
