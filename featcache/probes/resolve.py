@@ -1,5 +1,6 @@
 """Fit a grid to a store: its features, splits and views as the store has them, or errors where they do not fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -228,7 +229,8 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
     try:
-        head = head.resolved(len(store.classes))
+        cells = math.prod(store.manifest.features[str(feature)]["shape"][1:]) if kinds == ["grid"] else 1
+        head = head.resolved(len(store.classes), cells)
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
     count = _views(spec, group, store, views, errors)

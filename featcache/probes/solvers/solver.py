@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -173,6 +173,20 @@ class MiniBatchSolver(Solver):
     def rule(self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device) -> "Rule":
         """Return the Rule that updates stacked parameters, [P, ...] each. solvers: of the P probes, all of this kind."""
         raise NotImplementedError
+
+
+class DecayingSolver(MiniBatchSolver):
+    """Base of solvers that let a user say which parameters weight decay leaves alone."""
+
+    undecayed: Literal["none", "norms", "biases", "both"] = Field(
+        "none", description="parameters that weight_decay leaves alone: none, those of norms, biases of layers, or both"
+    )
+
+    def leaves_alone(self, name: str) -> bool:
+        """Return whether weight decay leaves a parameter alone. name: such as bn0.weight or fc0.bias."""
+        norm = name.startswith("bn")
+        bias = name.endswith(".bias") and not norm
+        return (norm and self.undecayed in ("norms", "both")) or (bias and self.undecayed in ("biases", "both"))
 
 
 class Rule(Protocol):
