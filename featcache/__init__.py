@@ -22,6 +22,8 @@ _FUNCTIONS = {
     "plan_probes": "featcache.probes.plan",
     "schema": "featcache.probes.grids.schema",
     "attribute": "featcache.attribution.attribute",
+    "finetune": "featcache.finetuning.finetune",
+    "plan_finetune": "featcache.finetuning.plan",
     "open_run": "featcache.probes.runs.run",
     "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.finetuning.finetune import finetune as finetune
+    from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare
     from featcache.probes.grids.schema import schema as schema
     from featcache.probes.plan import plan_probes as plan_probes

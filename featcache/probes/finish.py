@@ -48,10 +48,32 @@ def finish_run(
     the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
     default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
-    metrics, classes = metrics_of(store.task), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     roles = list(splits if intervals is None else intervals)
     scored = score_probes(folder, specs, store, splits, labels, device, roles)
+    identity = store.manifest.identity
+    facts = {name: identity[name] for name in ("arch", "weights_sha256", "preprocessing")}
+    facts |= {"dataset": identity["dataset"]["name"]}
+    return write_run(folder, specs, scored, labels, store.classes, store.task, basis | facts, device, started)
+
+
+def write_run(
+    folder: Path,
+    specs: Sequence[ProbeSpec],
+    scored: dict[tuple[str, str], Scored],
+    labels: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    task: str,
+    basis: dict[str, Any],
+    device: torch.device,
+    started: float,
+) -> Run:
+    """Write the tables of scored probes, then run.json; see finish_run.
+
+    scored: {(probe id, role): Scored}, which is emptied to save memory. labels: {role: labels of its images}, for the
+    roles that are scored. basis: also the fields of run.json about the backbone and the dataset.
+    """
+    metrics, classes = metrics_of(task), len(class_names)
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.
@@ -61,7 +83,7 @@ def finish_run(
         history += _history(spec.id, _series(probe, basis["select"]["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
         fields = spec.flat()
-        for role, metric in itertools.product(splits, metrics):
+        for role, metric in itertools.product(labels, metrics):
             value, low, high = scored[spec.id, role].values[metric]
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
@@ -71,19 +93,16 @@ def finish_run(
         "seeds.csv": lambda: over_seeds(scores),
         "history.csv": lambda: history,
         "calibration.csv": lambda: _calibration(scored),
-        "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
+        "scores_per_class.csv": lambda: _per_class(scored, class_names, labels),
     }
     files = dict(basis["files"])
-    for name, columns in tables_of(store.task).items():
+    for name, columns in tables_of(task).items():
         files |= write_table(folder, name, _to_csv(rows[name](), columns))
-    scored, scores = {}, []
-    identity = store.manifest.identity
+    # They are not needed any more, and may be large.
+    scored.clear()
+    scores.clear()
     summary = basis | {
-        "arch": identity["arch"],
-        "weights_sha256": identity["weights_sha256"],
-        "preprocessing": identity["preprocessing"],
-        "dataset": identity["dataset"]["name"],
-        "classes": list(store.classes),
+        "classes": list(class_names),
         "probes": len(specs),
         "diverged": diverged,
         "rows": {role: len(own) for role, own in labels.items()},

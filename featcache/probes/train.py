@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -53,6 +53,32 @@ class Task:
     key: str
 
 
+class Chosen(Protocol):
+    """What a grid comes to; see Resolved."""
+
+    @property
+    def specs(self) -> list[ProbeSpec]: ...
+    @property
+    def splits(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def chosen_on(self) -> str | None: ...
+
+
+class Asked(Protocol):
+    """A grid and its place in a run; see Task."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def resolved(self) -> Chosen: ...
+    @property
+    def content(self) -> dict[str, Any]: ...
+    @property
+    def basis(self) -> RunBasis: ...
+    @property
+    def key(self) -> str: ...
+
+
 @takes(store=PATH, run=PATH, seed=whole(), parity=NAME, allow_overlap=FLAG)
 def train_probes(
     grid: str | PathLike[str] | dict[str, Any],
@@ -97,7 +123,7 @@ def train_probes(
         summary, everything = task.basis.to_json(), list(specs)
         if leads:
             place.sweep()
-            begun = _begin(folder, task, buffers)
+            begun = begin_run(folder, task, buffers)
             if begun is None:
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
@@ -137,7 +163,7 @@ def _prepare(
     return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
 
 
-def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
+def begin_run(folder: Path, task: Asked, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
     """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
     planned: how features would be read in a new run. Returns (content of run.json so far, the specs of all probes that
@@ -175,7 +201,7 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
 
 
 def _write_grid(
-    folder: Path, summary: dict[str, Any], task: Task, name: str | None
+    folder: Path, summary: dict[str, Any], task: Asked, name: str | None
 ) -> tuple[str, dict[str, dict[str, int]]]:
     """Write run.json and the file of the grid. name: of that file, None if the grid is new in this run.
 

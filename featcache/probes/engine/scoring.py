@@ -103,6 +103,13 @@ def score_probes(
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits}
 
 
+def score_logits(spec: ProbeSpec, logits: Tensor, labels: Tensor, with_interval: bool) -> Scored:
+    """Score one probe by its logits float32 [N, C]. labels: of the images, on the device of the logits."""
+    tally = new_tally([spec], labels, logits.shape[1])
+    tally.add(logits.unsqueeze(0))
+    return next(_scored(tally, with_interval))
+
+
 def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
     """Divide blocks into lists that fit into `most` bytes each: the weights, and `kept` bytes for every probe."""
     result: list[list[Sequence[ProbeSpec]]] = []

@@ -40,6 +40,7 @@ _FORMS: dict[str, Any] = {
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
     "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
+    "finetuned": dict, "backbones": {str: str},
 }  # fmt: skip
 _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")
@@ -204,4 +205,6 @@ def seal_files(folder: str | Path, changes: Mapping[str, Mapping[str, int] | Non
 
 def maker(summary: Mapping[str, Any]) -> str:
     """Return the command that makes a run's probes and tables."""
+    if "finetuned" in summary:
+        return "finetune"
     return "import-probes" if "imported" in summary else "train-probes"

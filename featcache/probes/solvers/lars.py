@@ -47,7 +47,8 @@ class LarsRule(UpdateRule):
 
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
         dense, scale = self.dense(number, gradient), rates
-        if parameter.ndim == 3:
+        # [P, ...] of a matrix, or of a convolution.
+        if parameter.ndim >= 3:
             weight, slope = norms(parameter), norms(dense)
             if self.decay is not None:
                 dense = self.decayed(number, dense)
