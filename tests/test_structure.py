@@ -28,7 +28,7 @@ FLOORS = [
 BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 # The same of probes/, whose last files are commands and what they share.
 PROBE_ROOMS = [
-    {"gemm", "part", "tuning"},
+    {"gemm", "part", "sample", "tuning"},
     {"heads", "losses", "schedules", "scores"},
     {"solvers"},
     {"imported", "identity", "spec", "trained", "weights"},

@@ -48,9 +48,9 @@ class Configuration:
         self.task, self.spec, self.folder, self.origin = task, spec, folder, origin
         self.device, self.workers, self.ranks, self.progress = device, workers, ranks, progress
         self.recipe = MiniBatchRecipe.of(spec)
-        self.keys = [
-            (name, row) for name in task.resolved.splits["train"] for row in range(len(task.data.splits[name]))
-        ]
+        chosen = task.resolved.sets[spec.sample]
+        keys = [(name, row) for name in chosen.splits for row in range(len(task.data.splits[name]))]
+        self.labels, self.keys = chosen.labels, keys if chosen.rows is None else [keys[row] for row in chosen.rows]
         records = [task.data.splits[name][row] for name, row in self.keys]
         self.sizes = np.array([(record.height, record.width) for record in records])
         self.draws = Draws(task.basis.seed, spec.seed or 0)
@@ -69,7 +69,7 @@ class Configuration:
                 raise BadInput("finetune.norm: sync is for processes with a GPU each; start one process, or say train")
             # In place, so that the backbone sees it too.
             nn.SyncBatchNorm.convert_sync_batchnorm(network.trunk)
-        return Tuner(network, task.labels("train").to(self.device), self.draws, self.device, self.ranks)
+        return Tuner(network, self.labels.to(self.device), self.draws, self.device, self.ranks)
 
     @property
     def state(self) -> Path:

@@ -23,6 +23,7 @@ from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import identity
 from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.runs.tuned import IMAGES, backbone_path, is_whole, read_logits
+from featcache.probes.scores.metrics import metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import begin_run
 from featcache.ranks import Alone, join_ranks
@@ -99,8 +100,8 @@ def _train(
     if not todo:
         return
     specs = [spec for spec in task.resolved.specs if spec.id in todo]
-    images = sum(len(task.data.splits[name]) for name in task.resolved.splits["train"])
-    progress = Progress(sum(images * (spec.epochs or 0) for spec in specs), ranks.rank == 0)
+    sets = task.resolved.sets
+    progress = Progress(sum(len(sets[spec.sample]) * (spec.epochs or 0) for spec in specs), ranks.rank == 0)
     origin = Origin(task.basis.store_id, identity(task.basis.to_json()))
     count = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size)) if workers is None else workers
     with ranks.adding_up("nccl" if device.type == "cuda" else "gloo"):
@@ -116,21 +117,24 @@ def _finish(
 ) -> Run:
     """Score all probes of the run by their logits, and write its tables."""
     labels = {role: task.labels(role) for role in task.resolved.splits}
-    scored = {}
+    scored, metrics = {}, metrics_of(task.data.task, summary["select"]["metric"])
     for spec in specs:
         logits = read_logits(folder, spec.id)
         for role, own in labels.items():
-            scored[spec.id, role] = score_logits(spec, logits[role], own, role in summary["intervals"])
+            scored[spec.id, role] = score_logits(spec, logits[role], own, role in summary["intervals"], metrics)
     backbone, data = task.backbone, task.data
     backbones = {
         spec.id: str(read_content(path)["weights_sha256"])
         for spec in specs
         if (path := backbone_path(folder, spec.id)).exists()
     }
+    sets = task.resolved.sets
+    samples = {s.sample.name: sets.described(s.sample) for s in task.resolved.specs if s.sample.partial}
+    samples = summary.get("samples", {}) | samples
     facts = {
         "key": task.key, "store": str(task.source.path), "overlap": [],
         "finetuned": {"backbone": str(task.source.path), "start": task.start.spec.id if task.start else None},
         "backbones": backbones, "arch": backbone.arch, "weights_sha256": backbone.weights_sha256,
         "preprocessing": backbone.preprocessing.describe(), "dataset": data.name,
-    }  # fmt: skip
+    } | ({"samples": samples} if samples else {})  # fmt: skip
     return write_run(folder, specs, scored, labels, data.classes, data.task, summary | facts, device, started)

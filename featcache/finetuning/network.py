@@ -1,7 +1,7 @@
 """A backbone with its weights free, and a probe's head on one of its features, as one network."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import as_backbone, load_network
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput
-from featcache.feature import parse_feature
+from featcache.feature import beside, parse_beside
 from featcache.finetuning.drop_path import set_drop_path
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
@@ -63,8 +63,8 @@ class Network(nn.Module):
         self._loaded = backbone, network
         self.trunk = backbone.trunk.requires_grad_(True)
         self.spec, self.tuning, self.classes = spec, spec.finetune, classes
-        self.feature = parse_feature(spec.features, backbone.aliases, backbone.layers)
-        self.input = Input(str(self.feature), Input.of(spec).pooled)
+        self.features = parse_beside(spec.features, backbone.aliases, backbone.layers)
+        self.input = Input(beside(self.features), Input.of(spec).pooled)
         self._check_sizes(backbone)
         if self.tuning.drop_path and not set_drop_path(self.trunk, self.tuning.drop_path):
             raise BadInput(f"finetune.drop_path: {backbone.arch} has no residual branches to drop; leave it out")
@@ -82,9 +82,9 @@ class Network(nn.Module):
         size = self.tuning.train_size or backbone.preprocessing.size
         noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         named = {name: p for name, p in self.trunk.named_parameters() if p.is_floating_point()}
-        values = self.input.read(backbone(noise, [self.feature])[str(self.feature)])
+        values = self._read(backbone(noise, self.features))
         if not values.requires_grad:
-            raise BadInput(f"features {self.feature}: they depend on no weights of {backbone.arch}")
+            raise BadInput(f"features {self.input.feature}: they depend on no weights of {backbone.arch}")
         slopes = torch.autograd.grad(values.sum(), list(named.values()), allow_unused=True)
         used = {name: p for (name, p), g in zip(named.items(), slopes, strict=True) if g is not None}
         return used, values.shape[1]
@@ -126,9 +126,13 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images to logits."""
         with self._autocast(images.device):
-            values = self.backbone(images, [self.feature])[str(self.feature)]
-        rows = self.input.read(values.float())
+            results = self.backbone(images, self.features)
+        rows = self._read(results)
         return self.head(rows[:, :, None, None] if rows.ndim == 2 else rows.unsqueeze(3))
+
+    def _read(self, results: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of a batch as the head reads them: float32 [B, D] or [B, D, S]."""
+        return self.input.read(results[str(feature)].float() for feature in self.features)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         dtype = AMP.get(self.tuning.amp)

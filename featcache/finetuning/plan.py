@@ -81,12 +81,12 @@ def plan_finetune(
     """
     place = choose_device(device)
     task = prepare(recipe, dataset, root, Source(backbone, arch, weights_key, seed), seed, parity, head_from, select)
+    planned = [_planned(task, spec, place, measure) for spec in task.resolved.specs]
     rows = sum(len(task.data.splits[name]) for name in task.resolved.splits["train"])
-    planned = [_planned(task, spec, rows, place, measure) for spec in task.resolved.specs]
     return TuningPlan(planned, rows, str(place), task.backbone.arch)
 
 
-def _planned(task: Task, spec: ProbeSpec, rows: int, device: torch.device, measure: bool) -> PlannedConfiguration:
+def _planned(task: Task, spec: ProbeSpec, device: torch.device, measure: bool) -> PlannedConfiguration:
     tuning, recipe = spec.finetune, MiniBatchRecipe.of(spec)
     assert isinstance(tuning, Full), "prepare() takes no other"
     network = Network(*task.source.load(task.data, tuning), spec, len(task.data.classes))
@@ -94,16 +94,17 @@ def _planned(task: Task, spec: ProbeSpec, rows: int, device: torch.device, measu
         PlannedGroup(g.name, len(g.parameters), g.size, recipe.rate * g.scale, g.decay)
         for g in parameter_groups(network)
     )
-    steps = recipe.epochs * steps_of(rows, recipe.batch_size)
-    seconds = _step_seconds(task, network, rows, device) * steps if measure else None
+    steps = recipe.epochs * steps_of(len(task.resolved.sets[spec.sample]), recipe.batch_size)
+    seconds = _step_seconds(task, network, device) * steps if measure else None
     return PlannedConfiguration(spec, groups, steps, seconds)
 
 
-def _step_seconds(task: Task, network: Network, rows: int, device: torch.device) -> float:
+def _step_seconds(task: Task, network: Network, device: torch.device) -> float:
     """Measure a step on one part of a mini-batch of noise, and return the seconds that a whole one takes."""
     draws, recipe = Draws(0, 0), MiniBatchRecipe.of(network.spec)
-    tuner = Tuner(network, task.labels("train").to(device), draws, device, Alone())
-    batch = batches(draws.order(0, rows), recipe.batch_size)[0]
+    labels = task.resolved.sets[network.spec.sample].labels.to(device)
+    tuner = Tuner(network, labels, draws, device, Alone())
+    batch = batches(draws.order(0, len(labels)), recipe.batch_size)[0]
     several: Sequence[Any] = parts(batch, network.tuning.micro_batch, 1)
     side = network.tuning.train_size or network.backbone.preprocessing.size
     part = torch.from_numpy(several[0])

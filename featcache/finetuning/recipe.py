@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -16,18 +16,21 @@ from featcache.backbones.backbone import Backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput, nearest
-from featcache.feature import parse_feature
+from featcache.feature import beside, parse_beside
 from featcache.finetuning.network import Source, batch_norms
-from featcache.probes.grids.grid import Grid, load_grid, refuse
+from featcache.probes.grids.grid import NOTHING, Grid, load_grid, refuse
 from featcache.probes.grids.grid_file import Group
-from featcache.probes.resolve import undecided
+from featcache.probes.inputs.training_sets import TrainingSets
+from featcache.probes.resolve import sampled, undecided
 from featcache.probes.runs.key import RunBasis
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, best, open_run, select
 from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec
+from featcache.probes.train import chosen_split
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.tuning import Full
+from featcache.store.reader import Store
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,25 @@ class Configurations:
     splits: dict[str, tuple[str, ...]]
     metric: str
     chosen_on: str | None
+    sets: TrainingSets
+
+
+class Records:
+    """The classes of a dataset, and the ids and labels of its splits, as one asks a store for them."""
+
+    def __init__(self, data: Dataset):
+        self.data, self.classes = data, data.classes
+
+    def __getitem__(self, split: str) -> "RecordsOfSplit":
+        return RecordsOfSplit([record.id for record in self.data.splits[split]], self.data.labels(split))
+
+
+@dataclass(frozen=True)
+class RecordsOfSplit:
+    """Ids and labels of one split."""
+
+    ids: list[str]
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -83,8 +105,9 @@ def prepare(
     resolved = _resolve(grid, data, backbone, start)
     content = grid.content | {
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | ({"split": resolved.chosen_on} if resolved.chosen_on else {}),
+        "select": {"metric": resolved.metric} | chosen_split(grid, resolved.chosen_on),
     }
+    selected = {key: value for key, value in content["select"].items() if value != NOTHING}
     fingerprints = {name: data.fingerprint(name) for names in resolved.splits.values() for name in names}
     facts = {
         "arch": backbone.arch, "weights_sha256": backbone.weights_sha256,
@@ -92,7 +115,7 @@ def prepare(
         "dataset": {"name": data.name, "splits": fingerprints},
     }  # fmt: skip
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    basis = RunBasis(identity, seed, content["splits"], content["select"], None, grid.parity)
+    basis = RunBasis(identity, seed, content["splits"], selected, None, grid.parity)
     groups = [content["probes"], *([start.spec.id] if start else [])]
     return Task(grid, data, source, backbone, resolved, content, basis, basis.key(groups, grid.rules), start)
 
@@ -138,20 +161,22 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"select.metric: {metric!r} does not fit {data.task} labels; use {' or '.join(metrics_of(data.task))}"
         )
-    chosen_on = grid.chosen_on or ("val" if "val" in splits else None)
+    chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if not splits.keys() & {chosen_on, "test"}:
         errors.append(
             f"splits: no images to score on: name val or test (dataset {data.name} has {', '.join(data.splits)})"
         )
     refuse(grid.path, errors)
-    specs = []
+    # It reads nothing of a store but classes, ids and labels.
+    specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
-        if resolved := _spec(spec, group, data, backbone, start, chosen_on, errors):
+        resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
+        if resolved := resolved and sampled(resolved, group, sets, errors):
             specs.append(resolved)
-    if chosen_on is None and not errors and (reason := undecided(specs)):
+    if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")
     refuse(grid.path, errors)
-    return Configurations(specs, splits, metric, chosen_on)
+    return Configurations(specs, splits, metric, chosen_on, sets)
 
 
 def _spec(
@@ -169,7 +194,7 @@ def _spec(
         if asked and chosen_on is None:
             errors.append(f"{group.where(field)}: looks at scores of a split to choose on, and the recipe has none")
     try:
-        feature = parse_feature(spec.features, backbone.aliases, backbone.layers)
+        features = parse_beside(spec.features, backbone.aliases, backbone.layers)
     except BadInput as error:
         errors.append(f"{group.where('features')}: {error.message}")
         return None
@@ -178,12 +203,13 @@ def _spec(
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
         return None
-    if feature.kind == "tokens" and not head.reads_tokens:
-        errors.append(f"{group.where('features')}: only an attentive head reads {feature}; take cls or patch_mean")
-    elif feature.kind in ("pooled", "patch_mean") and not head.pools_first:
-        errors.append(
-            f"{group.where('features')}: a head of type {head.type} reads a map; take {feature.layer}:spatial"
-        )
+    for feature in features:
+        if feature.kind == "tokens" and not head.reads_tokens:
+            errors.append(f"{group.where('features')}: only an attentive head reads {feature}; take cls or patch_mean")
+        elif feature.kind in ("pooled", "patch_mean") and not head.pools_first:
+            errors.append(
+                f"{group.where('features')}: a head of type {head.type} reads a map; take {feature.layer}:spatial"
+            )
     tuning = spec.finetune
     assert isinstance(tuning, Full), "checked before"
     smallest = min(spec.batch_size or 1, tuning.micro_batch or spec.batch_size or 1)
@@ -196,14 +222,14 @@ def _spec(
     source = None
     if start is not None:
         source = hashlib.sha256(safetensors.torch.save(start.weights)).hexdigest()
-        if (str(feature), head) != (start.spec.features, start.spec.head):
+        if (beside(features), head) != (start.spec.features, start.spec.head):
             errors.append(
-                f"{group.where('head')}: {head.type} on {feature}, and the probe of --head-from, {start.spec.id}, is "
+                f"{group.where('head')}: {head.type} on {beside(features)}, and the probe of --head-from, {start.spec.id}, is "
                 f"{start.spec.head.type} on {start.spec.features}; write the same features and head"
             )
     if len(errors) > before:
         return None
-    return replace(spec, features=str(feature), head=head, views=0, source=source)
+    return replace(spec, features=beside(features), head=head, views=0, source=source)
 
 
 def _start(run: Run, rule: str | None, data: Dataset, backbone: Backbone) -> TrainedProbe:

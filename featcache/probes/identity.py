@@ -54,7 +54,10 @@ ELSE: dict[str, dict[str, Any]] = {
     "finetune": {},
 }  # fmt: skip
 # {field: value} of the fields of the spec itself that are left out where they have this value.
-ELSE_OF_SPEC: dict[str, Any] = {"views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32"}
+ELSE_OF_SPEC: dict[str, Any] = {
+    "views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32", "label_fraction": None,
+    "shots": None, "subset": None, "draw": 0, "fold": None, "refit": None, "stop": None,
+}  # fmt: skip
 
 
 def part_from_dict(section: str, content: dict[str, Any]) -> Part:
