@@ -1,18 +1,21 @@
 """How deep the layers of a network lie, for rates that decay from the head downwards."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
 from featcache.errors import BadInput
 
+# Stands for the head, which is no part of the network.
+HEAD = "featcache head"
 # The first numbered part of a name, with the plain numbers behind it: blocks.3, layer1.0, encoder_layer_7, block1-2.
 BLOCK = re.compile(r"(?:[^.]+\.)*?[^.]*?(?:(?<![^.])|[_-]|layer)\d+(?=\.)(?:\.\d+(?=\.))*")
 
 
-def depths(trunk: nn.Module, arch: str) -> dict[str, int]:
-    """Return {name of a parameter: its layer}, from 0 for the stem to the last block; a final norm counts to that.
+def depths(trunk: nn.Module, arch: str) -> tuple[dict[str, int], int]:
+    """Return ({name of a parameter: its layer}, the layer of the head). The stem is 0; a final norm is of the last block.
 
     timm's networks say themselves what their layers are, and this is what its param_groups_layer_decay takes: every
     block is a layer, and what reduces the map belongs to the block behind it. Other networks are read by the numbers in
@@ -22,8 +25,11 @@ def depths(trunk: nn.Module, arch: str) -> dict[str, int]:
         from timm.models import group_parameters
 
         network: Any = trunk
-        matched: Any = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
-        return dict(matched)
+        # What timm has no rule for, such as a norm behind the pool, is of the head's layer.
+        whole: Any = SimpleNamespace(named_parameters=lambda: [*trunk.named_parameters(), (HEAD, None)])
+        matched: Any = dict(group_parameters(whole, network.group_matcher(coarse=False), reverse=True))
+        head = matched.pop(HEAD)
+        return matched, head
     modules = dict(trunk.named_modules())
     blocks = {name: _block(name, modules) for name, _ in trunk.named_parameters()}
     most = max((block.count(".") for block in blocks.values()), default=0)
@@ -37,7 +43,7 @@ def depths(trunk: nn.Module, arch: str) -> dict[str, int]:
         layers[name] = layer
     if not layer:
         raise BadInput(f"finetune.layer_decay: {arch} has no numbered blocks to tell its layers by; leave it out")
-    return layers
+    return layers, max(layers.values()) + 1
 
 
 def _is_stem(block: str, most: int, layer: int) -> bool:

@@ -35,9 +35,9 @@ def parameter_groups(network: Network) -> list[ParameterGroup]:
     """Return the groups of all trained parameters, from the stem to the head. Raises BadInput as depths() does."""
     tuning, decay = network.tuning, MiniBatchRecipe.of(network.spec).solver.weight_decay
     if tuning.layer_decay < 1:
-        layers = depths(network.trunk, network.backbone.arch)
+        layers, head = depths(network.trunk, network.backbone.arch)
         names = {name: f"layer {layers[name]}" for name in network.layers}
-        scales = {name: tuning.layer_decay ** (1 + max(layers.values()) - layers[name]) for name in network.layers}
+        scales = {name: tuning.layer_decay ** (head - layers[name]) for name in network.layers}
     else:
         names, scales = dict.fromkeys(network.layers, "backbone"), dict.fromkeys(network.layers, 1.0)
     keyed: dict[tuple[str, float, float], list[nn.Parameter]] = {}
@@ -81,6 +81,7 @@ class Update:
         for group, rule in zip(self.groups, self.rules, strict=True):
             rate = torch.tensor([self.rate * group.scale * factor], device=self._device)
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group.parameters]
+            rule.advance()
             rule.step([g.unsqueeze(0) for g in gradients], rate)
 
     def state(self) -> dict[str, Tensor]:

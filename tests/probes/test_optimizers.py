@@ -135,13 +135,14 @@ def test_lamb_is_timms():
         Lamb(own[p], lr, weight_decay=solver.weight_decay, max_grad_norm=None)
         for p, (solver, lr) in enumerate(zip(solvers, (0.1, 0.02), strict=True))
     ]
-    rule = solvers[0].rule(parameters, solvers, "float32", "cpu")
+    rule = solvers[0].rule(parameters, solvers, "float32", torch.device("cpu"))
     for _ in range(10):
         gradients = [torch.randn_like(t) for t in parameters]
         for p in range(2):
             for parameter, gradient in zip(own[p], gradients, strict=True):
                 parameter.grad = gradient[p].clone()
             theirs[p].step()
+        rule.advance()
         rule.step(gradients, torch.tensor([0.1, 0.02]))
     for p in range(2):
         for parameter, moved in zip(own[p], parameters, strict=True):
