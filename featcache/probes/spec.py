@@ -41,10 +41,10 @@ class ProbeSpec:
 
     epochs: None where the optimizer takes none. views: None stands for all that the store has. source: the sha256 of
     an imported probe's weights, which takes the place of how it was trained: epochs, batch_size, seed and views are
-    None; of a fine-tuned probe, that of the weights which its head started from, None for random ones. finetune: how the
-    backbone is trained too, None where it is frozen. fold, refit, stop: of probes that a grid asks for as a whole, not in
-    its groups: the fold that is held out (see Sample), the roles that a chosen probe is trained on again, and the epoch
-    at which that ends, None for the last.
+    None; of a fine-tuned probe, that of the weights which its head started from, None for random ones. fold, refit,
+    stop: of probes that a grid asks for as a whole, not in its groups: the fold that is held out (see Sample), the roles
+    that a chosen probe is trained on again, and the epoch at which that ends, None for the last. finetune: how the
+    backbone is trained too, None where it is frozen.
     """
 
     name: str
@@ -181,11 +181,10 @@ def complete(spec: ProbeSpec) -> dict[str, Any]:
     """Return the fields as nested dicts, for people: each section has the fields of all its types."""
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
     # What most probes do not have would only fill their tables with empty columns.
-    absent = {name for name in values if name in OF_SAMPLES and values[name] is None}
-    values = {name: value for name, value in values.items() if name not in absent}
+    rare = {*OPTIONAL, *OF_SAMPLES}
+    values = {name: value for name, value in values.items() if name not in rare or value is not None}
     if not spec.sample.drawn:
         del values["draw"]
-    values = {name: value for name, value in values.items() if name not in OPTIONAL or value is not None}
     return {name: complete_part(name, value) if name in REGISTRIES else value for name, value in values.items()}
 
 

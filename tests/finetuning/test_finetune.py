@@ -219,7 +219,7 @@ def test_bad_runs_to_start_from(images, tiny, tuned, tmp_path, store, command):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tuning.recipe()))
     own = words(images, tiny, tmp_path / "r.yaml", tmp_path / "run")
     code, _, err = command(*own, "--head-from", tmp_path / "other")
-    assert code == 2 and "its probes are of dataset voc, not manifest" in err
+    assert code == 2 and "its probes are of dataset voc2007, not manifest" in err
     code, _, err = command(*own, "--select", "best map")
     assert code == 2 and "--select chooses the probe of --head-from" in err
     code, _, err = command(*own, "--head-from", tmp_path / "nothing")

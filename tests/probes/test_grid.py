@@ -157,7 +157,7 @@ ERRORS = [
     (grid() | {"exclude": [{}]}, "exclude[0]: expected some fields of the probes that are meant"),
     (grid() | {"exclude": [{"loss": "ce"}]}, "exclude[0]: drops no probe"),
     (grid() | {"exclude": [{"loss.gamma": 0}]}, "exclude[0]: drops no probe"),
-    (grid() | {"exclude": [{"head.norm": "none"}]}, "exclude[0]: drops no probe"),
+    (grid() | {"exclude": [{"head.norm": "l2"}]}, "exclude[0]: drops no probe"),
     (grid() | {"splits": {"test": ["a", "a"]}}, "splits.test: names a split twice"),
     (grid(features="poold"), "probes[0].features: feature 'poold': 'poold' is not one of"),
     (grid(optimizer="lbfgs", views=0, patience=2), "optimizer lbfgs has no epochs to choose from"),

@@ -20,6 +20,7 @@ class Lamb(MiniBatchSolver):
     type: Literal["lamb"] = "lamb"
 
     moments: ClassVar[int] = 2
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
