@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
+from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
@@ -77,7 +78,16 @@ def attribute(
     passes, alone = total(piece.passes for piece in finished), plan_attribution(task).alone
     if passes != total(()):
         ranks.say(f"passes of an image through the backbone: {passes}; one by one: {alone}")
+    _say_columns(task, rows, ranks)
     return rows
+
+
+def _say_columns(task: Task, rows: Sequence[dict[str, Any]], ranks: Alone) -> None:
+    """Say what methods report of their maps beside the scores."""
+    for method in task.methods:
+        for column in method.columns:
+            values = [row[column] for row in rows if row["method"] == method.label]
+            ranks.say(f"{method.label}: {column}: median {nanmedian(values):.2g}, largest {nanmax(values):.2g}")
 
 
 def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:

@@ -11,6 +11,8 @@ def batch_of(backbone, feature, images, classes):
     """A Batch of normalised images [B, C, S, S]. classes: those to explain of each image, equally many."""
     preprocessing = Preprocessing(images.shape[-1], (0, 0, 0), (1, 1, 1))
     source = Source(None, preprocessing, images.device, Network(backbone, None), (feature,), 2e9)
+    # So few that what is made of an image goes through the backbone in several parts.
+    vars(source)["at_once"] = 4
     targets = [Target(image, label, None) for image, own in enumerate(classes) for label in own]
     batch = Batch(targets, source)
     vars(batch)["inputs"] = images.detach()
