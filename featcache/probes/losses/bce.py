@@ -27,6 +27,7 @@ class Bce(Loss):
         "none", description="balanced weighs positives by negatives / positives of their class"
     )
 
+    capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:

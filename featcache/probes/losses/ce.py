@@ -27,6 +27,7 @@ class Ce(Loss):
         "none", description="balanced weighs each class by N / (C n_c), as scikit-learn's"
     )
 
+    capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("cross_entropy", "crossentropy", "crossentropyloss", "softmax")
     link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
 

@@ -100,4 +100,4 @@ def _joined(pieces: list[_Piece], bias: bool, convex: bool) -> Fit:
         weights["fc0.bias"] = torch.cat([piece.bias for piece in pieces]).float()
     # A class that is far from its optimum may be a small part of the probe; without decay no distance is known.
     converged = distance <= TOLERANCE if math.isfinite(distance) else gradient <= 1
-    return Fit(weights, torch.as_tensor(losses).tolist(), converged, Optimality(distance, gradient))
+    return Fit(weights, torch.as_tensor(losses).tolist(), converged, optimality=Optimality(distance, gradient))
