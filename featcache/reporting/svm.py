@@ -56,7 +56,7 @@ def svm_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         "excess",
     ]
     rows = []
-    for row in _scores(run, run.scored_on):
+    for row in (row for row in _scores(run, run.scored_on) if row["probe"] in costs and row[SHOTS] == "0"):
         kept = [one for one in costs[row["probe"]] if one["chosen"]]
         held = [one["ap"] for one in kept if one["ap"] is not None]
         rows.append([
@@ -88,7 +88,7 @@ def low_shot_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     for (feature, shots, costs), values in samples.items():
         deviation = _deviation(values, ddof)
         numbers = [f"{100 * v:.2f}" for v in (statistics.fmean(values), min(values), max(values))]
-        cost = f"{float(costs):g}" if run.chosen_on else "of each class"
+        cost = f"{float(costs):g}" if _is_number(costs) else "of each class"
         rows.append(
             [feature, shots, str(len(values)), *numbers, "-" if deviation is None else f"{100 * deviation:.2f}", cost]
         )
@@ -129,9 +129,16 @@ def _scores(run: Run, role: str) -> list[Mapping[str, Any]]:
 def _by_draw(run: Run, role: str) -> dict[tuple[str, str, str], list[float]]:
     """Return {(feature, shots, costs): scores of the samples}."""
     groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in _scores(run, role):
+    for row in (row for row in _scores(run, role) if int(row[SHOTS] or 0)):
         groups.setdefault((row[FEATURE], row[SHOTS], row[LIST]), []).append(row["value"])
     return groups
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _deviation(values: Sequence[float], ddof: int) -> float | None:
