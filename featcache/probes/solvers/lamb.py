@@ -20,6 +20,7 @@ class Lamb(MiniBatchSolver):
     type: Literal["lamb"] = "lamb"
 
     moments: ClassVar[int] = 2
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
@@ -39,8 +40,8 @@ class LambRule(AdamRule):
         dense, first, second = self.dense(number, gradient), self.first[number], self.second[number]
         first.lerp_(dense, 0.1)
         second.mul_(0.999).addcmul_(dense, dense, value=0.001)
-        root = torch.sqrt(second, out=dense).div_((1 - 0.999**self.steps) ** 0.5).add_(EPS)
-        step = (first / (1 - 0.9**self.steps)).div_(root)
+        root = torch.sqrt(second, out=dense).div_(self.correction2).add_(EPS)
+        step = (first / self.correction1).div_(root)
         if self.decay is not None:
             step.addcmul_(parameter, per_probe(self.decay, parameter))
             weight, length = norms(parameter), norms(step)
