@@ -62,10 +62,8 @@ def finish_run(
     scored: dict[tuple[str, str], Scored] = {}
     # What a probe learned from when it was trained again can no longer choose between probes.
     for refit, alike in itertools.groupby(specs, lambda spec: spec.refit):
-        known = {
-            role: names for role, names in splits.items() if role == "train" or role not in (refit or "").split("+")
-        }
-        scored |= score_probes(folder, list(alike), store, known, labels, device, roles, metrics, memory)
+        known = {role: own for role, own in labels.items() if role == "train" or role not in (refit or "").split("+")}
+        scored |= score_probes(folder, list(alike), store, splits, known, device, roles, metrics, memory)
     by_folds = score_folds(folder, folds, sets, device, metrics, memory) if folds and sets else {}
     history: list[Row] = []
     diverged, scores = [], []

@@ -285,7 +285,7 @@ def test_features_without_neighbours(tmp_path, change, line):
         ),
         (["--distance", "cosinus"], "did you mean 'cosine'?"),
         (["--weights", "inverse", "--distance", "dot"], "a dot product is none: take distance cosine or euclidean"),
-        (["--features", "last:spatial"], "has no feature"),
+        (["--features", "last:spatial"], "holds no feature 'layer4:spatial'"),
         (["--test", "tests"], "has no split 'tests'; did you mean 'test'?"),
         (["--shots", "500"], "500 images of each class are asked for"),
         (["--shots", "0"], "--shots: expected a whole number of at least 1, not 0"),

@@ -149,7 +149,7 @@ class NeighbourPredictor:
         reason = "is all zero, and has no cosine" if norms[row] == 0 else "is not finite"
         ids = np.concatenate([[f"{name} {image!r}" for image in self._store[name].ids] for name in splits])
         raise BadInput(
-            f"feature {self._read.name} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
+            f"feature {self._read.feature} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
             f"neighbours ({int(bad.sum())} such images); "
             + ("take distance euclidean, or another feature" if norms[row] == 0 else "extract with --dtype float32")
         )
