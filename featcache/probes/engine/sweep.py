@@ -202,7 +202,7 @@ class Sweep:
                     err=True,
                 )
             elif probe.stopped == "iterations":
-                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1)
+                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1, probe.optimality)
                 click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
@@ -251,7 +251,8 @@ def train_missing(
 ) -> None:
     """Train the probes that a run folder lacks and save them there.
 
-    sets: the images to train on. selection: (metric, role) of validation, role None where no split is chosen on. buffers: how features are read, see
+    sets: the images to train on. selection: (metric, role) of validation, role None where no split is chosen on.
+    buffers: how features are read, see
     plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     everything is saved. run: identity of the run, which is written into the files. Raises BadInput.
     """

@@ -140,8 +140,11 @@ class Head(Part):
         """
         return None
 
-    def resolved(self, classes: int) -> Self:
-        """Return the head with its offset as a number. Raises BadInput if -ln(C-1) is not finite."""
+    def resolved(self, classes: int, cells: int = 1) -> Self:
+        """Return the head with numbers for what depends on the store. Raises BadInput if the offset -ln(C-1) is not finite.
+
+        cells: how many neighbouring numbers of the feature are one channel's.
+        """
         if isinstance(self.offset, float):
             return self
         if classes < 2:
