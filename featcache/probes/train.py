@@ -156,7 +156,7 @@ def train_probes(
         everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
         if refit := _refit(task.grid, summary):
             assert role is not None, "a refit is chosen on val"
-            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device)
+            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device, memory)
             alone = (None, ranks.alone(), run_id)
             train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
             everything += refits
