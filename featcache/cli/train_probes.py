@@ -96,6 +96,7 @@ def _print_plan(plan: "Plan") -> None:
         f"of training on {plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, "
         f"{_bytes(plan.free)} are free"
         + (f"; {streamed} stacks do not fit into the memory for features and are streamed" if streamed else "")
+        + ("; what is trained again comes on top" if plan.grid.refit else "")
         + "; nothing was written"
     )
 
