@@ -1,5 +1,6 @@
 """Fit a grid to a store: its features, splits and views as the store has them, or errors where they do not fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,7 +87,9 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
                 f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
             )
         resolved = _spec(spec, group, store, views, errors)
-        resolved = resolved and _sampled(resolved, folds, group, sets, errors)
+        resolved = resolved and sampled(resolved, folds, group, sets, errors)
+        if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
+            errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
             continue
         if reason := _unfit(resolved, sets, store.classes):
@@ -106,6 +109,13 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
+    if chosen_on == "train":
+        errors.extend(
+            f"{group.where('head')}: to be chosen on the training images, a head of type {spec.head.type} must leave each "
+            "of them out in turn: say leave_one_out: true"
+            for spec, group in zip(grid.specs, grid.groups, strict=True)
+            if not spec.head.scored_on_training
+        )
     if chosen_on in (None, FOLDS):
         _check_no_split(grid, chosen_on, errors)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
@@ -219,7 +229,8 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
     try:
-        head = head.resolved(len(store.classes))
+        cells = math.prod(store.manifest.features[str(feature)]["shape"][1:]) if kinds == ["grid"] else 1
+        head = head.resolved(len(store.classes), cells)
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
     count = _views(spec, group, store, views, errors)
@@ -232,7 +243,7 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     return spec
 
 
-def _sampled(
+def sampled(
     spec: ProbeSpec, folds: int | None, group: Group, sets: TrainingSets, errors: list[str]
 ) -> ProbeSpec | None:
     """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""

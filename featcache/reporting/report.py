@@ -128,7 +128,7 @@ def _costs(run: Run) -> dict[str, Any]:
     texts = labels(run, list(costs))
     shown = list(costs)[:MOST_COST_TABLES]
     if len(costs) > len(shown):
-        notes.append(f"The tables of the first {len(shown)} of {len(costs)} probes; costs.csv has all.")
+        notes.append(f"the first {len(shown)} of {len(costs)} probes; costs.csv has all")
     return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 

@@ -19,12 +19,17 @@ Values = dict[str, tuple[float, float, float]]
 
 
 def score_folds(
-    folder: str | Path, specs: Sequence[ProbeSpec], sets: TrainingSets, device: torch.device, metrics: Sequence[str]
+    folder: str | Path,
+    specs: Sequence[ProbeSpec],
+    sets: TrainingSets,
+    device: torch.device,
+    metrics: Sequence[str],
+    memory: float | None = None,
 ) -> dict[str, Values]:
     """Score recipes by their folds: {id of the probe that holds no fold out: Values}.
 
     specs: of the probes that hold folds out. A value is the mean over the folds of the score on the images that the fold
-    held out. Given the probes, the folds' scores are independent, since they are of different images: the variance of
+    held out. memory: as for load_predictors. Given the probes, the folds' scores are independent, since they are of different images: the variance of
     the mean is the sum of their jackknife variances over the square of their number. A recipe of which a fold is
     missing has no scores.
     """
@@ -41,7 +46,7 @@ def score_folds(
         )
         for _, group in blocks_by_input(members, sets.store, device):
             for part in passes(places, group, kept, MemoryBudget.of(device).scores):
-                predictors = load_predictors(folder, part, sets.store, device, places)
+                predictors = load_predictors(folder, part, sets.store, sets.splits, device, places, memory)
                 tallies = tally_blocks(
                     predictors, part, sets.store, images.splits, labels, device, metrics, images.held_out
                 )
