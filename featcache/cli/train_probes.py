@@ -8,6 +8,7 @@ from featcache.cli.options import device_option
 
 if TYPE_CHECKING:
     from featcache.probes.plan import Plan
+    from featcache.probes.runs.run import Run
 
 
 @click.command()
@@ -37,13 +38,18 @@ def train_probes(dry_run: bool, run: str | None, seed: int, memory: float | None
 
         _print_plan(plan_probes(memory=memory, **options))
         return
-    from featcache.probes.scores.metrics import metric_kind
     from featcache.probes.train import train_probes as train
-    from featcache.reporting.table import format_table, score_rows, scored
 
     finished = train(run=run, seed=seed, memory=memory, **options)
-    if finished is None:
-        return
+    if finished is not None:
+        print_scores(finished)
+
+
+def print_scores(finished: "Run") -> None:
+    """Print the best probes of a run."""
+    from featcache.probes.scores.metrics import metric_kind
+    from featcache.reporting.table import format_table, score_rows, scored
+
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
     level = summary["chance"][finished.scored_on][metric]

@@ -134,5 +134,5 @@ def _tally(run: Run, store: Store, probe: str, device: torch.device, metrics: Se
     """Tally the logits of a probe on the images that its run is scored on, for these metrics."""
     places, names = find_probes(run.path), run.summary["splits"][run.scored_on]
     (spec,) = load_specs(run.path, [probe], places)
-    predictors = load_predictors(run.path, [[spec]], store, device, places)
+    predictors = load_predictors(run.path, [[spec]], store, run.summary["splits"], device, places)
     return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device, metrics)[0]

@@ -1,7 +1,7 @@
 """LAMB."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Lamb(AdamSolver):
     """LAMB (You et al., ICLR 2020), timm's: AdamW whose step is as long as the weights of each layer that decays."""
 
     type: Literal["lamb"] = "lamb"
+
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
@@ -36,8 +38,8 @@ class LambRule(AdamRule):
         dense, first, second = self.dense(number, gradient), self.first[number], self.second[number]
         first.lerp_(dense, 0.1)
         second.mul_(self.beta2).addcmul_(dense, dense, value=round(1 - self.beta2, 15))
-        root = torch.sqrt(second, out=dense).div_((1 - self.beta2**self.steps) ** 0.5).add_(EPS)
-        step = (first / (1 - 0.9**self.steps)).div_(root)
+        root = torch.sqrt(second, out=dense).div_(self.correction2).add_(EPS)
+        step = (first / self.correction1).div_(root)
         decay = self.decay_of(number)
         if decay is not None:
             step.addcmul_(parameter, per_probe(decay, parameter))
