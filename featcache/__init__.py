@@ -24,6 +24,8 @@ _FUNCTIONS = {
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
     "attribute": "featcache.attribution.attribute",
+    "finetune": "featcache.finetuning.finetune",
+    "plan_finetune": "featcache.finetuning.plan",
     "open_run": "featcache.probes.runs.run",
     "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.finetuning.finetune import finetune as finetune
+    from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare
     from featcache.probes.grids.schema import schema as schema
     from featcache.probes.knn import knn as knn

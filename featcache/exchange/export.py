@@ -25,6 +25,8 @@ from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, 
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, open_run, select
 from featcache.probes.runs.run_file import FILE
+from featcache.probes.runs.sealed_tensors import read_content
+from featcache.probes.runs.tuned import backbone_path, is_tuned
 from featcache.probes.scores.metrics import task_of
 from featcache.probes.spec import complete
 
@@ -62,11 +64,14 @@ def export(
         for checkpoint, target in zip(sources, targets, strict=True):
             _export_backbone(checkpoint, target, arch, weights_key)
         return targets
-    if sources or not ((probe or rule) and backbone):
+    opened = open_run(run)
+    chosen = _one_probe(opened, probe, rule) if probe or rule else None
+    if chosen and backbone is None and is_tuned(opened.summary):
+        backbone = backbone_path(opened.path, chosen)
+    if sources or not (chosen and backbone):
         raise BadInput("export of a probe needs --run, --probe and --backbone, and no other checkpoint")
     check_suffix(to, (*STATE_DICTS, PROGRAM))
-    opened = open_run(run)
-    _export_probe(opened, _one_probe(opened, probe, rule), backbone, arch, weights_key, Path(to))
+    _export_probe(opened, chosen, backbone, arch, weights_key, Path(to))
     return [Path(to)]
 
 
@@ -142,7 +147,7 @@ def _export_probe(
     if probe.diverged is not None:
         epoch = probe.diverged_epoch
         raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {epoch}, and has no weights")
-    backbone, backbone_tensors = _backbone_of(run, checkpoint, arch, weights_key)
+    backbone, backbone_tensors = _backbone_of(run, probe_id, checkpoint, arch, weights_key)
     merged = Merged(backbone, probe)
     images = example(backbone)
     meta = _backbone_meta(backbone, checkpoint, summary["preprocessing"]) | {
@@ -165,13 +170,17 @@ def _export_probe(
 
 
 def _backbone_of(
-    run: Run, checkpoint: str | PathLike, arch: str | None, weights_key: str | None
+    run: Run, probe_id: str, checkpoint: str | PathLike, arch: str | None, weights_key: str | None
 ) -> tuple[Backbone, dict[str, torch.Tensor]]:
     """Load a run's backbone, with the run's preprocessing, and its tensors under their architecture's own names.
 
     Raises BadInput if the checkpoint holds another one.
     """
     summary = run.summary
+    if is_tuned(summary):
+        # Each probe of a fine-tuned run has a backbone and an input of its own.
+        own = read_content(backbone_path(run.path, probe_id))
+        summary = summary | {name: own[name] for name in ("weights_sha256", "preprocessing")}
     try:
         preprocessing = Preprocessing(**summary["preprocessing"])
     except TypeError as error:

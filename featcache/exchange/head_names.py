@@ -59,11 +59,11 @@ def to_published(head: Head, weights: State, multi_label: bool) -> dict[str, tor
     What it does not have, such as attention, keeps its names; a batch norm before a linear layer becomes part of the
     layer. Raises BadInput for a linear head that normalises its features, which no tensor would say.
     """
+    if isinstance(head, Linear) and head.norm == "l2":
+        raise BadInput("the head normalises its features (norm: l2), which a state dict cannot say: export to FILE.pt2")
     if isinstance(head, BnLinear):
         weight, bias = head.folded(dict(weights))
         head, weights = Linear(), {"fc0.weight": weight, "fc0.bias": bias}
-    if isinstance(head, Linear) and head.norm == "l2":
-        raise BadInput("the head normalises its features (norm: l2), which a state dict cannot say: export to FILE.pt2")
     layout = head.layout if isinstance(head, LayeredHead) else Layout(bias=False)
     state = {}
     for name, value in weights.items():

@@ -87,7 +87,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
                 f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
             )
         resolved = _spec(spec, group, store, views, errors)
-        resolved = resolved and _sampled(resolved, folds, group, sets, errors)
+        resolved = resolved and sampled(resolved, folds, group, sets, errors)
         if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
             errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
@@ -243,7 +243,7 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     return spec
 
 
-def _sampled(
+def sampled(
     spec: ProbeSpec, folds: int | None, group: Group, sets: TrainingSets, errors: list[str]
 ) -> ProbeSpec | None:
     """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -64,6 +64,32 @@ class Task:
     key: str
 
 
+class Chosen(Protocol):
+    """What a grid comes to; see Resolved."""
+
+    @property
+    def specs(self) -> list[ProbeSpec]: ...
+    @property
+    def splits(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def chosen_on(self) -> str | None: ...
+
+
+class Asked(Protocol):
+    """A grid and its place in a run; see Task."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def resolved(self) -> Chosen: ...
+    @property
+    def content(self) -> dict[str, Any]: ...
+    @property
+    def basis(self) -> RunBasis: ...
+    @property
+    def key(self) -> str: ...
+
+
 @takes(store=PATH, run=PATH, seed=whole(), parity=NAME, allow_overlap=FLAG)
 def train_probes(
     grid: str | PathLike[str] | dict[str, Any],
@@ -114,7 +140,7 @@ def train_probes(
         summary, others = task.basis.to_json(), list[ProbeSpec]()
         if leads:
             place.sweep()
-            begun = _begin(folder, task, folds, buffers, plan)
+            begun = begin_run(folder, task, folds, buffers, plan)
             if begun is None:
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
@@ -160,7 +186,7 @@ def _prepare(
     content = grid.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | _chosen_on(grid, resolved),
+        "select": {"metric": resolved.metric} | chosen_split(grid, resolved.chosen_on, resolved.folds),
         **({"allow_overlap": True} if resolved.overlaps else {}),
     }
     search = None
@@ -174,11 +200,11 @@ def _prepare(
     return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
 
 
-def _chosen_on(grid: Grid, resolved: Resolved) -> dict[str, Any]:
+def chosen_split(grid: Grid, chosen_on: str | None, folds: int | None = None) -> dict[str, Any]:
     """Return the split or the folds of `select`, as the grid's content has them."""
-    if resolved.folds:
-        return {"folds": resolved.folds}
-    split = NOTHING if grid.reports_all else resolved.chosen_on
+    if folds:
+        return {"folds": folds}
+    split = NOTHING if grid.reports_all else chosen_on
     return {"split": split} if split else {}
 
 
@@ -189,9 +215,9 @@ def _refit(grid: Grid, summary: Mapping[str, Any]) -> Refit | None:
     return Refit(tuple(summary["refit"]["on"]), tuple(summary["refit"]["per"]))
 
 
-def _begin(
+def begin_run(
     folder: Path,
-    task: Task,
+    task: Asked,
     folds: Sequence[ProbeSpec],
     planned: Buffers,
     plan: Callable[[Iterable[ProbeSpec]], Buffers],
@@ -200,8 +226,7 @@ def _begin(
 
     folds: of the grid's probes, with a fold held out. planned: how features would be read in a new run. plan: the
     function that says so. Returns (content of run.json so far, the specs of the probes in the folder that are not of
-    this grid), or None if this grid is finished already. Raises BadInput if the folder holds something
-    else.
+    this grid), or None if this grid is finished already. Raises BadInput if the folder holds something else.
     """
     basis, specs = task.basis.to_json(), task.resolved.specs
     begun = _begun(folder, basis)
@@ -248,7 +273,7 @@ def _begin(
 
 
 def _write_grid(
-    folder: Path, summary: dict[str, Any], task: Task, name: str | None
+    folder: Path, summary: dict[str, Any], task: Asked, name: str | None
 ) -> tuple[str, dict[str, dict[str, int]]]:
     """Write run.json and the file of the grid. name: of that file, None if the grid is new in this run.
 

@@ -140,6 +140,15 @@ def score_probes(
     return {(s.id, role): scored[s.id, role] for s in specs for role in splits if (s.id, role) in scored}
 
 
+def score_logits(
+    spec: ProbeSpec, logits: Tensor, labels: Tensor, with_interval: bool, metrics: Iterable[str]
+) -> Scored:
+    """Score one probe by its logits float32 [N, C]. labels: of the images, on the device of the logits."""
+    tally = new_tally([spec], labels, logits.shape[1], metrics)
+    tally.add(logits.unsqueeze(0))
+    return next(_scored(tally, with_interval))
+
+
 def _searching_together(group: Sequence[Block]) -> Blocks:
     """Join the blocks that train nothing and compare images alike, since one search serves them all."""
     blocks: list[Sequence[ProbeSpec]] = []

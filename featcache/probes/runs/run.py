@@ -15,6 +15,7 @@ from featcache.probes.overlap import Overlap
 from featcache.probes.runs.run_file import ATTRIBUTION, Summary, maker, read_file, read_summary
 from featcache.probes.runs.seeds import shared_fields
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
+from featcache.probes.runs.tuned import BACKBONES, is_tuned
 from featcache.probes.sample import FOLDS
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import Store, open_store
@@ -189,6 +190,11 @@ def _check_fields(row: Mapping[str, str]) -> None:
 
 def store_of(run: Run, path: str | os.PathLike[str] | None = None) -> Store:
     """Open the store that a run was made from. path: where it is, if it was moved. Raises BadInput for another store."""
+    if is_tuned(run.summary):
+        raise BadInput(
+            f"run {run.path} was fine-tuned on images and has no store; extract with one of its backbones, {BACKBONES}/ID"
+            ".safetensors, and train probes on that"
+        )
     store = open_store(path or _recorded_store(run))
     if store.id != run.summary["store_id"]:
         raise BadInput(

@@ -42,6 +42,7 @@ _FORMS: dict[str, Any] = {
     "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
     "samples": {str: {str: (int, str)}}, "refit": {str: [str]}, "fold_probes": int,
+    "finetuned": dict, "backbones": {str: str},
 }  # fmt: skip
 _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")
@@ -212,4 +213,6 @@ def probes_held(summary: Summary) -> int:
 
 def maker(summary: Mapping[str, Any]) -> str:
     """Return the command that makes a run's probes and tables."""
+    if "finetuned" in summary:
+        return "finetune"
     return "import-probes" if "imported" in summary else "train-probes"

@@ -54,7 +54,8 @@ class LarsRule(UpdateRule):
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
         dense = self.dense(number, gradient)
         scale = torch.ones_like(rates) if self.rate_outside else rates
-        if parameter.ndim == 3:
+        # [P, ...] of a matrix, or of a convolution.
+        if parameter.ndim >= 3:
             weight, slope = norms(parameter), norms(dense)
             if self.decay is not None:
                 dense = self.decayed(number, dense)
