@@ -175,10 +175,12 @@ def chosen_split(grid: Grid, chosen_on: str | None) -> dict[str, str]:
     return {"split": split} if split else {}
 
 
-def begin_run(folder: Path, task: Asked, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
+def begin_run(
+    folder: Path, task: Asked, planned: Buffers, facts: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
     """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
-    planned: how features would be read in a new run. Returns (content of run.json so far, the specs of all probes that
+    planned: how features would be read in a new run. facts: further fields of run.json. Returns (content of run.json so far, the specs of all probes that
     the run is going to have), or None if this grid is finished already. Raises BadInput if the folder holds something
     else.
     """
@@ -198,15 +200,19 @@ def begin_run(folder: Path, task: Asked, planned: Buffers) -> tuple[dict[str, An
     if others:
         click.echo(f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True)
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
-    summary = basis | {
-        # How features are read decides the order of the rows, so a run never changes it.
-        "buffers": planned | begun.get("buffers", {}),
-        "grids": grids,
-        # Intervals that an earlier grid asked for stay.
-        "intervals": [role for role in task.resolved.splits if role in asked_for],
-        "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
-        **({"samples": begun["samples"]} if "samples" in begun else {}),
-    }
+    summary = (
+        basis
+        | (facts or {})
+        | {
+            # How features are read decides the order of the rows, so a run never changes it.
+            "buffers": planned | begun.get("buffers", {}),
+            "grids": grids,
+            # Intervals that an earlier grid asked for stay.
+            "intervals": [role for role in task.resolved.splits if role in asked_for],
+            "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
+            **({"samples": begun["samples"]} if "samples" in begun else {}),
+        }
+    )
     # run.json keeps the names of these probes until the tables, which also have them, are written anew.
     names = {"others": {spec.id: spec.name for spec in others}} if others else {}
     name, own = _write_grid(folder, summary | names, task, grids.get(task.key))
