@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "verify": "featcache.probes.runs.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
+    "knn": "featcache.probes.knn",
     "plan_probes": "featcache.probes.plan",
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare
     from featcache.probes.grids.schema import schema as schema
+    from featcache.probes.knn import knn as knn
     from featcache.probes.plan import plan_probes as plan_probes
     from featcache.probes.runs.run import open_run as open_run
     from featcache.probes.runs.verify import verify as verify

@@ -6,7 +6,7 @@ import click
 
 from featcache.arguments import MOST_WORKERS
 from featcache.cli.options import backbone_options, dataset_options, device_option
-from featcache.cli.train_probes import say_best
+from featcache.cli.train_probes import print_scores
 
 if TYPE_CHECKING:
     from featcache.finetuning.plan import TuningPlan
@@ -46,7 +46,7 @@ def finetune(dry_run: bool, measure: bool, run: str | None, **options: Any) -> N
 
     finished = train(run=run, **options)
     if finished is not None:
-        say_best(finished)
+        print_scores(finished)
 
 
 def _print_plan(plan: "TuningPlan") -> None:

@@ -42,11 +42,11 @@ def train_probes(dry_run: bool, run: str | None, seed: int, memory: float | None
 
     finished = train(run=run, seed=seed, memory=memory, **options)
     if finished is not None:
-        say_best(finished)
+        print_scores(finished)
 
 
-def say_best(finished: "Run") -> None:
-    """Print the best ten probes of a run."""
+def print_scores(finished: "Run") -> None:
+    """Print the best probes of a run."""
     from featcache.probes.scores.metrics import metric_kind
     from featcache.reporting.table import format_table, score_rows, scored
 

@@ -23,7 +23,7 @@ from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
 from featcache.probes.runs.probe_file import load_probe
-from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run import Run, open_run, select
 from featcache.probes.runs.run_file import FILE
 from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.runs.tuned import backbone_path, is_tuned
@@ -31,12 +31,13 @@ from featcache.probes.scores.metrics import task_of
 from featcache.probes.spec import complete
 
 
-@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
+@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, rule=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
 def export(
     checkpoints: str | PathLike | Sequence[str | PathLike] = (),
     to: str | PathLike | None = None,
     run: str | PathLike | None = None,
     probe: str | None = None,
+    rule: str | None = None,
     backbone: str | PathLike | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
@@ -46,7 +47,7 @@ def export(
     checkpoints: of backbones, whose tensors are written under their architecture's own names; a path or
     several. to: file (.safetensors, .pth, .pt), or a folder for several checkpoints. run, probe (id), backbone
     (checkpoint): given instead of checkpoints; probe and backbone are written as one state dict, or as a
-    program if `to` ends in .pt2. arch, weights_key: as load_backbone's. See docs/export.md. Files that
+    program if `to` ends in .pt2. rule: takes the place of probe, and must select one (see run.select). arch, weights_key: as load_backbone's. See docs/export.md. Files that
     hold the same already are left as they are. Returns the paths. Raises BadInput.
 
         featcache.export("ckpt.pth", to="backbone.safetensors")
@@ -57,20 +58,31 @@ def export(
         raise BadInput("export needs --to, the file to write")
     local_path(to, "--to")
     if run is None:
-        if probe or backbone or not sources:
+        if probe or rule or backbone or not sources:
             raise BadInput("export takes checkpoints of backbones, or --run, --probe and --backbone")
         targets = _targets(sources, to)
         for checkpoint, target in zip(sources, targets, strict=True):
             _export_backbone(checkpoint, target, arch, weights_key)
         return targets
     opened = open_run(run)
-    if probe and backbone is None and is_tuned(opened.summary):
-        backbone = backbone_path(opened.path, probe)
-    if sources or not (probe and backbone):
+    chosen = _one_probe(opened, probe, rule) if probe or rule else None
+    if chosen and backbone is None and is_tuned(opened.summary):
+        backbone = backbone_path(opened.path, chosen)
+    if sources or not (chosen and backbone):
         raise BadInput("export of a probe needs --run, --probe and --backbone, and no other checkpoint")
     check_suffix(to, (*STATE_DICTS, PROGRAM))
-    _export_probe(opened, probe, backbone, arch, weights_key, Path(to))
+    _export_probe(opened, chosen, backbone, arch, weights_key, Path(to))
     return [Path(to)]
+
+
+def _one_probe(run: Run, probe: str | None, rule: str | None) -> str:
+    """Return the id of the probe to export."""
+    if probe and rule:
+        raise BadInput("name the probe with --probe or by a rule with --select, not both")
+    chosen = [probe] if probe else select(run, str(rule))
+    if len(chosen) > 1:
+        raise BadInput(f"--select {rule!r} names {len(chosen)} probes ({', '.join(chosen[:5])}); export writes one")
+    return chosen[0]
 
 
 def _targets(checkpoints: Sequence[str | PathLike], to: str | PathLike) -> list[Path]:

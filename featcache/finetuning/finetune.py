@@ -85,12 +85,13 @@ def finetune(
             _train(task, folder, todo, chosen_device, workers, ranks)
             return None
         place.sweep()
-        begun = begin_run(folder, task, {}, {"finetuned": _origin(task)})
+        begun = begin_run(folder, task, [], {}, lambda specs: {}, {"finetuned": _origin(task)})
         if begun is None:
             ranks.share([])
             click.echo(f"run: {folder} is finished already", err=True)
             return open_run(folder)
-        summary, everything = begun
+        summary, others = begun
+        everything = [*task.resolved.specs, *others]
         held, mark = find_probes(folder), identity(summary)
         todo = [s.id for s in task.resolved.specs if s.id not in held or not is_whole(folder, s.id, mark)]
         ranks.share([(name,) for name in todo])

@@ -19,8 +19,9 @@ from featcache.errors import BadInput, nearest
 from featcache.extraction.images import check_decoder
 from featcache.feature import beside, parse_beside
 from featcache.finetuning.network import Source, batch_norms
-from featcache.probes.grids.grid import NOTHING, Grid, load_grid, refuse
+from featcache.probes.grids.grid import Grid, load_grid, refuse
 from featcache.probes.grids.grid_file import Group
+from featcache.probes.grids.selection import NOTHING
 from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.resolve import sampled, undecided
 from featcache.probes.runs.key import RunBasis
@@ -179,7 +180,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
-        if resolved := resolved and sampled(resolved, group, sets, errors):
+        if resolved := resolved and sampled(resolved, None, group, sets, errors):
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")

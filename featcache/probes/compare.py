@@ -146,5 +146,5 @@ def _tally(run: Run, store: Store | None, probe: str, device: torch.device, metr
         tally = new_tally([spec], read_images(run.path, run.scored_on).labels.to(device), logits.shape[1], metrics)
         tally.add(logits.unsqueeze(0))
         return tally
-    predictors = load_predictors(run.path, [[spec]], store, device, places)
+    predictors = load_predictors(run.path, [[spec]], store, run.summary["splits"], device, places)
     return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device, metrics)[0]
