@@ -66,10 +66,10 @@ class Task:
     @property
     def work(self) -> Work:
         """How much there is to do."""
-        features, manifest = self.source.features, self.source.split.store.manifest
-        channels = sum(manifest.features[str(feature)]["shape"][0] for feature in features)
-        images = {target.row for piece in self.pieces for target in piece}
-        return Work(len(images), sum(map(len, self.pieces)), len(self.explained), len(features), channels)
+        source, images = self.source, {target.row for piece in self.pieces for target in piece}
+        channels = tuple(source.channels(feature) for feature in source.features)
+        pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
+        return Work(len(images), pairs, len(self.explained), size, channels)
 
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
@@ -162,7 +162,7 @@ def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device) -
     """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into."""
     files = find_probes(run.path)
     trained = [probe for name in probes for probe in load_probes(run.path, [name], files)]
-    heads = [HeadModule(probe.spec.head, probe.weights).to(device) for probe in trained]
+    heads = [HeadModule(probe.spec.head, probe.weights, probe.spec.loss.link).to(device) for probe in trained]
     features = [_map_of(probe.spec, store.manifest.feature(probe.spec.features)) for probe in trained]
     return [Explained(p.spec.id, head, feature) for p, head, feature in zip(trained, heads, features, strict=True)]
 
