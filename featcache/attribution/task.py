@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -11,16 +11,16 @@ import torch
 import featcache
 from featcache.attribution.batch import Source, open_network
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
-from featcache.attribution.methods.method import Method, parse_method
+from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
 from featcache.attribution.targets import Target, find_targets
+from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature
-from featcache.kinds import K, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
@@ -123,9 +123,11 @@ def prepare(
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
     finished = open_run(run)
-    words = DEFAULT_METHODS if methods is None else methods
-    chosen = list(dict.fromkeys(parse_method(METHODS, word) for word in words))
-    chosen_scores = _named(LOCALISATION_SCORES, DEFAULT_SCORES if scores is None else scores, "--score")
+    words, score_words = DEFAULT_METHODS if methods is None else methods, DEFAULT_SCORES if scores is None else scores
+    chosen = list(dict.fromkeys(parse_kind(METHODS, word, "--method") for word in words))
+    chosen_scores = list(dict.fromkeys(parse_kind(LOCALISATION_SCORES, word, "--score") for word in score_words))
+    if len({score.type for score in chosen_scores}) < len(chosen_scores):
+        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
     opened = store_of(finished, store)
     explained = _load(finished, opened, _chosen(finished, probes, rule), device)
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
@@ -146,11 +148,6 @@ def prepare(
     source = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
     kept = sorted({target.row for target in targets})[:examples]
     return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
-
-
-def _named(registry: Registry[K], names: Iterable[str], option: str) -> list[K]:
-    """Return the kinds of these names, each once. Raises BadInput, which begins with the option."""
-    return [registry.named(name, option).model_validate({}) for name in dict.fromkeys(names)]
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:

@@ -63,11 +63,14 @@ def attribute(
         _print_plan(plan_attribution(prepare(device=choose_device(device), **options)))
         return
     from featcache.attribution.attribute import attribute as run
-    from featcache.reporting.localisation import localisation_rows
+    from featcache.reporting.localisation import MARK, MARKED, localisation_rows
     from featcache.reporting.table import format_table
 
     if run(device=device, **options) is not None:
-        click.echo(format_table(*localisation_rows(options["run"])))
+        columns, rows = localisation_rows(options["run"])
+        click.echo(format_table(columns, rows))
+        if any(MARK in cell for row in rows for cell in row):
+            click.echo(MARKED)
 
 
 def _print_plan(plan: "AttributionPlan") -> None:
