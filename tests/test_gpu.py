@@ -119,3 +119,28 @@ def test_streamed_features_give_the_same_probes(store, runs, tmp_path):
     """Features that do not fit are read from the store in every epoch."""
     streamed = featcache.train_probes(GRID, store=store, run=tmp_path / "r", device="cuda", memory=2e5)
     assert {r["probe"] for r in streamed.scores} == {r["probe"] for r in runs[1].scores}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_captured_steps_train_the_same_probes(store, tmp_path, monkeypatch, precision):
+    """CUDA graphs against kernels launched one by one: an uneven last batch, clipping, probes that stop early."""
+    groups = [
+        group(f"{rule}-{batch}", "pooled", "linear", rule, batch_size=batch, epochs=12, patience=2, precision=precision,
+              keep="best")
+        for rule, batch in itertools.product(RATES, (8, 12))
+    ]  # fmt: skip
+    for probes in groups[::2]:
+        probes["optimizer"] = probes["optimizer"] | {"clip": 0.5}
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(1), replay(graph))[1])
+    captured = featcache.train_probes({"probes": groups}, store=store, run=tmp_path / "captured", device="cuda")
+    assert replayed
+    replayed.clear()
+    monkeypatch.setattr("featcache.probes.engine.training.can_capture", lambda spec, device: False)
+    eager = featcache.train_probes({"probes": groups}, store=store, run=tmp_path / "eager", device="cuda")
+    assert not replayed
+    for probe in {r["probe"] for r in eager.scores}:
+        left, right = (load_probe(run.path, probe) for run in (captured, eager))
+        assert left.epoch == right.epoch
+        for name, weight in right.weights.items():
+            assert (left.weights[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), (probe, name)

@@ -17,12 +17,15 @@ from featcache.cli.demo import demo
 from featcache.cli.export import export
 from featcache.cli.extract import extract
 from featcache.cli.faults import explain, scarcity
+from featcache.cli.finetune import finetune
 from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
+from featcache.cli.knn import knn
 from featcache.cli.layers import layers
 from featcache.cli.report import report
 from featcache.cli.schema import schema
 from featcache.cli.streams import drop_output, output_is_broken, prepare_streams
+from featcache.cli.svm import svm
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
 from featcache.errors import BadInput, one_line
@@ -60,7 +63,8 @@ def cli() -> None:
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, compare, attribute, report, export, import_probes, schema,
+    demo, layers, extract, inspect, verify, convert, train_probes, knn, svm, finetune, compare, attribute, report, export,
+    import_probes, schema,
 ):  # fmt: skip
     cli.add_command(debug_option(command))
 

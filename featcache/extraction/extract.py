@@ -9,7 +9,7 @@ from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of
+from featcache.backbones.precision import check_precision
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.datasets.record import Dataset
@@ -20,7 +20,7 @@ from featcache.extraction.job import Job, lay_out, measured, plan_job
 from featcache.extraction.settings import Settings
 from featcache.names import MANIFEST
 from featcache.ranks import Alone, join_ranks
-from featcache.store.manifest import Manifest, feature_of, read_manifest, split_of
+from featcache.store.manifest import Manifest, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes, with_axes
 from featcache.store.shard import Shard
@@ -222,14 +222,14 @@ def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
         ranks.say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that")
         torch.set_num_threads(begun["threads"])
     if begun.get("folded"):
-        trunk = fold_batch_norm(job.model.trunk, layers_of(map(feature_of, manifest.features)))
-        # The store was begun with the same backbone, so that there is something to fold again.
-        job.model.trunk = trunk if trunk is not None else job.model.trunk
+        raise BadInput(
+            f"{folder} was begun by an earlier version of featcache, with batch norms folded into the convolutions, which "
+            "this one does not do and whose last bits differ: choose another --store"
+        )
     if "cosine" in begun:
-        folded = "folded" if begun["folded"] else "not folded"
         ranks.say(
-            f"precision: {manifest.identity['precision']}, batch norms {folded}; on the first image every feature's "
-            f"cosine to float32 is at least {begun['cosine']:.6f}"
+            f"precision: {manifest.identity['precision']}; on the first image every feature's cosine to float32 is at least "
+            f"{begun['cosine']:.6f}"
         )
         if begun["cosine"] < TRUSTED_COSINE:
             ranks.say(

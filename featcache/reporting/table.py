@@ -59,28 +59,43 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     """Return (columns, rows of strings) of a run's probes, those that score best on the selection split first.
 
     Head and loss come first, then whatever varies between the probes. If some differ in their seed alone, the last
-    column has mean and standard deviation over their seeds. Without a selection split the order is that of the scores.
+    column has mean and standard deviation over these; it is the same for draws. Without a selection split the order is that of the scores.
     most: rows to return, by default all.
     """
     metric, split, name = run.metric, run.chosen_on, heading(run.metric)
     chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.scored_on)]
     if split:
-        chosen.sort(key=lambda r: -math.inf if r["value"] is None else gain(metric, r["value"]), reverse=True)
+        # A refit comes before the probe that was chosen, whose score on the selection split it has.
+        chosen.sort(
+            key=lambda r: (_gain(metric, run.chosen_by(r["probe"])["value"]), r["probe"] in run.sources), reverse=True
+        )
     seeds, texts = seed_texts(run, metric), naming(run)
     columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.scored_on} {name} [95%]"]
-    columns += [f"{run.scored_on} {name} over seeds"] if seeds else []
+    columns += [f"{run.scored_on} {name} over {over(run)}"] if seeds else []
     rows = []
     for row in chosen[:most]:
         test = run.row(row["probe"], metric, run.scored_on)
         rows.append([row["probe"], *(text(row) for text in texts.values())])
-        rows[-1] += [scored(metric, row["value"])] if split else []
+        rows[-1] += [scored(metric, run.chosen_by(row["probe"])["value"])] if split else []
         rows[-1] += [scored(metric, test["value"], test["low"], test["high"])]
         rows[-1] += [seeds.get(row["probe"], "-")] if seeds else []
     return columns, rows
 
 
+def _gain(metric: str, value: float | None) -> float:
+    return -math.inf if value is None else gain(metric, value)
+
+
+def over(run: Run) -> str:
+    """Return what means are taken over in a run: seeds, draws, or both."""
+    varying = [
+        f"{field}s" for field in ("seed", "draw") if len({row.get(field) for row in run.scores} - {None, ""}) > 1
+    ]
+    return " and ".join(varying) or "seeds"
+
+
 def seed_texts(run: Run, metric: str) -> dict[str, str]:
-    """Return {probe: mean ± std (n)} over the seeds on the role whose scores are reported, for probes that have several seeds."""
+    """Return {probe: mean ± std (n)} over seeds and draws on the role whose scores are reported, for probes that have several."""
     rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.scored_on]
     texts: dict[str, str] = {}
     for group in over_seeds(rows):

@@ -9,6 +9,7 @@ from featcache.feature import Feature
 from featcache.store.dtype import read_as, widen
 from featcache.store.folder import Folder
 from featcache.store.manifest import Manifest
+from featcache.store.mapped_rows import MappedRows
 from featcache.store.sources import Checked, open_source
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class FeatureArray:
             self._source.release()
 
     def release(self) -> None:
-        """Free the memory of rows that were read; they can be read again."""
+        """Let go of the files of rows that were read, so that they no longer count as memory; they can be read again."""
         self._source.release()
 
     def _pieces(self, size: int) -> list[tuple[int, int]]:
@@ -152,12 +153,15 @@ class FeatureArray:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (row numbers int64 [B], rows [B, ...]), every row exactly once; the last batch may be short.
 
-        size: rows of a batch. shuffle: yield the rows in random order, by way of a shuffle buffer: chunks of
-        neighbouring rows (`chunk_rows`, at most 256) are drawn at random from the whole split until they fill `memory`
-        bytes, their rows are shuffled, and the buffer is used up before it is filled again. If the feature fits into
-        `memory`, every order is equally likely. seed: int, or a sequence of ints such as (seed, epoch); the same seed
-        gives the same batches. memory: in bytes. The process needs this much, one piece of 32 MB and two batches,
-        whatever the size of the store. Raises BadInput for damage.
+        size: rows of a batch. shuffle: yield the rows in random order. seed: int, or a sequence of ints such as (seed,
+        epoch); the same seed gives the same batches. memory: in bytes; the process needs this much, one piece of 32 MB
+        and two batches, whatever the size of the store. Raises BadInput for damage.
+
+        If the feature fits into `memory`, every order is equally likely. Its shards, if they are at most 128
+        uncompressed local files, are then mapped, all chunks are checked before the first batch of the first epoch, and
+        rows are picked where they lie; the pages stay mapped until `release`. Otherwise rows go through a shuffle
+        buffer: chunks of neighbouring rows (`chunk_rows`, at most 256) are drawn at random from the whole split until
+        they fill `memory`, their rows are shuffled, and the buffer is used up before it is filled again.
 
             for numbers, rows in features.batches(256, shuffle=True, seed=(0, epoch)):
                 loss(head(torch.from_numpy(rows)), labels[numbers])
@@ -176,6 +180,10 @@ class FeatureArray:
         random = np.random.default_rng(seed)
         chunks = random.permutation(-(-len(self) // self.chunk_rows))
         chunks_at_once = max(int(memory) // (self._row_bytes * self.chunk_rows), 1)
+        rows = self._source.checked() if chunks_at_once >= len(chunks) else None
+        if rows is not None:
+            yield from self._picked(rows, random.permutation(len(self)), size)
+            return
         room = min(chunks_at_once * self.chunk_rows, len(self)) + size
         numbers, buffer = np.empty(room, np.int64), np.empty((room, *self.shape[1:]), self._source.dtype)
         filled = 0
@@ -195,3 +203,10 @@ class FeatureArray:
             rest = order[used:]
             filled = len(rest)
             numbers[:filled], buffer[:filled] = numbers[rest], buffer[rest]
+
+    def _picked(self, rows: MappedRows, order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the batches of a split whose rows are all mapped. order: int64 [N]."""
+        places = rows.places(np.arange(len(self)))
+        for start in range(0, len(order), size):
+            taken = order[start : start + size]
+            yield taken, widen(rows.take(places[taken]), self.stored_dtype)

@@ -5,7 +5,7 @@ import mmap
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -16,6 +16,7 @@ from featcache.store.dtype import STORED, hole
 from featcache.store.folder import Folder, LocalFolder
 from featcache.store.formats import Format, format_of
 from featcache.store.manifest import Manifest, feature_of, read_file, remedy
+from featcache.store.mapped_rows import MappedRows
 from featcache.store.marker import ShardFile, read_marker
 from featcache.store.shard import Shard
 from featcache.store.zarr_format import crc_of
@@ -39,7 +40,7 @@ def open_source(
     ids: list[str] | None = None,
     checked: Checked | None = None,
 ) -> "MappedShards | DecodedShards":
-    """Return the source of a feature's rows, with `take_range`, `fill`, `take` and `release`.
+    """Return the source of a feature's rows, with `take_range`, `fill`, `take`, `checked` and `release`.
 
     ids: the ids_sha256 that the marker of each shard must have; None leaves it unchecked.
     checked: remembers what is known to fit its checksum.
@@ -274,16 +275,42 @@ class MappedShards(_Shards):
         """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""
         if check:
             self._check_chunks(indices)
+        shards = indices // self.shard_rows
+        touched = np.unique(shards).tolist()
+        together = self._together(touched)
+        if together is not None:
+            return together.take(together.places(indices))
         out = np.empty((len(indices), *self.row), dtype=self.dtype)
-        shards, local = np.divmod(indices, self.shard_rows)
-        for shard in np.unique(shards):
-            view = self.view(int(shard))
-            if len(view) == 1 and shards[0] == shards[-1] == shard and (shards == shard).all():
-                return view[0][local]
+        for shard in touched:
             here = np.flatnonzero(shards == shard)
-            blocks, within = np.divmod(local[here], view.shape[1])
-            out[here] = view[blocks, within]
+            rows = MappedRows({shard: self.view(shard)}, self.shard_rows)
+            out[here] = rows.take(rows.places(indices[here]))
         return out
+
+    def _together(self, shards: Sequence[int]) -> MappedRows | None:
+        """Map shards all at once; None if there are none, or too many."""
+        if not 0 < len(shards) <= MAPPED_SHARDS:
+            return None
+        for shard in shards:
+            self.view(shard)
+        # Some are gone again if this process ran out of file handles.
+        if not all(shard in self._views for shard in shards):
+            return None
+        return MappedRows({shard: self._views[shard] for shard in shards}, self.shard_rows)
+
+    def checked(self) -> MappedRows | None:
+        """Map all shards, check every chunk where it lies, and return all rows; None if the shards are too many for that.
+
+        Raises BadInput for damage. The pages that are read count as this process's memory until `release`, but they are
+        those of the page cache, and the system takes them back when it needs memory.
+        """
+        shards = range(self.manifest.shards(self.split))
+        rows = self._together(shards)
+        if rows is not None:
+            for shard in shards:
+                if not all(self._known(shard)):
+                    self._check(shard, *self.manifest.rows_of(self.split, shard))
+        return rows
 
 
 def _copy(view: np.ndarray, start: int, out: np.ndarray) -> None:
@@ -382,6 +409,9 @@ class DecodedShards(_Shards):
     def fill(self, out: np.ndarray, start: int) -> None:
         """Copy rows from `start` on into out [n, ...], checked as in take_range."""
         out[:] = self.take_range(start, start + len(out))
+
+    def checked(self) -> None:
+        """Return None: no shard is mapped."""
 
     def take(self, indices: np.ndarray, check: bool = False) -> np.ndarray:
         """Copy rows by their numbers, int [n]. check: check their chunks first, as take_range does."""

@@ -15,6 +15,7 @@ import yaml
 from extracting import SIZE
 from loop import train_block
 from parts import Head, Loss, Optimizer, Schedule
+from processes import start_training as start
 
 import featcache
 from featcache.errors import BadInput
@@ -119,19 +120,6 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
         (alone,) = training.finish()
         assert_equal({"x": probe.weights}, {"x": alone.weights}, exactly=False)
         assert probe.losses == pytest.approx(alone.losses, abs=1e-6)
-
-
-STEP = (
-    "import featcache.probes.engine.sweep as s; s.SAVE_SECONDS = 0; s.TELL_SECONDS = 0.05; "
-    "from featcache.cli import main; main()"
-)
-
-
-def start(grid, store, run, *more, code=STEP):
-    words = ["train-probes", "--grid", grid, "--store", store, "--run", run, *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.mark.process
@@ -250,7 +238,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(tmp_path, optimizer):
         training.validated(torch.rand(4, generator=torch.Generator().manual_seed(epoch), dtype=torch.float64))
     (tmp_path / "partial").mkdir()
     training.save(tmp_path, Origin("store", "run"))
-    other = Training.restored(state_path(tmp_path, training.name), 12, 3, labels)
+    other = Training.restored(state_path(tmp_path, training.name), lambda spec: 12, 3, labels)
     for t in (training, other):
         for _ in range(2):
             run_epoch(t, features, labels)
@@ -366,6 +354,35 @@ def test_lbfgs_probes_train_beside_others_and_are_not_streamed(store, tmp_path):
     with pytest.raises(BadInput, match="the optimizer lbfgs has none"):
         search = {"type": "halving", "factor": 3, "first": 0.3}
         featcache.train_probes(grid | {"search": search}, store=store, run=tmp_path / "s")
+
+
+@pytest.mark.parametrize("loss", ["bce", "ce", "squared_hinge"])
+def test_a_full_batch_probe_says_how_far_from_its_optimum_it_is(store, tmp_path, capsys, loss):
+    """In its file, and in a line where it ended short. A mini-batch probe says nothing of the kind."""
+    short = {"type": "lbfgs", "weight_decay": 0.01, "iterations": 1}
+    enough = {"type": "lbfgs", "weight_decay": 0.01}
+    groups = [LINEAR | {"name": name, "optimizer": o} for name, o in (("short", short), ("enough", enough))]
+    grid = {"probes": [group | {"loss": loss} for group in [*groups, LINEAR]]}
+    run = featcache.train_probes(grid, store=store, run=tmp_path / "r")
+    for probe in probes_of(run):
+        solver, optimality = probe.spec.optimizer, probe.optimality
+        if solver.type != "lbfgs":
+            assert optimality is None
+            continue
+        assert (probe.stopped is None) == (solver.iterations == 1000)
+        if probe.stopped is None:
+            assert optimality.distance <= 1e-5 and optimality.gradient <= 1
+            best = probe
+        else:
+            assert optimality.gradient > 1
+            far = probe
+    gap = (far.weights["fc0.weight"] - best.weights["fc0.weight"]).norm() / far.weights["fc0.weight"].norm()
+    assert 0 < gap <= 1.1 * far.optimality.distance
+    away = f"up to {far.optimality.distance:.1e} of its weights from the optimum"
+    assert (
+        f"warning: probe {far.spec.id} had not converged after 1 Newton steps (lbfgs, {away})"
+        in capsys.readouterr().err
+    )
 
 
 def test_attentive_probes_read_tokens_and_maps(store, tmp_path):

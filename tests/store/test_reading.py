@@ -117,6 +117,33 @@ def test_every_row_once_an_epoch(array, size, memory, seed, shuffle):
     assert np.array_equal(numbers, same)
 
 
+@pytest.mark.parametrize("name", ["pooled", "spatial"])
+def test_picking_from_mapped_shards_is_picking_from_a_buffer(kind, name, monkeypatch):
+    def batches():
+        stored = featcache.open_store(kind[0])["train"][name]
+        return [
+            (numbers.copy(), rows)
+            for epoch in (0, 1)
+            for numbers, rows in stored.batches(4, shuffle=True, seed=(3, epoch))
+        ]
+
+    mapped = batches()
+    monkeypatch.setattr("featcache.store.sources.MAPPED_SHARDS", 1)
+    for (numbers, rows), (numbers_of_buffer, rows_of_buffer) in zip(mapped, batches(), strict=True):
+        assert np.array_equal(numbers, numbers_of_buffer) and rows.dtype == rows_of_buffer.dtype
+        assert rows.tobytes() == rows_of_buffer.tobytes()
+
+
+def test_rows_picked_from_mapped_shards_are_ones_own(kind):
+    stored = featcache.open_store(kind[0])["train"]["spatial"]
+    numbers, rows = next(stored.batches(4, shuffle=True))
+    expected = rows.copy()
+    stored.release()
+    assert np.array_equal(rows, expected) and np.array_equal(stored[numbers], expected)
+    rows[:] = 0
+    assert np.array_equal(stored[numbers], expected)
+
+
 def test_orders_differ_and_mix(array):
     stored, _ = array
     first, second = ([n for n, _ in stored.batches(4, shuffle=True, seed=(0, epoch))] for epoch in (0, 1))

@@ -1,7 +1,7 @@
 """What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -51,13 +51,32 @@ class Head(Part):
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     # Whether it reads tokens, which have no position in a map.
     reads_tokens: ClassVar[bool] = False
-    # Whether pooling the features first gives the same logits, which is true of a plain linear layer alone.
-    commutes: ClassVar[bool] = False
+    # Whether it has weights that are trained. A head without reads the training images whenever it predicts.
+    trains: ClassVar[bool] = True
+
+    @property
+    def commutes(self) -> bool:
+        """Whether pooling the features first gives the same logits, which is true of a plain linear layer alone."""
+        return False
 
     @property
     def averages_features(self) -> bool:
         """Whether it averages the features over positions rather than the logits."""
         return False
+
+    @property
+    def shared(self) -> Hashable:
+        """What the heads of one block have in common."""
+        return self
+
+    @property
+    def scored_on_training(self) -> bool:
+        """Whether it is scored on the images that it learns from."""
+        return True
+
+    def short_of(self, images: int) -> str | None:
+        """Return a line for the user if it needs more training images than there are, else None."""
+        return None
 
     @property
     def pools_first(self) -> bool:
@@ -112,15 +131,20 @@ class Head(Part):
         """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
         return rows < MANY_ROWS
 
-    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
-        """Return (field, reason) if it cannot train on a feature with so many positions, else None.
+    def misfit(
+        self, features: Sequence[Feature], width: int, positions: int, batch_size: int
+    ) -> tuple[str, str] | None:
+        """Return (field, reason) if it cannot train on features side by side with so many positions, else None.
 
-        width: of the feature. batch_size: images of a mini-batch.
+        width: of all of them. batch_size: images of a mini-batch.
         """
         return None
 
-    def resolved(self, classes: int) -> Self:
-        """Return the head with its offset as a number. Raises BadInput if -ln(C-1) is not finite."""
+    def resolved(self, classes: int, cells: int = 1) -> Self:
+        """Return the head with numbers for what depends on the store. Raises BadInput if the offset -ln(C-1) is not finite.
+
+        cells: how many neighbouring numbers of the feature are one channel's.
+        """
         if isinstance(self.offset, float):
             return self
         if classes < 2:

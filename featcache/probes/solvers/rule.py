@@ -26,8 +26,11 @@ class UpdateRule:
         self.decay = _numbers([s.weight_decay for s in solvers], device)
         self.clip = _numbers([s.clip for s in solvers], device)
         self.precision = precision
-        self.memory = Memory.shared()
+        # On a GPU, whose allocator keeps memory anyway, a captured step relies on memory that no other block uses.
+        self.memory = Memory.shared() if device.type == "cpu" else Memory()
         self.steps = 0
+        # Numbers of the parameters that weight decay leaves alone.
+        self.undecayed: frozenset[int] = frozenset()
 
     def zeros(self) -> list[Tensor]:
         """Return a tensor of zeros for each parameter."""
@@ -41,9 +44,12 @@ class UpdateRule:
         """Update one parameter in place."""
         raise NotImplementedError
 
+    def advance(self) -> None:
+        """See Rule.advance."""
+        self.steps += 1
+
     def step(self, gradients: list[Gradient], rates: Tensor) -> None:
         """See Rule.step."""
-        self.steps += 1
         if self.clip is not None:
             gradients = self._clipped(gradients, self.clip)
         for number, gradient in enumerate(gradients):
@@ -66,10 +72,14 @@ class UpdateRule:
         out = self.memory.tensor(("gradient", number), (*left.shape[:-1], right.shape[-1]), parameter)
         return multiply(left, right, self.precision, out).view(parameter.shape)
 
+    def decay_of(self, number: int) -> Tensor | None:
+        """Return each probe's weight decay of a parameter, [P], or None if there is none."""
+        return None if number in self.undecayed else self.decay
+
     def decayed(self, number: int, gradient: Gradient) -> Tensor:
         """Return the dense gradient with weight decay added."""
-        dense, parameter = self.dense(number, gradient), self.parameters[number]
-        return dense if self.decay is None else dense.addcmul_(parameter, per_probe(self.decay, parameter))
+        dense, parameter, decay = self.dense(number, gradient), self.parameters[number], self.decay_of(number)
+        return dense if decay is None else dense.addcmul_(parameter, per_probe(decay, parameter))
 
 
 def _numbers(values: list[float], device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,13 +12,16 @@ from featcache.probes.heads.head import Gradient
 from featcache.probes.part import Whole
 from featcache.probes.solvers.momentum import MomentumSolver
 from featcache.probes.solvers.rule import UpdateRule, per_probe
+from featcache.probes.solvers.solver import DecayingSolver
 
 
-class Sgd(MomentumSolver):
+class Sgd(MomentumSolver, DecayingSolver):
     """SGD with momentum, torch.optim.SGD's."""
 
     type: Literal["sgd"] = "sgd"
     nesterov: bool = Field(False, description="whether the step looks ahead along the momentum")
+
+    capturable: ClassVar[bool] = True
 
     def conflict(self, spec: Whole) -> str | None:
         """See Part.conflict."""
@@ -55,8 +58,9 @@ class SgdRule(UpdateRule):
             move = torch.addcmul(dense, velocity, per_probe(self.momenta, velocity))
         else:
             self._accumulate(velocity, gradient)
-            if self.decay is not None:
-                velocity.addcmul_(parameter, per_probe(self.decay, parameter))
+            decay = self.decay_of(number)
+            if decay is not None:
+                velocity.addcmul_(parameter, per_probe(decay, parameter))
         parameter.addcmul_(move, per_probe(rates, parameter), value=-1)
 
     def _accumulate(self, velocity: Tensor, gradient: Gradient) -> None:
