@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import featcache
 from featcache.attribution.scores import LOCALISATION_SCORES
 from featcache.attribution.scores.box_iou import BoxIoU
 from featcache.attribution.scores.compactness import Compactness
@@ -83,8 +84,6 @@ def test_a_mean_over_few_of_the_maps_is_marked():
 
 
 def test_scores_are_chosen_with_fields(store, command, tmp_path):
-    import featcache
-
     grid = {
         "probes": [
             {
@@ -109,3 +108,23 @@ def test_scores_are_chosen_with_fields(store, command, tmp_path):
     assert code == 2 and "twice with different fields" in err
     code, _, err = command(*words, "--score", "box_iou:threshold=2")
     assert code == 2 and "--score box_iou:threshold=2: threshold: input should be less than or equal to 1" in err
+
+
+def test_a_random_head_stands_beside_each_probe(store, command, tmp_path):
+    grid = {"features": "spatial", "head": ["linear", {"type": "mlp", "hidden": 8}], "loss": "bce", "epochs": 1}
+    grid |= {"optimizer": {"type": "sgd", "lr": 0.5}}
+    run = featcache.train_probes({"probes": [grid]}, store=store, run=tmp_path / "r")
+    probes = list(dict.fromkeys(row["probe"] for row in run.scores))
+    chosen = [word for probe in probes for word in ("--probe", probe)]
+    tables = []
+    for seed in (0, 1):
+        code, out, err = command("attribute", "--run", run.path, *chosen, "--limit", 4, "--sanity", "--seed", seed)
+        assert code == 0, err
+        assert out.count("gradcam (random head)") == 2 and out.count("gradcam") == 4
+        tables.append([line.split(",") for line in (run.path / "attribution.csv").read_text().splitlines()])
+    plain = featcache.attribute(run.path, probes=probes, limit=4)
+    for left, right in zip(*tables, strict=True):
+        assert left[:2] == right[:2] and (left == right) == ("random head" not in left[1]), "the seed draws it"
+    assert len(tables[0]) - 1 == 2 * len(plain)
+    code, _, err = command("report", "--run", run.path, "--out", tmp_path / "page.html")
+    assert code == 0, err
