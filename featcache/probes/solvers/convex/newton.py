@@ -13,7 +13,7 @@ that at a distance |W - W*| from the optimum the norm is at least decay |W - W*|
 |W|, whatever the decay and the scale of the features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,28 @@ class _Search(NamedTuple):
     inexact: Tensor
 
     def keep(self, kept: Tensor) -> "_Search":
+        """Return the problems of a mask, bool [Q]."""
         return _Search(*(field[kept] for field in self))
+
+    def after(self, norm: Tensor, objective: Tensor) -> "_Search":
+        """Return the search after a look at the norms of its gradients and its objectives, both [Q]."""
+        better = (norm < 0.9 * self.lowest_norm) | (objective < self.lowest - 10 * ROUNDING * self.lowest.abs())
+        return self._replace(
+            stale=torch.where(better, 0, self.stale + 1),
+            lowest_norm=torch.minimum(norm, self.lowest_norm),
+            lowest=torch.minimum(objective, self.lowest),
+        )
+
+    def moved(self, length: Tensor, step: Tensor, move: Tensor, value: Tensor) -> "_Search":
+        """Return the search after steps, of which each problem takes a length [Q]. move: of the logits."""
+        inexact = torch.where(length < 1, self.inexact / 10, self.inexact).clamp(min=LEAST_INEXACT)
+        length = length.view(-1, 1, 1)
+        return self._replace(
+            points=self.points + length * step,
+            logits=self.logits.add_(length * move),
+            value=value,
+            inexact=inexact,
+        )
 
 
 def minimise(
@@ -104,8 +125,9 @@ def minimise(
     endless = torch.full_like(decay, torch.inf)
     now = _Search(torch.arange(count, device=start.device), start, logits, basis.penalty(decay), loss.value(logits), least,
                   steps, endless, endless, torch.zeros_like(steps), torch.full_like(decay, INEXACT))  # fmt: skip
-    points, taken_by = torch.empty_like(start), torch.empty_like(steps)
     objectives, sizes, away, gradient = (torch.empty_like(decay) for _ in range(4))
+    # Filled in where problems end.
+    ends = Optima(torch.empty_like(start), now.value, objectives, sizes, away, gradient, torch.empty_like(steps))
     values, losses = now.value.clone(), []
     for taken in range(int(steps.max()) + 1):
         values[now.numbers] = now.value
@@ -116,19 +138,15 @@ def minimise(
         norm, objective = basis.slant(slope), now.value + _dot(decayed, now.points) / 2
         if taken == 0:
             now = now._replace(least=torch.maximum(now.least, share * norm))
-        weight = decayed.flatten(1).norm(dim=1)
-        enough = torch.maximum(tolerance * weight, now.least)
-        better = (norm < 0.9 * now.lowest_norm) | (objective < now.lowest - 10 * ROUNDING * now.lowest.abs())
-        stale = torch.where(better, 0, now.stale + 1)
-        now = now._replace(
-            stale=stale, lowest_norm=torch.minimum(norm, now.lowest_norm), lowest=torch.minimum(objective, now.lowest)
-        )
-        going = (norm > enough) & (stale < PATIENCE) & (taken < now.steps)
+        enough = torch.maximum(tolerance * decayed.flatten(1).norm(dim=1), now.least)
+        now = now.after(norm, objective)
+        going = (norm > enough) & (now.stale < PATIENCE) & (taken < now.steps)
         if not going.all():
-            ended = now.numbers[~going]
-            points[ended], objectives[ended], taken_by[ended] = now.points[~going], objective[~going], taken
-            sizes[ended] = (now.points * (now.penalty > 0)).flatten(1).norm(dim=1)[~going]
-            away[ended], gradient[ended] = ratio(norm, decay[now.numbers])[~going], ratio(norm, enough)[~going]
+            over = ~going
+            ended = now.numbers[over]
+            ends.points[ended], ends.objectives[ended], ends.steps[ended] = now.points[over], objective[over], taken
+            ends.sizes[ended] = (now.points * (now.penalty > 0)).flatten(1).norm(dim=1)[over]
+            ends.away[ended], ends.gradient[ended] = ratio(norm[over], decay[ended]), ratio(norm[over], enough[over])
             if not going.any():
                 break
             now, loss = now.keep(going), loss.take(going.nonzero()[:, 0])
@@ -136,12 +154,8 @@ def minimise(
         step = _newton(basis, loss, slope, curvature, now.penalty, now.inexact)
         move = basis.along(step)
         length, value = _length(loss, now, step, move, objective, _dot(slope, step))
-        exact = torch.where(length < 1, now.inexact / 10, now.inexact).clamp(min=LEAST_INEXACT)
-        length = length.view(-1, 1, 1)
-        now = now._replace(
-            inexact=exact, points=now.points + length * step, logits=now.logits.add_(length * move), value=value
-        )
-    return Optima(points, torch.stack(losses), objectives, sizes, away, gradient, taken_by)
+        now = now.moved(length, step, move, value)
+    return replace(ends, losses=torch.stack(losses))
 
 
 def ratio(missing: Tensor, size: Tensor) -> Tensor:
