@@ -67,8 +67,7 @@ def chosen_refits(
     memory: as for engine.scoring.load_predictors.
     """
     (metric, role), store = selection, sets.store
-    labels = {role: load_labels(store, sets.splits[role])}
-    metrics = metrics_of(store.task, metric)
+    labels, metrics = {role: load_labels(store, sets.splits[role])}, metrics_of(store.task, metric)
     scored = score_probes(folder, specs, store, sets.splits, labels, device, (), metrics, memory)
     fields = list(dict.fromkeys(field for spec in specs for field in spec.flat()))
     columns = [field_column(name, fields, "refit.per") for name in refit.per]

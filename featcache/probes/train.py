@@ -232,11 +232,12 @@ def begin_run(
     folds: Sequence[ProbeSpec],
     planned: Buffers,
     plan: Callable[[Iterable[ProbeSpec]], Buffers],
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
     """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
     folds: of the grid's probes, with a fold held out. planned: how features would be read in a new run. plan: the
-    function that says so. Returns (content of run.json so far, the specs of the probes in the folder that are not of
+    function that says so. facts: further fields of run.json. Returns (content of run.json so far, the specs of the probes in the folder that are not of
     this grid), or None if this grid is finished already. Raises BadInput if the folder holds something else.
     """
     basis, specs = task.basis.to_json(), task.resolved.specs
@@ -267,7 +268,9 @@ def begin_run(
     if of_grids:
         click.echo(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores", err=True)
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
-    summary = basis | {
+    summary = {
+        **basis,
+        **(facts or {}),
         # How features are read decides the order of the rows, so a run never changes it.
         "buffers": planned | begun.get("buffers", {}),
         "grids": grids,

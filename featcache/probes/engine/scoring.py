@@ -116,11 +116,11 @@ def score_probes(
     metrics: Sequence[str],
     memory: float | None = None,
 ) -> dict[tuple[str, str], Scored]:
-    """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and roles.
+    """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and labels.
 
-    splits: {role: splits of the store}. labels: {role: labels of its images} of the roles to score. intervals: roles whose scores get
-    an interval. metrics: names of those to compute. memory: as for load_predictors. A probe that is not scored on the
-    images that it learns from lacks the role train.
+    splits: {role: splits of the store}. labels: {role: labels of its images} of the roles to score on. intervals: roles
+    whose scores get an interval. metrics: names of those to compute. memory: as for load_predictors. A probe that is not
+    scored on the images that it learns from lacks the role train.
     """
     scored, places = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(labels), unit="score", desc="score") as progress:
