@@ -43,7 +43,8 @@ def table(path):
 
 def assert_equal(row, other):
     """The same columns and words, and the same numbers but for rounding."""
-    assert row.keys() == other.keys()
+    # Kinds that are newer than the old run have columns of their own.
+    assert row.keys() <= other.keys()
     for column, text in row.items():
         try:
             assert float(other[column]) == pytest.approx(float(text), abs=ROUNDING, nan_ok=True), column
