@@ -225,7 +225,7 @@ def test_torchvision_and_the_compiler_stay_whole():
 
 def test_every_command_explains_itself(command):
     commands = (
-        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "knn", "svm", "compare", "attribute",
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "knn", "svm", "finetune", "compare", "attribute",
         "report", "export", "import-probes",
     )  # fmt: skip
     for name in commands:
