@@ -58,6 +58,10 @@ class Source:
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
+    def channels(self, feature: Feature) -> int:
+        """Return how many channels a map of the store has."""
+        return self.split.store.manifest.features[str(feature)]["shape"][0]
+
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""

@@ -40,7 +40,7 @@ def _places(task: Task) -> Iterator[tuple[int, int, int, int, tuple[str, ...]]]:
                 for number, target in enumerate(targets):
                     identity = (
                         one.probe,
-                        kind.label,
+                        one.named(kind),
                         split.name,
                         split.ids[target.row],
                         split.store.classes[target.label],

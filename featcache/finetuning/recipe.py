@@ -171,6 +171,8 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"select.metric: {metric!r} does not fit {data.task} labels; use {' or '.join(metrics_of(data.task))}"
         )
+    if grid.selection.folds:
+        errors.append("select.folds: is for probes on a store; choose on val")
     chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if not splits.keys() & {chosen_on, "test"}:
         errors.append(
@@ -181,7 +183,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
-        if resolved := resolved and sampled(resolved, None, group, sets, errors):
+        if resolved := resolved and sampled(resolved, None, group, sets, errors, chosen_on):
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")

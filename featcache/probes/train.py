@@ -146,6 +146,11 @@ def train_probes(
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
             summary, others = begun
+            sets.subsets.update({name: str(entry["list"]) for name, entry in _lists(summary).items()})
+            # What may be wrong with the lists of other grids is said before anything is trained.
+            for spec in others:
+                if spec.fold:
+                    sets[spec.sample]
             buffers = summary["buffers"]
         metric, role = task.resolved.metric, task.resolved.chosen_on
         selection, run_id = (metric, None if role == FOLDS else role), identity(summary)
@@ -156,7 +161,7 @@ def train_probes(
         everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
         if refit := _refit(task.grid, summary):
             assert role is not None, "a refit is chosen on val"
-            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device)
+            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device, memory)
             alone = (None, ranks.alone(), run_id)
             train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
             everything += refits
@@ -206,6 +211,12 @@ def chosen_split(grid: Grid, chosen_on: str | None, folds: int | None = None) ->
         return {"folds": folds}
     split = NOTHING if grid.reports_all else chosen_on
     return {"split": split} if split else {}
+
+
+def _lists(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {NAME#DIGEST: its entry in run.json} of the lists of images that grids of a run trained on."""
+    samples: dict[str, dict[str, Any]] = summary.get("samples", {})
+    return {name.removeprefix("subset "): entry for name, entry in samples.items() if "list" in entry}
 
 
 def _refit(grid: Grid, summary: Mapping[str, Any]) -> Refit | None:

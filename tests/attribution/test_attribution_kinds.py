@@ -164,7 +164,10 @@ def test_broken_packages_are_one_line(run, tmp_path, packages, message):
 
 def test_an_unknown_score_is_answered_by_the_nearest(run, command):
     code, _, err = command("attribute", "--run", run, "--score", "egp")
-    assert code == 2 and "--score: unknown localisation score 'egp'; did you mean 'epg'? (known: epg)" in err
+    assert (
+        code == 2
+        and "--score: unknown localisation score 'egp'; did you mean 'epg'? (known: epg, pointing_game, " in err
+    )
 
 
 def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, command):
