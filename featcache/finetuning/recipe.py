@@ -16,6 +16,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput, nearest
+from featcache.extraction.images import check_decoder
 from featcache.feature import beside, parse_beside
 from featcache.finetuning.network import Source, batch_norms
 from featcache.probes.grids.grid import Grid, load_grid, refuse
@@ -43,6 +44,11 @@ class Configurations:
     metric: str
     chosen_on: str | None
     sets: TrainingSets
+
+    @property
+    def scored(self) -> list[str]:
+        """The roles that are scored. The training images are only if nothing else is to choose on."""
+        return [role for role in self.splits if role != "train" or self.chosen_on == "train"]
 
 
 class Records:
@@ -100,6 +106,7 @@ def prepare(
     _check_groups(grid)
     data = _read(grid, dataset, root)
     backbone, _ = source.load(data)
+    check_decoder("exact", backbone.preprocessing)
     start = _start(open_run(head_from), rule, data, backbone) if head_from is not None else None
     if rule is not None and start is None:
         raise BadInput("--select chooses the probe of --head-from, the run that the heads start from; name it too")
@@ -131,6 +138,7 @@ def _check_groups(grid: Grid) -> None:
         errors.append("search: compares probes of one pass over a store, and fine-tuning has none; leave it out")
     if grid.store:
         errors.append("store: fine-tuning reads images; leave it out")
+    errors += [f"{key}: is for probes on a store; leave it out" for key in ("refit", "folds") if key in grid.content]
     refuse(grid.path, errors)
 
 
@@ -162,6 +170,8 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"select.metric: {metric!r} does not fit {data.task} labels; use {' or '.join(metrics_of(data.task))}"
         )
+    if grid.selection.folds:
+        errors.append("select.folds: is for probes on a store; choose on val")
     chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if not splits.keys() & {chosen_on, "test"}:
         errors.append(
@@ -172,7 +182,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
-        if resolved := resolved and sampled(resolved, None, group, sets, errors):
+        if resolved := resolved and sampled(resolved, None, group, sets, errors, chosen_on):
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")

@@ -172,6 +172,11 @@ class TestLowShot:
             assert re.search(rf"layer4:pooled +{k} +3 +" + " +".join(f"{100 * v:.2f}" for v in numbers), out), out
         assert "std (ddof 1)" in out and "k = 1: no cross-validation, cost 1" in out and "k = 2: 2 folds" in out
 
+    def test_a_single_shot_alone_is_not_said_to_be_cross_validated(self, store, command, tmp_path):
+        words = ("--features", "pooled", "--low-shot", "--shots", 1, "--samples", 1, "--run", tmp_path / "run")
+        code, out, err = command("svm", "--store", store, *words)
+        assert code == 0 and "k = 1: no cross-validation, cost 1" in out and "stratified" not in out, err
+
     def test_parity_chooses_the_cost_on_test(self, store, command, tmp_path):
         words = ("--features", "pooled", "--low-shot", "--shots", "1,4", "--samples", 2, "--costs", COSTS)
         code, out, err = command("svm", "--store", store, *words, "--parity", "openmixup", "--run", tmp_path / "run")

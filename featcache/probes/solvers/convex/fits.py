@@ -69,7 +69,7 @@ def _fit(problems: list[Problem], basis: Eigenbasis, head: Linear, labels: Tenso
         rows = zip(*(field.cpu() for field in fields), strict=True)
         pieces |= {place: _Piece(*row) for place, row in zip(places.tolist(), rows, strict=True)}
     return [
-        _joined([pieces[place] for place in range(start, start + parts)], head.bias)
+        _joined([pieces[place] for place in range(start, start + parts)], head.bias, curvature.convex)
         for start in range(0, len(numbers), parts)
     ]
 
@@ -85,13 +85,15 @@ class _Piece(NamedTuple):
     gradient: Tensor
 
 
-def _joined(pieces: list[_Piece], bias: bool) -> Fit:
+def _joined(pieces: list[_Piece], bias: bool, convex: bool) -> Fit:
+    """Return the Fit of a probe. convex: whether its loss is, without which the distance is not known."""
     weight = torch.cat([piece.weight for piece in pieces])
     last = max(int(piece.steps) for piece in pieces)
     # A problem that ended early keeps its last loss.
     losses = sum(piece.losses[torch.arange(last + 1).clamp(max=int(piece.steps))] for piece in pieces)
     away = torch.stack([piece.distance * piece.weight.norm() for piece in pieces]).norm()
     distance = float(away / weight.norm()) if away > 0 else 0.0
+    distance = distance if convex else math.inf
     gradient = max(float(piece.gradient) for piece in pieces)
     weights = {"fc0.weight": weight.float()}
     if bias:

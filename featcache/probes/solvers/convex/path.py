@@ -68,10 +68,10 @@ class Path:
 
     def _station(self, decay: float) -> int:
         """Return the power of ten from which the search for a decay starts; above the first power it starts at zero."""
-        if decay >= 10.0**self.first:
+        if decay > 10.0**self.first:
             return self.first + 1
         last = self.first - POWERS + 1
-        return next((power for power in range(last, self.first) if 10.0**power > decay), self.first)
+        return next((power for power in range(last, self.first) if 10.0**power >= decay), self.first)
 
     def _down(self, points: Tensor, decay: float) -> Tensor:
         """Return all points roughly at the optima of a decay."""
