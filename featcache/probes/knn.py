@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from featcache.arguments import FLAG, NAME, PATH, takes, whole
+from featcache.arguments import FLAG, NAME, PATH, listed, takes, whole
 from featcache.errors import BadInput, nearest, shown
+from featcache.probes.grids.selection import NOTHING
 from featcache.probes.heads.knn import Knn
 from featcache.probes.losses.bce import Bce
 from featcache.probes.losses.ce import Ce
@@ -66,7 +67,7 @@ def knn(
     distance: in place of those that `weights`, a name of WEIGHTINGS, stands for; several values give several probes.
     shots: few-shot, the number of training images of each class, drawn `tries` times with the seeds `seed`, `seed` + 1,
     ...; k is then at most that number, and that number itself, as in DINOv2. leave_one_out: choose k and the like on the training images, each without itself, rather than on val. splits:
-    {role: splits of the store} for train, val and test. metric: to choose by. run, device, memory, allow_overlap: as
+    {role: splits of the store} for train, val and test; without val nothing is chosen, and all are reported. metric: to choose by. run, device, memory, allow_overlap: as
     for train_probes.
 
     Returns the Run, as train_probes does of the same grid, which knn_grid() returns. Raises BadInput.
@@ -101,16 +102,19 @@ def knn_grid(
     given = {"k": k, "temperature": temperature, "distance": distance}
     fields = WEIGHTINGS[weights] | {name: value for name, value in given.items() if value is not None}
     head = {"type": Knn.word()} | {name: _plain(value) for name, value in fields.items()}
-    multi_label = open_store(store).task == "multi-label"
+    opened = open_store(store)
     group = {
         "name": weights,
         "features": _plain(features),
         "head": head | ({"leave_one_out": True} if leave_one_out else {}),
-        "loss": (Bce if multi_label else Ce).word(),
+        "loss": (Bce if opened.task == "multi-label" else Ce).word(),
         "optimizer": NoTraining.word(),
         "views": 0,
     }
-    select = ({"metric": metric} if metric else {}) | ({"split": "train"} if leave_one_out else {})
+    others = [name for role, names in (splits or {}).items() if role != "val" for name in listed(names)]
+    without_val = "val" not in (splits or {}) and ("val" not in opened.splits or "val" in others)
+    split = "train" if leave_one_out else NOTHING if without_val else None
+    select = ({"metric": metric} if metric else {}) | ({"split": split} if split else {})
     grid: dict[str, Any] = {"probes": _few_shot(group, *draws)}
     if splits:
         grid["splits"] = {role: _plain(names) for role, names in splits.items()}

@@ -186,23 +186,12 @@ class Search:
         certain = torch.ones(len(images), dtype=torch.bool, device=images.device)
         if not everything:
             certain = values[:, -1] < values[:, k - 1] - margin.squeeze(1)
-        doubtful = torch.full_like(values, draw.exact or tf32, dtype=torch.bool)
-        for wanted in draw.ks:
-            if wanted < size:
-                low, high = values[:, wanted, None], values[:, wanted - 1, None]
-                doubtful |= (high - low <= margin) & (values >= high - margin) & (values <= low + margin)
+        doubtful = (
+            torch.full_like(values, True, dtype=torch.bool) if draw.exact or tf32 else _close(values, draw.ks, margin)
+        )
         doubtful &= (values > -torch.inf) & certain.unsqueeze(1)
         rows, similarities = columns.clone(), self._as_similarities(values, norms)
-        places = doubtful.nonzero()
-        if len(places):
-            begins = doubtful & ~torch.cat([torch.zeros_like(doubtful[:, :1]), doubtful[:, :-1]], 1)
-            runs = begins.flatten().cumsum(0)[doubtful.flatten()]
-            numbers = columns[doubtful]
-            exact = self._exact(images, norms, places[:, 0], numbers)
-            order = numbers.argsort(stable=True)
-            order = order[exact[order].argsort(descending=True, stable=True)]
-            order = order[runs[order].argsort(stable=True)]
-            rows[doubtful], similarities[doubtful] = numbers[order], exact[order]
+        self._sort(doubtful, rows, similarities, images, norms)
         rows, similarities = rows[:, :k].contiguous(), similarities[:, :k].contiguous()
         again = (~certain).nonzero().squeeze(1)
         if len(again):
@@ -213,6 +202,22 @@ class Search:
                 found = self._in_float64(images[again], others, draw)
             rows[again], similarities[again] = found.rows, found.similarities
         return Neighbours(rows, similarities)
+
+    def _sort(self, doubtful: Tensor, rows: Tensor, similarities: Tensor, images: Tensor, norms: Tensor) -> None:
+        """Sort the candidates that are doubtful, bool [q, n], by exact similarities, in place.
+
+        Neighbouring ones form a run, which keeps its place: the order of what lies before and behind it is certain.
+        """
+        if not doubtful.any():
+            return
+        begins = doubtful & ~torch.cat([torch.zeros_like(doubtful[:, :1]), doubtful[:, :-1]], 1)
+        runs, numbers = begins.flatten().cumsum(0)[doubtful.flatten()], rows[doubtful]
+        exact = self._exact(images, norms, doubtful.nonzero()[:, 0], numbers)
+        # By run, then by similarity, then by row.
+        order = numbers.argsort(stable=True)
+        order = order[exact[order].argsort(descending=True, stable=True)]
+        order = order[runs[order].argsort(stable=True)]
+        rows[doubtful], similarities[doubtful] = numbers[order], exact[order]
 
     def _as_similarities(self, values: Tensor, norms: Tensor) -> Tensor:
         """Turn numbers that the product ranks by into similarities, float32."""
@@ -236,7 +241,8 @@ class Search:
     def _in_float64(self, images: Tensor, own: Tensor | None, draw: Draw) -> Neighbours:
         """Return the Neighbours of a few images by computing everything in float64."""
         k, parts = max(draw.ks), []
-        size = max(self._memory.exact // (8 * (self._training.count + self._training.width)), 1)
+        # Half as many numbers as the product has, which is gone by now: these are float64, and are sorted.
+        size = max(self._memory.images * self._memory.window // (2 * self._training.count), 1)
         for start in range(0, len(images), size):
             part = images[start : start + size].double()
             columns = [self._row_of_float64(part, tile, first) for first, tile in self._training.tiles()]
@@ -261,6 +267,19 @@ class Search:
         if self._distance == "dot":
             return dots
         return dots / (images.norm(dim=1, keepdim=True) * self._training.norms[first : first + len(tile)])
+
+
+def _close(values: Tensor, ks: Sequence[int], margin: Tensor) -> Tensor:
+    """Return which candidates may or may not be among the k largest, for any of the ks: bool [q, n].
+
+    values: [q, n], falling. margin: by how much two of them may be the wrong way round, [q, 1].
+    """
+    close = torch.zeros_like(values, dtype=torch.bool)
+    for k in ks:
+        if k < values.shape[1]:
+            low, high = values[:, k, None], values[:, k - 1, None]
+            close |= (high - low <= margin) & (values >= high - margin) & (values <= low + margin)
+    return close
 
 
 def candidates(k: int, tf32: bool = True) -> int:
