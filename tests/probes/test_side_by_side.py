@@ -19,9 +19,11 @@ from featcache.exchange.merged import Merged, as_program, example
 from featcache.feature import beside, parse_beside, split_beside
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.engine.scoring import new_tally
-from featcache.probes.grids.grid import parse_grid
+from featcache.probes.engine.waves import plan_buffers, plan_waves
+from featcache.probes.grids.grid import load_grid, parse_grid
 from featcache.probes.inputs.input import Input, Source
 from featcache.probes.inputs.shared import shared_inputs
+from featcache.probes.resolve import resolve
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.store import manifest
 
@@ -107,6 +109,14 @@ def test_the_copy_that_is_held_has_each_feature_once(store, run):
     # What has no feature in common stays by itself.
     other = parse_grid({"probes": [GRID["probes"][0] | {"features": "x:cls"}]}).specs[0]
     assert shared_inputs([*specs, other])[Source.of(other)] == Input.of(other)
+
+
+def test_one_pass_over_the_data_serves_all_heads_that_are_streamed(store, tmp_path):
+    opened, device = featcache.open_store(store), torch.device("cpu")
+    resolved = resolve(load_grid(GRID), opened, device)
+    buffers = plan_buffers(resolved.specs, resolved.sets, SMALL, device)
+    (wave,) = plan_waves(tmp_path, resolved.specs, opened, buffers, device)
+    assert len(wave.blocks) == 4 and len(wave.input.parts) == 5 and wave.buffer_rows
 
 
 @pytest.mark.parametrize("memory", [None, SMALL], ids=["in memory", "streamed"])

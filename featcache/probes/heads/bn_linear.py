@@ -101,6 +101,8 @@ class BnLinearStack:
         self.head, self.precision, self.weights = head, precision, weights
         self.parameters = [w for name, w in weights.items() if "running" not in name]
         self.cells = head.cells or 1
+        # Whether self.rows are normalised already, by the statistics of the batch.
+        self.by_batch = False
 
     def forward(self, features: Tensor, training: bool = False) -> Tensor:
         """Map features [B, D] to logits [B, P, C]; in training by the statistics of the batch, which move the running
@@ -146,8 +148,6 @@ class BnLinearStack:
         if scale is None or shift is None:
             raise RuntimeError("a norm without weight and bias does nothing to rows that are normalised")
         return scale.repeat_interleave(self.cells, 1), shift.repeat_interleave(self.cells, 1)
-
-    by_batch = False
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return the weight [P, C, D] and the bias [P, C] of the layer with scale and shift in it."""
