@@ -14,9 +14,10 @@ from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
+from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
-from featcache.attribution.targets import Target, find_targets
+from featcache.attribution.targets import Target
 from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
@@ -94,11 +95,11 @@ class Task:
         source, digest = self.source, hashlib.sha256(featcache.__version__.encode())
         settings = {
             "store": source.split.store.id,
-            "split": source.split.name,
+            "images": source.name,
             "probes": [(one.probe, one.note) for one in self.explained],
             "methods": [method.model_dump() for method in self.methods],
             "scores": [score.model_dump() for score in self.scores],
-            "targets": [[(target.row, target.label) for target in piece] for piece in self.pieces],
+            "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
             "kept": list(self.kept),
             "memory": source.memory,
             "device": source.device.type,
@@ -130,6 +131,7 @@ def prepare(
     scores: Sequence[str] | None = None,
     memory: float | None = None,
     sanity: bool = False,
+    protocol: str | None = None,
 ) -> Task:
     """Find, load and check what an attribution needs. Takes the arguments of attribute. Raises BadInput."""
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
@@ -144,7 +146,7 @@ def prepare(
     explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None)
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     data = opened[split or _scored_split(finished)]
-    targets = find_targets(data, preprocessing, limit)
+    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
     network = None
     if backbone is not None:
         network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
@@ -157,7 +159,8 @@ def prepare(
                 f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
             )
     features = tuple(dict.fromkeys(one.feature for one in explained))
-    source = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    source, targets = posed.pose(images, limit)
     kept = sorted({target.row for target in targets})[:examples]
     return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
 

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     help="How to explain, with fields as in NAME:FIELD=VALUE; docs/attribution.md lists them.  [default: gradcam]",
 )
 @click.option("--score", "scores", metavar="S,...", help="How well maps point at the boxes.  [default: epg]")
+@click.option(
+    "--protocol",
+    metavar="P",
+    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes]",
+)
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
 @dataset_options(required=False)

@@ -93,7 +93,7 @@ def test_a_package_brings_a_method_and_a_score(run, store, plugins, command, tmp
     assert code == 0, err
     lines = out.splitlines()
     assert "pointing game %" in lines[0] and "EPG %" in lines[0]
-    assert [("length" in line, "gradcam" in line) for line in lines[2:]] == [(False, True)] * 2 + [(True, False)] * 2
+    assert [("length" in line, "gradcam" in line) for line in lines[2:6]] == [(False, True)] * 2 + [(True, False)] * 2
     with open(run / "attribution.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[5:] == ["pointing", "pointing_chance", "epg", "box_share"]

@@ -36,6 +36,7 @@ class Perturbation(Method):
     """
 
     runs_backbone: ClassVar[bool] = True
+    reads_maps: ClassVar[bool] = False
 
     def count(self, size: int, channels: int) -> int:
         """Return how many variants an image has. size: of its side in pixels. channels: of the features."""

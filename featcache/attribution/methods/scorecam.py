@@ -15,6 +15,7 @@ class ScoreCAM(Perturbation):
     """
 
     type: Literal["scorecam"] = "scorecam"
+    reads_maps: ClassVar[bool] = True
     paper: ClassVar[str] = "Wang et al., CVPR Workshops 2020"
 
     def count(self, size: int, channels: int) -> int:
