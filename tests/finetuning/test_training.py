@@ -339,3 +339,22 @@ def test_drop_path_rises_to_its_share_and_keeps_the_mean():
     dropped = drop(torch.ones(20_000, 2))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7]) and abs(float(dropped.mean()) - 1) < 0.02
     assert torch.equal(drop.eval()(torch.ones(3, 2)), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_resnets_drop_what_a_block_adds(source):
+    """With all branches of the last block dropped, the block returns its input."""
+    import timm
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    network = resnet18() if source == "torchvision" else timm.create_model("resnet18")
+    images, before = torch.rand(2, 3, 32, 32), network.eval()(torch.rand(2, 3, 32, 32) * 0 + 0.5)
+    names = set(network.state_dict())
+    assert set_drop_path(network, 0.5) == 8 and set(network.state_dict()) == names
+    assert torch.equal(network.eval()(torch.full((2, 3, 32, 32), 0.5)), before)
+    last = network.layer4[1].train()
+    last.drop_path.share = 1 - 1e-9
+    maps = torch.rand(2, 512, 2, 2)
+    assert torch.equal(last(maps.clone()), maps)
+    assert network.layer1[0].drop_path.share == 0 and network(images).shape == (2, 1000)
