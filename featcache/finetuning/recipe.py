@@ -27,6 +27,7 @@ from featcache.probes.resolve import sampled, undecided
 from featcache.probes.runs.key import RunBasis
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, best, open_run, select
+from featcache.probes.runs.tuned import is_tuned
 from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import chosen_split
@@ -249,15 +250,18 @@ def _start(run: Run, rule: str | None, data: Dataset, backbone: Backbone) -> Tra
     if summary.get("dataset") != data.name:
         raise BadInput(f"{where}: its probes are of dataset {summary.get('dataset')}, not {data.name}")
     if summary["classes"] != list(data.classes):
+        count = len(summary["classes"])
         raise BadInput(
-            f"{where}: its heads have {len(summary['classes'])} classes, {data.name} has {len(data.classes)}, or others"
-        )
-    if summary.get("weights_sha256") != backbone.weights_sha256:
-        raise BadInput(
-            f"{where}: its probes are of another backbone ({summary.get('arch')}, weights sha256 "
-            f"{summary.get('weights_sha256')}) than {backbone.arch}, weights sha256 {backbone.weights_sha256}"
+            f"{where}: its heads are for {count} classes, which are not the {len(data.classes)} of {data.name}"
         )
     chosen: Sequence[str] = select(run, rule) if rule else best(run)
     if len(chosen) != 1:
         raise BadInput(f"{where}: {len(chosen)} probes are chosen; choose one, as in --select 'best {run.metric}'")
+    # Each probe of a fine-tuned run has a backbone of its own.
+    own = summary["backbones"].get(chosen[0]) if is_tuned(summary) else summary.get("weights_sha256")
+    if own != backbone.weights_sha256:
+        raise BadInput(
+            f"{where}: probe {chosen[0]} is of another backbone (weights sha256 {own}) than {backbone.arch}, weights "
+            f"sha256 {backbone.weights_sha256}"
+        )
     return load_probe(run.path, chosen[0])

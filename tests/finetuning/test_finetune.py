@@ -224,7 +224,8 @@ def test_bad_runs_to_start_from(images, tiny, tuned, tmp_path, store, command):
     assert code == 2 and "--select chooses the probe of --head-from" in err
     code, _, err = command(*own, "--head-from", tmp_path / "nothing")
     assert code == 2 and "not found" in err
-    # Those of a fine-tuned run belong to another backbone each.
+    code, _, err = command(*own, "--head-from", tuned.path)
+    assert code == 2 and "is of another backbone (weights sha256" in err
     code, _, err = command("train-probes", "--grid", tmp_path / "r.yaml", "--store", store, "--run", tmp_path / "x")
     assert (
         code == 2

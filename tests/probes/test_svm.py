@@ -305,16 +305,6 @@ class TestLabelsThatDoNotDo:
             data[1], positives=10
         )
 
-    def test_features_that_teach_nothing(self, data):
-        broken = data[0].clone()
-        broken[6, 3] = torch.inf
-        with pytest.raises(BadInput, match="feature l:pooled: training image 7 has values that are not finite"):
-            fit_of((broken, data[1]), spec_of())
-        with pytest.raises(
-            BadInput, match="feature l:pooled is the same for all training images: nothing can be learned"
-        ):
-            fit_of((torch.ones_like(broken), data[1]), spec_of())
-
 
 def test_liblinear_without_scikit_learn_names_the_extra(data, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.svm", None)

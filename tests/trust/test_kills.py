@@ -94,6 +94,7 @@ def write_parts(parts):
     (parts / "images").mkdir(parents=True)
     images = trust.write_images(parts / "images")
     (parts / "grid.yaml").write_text(yaml.safe_dump(trust.GRID))
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     for name, grid in {"search": SEARCH, "refit": REFIT, "folds": FOLDS}.items():
         (parts / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     trust.quietly(lambda: trust.write_store(images, parts / "s.zarr"))

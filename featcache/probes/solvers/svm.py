@@ -9,7 +9,6 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from featcache.errors import BadInput
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.squared_hinge import SquaredHinge
 from featcache.probes.part import Count, CountOr0, Positive, Whole
@@ -109,22 +108,15 @@ class Svm(FullBatchSolver):
         return "has machines that had not converged; give it more optimizer.iterations, or smaller costs"
 
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
-        """See FullBatchSolver.fit. Raises BadInput for features that are not finite, or all alike."""
+        """See FullBatchSolver.fit."""
         head = specs[0].head
-        rows = head.normalised(features.double())
-        if len(bad := (~torch.isfinite(rows).all(1)).nonzero()[:, 0]):
-            raise BadInput(
-                f"feature {specs[0].features}: training image {int(bad[0]) + 1} has values that are not finite"
-            )
-        if bool((rows == rows[:1]).all()):
-            raise BadInput(f"feature {specs[0].features} is the same for all training images: nothing can be learned")
         # Probes that are trained on the same labels share what the engine prepares.
         alike: dict[Hashable, list[int]] = {}
         for number, spec in enumerate(specs):
             solver = spec.optimizer
             drawn = (solver.positives, solver.negatives, spec.seed) if solver.positives else None
             alike.setdefault((spec.loss, drawn), []).append(number)
-        trainer, fits = _Trainer(ENGINES[self.engine], rows, head.bias), dict[int, Fit]()
+        trainer, fits = _Trainer(ENGINES[self.engine], head.normalised(features.double()), head.bias), dict[int, Fit]()
         for numbers in alike.values():
             members = [specs[number] for number in numbers]
             signs, draw = _signs(members[0], labels, classes)

@@ -32,7 +32,9 @@ class Path:
         count, directions = len(basis.features), len(basis.spread)
         room = at_most(SLICE_BYTES, basis.spread.device)
         self.at_once = max(room // (COLUMN_BYTES * loss.columns * (count + directions)), 1)
-        self.start = basis.spread.new_zeros(loss.problems, loss.columns, directions)
+        # Of features that are not finite nothing can be said.
+        zero = 0.0 if basis.finite else math.nan
+        self.start = basis.spread.new_full((loss.problems, loss.columns, directions), zero)
         numbers = torch.arange(loss.problems, device=self.start.device)
         looks = [self._look(part) for part in numbers.split(self.at_once)]
         self.steep = torch.cat([steep for steep, _ in looks])
