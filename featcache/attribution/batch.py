@@ -180,10 +180,14 @@ class Batch:
         """The backbone, on the device of the maps."""
         return self.source.backbone
 
+    def release(self) -> None:
+        """Let go of the forward pass that is held, before one that needs the memory."""
+        self._forwards.clear()
+
     def forward(self, rule: Rule = PLAIN) -> Forward:
         """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
         if rule not in self._forwards:
-            self._forwards.clear()
+            self.release()
             self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
         return self._forwards[rule]
 

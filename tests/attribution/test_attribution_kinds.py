@@ -10,6 +10,7 @@ from plugins import install, with_plugins
 
 import featcache
 from featcache.attribution.methods import METHODS
+from featcache.attribution.protocols import PROTOCOLS
 from featcache.attribution.scores import LOCALISATION_SCORES
 from featcache.attribution.scores.epg import EPG
 
@@ -202,7 +203,7 @@ def test_wrong_methods_are_one_line(run, scenes, checkpoint, command, method, me
 
 
 def test_every_kind_is_documented_and_chosen_by_its_own_name():
-    for registry in (METHODS, LOCALISATION_SCORES):
+    for registry in (METHODS, LOCALISATION_SCORES, PROTOCOLS):
         for name, kind in registry.items():
             assert kind.word() == name and kind.summary().endswith(".")
 

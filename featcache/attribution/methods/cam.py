@@ -23,8 +23,8 @@ class CAM(Method):
     def fixed_weights(self, slopes: torch.Tensor) -> torch.Tensor | None:
         """Return the channel weights where the gradient is the same at all positions, whatever the features.
 
-        slopes: [..., D], the sum of the gradient over positions. Returns weights of the same shape, divided by nothing:
-        the map is their product with the features over the number of positions. None if they depend on the features.
+        slopes: [..., D], the sum of the gradient over positions. Returns weights of the same shape, whose product with
+        the features is divided by the number of positions, or None if weights depend on the features.
         """
         return None
 

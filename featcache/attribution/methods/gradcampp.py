@@ -17,12 +17,12 @@ class GradCAMPlusPlus(CAM):
     paper: ClassVar[str] = "Chattopadhay et al., WACV 2018"
 
     def weigh(self, maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """Weigh channels by alpha relu(gradient), alpha = g^2 / (2 g^2 + g^3 sum of the channel), by equation 19.
+        """Weigh channels by alpha relu(g) of gradients g, by equation 19, where alpha = 1 / (2 + g sum of the channel).
 
         The factor exp(logit) of the gradient would only scale the map.
         """
-        below = 2 * gradients.square() + gradients.pow(3) * maps.sum((2, 3), keepdim=True)
-        alpha = torch.where(below == 0, 0, gradients.square() / below)
+        below = 2 + gradients * maps.sum((2, 3), keepdim=True)
+        alpha = torch.where(below == 0, 0, 1 / below)
         weights = (alpha * gradients.clamp(min=0)).sum((2, 3), keepdim=True)
         return (weights * maps).sum(1)
 

@@ -50,6 +50,7 @@ class SampledGradient(Method):
         self, heads: Sequence[HeadModule], feature: Feature, batch: Batch
     ) -> Iterator[torch.Tensor | Explanation]:
         """Yield the maps of one head after another, once all images are done."""
+        batch.release()
         classes = batch.by_image
         shape = (len(heads), *classes.shape, batch.size, batch.size)
         maps = torch.empty(shape, device=batch.source.device)
