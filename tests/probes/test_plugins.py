@@ -188,7 +188,7 @@ def test_a_grid_that_does_not_fit_a_packages_kind(store, plugins, tmp_path):
     (tmp_path / "g.yaml").write_text(yaml.safe_dump({"probes": [group]}))
     code, _, err = with_plugins(plugins, "train-probes", "--grid", tmp_path / "g.yaml", "--store", store)
     assert code == 2 and "probes[0].head.spraed: unknown field; did you mean 'spread'?" in err
-    assert "'sings' is not one of sgd, adam, adamw, lars, lbfgs, signs; did you mean 'signs'?" in err
+    assert "'sings' is not one of sgd, adam, adamw, lars, lamb, lbfgs, svm, none, signs; did you mean 'signs'?" in err
 
 
 @pytest.mark.process
