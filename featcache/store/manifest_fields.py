@@ -34,7 +34,11 @@ def check_fields(content: dict[str, Any]) -> None:
             raise BadInput(f"{where} has more than {MOST_SHARDS} shards")
         if any(size % feature["chunk_rows"] for feature in content["features"].values()):
             raise BadInput(f"the shards of {where} are not whole chunks")
-    check_names(content["splits"], content["features"])
+    adds = "adds" in content["identity"]
+    check_names(content["splits"], content["features"], dataset.get("splits", {}) if adds else ())
+    after = content.get("after")
+    if after is not None and not (isinstance(after, str) and re.fullmatch("[0-9a-f]{64}", after)):
+        raise BadInput(f"after is {shown(after)}, not the id of a store")
     for alias, layer in _dict(content["aliases"], "aliases").items():
         _text(layer, f"alias {shown(alias)}")
     if not isinstance(content["classes"], list):
@@ -56,12 +60,15 @@ def check_fields(content: dict[str, Any]) -> None:
             raise BadInput(f"file {shown(name)} belongs to no split")
 
 
-def check_names(splits: Collection[str], features: Iterable[str]) -> None:
-    """Check the names of splits, views and features, which become folders. Raises BadInput."""
+def check_names(splits: Collection[str], features: Iterable[str], others: Collection[str] = ()) -> None:
+    """Check the names of splits, views and features, which become folders. Raises BadInput.
+
+    others: names of splits that are not there themselves, but may have views.
+    """
     for split in splits:
         base, at, view = split.partition("@")
         split_name(base)
-        if at and (base not in splits or not re.fullmatch("[1-9][0-9]{0,5}", view)):
+        if at and (base not in (*splits, *others) or not re.fullmatch("[1-9][0-9]{0,5}", view)):
             raise BadInput(f"split {shown(split)}: `@` is kept for the views of a split; give it another name")
     _told_apart(splits, "splits")
     for name in features:

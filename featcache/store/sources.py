@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import BadInput
+from featcache.store.additions import read_file
 from featcache.store.dtype import STORED, hole
 from featcache.store.folder import Folder, LocalFolder
 from featcache.store.formats import Format, format_of
-from featcache.store.manifest import Manifest, feature_of, read_file, remedy
+from featcache.store.manifest import Manifest, feature_of, remedy
 from featcache.store.mapped_rows import MappedRows
 from featcache.store.marker import ShardFile, read_marker
 from featcache.store.shard import Shard

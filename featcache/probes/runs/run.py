@@ -168,14 +168,17 @@ def _check_fields(row: Mapping[str, str]) -> None:
 
 
 def store_of(run: Run, path: str | os.PathLike[str] | None = None) -> Store:
-    """Open the store that a run was made from. path: where it is, if it was moved. Raises BadInput for another store."""
-    store = open_store(path or _recorded_store(run))
-    if store.id != run.summary["store_id"]:
+    """Open the store that a run was made from, as the run knows it: it may have grown since.
+
+    path: where it is, if it was moved. Raises BadInput for another store.
+    """
+    store, id = open_store(path or _recorded_store(run)), run.summary["store_id"]
+    if id not in store.ids:
         raise BadInput(
             f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
             f"(id {run.summary['store_id'][:8]})"
         )
-    return store
+    return store.known_as(id)
 
 
 def _recorded_store(run: Run) -> str | os.PathLike[str]:
