@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
+    "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
     "attribute": "featcache.attribution.attribute",
     "open_run": "featcache.probes.runs.run",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from featcache.probes.plan import plan_probes as plan_probes
     from featcache.probes.runs.run import open_run as open_run
     from featcache.probes.runs.verify import verify as verify
+    from featcache.probes.svm import svm as svm
     from featcache.probes.train import train_probes as train_probes
     from featcache.reporting.report import report as report
     from featcache.store.convert import convert as convert

@@ -1,7 +1,7 @@
-"""The name of a feature: LAYER:REDUCE, as in `layer4:pooled`."""
+"""The name of a feature: LAYER:REDUCE, as in `layer4:pooled`; and of several side by side: `last:cls + last:pooled`."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
@@ -17,6 +17,9 @@ REDUCTIONS = {
 }
 # The reductions as people write them.
 WORDS = {name: name for name in REDUCTIONS} | {"grid": "grid(k,s,p)"}
+# Stands between features that one head reads side by side.
+BESIDE = " + "
+WHOLE = re.compile(rf"(.*:)?({'|'.join(REDUCTIONS)})(\([^)]*\))?")
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,60 @@ def parse_features(
         raise BadInput(f"features: expected names separated by commas, or a list of them, not {shown(text)}")
     features: list[Feature] = []
     for part in parts:
-        several = re.fullmatch(r"last([1-9]\d*):(.*)", str(part).strip())
-        names = [part]
-        if several and several[0].partition(":")[0] not in aliases:
-            layers = [f"last-{i}" for i in range(int(several[1]) - 1, 0, -1)] + ["last"]
-            for layer in layers:
-                if layer not in aliases:
-                    most = sum(alias.startswith("last-") for alias in aliases)
-                    have = f"its last {most + 1} blocks have names" if most else "it is no transformer"
-                    raise BadInput(f"feature {part!r}: the backbone has no {layer!r}; {have}")
-            names = [f"{layer}:{several[2]}" for layer in layers]
-        features += [parse_feature(name, aliases, known_layers) for name in names]
+        features += [parse_feature(name, aliases, known_layers) for name in _last_blocks(part, aliases)]
     return tuple(dict.fromkeys(features))
+
+
+def _last_blocks(part: object, aliases: Mapping[str, str]) -> list[object]:
+    """Return the names that `lastN:REDUCE` stands for; any other name stands for itself."""
+    several = re.fullmatch(r"last([1-9]\d*):(.*)", str(part).strip())
+    if not several or several[0].partition(":")[0] in aliases:
+        return [part]
+    layers = [f"last-{i}" for i in range(int(several[1]) - 1, 0, -1)] + ["last"]
+    for layer in layers:
+        if layer not in aliases:
+            most = sum(alias.startswith("last-") for alias in aliases)
+            have = f"its last {most + 1} blocks have names" if most else "it is no transformer"
+            raise BadInput(f"feature {part!r}: the backbone has no {layer!r}; {have}")
+    return [f"{layer}:{several[2]}" for layer in layers]
+
+
+def split_beside(text: str) -> list[str]:
+    """Return the names of the features that stand side by side in a text, each without blanks around it.
+
+    A `+` within a layer, as in `blocks.8+norm:cls`, is not followed by a feature: what stands before it has no reduction.
+
+        split_beside("blocks.8+norm:cls + pooled")  # ["blocks.8+norm:cls", "pooled"]
+    """
+    names, begun = [], ""
+    for piece in text.split("+"):
+        begun += piece
+        if WHOLE.fullmatch(re.sub(r"\s", "", begun)):
+            names.append(begun.strip())
+            begun = ""
+        else:
+            begun += "+"
+    return [*names, begun[:-1].strip()] if begun or not names else names
+
+
+def parse_beside(
+    text: str, aliases: Mapping[str, str], known_layers: Collection[str] | None = None
+) -> tuple[Feature, ...]:
+    """Turn features that one head reads side by side into Features, in order, aliases resolved.
+
+    `lastN:REDUCE` stands for the last N blocks, as in parse_features, whose arguments and errors these are. Raises
+    BadInput for a feature that is named twice.
+
+        parse_beside("last2:cls + pooled", aliases)  # the class tokens of two blocks, and the mean of the patches
+    """
+    names = [name for part in split_beside(text) for name in _last_blocks(part, aliases)]
+    features = [parse_feature(name, aliases, known_layers) for name in names]
+    for feature in features:
+        if features.count(feature) > 1:
+            raise BadInput(f"features {text!r}: {feature} stands beside itself")
+    return tuple(features)
+
+
+def beside(features: Iterable[Feature]) -> str:
+    """Return the name of features that one head reads side by side."""
+    return BESIDE.join(map(str, features))

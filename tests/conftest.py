@@ -51,6 +51,7 @@ def store(scenes, checkpoint, tmp_path_factory):
         features="pooled,spatial,layer3:spatial",
         size=SIZE,
         dtype="float32",
+        device="cpu",
         workers=0,
         batch_size=8,
         store=tmp_path_factory.mktemp("store") / "digits.zarr",

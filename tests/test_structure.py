@@ -28,7 +28,7 @@ FLOORS = [
 BACKBONE_ROOMS = [{"checkpoints"}, {"architecture", "reductions", "outputs"}, {"input"}, {"families"}]
 # The same of probes/, whose last files are commands and what they share.
 PROBE_ROOMS = [
-    {"gemm", "part"},
+    {"gemm", "part", "sample", "tuning"},
     {"heads", "losses", "schedules", "scores"},
     {"solvers"},
     {"imported", "identity", "spec", "trained", "weights"},
@@ -46,6 +46,7 @@ KINDS_ARE_NAMED_IN = {
     "scores",
     "methods",
     "imported.py",
+    "tuning.py",
     "exchange",
     "import_probes.py",
     "demo",

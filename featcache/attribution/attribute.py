@@ -20,7 +20,7 @@ from featcache.attribution.targets import Target, find_targets
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.device import choose_device, multiplying
 from featcache.errors import BadInput
-from featcache.feature import Feature
+from featcache.feature import Feature, parse_beside
 from featcache.kinds import K, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
@@ -115,12 +115,19 @@ def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device) -
     files = find_probes(run.path)
     trained = [probe for name in probes for probe in load_probes(run.path, [name], files)]
     heads = [HeadModule(probe.spec.head, probe.weights).to(device) for probe in trained]
-    features = [_map_of(probe.spec, store.manifest.feature(probe.spec.features)) for probe in trained]
+    features = [_map_of(probe.spec, store) for probe in trained]
     return [Explained(p.spec.id, head, feature) for p, head, feature in zip(trained, heads, features, strict=True)]
 
 
-def _map_of(spec: ProbeSpec, feature: Feature) -> Feature:
+def _map_of(spec: ProbeSpec, store: Store) -> Feature:
     """Return the map that a probe's feature is the mean of. Raises BadInput if the probe reads anything else."""
+    first, *others = parse_beside(spec.features, store.manifest.aliases)
+    if others:
+        raise BadInput(
+            f"probe {spec.id} saw {spec.features} side by side: there is no one map to point into; attribute probes that "
+            "read one feature"
+        )
+    feature = store.manifest.feature(first)
     if feature.kind not in ("pooled", "patch_mean", "spatial"):
         raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
     return Feature(feature.layer, "spatial")

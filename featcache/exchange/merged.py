@@ -8,7 +8,7 @@ from torch import nn
 
 from featcache.backbones.architecture import Architecture
 from featcache.backbones.backbone import Backbone
-from featcache.feature import parse_feature
+from featcache.feature import beside, parse_beside
 from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
@@ -24,12 +24,13 @@ class Merged(nn.Module):
     def __init__(self, backbone: Backbone, probe: TrainedProbe):
         super().__init__()
         self.backbone = backbone
-        self.feature = parse_feature(probe.spec.features, backbone.aliases, backbone.layers)
+        self.features = parse_beside(probe.spec.features, backbone.aliases, backbone.layers)
         self.head = HeadModule(probe.spec.head, probe.weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        values = Input(str(self.feature)).read(self.backbone(images, [self.feature])[str(self.feature)])
+        results = self.backbone(images, self.features)
+        values = Input(beside(self.features)).read(results[str(feature)] for feature in self.features)
         return self.head(values[:, :, None, None] if values.ndim == 2 else values.unsqueeze(3))
 
 
@@ -60,7 +61,7 @@ def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | Non
     Temperature and offset are part of the layer.
     """
     head = probe.spec.head
-    if not isinstance(head, Linear):
+    if not isinstance(head, Linear) or head.norm != "none":
         return None
     weight = probe.weights["fc0.weight"]
     bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + float(head.offset)

@@ -9,7 +9,7 @@ from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import check_precision, fold_batch_norm, layers_of
+from featcache.backbones.precision import check_precision
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.datasets.record import Dataset
@@ -24,7 +24,7 @@ from featcache.ranks import Alone, join_ranks
 from featcache.store.additions import find_additions, merge, read_parts
 from featcache.store.folder import Folder
 from featcache.store.growing import begin_addition, discard_if_begun, publish, restore, whole_parts
-from featcache.store.manifest import Manifest, feature_of, read_manifest, split_of
+from featcache.store.manifest import Manifest, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import with_axes
 from featcache.store.shard import Shard
@@ -247,15 +247,14 @@ def _go_on_as_begun(job: Job, parts: Sequence[Manifest], ranks: Alone) -> None:
         ranks.say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that")
         torch.set_num_threads(begun["threads"])
     if any(part.compute.get("folded") for part in parts):
-        features = [feature_of(name) for part in parts for name in part.features]
-        trunk = fold_batch_norm(job.model.trunk, layers_of(features))
-        # The store was begun with the same backbone, so that there is something to fold again.
-        job.model.trunk = trunk if trunk is not None else job.model.trunk
+        raise BadInput(
+            f"{folder} was begun by an earlier version of featcache, with batch norms folded into the convolutions, which "
+            "this one does not do and whose last bits differ: choose another --store"
+        )
     for part in (part for part in parts if "cosine" in part.compute):
-        folded = "folded" if part.compute["folded"] else "not folded"
         ranks.say(
-            f"precision: {part.identity['precision']}, batch norms {folded}; on the first image every feature's "
-            f"cosine to float32 is at least {part.compute['cosine']:.6f}"
+            f"precision: {part.identity['precision']}; on the first image every feature's cosine to float32 is at least "
+            f"{part.compute['cosine']:.6f}"
         )
         if part.compute["cosine"] < TRUSTED_COSINE:
             ranks.say(

@@ -67,7 +67,9 @@ def compare(
     (first, a), (second, b) = pairs[:2]
     if len(opened) == 2:
         _check_same_images(first, a, second, b)
-    tallies = [_tally(run, store, probe, place) for (run, store), probe in zip(pairs[:2], chosen, strict=True)]
+    tallies = [
+        _tally(run, store, probe, place, first.metrics) for (run, store), probe in zip(pairs[:2], chosen, strict=True)
+    ]
     if tallies[0].softmax != tallies[1].softmax:
         click.echo(
             "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
@@ -128,9 +130,9 @@ def _same_bytes(first: Sequence[Split], second: Sequence[Split]) -> bool:
     return np.array_equal(np.concatenate(known[0]), np.concatenate(known[1]))
 
 
-def _tally(run: Run, store: Store, probe: str, device: torch.device) -> Tally:
-    """Tally the logits of a probe on the images that its run is scored on."""
+def _tally(run: Run, store: Store, probe: str, device: torch.device, metrics: Sequence[str]) -> Tally:
+    """Tally the logits of a probe on the images that its run is scored on, for these metrics."""
     places, names = find_probes(run.path), run.summary["splits"][run.scored_on]
     (spec,) = load_specs(run.path, [probe], places)
     predictors = load_predictors(run.path, [[spec]], store, device, places)
-    return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device)[0]
+    return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device, metrics)[0]

@@ -22,7 +22,7 @@ from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import maker, write_summary
 from featcache.probes.runs.seeds import over_seeds
-from featcache.probes.runs.tables import SCORE_COLUMNS, tables_of, write_table
+from featcache.probes.runs.tables import COST_COLUMNS, COSTS, SCORE_COLUMNS, tables_of, write_table
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
@@ -48,10 +48,10 @@ def finish_run(
     the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
     default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
     """
-    metrics, classes = metrics_of(store.task), len(store.classes)
+    metrics, classes = metrics_of(store.task, basis["select"]["metric"]), len(store.classes)
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     roles = list(splits if intervals is None else intervals)
-    scored = score_probes(folder, specs, store, splits, labels, device, roles)
+    scored = score_probes(folder, specs, store, splits, labels, device, roles, metrics)
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.
@@ -72,9 +72,11 @@ def finish_run(
         "history.csv": lambda: history,
         "calibration.csv": lambda: _calibration(scored),
         "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
+        COSTS: lambda: _costs(specs, trained, store.classes),
     }
     files = dict(basis["files"])
-    for name, columns in tables_of(store.task).items():
+    tables = tables_of(metrics) | ({COSTS: COST_COLUMNS} if any(probe.choice for probe in trained.values()) else {})
+    for name, columns in tables.items():
         files |= write_table(folder, name, _to_csv(rows[name](), columns))
     scored, scores = {}, []
     identity = store.manifest.identity
@@ -143,6 +145,19 @@ def _per_class(
         for number, name in enumerate(classes):
             own = {column: values[number] for column, values in columns.items()}
             yield {"probe": probe, "split": role, "class": name} | own | {"positives": positives[role][number]}
+
+
+def _costs(specs: Iterable[ProbeSpec], trained: Mapping[str, TrainedProbe], classes: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of costs.csv. `excess` is that of the machine that was kept."""
+    for spec in specs:
+        choice = trained[spec.id].choice
+        for number, name in enumerate(classes if choice else ()):
+            assert choice is not None
+            for k, cost in enumerate(choice.costs):
+                chosen = k == choice.chosen[number]
+                values = spec.id, name, cost, choice.ap[number][k], choice.folds[number], int(chosen)
+                kept = (choice.excess[number], choice.draw) if chosen else (None, None)
+                yield dict(zip(COST_COLUMNS, values + kept, strict=True))
 
 
 def _positives(labels: Tensor, classes: int) -> Tensor:

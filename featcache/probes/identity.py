@@ -21,8 +21,13 @@ from featcache.probes.losses import LOSSES
 from featcache.probes.part import Part
 from featcache.probes.schedules import SCHEDULES
 from featcache.probes.solvers import SOLVERS
+from featcache.probes.tuning import TUNINGS
 
-REGISTRIES: dict[str, Registry[Any]] = {"head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "head": HEADS, "loss": LOSSES, "optimizer": SOLVERS, "schedule": SCHEDULES, "finetune": TUNINGS,
+}  # fmt: skip
+# Sections that a probe may lack.
+OPTIONAL = ("finetune",)
 # Parts that a grid cannot name.
 IMPORTED: dict[str, type[Part]] = {"optimizer": ImportedSolver, "schedule": ImportedSchedule}
 # As an idle value: the default of the class, whatever that is.
@@ -33,6 +38,7 @@ ALWAYS: dict[str, dict[str, Any]] = {
     "loss": {},
     "optimizer": {"lr": None, "momentum": 0.0, "weight_decay": 0.0},
     "schedule": {"milestones": (), "gamma": 0.1, "warmup_epochs": 0.0},
+    "finetune": {},
 }
 # {section: {field: idle value}} of the fields that are left out where they are idle.
 ELSE: dict[str, dict[str, Any]] = {
@@ -45,9 +51,13 @@ ELSE: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"nesterov": False, "trust": 0.0, "clip": 0.0, "lr_base": 0, "iterations": 0},
     "schedule": {"every": 0, "final": 0.0, "warmup_start": 0.0, "per": ITS_DEFAULT},
+    "finetune": {},
 }  # fmt: skip
 # {field: value} of the fields of the spec itself that are left out where they have this value.
-ELSE_OF_SPEC: dict[str, Any] = {"views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32"}
+ELSE_OF_SPEC: dict[str, Any] = {
+    "views": 0, "source": None, "keep": "last", "patience": 0, "precision": "float32", "label_fraction": None,
+    "shots": None, "subset": None, "draw": 0, "fold": None, "refit": None, "stop": None,
+}  # fmt: skip
 
 
 def part_from_dict(section: str, content: dict[str, Any]) -> Part:

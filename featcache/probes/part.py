@@ -1,6 +1,6 @@
 """What heads, losses, solvers and schedules have in common: they are the parts of a probe."""
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -24,7 +24,13 @@ class Whole(Protocol):
     @property
     def optimizer(self) -> Any: ...
     @property
+    def features(self) -> str: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
     def views(self) -> int | None: ...
+    @property
+    def precision(self) -> str: ...
     @property
     def keep(self) -> str: ...
     @property
@@ -33,6 +39,11 @@ class Whole(Protocol):
 
 class Part(Kind):
     """Base of the parts that a probe consists of."""
+
+    # Whether its share of a training step may be recorded once and repeated on a GPU (a CUDA graph): it always works on
+    # the same memory, nothing in it depends on values that the CPU would have to look at, and it changes no state in
+    # Python but in Rule.advance().
+    capturable: ClassVar[bool] = False
 
     def conflict(self, spec: Whole) -> str | None:
         """Return a line for the user if something else in the probe does not go with this part, else None."""

@@ -18,6 +18,8 @@ from featcache.probes.engine.waves import blocks_by_input, plan_buffers
 from featcache.probes.gemm import multiply
 from featcache.probes.grids.grid import Grid, load_grid
 from featcache.probes.heads.head import Head
+from featcache.probes.inputs.input import Source
+from featcache.probes.inputs.shared import shared_inputs
 from featcache.probes.resolve import resolve
 from featcache.probes.solvers.solver import FullBatchSolver, MiniBatchSolver
 from featcache.probes.weights import initial_weights
@@ -37,7 +39,7 @@ class PlannedStack:
     products. flops: for training all probes to the end, an estimate where the optimizer stops when it has converged.
     seconds: an estimate, at the measured rate of the stack's own matrix product. weight_bytes: weights, gradients and
     optimizer state of one block. activation_bytes: of one batch of one block. feature_bytes: of the training rows as
-    they are kept. streamed: whether these exceed the memory for features.
+    they are kept, with those of other stacks that share them. streamed: whether these exceed the memory for features.
     """
 
     features: str
@@ -123,16 +125,19 @@ def plan_probes(
     if opened is None:
         return Plan(checked, groups, [], 0, str(chosen_device), free, "no store given")
     resolved = resolve(checked, opened, chosen_device, allow_overlap)
-    specs, splits = resolved.specs, resolved.splits
-    rows = sum(len(opened[name]) for name in splits["train"])
-    buffers = plan_buffers(specs, opened, splits, memory, chosen_device)
+    specs, sets = resolved.specs, resolved.sets
+    buffers, shared = plan_buffers(specs, sets, memory, chosen_device), shared_inputs(specs)
     rates: dict[Hashable, float] = {}
     stacks = []
     for read, blocks in blocks_by_input(specs, opened, chosen_device):
-        data = (read.feature, read.bytes(opened, splits["train"]), buffers[read.name] is not None)
-        shape = (*read.shape(opened), rows, len(opened.classes))
-        for _, members in itertools.groupby(blocks, lambda block: block.key):
-            stacks.append(_stack(list(members), data, shape, chosen_device, rates))
+        for _, alike in itertools.groupby(blocks, lambda block: block.key):
+            members = list(alike)
+            reading, images = Source.of(members[0][0]), sets[members[0][0].sample]
+            size = shared[reading].bytes(opened, images.splits, images.count)
+            data = (read.feature, size, buffers[reading.name] is not None)
+            shape = (*read.shape(opened), len(images), len(opened.classes))
+            stacks.append(_stack(members, data, shape, chosen_device, rates))
+    rows = sum(len(opened[name]) for name in resolved.splits["train"])
     return Plan(checked, groups, stacks, rows, str(chosen_device), free, None)
 
 

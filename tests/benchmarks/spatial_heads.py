@@ -1,6 +1,6 @@
 """How much of the float32 GEMM peak deep heads on the map reach: forward, backward and update.
 
-    python tests/benchmarks/spatial_heads.py
+    python tests/benchmarks/spatial_heads.py [--device cuda]
 
 MLPs and B-cos heads of three layers on random maps, trained with BCE and SGD with momentum by train_block: in the
 blocks that train-probes would make, and all in one. The operations are those of the products that cannot be left
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from featcache.device import choose_device
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.spec import ProbeSpec
 
@@ -38,8 +39,11 @@ def operations(head, rows, positions, classes):
 
 def seconds(run):
     """Run once and return the time that it took."""
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    finish()
     started = time.perf_counter()
     run()
+    finish()
     return time.perf_counter() - started
 
 
@@ -53,14 +57,17 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    device = choose_device(a.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"P={a.probes}, hidden {a.hidden}, {a.positions} positions, batch {a.batch}, C={a.classes}")
     print(f"best of {a.repeats}\n")
     rows = a.batch * a.steps
-    features = torch.rand(rows, DIM, a.positions).half()
-    labels = (torch.rand(rows, a.classes) < 0.1).to(torch.int8)
-    left, right = torch.randn(2, 4096, 4096).unbind()
+    features = torch.rand(rows, DIM, a.positions).half().to(device)
+    labels = (torch.rand(rows, a.classes) < 0.1).to(torch.int8).to(device)
+    left, right = torch.randn(2, 4096, 4096, device=device).unbind()
     print("| head | probes a block | ms per probe and step | GFLOP/s | peak GFLOP/s | share of peak |")
     print("| --- | --- | --- | --- | --- | --- |")
     for head in (Head("mlp", 3, a.hidden, "bn"), Head("bcos", 3, a.hidden, "bnu", False, b=2.0)):
@@ -83,7 +90,7 @@ def main():
             rate = a.probes * operations(head, rows, a.positions, a.classes) / best[size]
             each = 1e3 * best[size] / a.probes / a.steps
             print(
-                f"| {head.type}-3 | {size} | {each:.0f} | {rate / 1e9:.0f} | {peak / 1e9:.0f} | {rate / peak:.2f} |",
+                f"| {head.type}-3 | {size} | {each:.3g} | {rate / 1e9:.0f} | {peak / 1e9:.0f} | {rate / peak:.2f} |",
                 flush=True,
             )
 

@@ -289,7 +289,7 @@ def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, sto
     opened, device = featcache.open_store(store), torch.device("cpu")
     (predict,) = load_predictors(every_head.path, [[trained.spec]], opened, device)
     maps = torch.from_numpy(opened["test"]["spatial"][:5])
-    cached = predict(Input.of(trained.spec).read(maps))[0]
+    cached = predict(Input.of(trained.spec).read([maps]))[0]
     preprocessing = load_backbone(checkpoint, arch="resnet18", size=64).preprocessing
     records = read_dataset("voc", scenes, ["test"]).splits["test"][:5]
     images = preprocessing.normalise(torch.stack([preprocessing.apply(open_image(r.image)) for r in records]))

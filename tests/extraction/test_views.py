@@ -247,9 +247,9 @@ def test_training_rotates_the_views(viewed, tmp_path, monkeypatch, room):
     loads, alive, size = [], [], train["pooled"].nbytes
     load = Input.load
 
-    def watched(self, opened, splits, device, view):
+    def watched(self, opened, splits, device, view, rows):
         loads.append(view)
-        result = load(self, opened, splits, device, view)
+        result = load(self, opened, splits, device, view, rows)
         alive.append(weakref.ref(result))
         return result
 

@@ -13,7 +13,7 @@ from featcache.probes.grids.grid import parse_grid
 HEADS = ["linear", {"type": "mlp", "hidden": 16}, {"type": "mlp", "hidden": 16, "activation": "gelu", "norm": "bnu"},
          {"type": "bcos", "layers": 2, "hidden": 16, "max_out": 2}]  # fmt: skip
 LOSSES = [{"type": "bce", "off_label": "1/C", "class_weights": "balanced"}, {"type": "ce", "label_smoothing": 0.1},
-          "focal", "asymmetric"]  # fmt: skip
+          "focal", "asymmetric", "squared_hinge"]  # fmt: skip
 RULES = ["sgd", "adam", "adamw", "lars"]
 ROWS, DIM, POSITIONS, CLASSES = 12, 8, 9, 4
 

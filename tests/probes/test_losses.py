@@ -28,6 +28,10 @@ LOSSES = st.one_of(
         gamma_neg=st.sampled_from([0.0, 1.0, 2.0, 4.0]), clip=st.sampled_from([0.0, 0.05, 0.3]),
         difficult=st.sampled_from(["ignored", "negative"]),
     ),
+    st.builds(
+        Loss, st.just("squared_hinge"), positive_weight=st.sampled_from([0.5, 1.0, 2.0]),
+        difficult=st.sampled_from(["ignored", "negative"]),
+    ),
 )  # fmt: skip
 
 
@@ -69,6 +73,7 @@ EXTREMES = [
     Loss("bce"), Loss("bce", class_weights="balanced"), Loss("ce"), Loss("focal", gamma=2.0, alpha=0.25),
     Loss("focal", gamma=0.5, alpha=0.5), Loss("asymmetric", gamma_neg=4.0, clip=0.05),
     Loss("asymmetric", gamma_neg=0.5), Loss("asymmetric", gamma_neg=0.5, clip=0.05), Loss("asymmetric", gamma_pos=0.5),
+    Loss("squared_hinge", positive_weight=2.0),
 ]  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def test_losses_at_their_limits(loss, dtype):
 def test_a_difficult_label_pushes_down_where_it_is_a_negative():
     labels = torch.tensor([[-1, 1]], dtype=torch.int8)
     focal = {"gamma": 1.0, "alpha": 0.5}
-    for loss, fields in (("bce", {}), ("ce", {}), ("focal", focal), ("asymmetric", {})):
+    for loss, fields in (("bce", {}), ("ce", {}), ("focal", focal), ("asymmetric", {}), ("squared_hinge", {})):
         found = LossFunction(Loss(loss, difficult="negative", **fields), labels, 2)(torch.zeros(1, 1, 2), labels)
         as_absent = LossFunction(Loss(loss, **fields), labels, 2)(
             torch.zeros(1, 1, 2), torch.tensor([[0, 1]], dtype=torch.int8)
@@ -129,11 +134,12 @@ def test_balanced_weights():
 def test_grid_fields():
     group = {"features": "pooled", "head": "linear", "epochs": 1, "optimizer": {"type": "sgd", "lr": 1}}
     loss = [
-        "bce", "ce", "focal", "asymmetric", {"type": "bce", "off_label": [0.1, "1/C"], "difficult": "negative"},
+        "bce", "ce", "focal", "asymmetric", "squared_hinge", {"type": "bce", "off_label": [0.1, "1/C"], "difficult": "negative"},
         {"type": "ce", "label_smoothing": 0.1, "class_weights": "balanced"},
     ]  # fmt: skip
     specs = parse_grid({"probes": [group | {"loss": loss}]}).specs
-    assert len({s.id for s in specs}) == 7
+    assert len({s.id for s in specs}) == 8
     assert specs[2].loss == Loss("focal", gamma=2.0, alpha=0.25)
     assert specs[3].loss == Loss("asymmetric", gamma_neg=4.0, clip=0.05)
-    assert [s.loss.off_label for s in specs[4:6]] == [0.1, "1/C"]
+    assert specs[4].loss == Loss("squared_hinge", positive_weight=1.0)
+    assert [s.loss.off_label for s in specs[5:7]] == [0.1, "1/C"]

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from loop import fit_convex, train_block
 from parts import Head, Loss, Optimizer, Schedule, changed
@@ -112,7 +113,9 @@ def test_clipping_is_of_each_probe_alone():
     rules = [Optimizer("sgd", 1.0, clip=clip) for clip in (0.5, 0.0, 1e6)]
     wanted = [ProbeSpec("x", "l:pooled", Head("linear"), Loss("bce"), rule, Schedule(), 1, 1, 0) for rule in rules]
     dense = [(gradients[0][0] @ gradients[0][1]).view(3, 4, 5), gradients[1].clone()]
-    wanted[0].optimizer.rule(parameters, [s.optimizer for s in wanted], "float32", "cpu").step(gradients, torch.ones(3))
+    wanted[0].optimizer.rule(parameters, [s.optimizer for s in wanted], "float32", torch.device("cpu")).step(
+        gradients, torch.ones(3)
+    )
     for p, rule in enumerate(rules):
         own = [nn.Parameter(torch.zeros_like(g[p])) for g in dense]
         for parameter, gradient in zip(own, dense, strict=True):
@@ -120,6 +123,29 @@ def test_clipping_is_of_each_probe_alone():
         nn.utils.clip_grad_norm_(own, rule.clip or math.inf)
         for parameter, moved in zip(own, parameters, strict=True):
             torch.testing.assert_close(-moved[p], parameter.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_lamb_is_timms():
+    """Tensor by tensor, with and without decay, for two probes that differ in rate and decay."""
+    torch.manual_seed(0)
+    parameters, (a, b) = [torch.randn(2, 4, 5), torch.randn(2, 4)], (Optimizer("lamb", 0.1), Optimizer("lamb", 0.1))
+    solvers = [changed(a, weight_decay=0.05), b]
+    own = [[nn.Parameter(t[p].clone()) for t in parameters] for p in range(2)]
+    theirs = [
+        timm.optim.Lamb(own[p], lr, weight_decay=solver.weight_decay, max_grad_norm=None)
+        for p, (solver, lr) in enumerate(zip(solvers, (0.1, 0.02), strict=True))
+    ]
+    rule = solvers[0].rule(parameters, solvers, "float32", "cpu")
+    for _ in range(10):
+        gradients = [torch.randn_like(t) for t in parameters]
+        for p in range(2):
+            for parameter, gradient in zip(own[p], gradients, strict=True):
+                parameter.grad = gradient[p].clone()
+            theirs[p].step()
+        rule.step(gradients, torch.tensor([0.1, 0.02]))
+    for p in range(2):
+        for parameter, moved in zip(own[p], parameters, strict=True):
+            torch.testing.assert_close(moved[p], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_scaling_rule():
@@ -209,7 +235,7 @@ def test_lbfgs_probes_do_not_see_their_neighbours(problem, monkeypatch):
     ]
     wanted = [lbfgs(loss, 10.0**-n, iterations=(30, 200)[n % 2], temperature=0.5) for n, loss in enumerate(losses)]
     together, histories, _ = fit_convex(wanted, features, multi, 4)
-    monkeypatch.setattr("featcache.probes.solvers.convex.CHUNK_ROWS", 64)
+    monkeypatch.setattr("featcache.probes.solvers.convex.basis.CHUNK_ROWS", 64)
     for n, spec in enumerate(wanted):
         (alone,), (history,), _ = fit_convex([spec], features, multi, 4)
         assert_near(together[n], alone, 1e-4)
@@ -274,7 +300,7 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
 def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.solvers.convex.RESOLUTION", 0.0)
+    monkeypatch.setattr("featcache.probes.solvers.convex.newton.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 

@@ -78,7 +78,7 @@ def test_what_a_grid_refuses_the_schema_refuses(check, change):
 def test_the_tables_of_the_page_are_those_of_the_classes():
     text = grid_tables.PAGE.read_text(encoding="utf-8")
     assert text == grid_tables.with_tables(text), "run python tests/support/grid_tables.py"
-    assert text.count("<!-- fields:") == 5
+    assert text.count("<!-- fields:") == 6
 
 
 @pytest.mark.parametrize(

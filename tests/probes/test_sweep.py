@@ -15,6 +15,7 @@ import yaml
 from extracting import SIZE
 from loop import train_block
 from parts import Head, Loss, Optimizer, Schedule
+from processes import start_training as start
 
 import featcache
 from featcache.errors import BadInput
@@ -119,19 +120,6 @@ def test_a_streamed_probe_equals_a_plain_loop_over_the_same_order(store, tmp_pat
         (alone,) = training.finish()
         assert_equal({"x": probe.weights}, {"x": alone.weights}, exactly=False)
         assert probe.losses == pytest.approx(alone.losses, abs=1e-6)
-
-
-STEP = (
-    "import featcache.probes.engine.sweep as s; s.SAVE_SECONDS = 0; s.TELL_SECONDS = 0.05; "
-    "from featcache.cli import main; main()"
-)
-
-
-def start(grid, store, run, *more, code=STEP):
-    words = ["train-probes", "--grid", grid, "--store", store, "--run", run, *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.mark.process
@@ -250,7 +238,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(tmp_path, optimizer):
         training.validated(torch.rand(4, generator=torch.Generator().manual_seed(epoch), dtype=torch.float64))
     (tmp_path / "partial").mkdir()
     training.save(tmp_path, Origin("store", "run"))
-    other = Training.restored(state_path(tmp_path, training.name), 12, 3, labels)
+    other = Training.restored(state_path(tmp_path, training.name), lambda spec: 12, 3, labels)
     for t in (training, other):
         for _ in range(2):
             run_epoch(t, features, labels)

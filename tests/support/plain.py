@@ -143,6 +143,8 @@ def plain_loss(loss, logits, labels, weights=None):
         values = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weights)
     elif loss.type == "focal":
         values = torchvision.ops.sigmoid_focal_loss(logits, target, alpha=loss.alpha, gamma=loss.gamma)
+    elif loss.type == "squared_hinge":
+        values = F.relu(1 - (2 * target - 1) * logits).square() * (1 + (loss.positive_weight - 1) * target)
     else:
         p = logits.sigmoid()
         shifted = (p - loss.clip).clamp(min=0)

@@ -3,6 +3,22 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
+
+# The real program, which writes its states after every epoch.
+STEP = (
+    "import featcache.probes.engine.sweep as s; s.SAVE_SECONDS = 0; s.TELL_SECONDS = 0.05; "
+    "from featcache.cli import main; main()"
+)
+
+
+def start_training(grid, store, run, *more, code=STEP):
+    """The command train-probes in a process of its own."""
+    words = ["train-probes", "--grid", grid, "--store", store, "--run", run, *more]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def free_port():

@@ -1,5 +1,7 @@
 """Small stores of random features, written as `extract` writes them, but with no images and no backbone."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,49 @@ def write_store(
         rows_of_shard = {n: f[first:end] for n, f in features.items()}
         put_shard(Shard(folder, plan_, "train", shard), ids, rows_of_shard, digests[first:end] if known else None)
     return features
+
+
+def write_features(path, splits, classes):
+    """Write a float32 store of given features, in chunks of 4 rows. splits: {name: (ids, labels, pooled [N, D])}."""
+    single = next(iter(splits.values()))[1].ndim == 1
+    records = {
+        split: tuple(
+            Record(id=i, image=None, image_bytes=1, height=8, width=8, labels=int(y) if single else y,
+                   boxes=np.zeros((0, 4), np.float32), box_classes=np.zeros(0, np.int64), box_difficult=np.zeros(0, bool))
+            for i, y in zip(ids, labels, strict=True)
+        )
+        for split, (ids, labels, _) in splits.items()
+    }  # fmt: skip
+    data = Dataset("toy", tuple(classes), "single-label" if single else "multi-label", records)
+    feature = Feature("layer4", "pooled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module, "CHUNK_ROWS", 4)
+        plan_ = plan(
+            {
+                "arch": "toy",
+                "weights_sha256": "0",
+                "preprocessing": {"size": 8},
+                "dataset": {"name": "toy", "splits": {}},
+            },
+            {split: len(ids) for split, (ids, _, _) in splits.items()},
+            {feature: next(iter(splits.values()))[2].shape[1:]},
+            "float32",
+            {"last": "layer4"},
+            data.classes,
+            data.task,
+            compute={"device": "cpu", "threads": 1, "batch_size": 8},
+            storage={"format": choose_format(None, path), "compression": None},
+        )
+    folder = open_folder(path)
+    plan_ = create_store(folder, plan_, {split: with_axes(record_arrays(data, split)) for split in splits})
+    for split, (ids, _, values) in splits.items():
+        # Other features are other images.
+        digests = np.frombuffer(b"".join(hashlib.md5(v.tobytes()).digest() for v in values), np.uint8).reshape(-1, 16)
+        for shard in range(plan_.shards(split)):
+            first, end = plan_.rows_of(split, shard)
+            rows = {str(feature): values[first:end].astype(np.float32)}
+            put_shard(Shard(folder, plan_, split, shard), list(ids[first:end]), rows, digests[first:end])
+    return path
 
 
 class Rows(torch.utils.data.Dataset):

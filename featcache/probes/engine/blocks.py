@@ -15,7 +15,7 @@ MIN_ROWS = 32
 
 @dataclass(frozen=True)
 class Block(Sequence[ProbeSpec]):
-    """Probes that train together: they share their input and everything but rates, losses, seeds and the like."""
+    """Probes that train together: they share images, input and everything but rates, losses, seeds and the like."""
 
     specs: tuple[ProbeSpec, ...]
 
@@ -74,8 +74,8 @@ def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budg
 
 def block_key(spec: ProbeSpec) -> Hashable:
     """Return what the probes of one block have in common."""
-    loop = (spec.epochs, spec.batch_size, spec.keep, spec.patience, spec.precision)
-    return spec.features, spec.views, spec.head, spec.optimizer.shared, loop
+    loop = (spec.epochs, spec.stop, spec.batch_size, spec.keep, spec.patience, spec.precision)
+    return spec.features, spec.views, spec.sample, spec.head, spec.optimizer.shared, loop
 
 
 def rows_at_once(batch_size: int | None, positions: int) -> int:

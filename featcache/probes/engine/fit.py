@@ -23,6 +23,7 @@ def fit_block(specs: Sequence[ProbeSpec], features: Tensor, labels: Tensor, clas
             None if all_finite(fit.weights) else len(fit.losses) - 1,
             spec.epochs,
             stopped=None if fit.converged else "iterations",
+            choice=fit.choice,
         )
         for spec, fit in zip(specs, solver.fit(specs, features, labels, classes), strict=True)
     ]

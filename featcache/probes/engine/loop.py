@@ -1,6 +1,6 @@
-"""The training loop: one epoch of blocks that read the same input."""
+"""The training loop: one epoch of blocks that train on the same pass over the data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,17 +17,18 @@ def train_epoch(
     device: torch.device,
     tick: Callable[[int], None] = lambda steps: None,
 ) -> None:
-    """Train blocks for one epoch on one pass over the data.
+    """Train blocks for one epoch on one pass over the data, each on its own columns of the features.
 
     pieces: of the epoch. labels: of all training images, on the device. tick: called after every step with the number of
     probes that took it.
     """
-    by_size: dict[int, tuple[MiniBatches, list[Training]]] = {}
+    alike: dict[Hashable, tuple[MiniBatches, list[Training]]] = {}
     for training in trainings:
         training.begin_epoch()
-        by_size.setdefault(training.batch_size, (MiniBatches(training.batch_size), []))[1].append(training)
+        size, columns = training.batch_size, training.columns
+        alike.setdefault((size, columns), (MiniBatches(size, columns), []))[1].append(training)
     for piece in pieces:
-        for batches, members in by_size.values():
+        for batches, members in alike.values():
             for values, rows in batches.cut(piece):
                 features = sent(values, device).float()
                 targets = labels[sent(rows, device)]

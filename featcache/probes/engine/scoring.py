@@ -46,14 +46,15 @@ def tally_blocks(
     splits: Sequence[str],
     labels: Tensor,
     device: torch.device,
+    metrics: Iterable[str],
 ) -> list[Tally]:
     """Gather the logits of blocks on a union of splits, in a Tally for each block.
 
-    group: blocks that read one input. predictors: of the blocks. labels: of the images. The features are read once,
-    whatever the number of blocks, and not kept.
+    group: blocks that read one input. predictors: of the blocks. labels: of the images. metrics: names of those that
+    the tallies compute. The features are read once, whatever the number of blocks, and not kept.
     """
     read = Input.of(group[0][0])
-    tallies = [new_tally(block, labels.to(device), len(store.classes)) for block in group]
+    tallies = [new_tally(block, labels.to(device), len(store.classes), metrics) for block in group]
     for part in read.chunks(store, splits, device):
         for predictor, tally in zip(predictors, tallies, strict=True):
             tally.add(predictor(part))
@@ -81,21 +82,22 @@ def score_probes(
     labels: Mapping[str, Tensor],
     device: torch.device,
     intervals: Container[str],
+    metrics: Sequence[str],
 ) -> dict[tuple[str, str], Scored]:
     """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and splits.
 
     splits, labels: {role: splits of the store} and {role: labels of their images}. intervals: roles whose scores get
-    an interval.
+    an interval. metrics: names of those to compute.
     """
     scored, places = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
         largest = max(labels.values(), key=len)
-        kept = new_tally(specs[:1], largest[:1], len(store.classes)).bytes_per_image * len(largest)
+        kept = new_tally(specs[:1], largest[:1], len(store.classes), metrics).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
             for part in _passes(places, group, kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, device, places)
                 for role, names in splits.items():
-                    tallies = tally_blocks(predictors, part, store, names, labels[role], device)
+                    tallies = tally_blocks(predictors, part, store, names, labels[role], device, metrics)
                     for block, tally in zip(part, tallies, strict=True):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result

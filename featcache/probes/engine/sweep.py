@@ -25,16 +25,16 @@ from featcache.probes.engine.training import Training, state_path
 from featcache.probes.engine.waves import Buffers, Wave, missing_specs, plan_waves, unsaved
 from featcache.probes.grids.search import Halving
 from featcache.probes.inputs.batches import view_of_epoch
-from featcache.probes.inputs.input import Input, load_labels
+from featcache.probes.inputs.input import Input, load_labels, narrowed
 from featcache.probes.inputs.resident import Resident
 from featcache.probes.inputs.streamed import Streamed
+from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
 from featcache.ranks import Alone
-from featcache.store.reader import Store
 
 # States are written after an epoch, but not more often than this, so a kill costs about that much.
 SAVE_SECONDS = 30
@@ -48,8 +48,7 @@ class Sweep:
         self,
         folder: Path,
         specs: Iterable[ProbeSpec],
-        store: Store,
-        splits: dict[str, tuple[str, ...]],
+        sets: TrainingSets,
         device: torch.device,
         seed: int,
         selection: tuple[str, str | None],
@@ -57,14 +56,14 @@ class Sweep:
         progress: tqdm,
         run: str,
     ):
-        self.folder, self.store, self.splits, self.device, self.seed = folder, store, splits, device, seed
+        self.folder, self.store, self.sets, self.device, self.seed = folder, sets.store, sets, device, seed
         self.run = run
         self.specs = {spec.id: spec for spec in specs}
         self.ranks, self.progress = ranks, progress
-        self.labels = load_labels(store, splits["train"]).to(device)
         self.metric, role = selection
-        # Splits and labels of validation; None where nothing is chosen, because then nothing validates.
-        self.selected_on = (splits[role], load_labels(store, splits[role]).to(device)) if role else None
+        # Splits and labels of validation; None where no split is chosen on, because then nothing validates.
+        names = sets.splits[role] if role else ()
+        self.selected_on = (names, load_labels(self.store, names).to(device)) if role else None
         self._saved_at = self._told_at = time.monotonic()
         self._untold = 0
         self._validation: dict[Input, list[Tensor] | None] = {}
@@ -83,28 +82,36 @@ class Sweep:
 
     def source(self, wave: Wave) -> Resident | Streamed:
         """Return the training features of a wave: in memory, or streamed through a buffer."""
-        names = self.splits["train"]
+        images = self.sets[wave.sample]
         if wave.buffer_rows is None:
-            return Resident(wave.input, self.store, names, self.device)
-        return Streamed(wave.input, self.store, names, wave.buffer_rows)
+            return Resident(wave.input, self.store, images.splits, self.device, images.rows)
+        return Streamed(wave.input, self.store, images.splits, wave.buffer_rows, images.rows)
 
     def open(self, wave: Wave) -> list[Training]:
         """Return the Trainings of a wave's blocks, new or from their states."""
-        shape, trainings = (wave.input.shape(self.store)[0], len(self.store.classes), self.labels), []
+        trainings, images = [], self.sets[wave.sample]
         for block in wave.blocks:
             if isinstance(block, str):
-                trainings.append(self._restored(block, shape))
+                training = self._restored(block, images.labels)
                 # Probes that the grid no longer has are not trained further.
-                trainings[-1].take_out(torch.tensor([spec.id not in self.specs for spec in trainings[-1].specs]))
+                training.take_out(torch.tensor([spec.id not in self.specs for spec in training.specs]))
             else:
-                trainings.append(Training([self.specs[name] for name in block], *shape))
+                specs = [self.specs[name] for name in block]
+                training = Training(specs, self._width(specs[0]), len(self.store.classes), images.labels)
+            if training.specs:
+                training.columns = wave.input.columns(Input.of(training.specs[0]), self.store)
+            trainings.append(training)
         self._origins |= dict.fromkeys((training.name for training in trainings), self._origin(wave.buffer_rows))
         return trainings
 
-    def _restored(self, name: str, shape: tuple[int, int, Tensor]) -> Training:
+    def _width(self, spec: ProbeSpec) -> int:
+        """Return the width of the features that a probe reads."""
+        return Input.of(spec).shape(self.store)[0]
+
+    def _restored(self, name: str, labels: Tensor) -> Training:
         path = self.folder / PARTIAL / name
         try:
-            return Training.restored(path, *shape)
+            return Training.restored(path, self._width, len(self.store.classes), labels)
         except (OSError, LookupError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
             # The file was checked a moment ago, so it has changed since.
             raise BadInput(f"cannot read state {path}: {error}; run the same train-probes again") from None
@@ -116,30 +123,34 @@ class Sweep:
         """Train a block whose optimizer sees all images at once."""
         if isinstance(source, Streamed):
             raise TypeError("plan_buffers keeps the features in memory for an optimizer that sees all images at once")
-        self._keep(fit_block(specs, source[0], self.labels, len(self.store.classes)), self._origin(None))
+        labels = self.sets[specs[0].sample].labels
+        self._keep(fit_block(specs, source[0], labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
 
     def steps_of(self, spec: ProbeSpec) -> int:
         """Return the steps of a probe's training, as the progress bar counts them."""
-        return spec.epochs * -(-len(self.labels) // spec.batch_size) if spec.epochs and spec.batch_size else 1
+        if not (spec.epochs and spec.batch_size):
+            return 1
+        return (spec.stop or spec.epochs) * -(-len(self.sets[spec.sample]) // spec.batch_size)
 
     def run_wave(
         self,
         trainings: Sequence[Training],
         source: Resident | Streamed,
-        read: Input,
+        wave: Wave,
         until: Callable[[Training], int],
     ) -> None:
-        """Train blocks of one input, all on the same pass over the data, each up to its epoch until(training)."""
+        """Train the blocks of a wave, all on the same pass over the data, each up to its epoch until(training)."""
+        labels = self.sets[wave.sample].labels
         while active := [t for t in trainings if t.specs and t.epoch < until(t)]:
             epoch = min(t.epoch for t in active)
             behind = [t for t in active if t.epoch == epoch]
             for view in sorted({view_of_epoch(t.views, epoch) for t in behind}):
                 same_view = [t for t in behind if view_of_epoch(t.views, epoch) == view]
                 pieces = source.pieces(view, self.seed, epoch)
-                train_epoch(same_view, pieces, self.labels, self.device, self.tick)
+                train_epoch(same_view, pieces, labels, self.device, self.tick)
             for training in behind:
-                self._after_epoch(training, read, until)
+                self._after_epoch(training, wave.input, until)
             if time.monotonic() - self._saved_at > SAVE_SECONDS:
                 self.save(t for t in behind if t.specs)
 
@@ -147,7 +158,7 @@ class Sweep:
         if training.validates or (until(training) < training.epochs and training.epoch == until(training)):
             training.validated(self._validation_scores(training, read))
         self._drop(training, training.impatient() & (training.epoch < training.epochs), "patience")
-        if training.specs and training.epoch == training.epochs:
+        if training.specs and training.epoch == training.end:
             self._keep(training.finish(), self._origins[training.name])
             state_path(self.folder, training.name).unlink(missing_ok=True)
             training.specs = []
@@ -163,7 +174,7 @@ class Sweep:
             fits = 4 * numbers < MemoryBudget.for_validation(device)
             self._validation = {read: list(read.chunks(self.store, names, device)) if fits else None}
         for chunk in self._validation[read] or read.chunks(self.store, names, device):
-            tally.add(training.logits(chunk))
+            tally.add(training.logits(chunk if training.columns is None else narrowed(chunk, training.columns)))
         return gain(self.metric, tally.scores()[self.metric])
 
     def _drop(self, training: Training, gone: Tensor, why: str) -> None:
@@ -184,11 +195,8 @@ class Sweep:
                     err=True,
                 )
             elif probe.stopped == "iterations":
-                click.echo(
-                    f"warning: probe {probe.spec.id} had not converged after {len(probe.losses) - 1} Newton steps "
-                    f"({probe.spec.optimizer.type}); give it more optimizer.iterations, or more weight_decay",
-                    err=True,
-                )
+                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1)
+                click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
         """Write the states of blocks."""
@@ -225,8 +233,7 @@ class Sweep:
 def train_missing(
     folder: Path,
     specs: Sequence[ProbeSpec],
-    store: Store,
-    splits: dict[str, tuple[str, ...]],
+    sets: TrainingSets,
     device: torch.device,
     seed: int,
     selection: tuple[str, str | None],
@@ -237,17 +244,17 @@ def train_missing(
 ) -> None:
     """Train the probes that a run folder lacks and save them there.
 
-    selection: (metric, role) of validation, role None where nothing is chosen. buffers: how features are read, see
+    sets: the images to train on. selection: (metric, role) of validation, role None where no split is chosen on. buffers: how features are read, see
     plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     everything is saved. run: identity of the run, which is written into the files. Raises BadInput.
     """
     if ranks.rank == 0:
-        waves = plan_waves(folder, specs, store, buffers, device)
+        waves = plan_waves(folder, specs, sets.store, buffers, device)
         ranks.share([wave.to_json() for wave in waves])
     else:
         waves = [Wave.from_json(content) for content in ranks.shared()]
     with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
-        sweep = Sweep(folder, specs, store, splits, device, seed, selection, ranks, progress, run)
+        sweep = Sweep(folder, specs, sets, device, seed, selection, ranks, progress, run)
         progress.total = sum(map(sweep.steps_of, missing_specs(folder, specs)))
         if search:
             _search(sweep, waves, search)
@@ -266,8 +273,8 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
     source: Resident | Streamed | None = None
     key = None
     for wave in waves:
-        if source is None or key != (wave.input, wave.buffer_rows):
-            source, key = sweep.source(wave), (wave.input, wave.buffer_rows)
+        if source is None or key != (wave.input, wave.sample, wave.buffer_rows):
+            source, key = sweep.source(wave), (wave.input, wave.sample, wave.buffer_rows)
         first = wave.blocks[0]
         specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
         if specs and specs[0].optimizer.full_batch:
@@ -275,7 +282,7 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
             continue
         trainings = sweep.open(wave)
         sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in trainings))
-        sweep.run_wave(trainings, source, wave.input, lambda t: t.epochs)
+        sweep.run_wave(trainings, source, wave, lambda t: t.end)
 
 
 def _search(sweep: Sweep, waves: Iterable[Wave], search: Halving) -> None:
@@ -288,6 +295,6 @@ def _search(sweep: Sweep, waves: Iterable[Wave], search: Halving) -> None:
             return rung_epoch(training.epochs, fraction)
 
         for wave, trainings in opened:
-            sweep.run_wave(trainings, sweep.source(wave), wave.input, until)
+            sweep.run_wave(trainings, sweep.source(wave), wave, until)
         if fraction < 1:
             sweep.cut(everyone, fraction, search.factor)

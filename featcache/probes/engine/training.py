@@ -1,6 +1,6 @@
 """A block of probes while it trains on mini-batches: weights, update rule, and the history of each probe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +14,8 @@ from featcache.probes.engine.blocks import padded
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.predict import predict
 from featcache.probes.engine.stack_loss import StackLoss
+from featcache.probes.engine.step import can_capture, make_step
+from featcache.probes.inputs.input import Columns
 from featcache.probes.runs.probe_file import Origin, block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
@@ -24,15 +26,18 @@ from featcache.probes.weights import all_finite, stacked_weights
 
 
 class Training:
-    """Probes of one block, which share features, views, head, batches and update rule (see blocks.py).
+    """Probes of one block, which share images, features, views, head, batches and update rule (see blocks.py).
 
     An epoch is begin_epoch(), feed() for each mini-batch, and end_epoch(). save() writes the whole state, from which
     restored() goes on to the same bits.
 
     specs: the probes that still train. name: of the block as it began, from its probes' ids. epoch: epochs done, of
-    `epochs`. steps: of an epoch. batch_size: images of a mini-batch. views: over which the epochs rotate. validates:
-    whether every epoch ends with a validation score.
+    `epochs`. end: the epoch after which training ends, which for a refit may be before the last. steps: of an epoch.
+    batch_size: images of a mini-batch. views: over which the epochs rotate. validates: whether every epoch ends with a
+    validation score. columns: of the features that training reads, None for all.
     """
+
+    columns: Columns | None = None
 
     def __init__(self, specs: Sequence[ProbeSpec], dim: int, classes: int, labels: Tensor):
         """specs: of one block. dim: width of the features. labels: of the training data, on the device to train on."""
@@ -40,8 +45,10 @@ class Training:
         recipe = MiniBatchRecipe.of(first)
         self.specs, self.name = list(specs), block_name(specs)
         self.epoch, self.epochs, self.batch_size, self.views = 0, recipe.epochs, recipe.batch_size, first.views
+        self.end = first.stop or self.epochs
         self.steps = -(-len(labels) // self.batch_size)
-        self.validates = first.keep == "best" or first.patience > 0
+        # A refit has no images left to validate on; what the choice found out is its `stop`.
+        self.validates = (first.keep == "best" or first.patience > 0) and not first.refit
         self._first, self._dim, self._classes, self._labels = first, dim, classes, labels
         self._losses = torch.zeros(0, len(specs), dtype=torch.float64)  # [epochs done, P]
         self._scores = torch.zeros(0, len(specs), dtype=torch.float64)
@@ -57,7 +64,9 @@ class Training:
         self._stack = head.stack(stacked_weights(self._padded, self._dim, self._classes, device), precision)
         solvers = [recipe.solver for recipe in self._recipes]
         self._rule = solvers[0].rule(self._stack.parameters, solvers, precision, device)
-        self._loss = StackLoss(self._padded, self._labels, self._classes, self.batch_size)
+        loss = StackLoss(self._padded, self._labels, self._classes, self.batch_size)
+        capturable = all(can_capture(spec, device) for spec in self.specs)
+        self._step = make_step(self._first, self._stack, loss, self._rule, capturable)
 
     def begin_epoch(self) -> None:
         """Prepare the rates of an epoch's steps."""
@@ -71,13 +80,10 @@ class Training:
 
     def feed(self, features: Tensor, targets: Tensor) -> None:
         """Take one step. features: float32 [B, D] or [B, D, S]. targets: labels of the rows, [B] or [B, C]."""
-        step, precision = len(self._step_sizes), self._first.precision
-        with multiplying(precision):
-            logits = self._stack.forward(features, training=True)  # [B, P, C]
-            exact = logits.device.type == "cpu" and precision == "float32"
-            loss, gradient = self._loss(logits.detach(), targets, exact)
-            self._rule.step(self._stack.backward(features, logits, gradient), self._rates[step])
-        self._step_losses[step] = loss
+        step = len(self._step_sizes)
+        self._rule.advance()
+        with multiplying(self._first.precision):
+            self._step_losses[step] = self._step(features, targets, self._rates[step])
         self._step_sizes.append(len(features))
 
     def end_epoch(self) -> None:
@@ -108,7 +114,7 @@ class Training:
     def impatient(self) -> Tensor:
         """Return which probes have gone `patience` epochs without a better validation score, bool [P]."""
         patience = self._first.patience
-        if not patience or self.epoch <= patience:
+        if not self.validates or not patience or self.epoch <= patience:
             return torch.zeros(len(self.specs), dtype=torch.bool)
         scores = self._scores.nan_to_num(nan=-torch.inf)
         return scores[-patience:].amax(0) <= scores[:-patience].amax(0)
@@ -202,10 +208,11 @@ class Training:
         write_sealed(state_path(folder, self.name), contiguous, vars(origin) | content)
 
     @classmethod
-    def restored(cls, path: str | Path, dim: int, classes: int, labels: Tensor) -> Self:
-        """Return the Training whose state a file holds. The file has passed check_file."""
+    def restored(cls, path: str | Path, width: Callable[[ProbeSpec], int], classes: int, labels: Tensor) -> Self:
+        """Return the Training whose state a file holds. The file has passed check_file. width: of a probe's features."""
         content, tensors = read_content(path), safetensors.torch.load_file(path)
-        training = cls([spec_from_dict(spec) for spec in content["specs"]], dim, classes, labels)
+        specs = [spec_from_dict(spec) for spec in content["specs"]]
+        training = cls(specs, width(specs[0]), classes, labels)
         training.name, training.epoch = Path(path).stem, content["epoch"]
         training._losses, training._scores = tensors["losses"], tensors["scores"]
         training._diverged = tensors["diverged"]

@@ -14,7 +14,7 @@ from featcache.kinds import K, Registry
 from featcache.probes.grids.fields import MISSING, GridField, check_known, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.ranges import RANGES, Draw, choices, drawn, draws_from, ends, is_range, spread
-from featcache.probes.identity import REGISTRIES
+from featcache.probes.identity import OPTIONAL, REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 V = TypeVar("V")
@@ -109,6 +109,9 @@ def _axes(group: Group, keys: Iterable[str], draw: Draw | None, errors: list[str
             axes[key] = [group.fields.get(key, "probe")]
         elif key in REGISTRIES:
             origins = {k[1]: where for k, where in group.origins.items() if isinstance(k, tuple) and k[0] == key}
+            if key in OPTIONAL and key not in group.fields:
+                axes[key] = [None]
+                continue
             given = group.fields.get(key, _default(key))
             axes[key] = list(dict.fromkeys(sections(given, REGISTRIES[key], path, key, origins, draw, errors)))
         else:
@@ -121,7 +124,7 @@ def _axes(group: Group, keys: Iterable[str], draw: Draw | None, errors: list[str
 def _default(section: str) -> str | None:
     """Return the type of a section where a grid gives none, or None where it must give one."""
     default = spec_field(section).default
-    return None if default is MISSING else default.type
+    return None if default is MISSING or default is None else default.type
 
 
 def _axis(

@@ -17,6 +17,8 @@ from featcache.probes.identity import REGISTRIES
 from featcache.probes.spec import ProbeSpec
 
 MISSING = object()
+# Fields of a probe that a group does not give as fields of its own.
+NOT_IN_GROUPS = ("name", "source", "fold", "refit", "stop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,11 @@ class GridField:
         kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
         return [_unwrapped(kind, self.info.metadata) for kind in kinds if kind is not type(None)]
 
+    @property
+    def _choices(self) -> list[Any]:
+        """The words, or other values, that it may have beside those of a type."""
+        return [word for kind, _ in self._typed if get_origin(kind) is Literal for word in get_args(kind)]
+
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:
         return TypeAdapter(_bounded(self.info.annotation, self.info.metadata))
@@ -74,8 +81,9 @@ class GridField:
         for word, meaning in self.words:
             if value == word:
                 return meaning
-        if self.listed and not isinstance(value, (list, tuple)):
-            raise ValueError(f"{shown(value)} is not a list")
+        if self.listed and not isinstance(value, (list, tuple)) and value not in self._choices:
+            words = "".join(f", or {word}" for word in self._choices)
+            raise ValueError(f"{shown(value)} is not a list{words}{nearest(value, self._choices)}")
         try:
             return self._adapter.validate_python(self._numbers(value), strict=True)
         except ValidationError as error:
@@ -109,8 +117,7 @@ class GridField:
         if self.listed and first["loc"]:
             entry = first["loc"][0]
             return f"{shown(value[entry] if isinstance(entry, int) else value)} is not {self.expected}"
-        words = [w for kind, _ in self._typed if get_origin(kind) is Literal for w in get_args(kind)]
-        words += [word for word, _ in self.words]
+        words = self._choices + [word for word, _ in self.words]
         return f"{shown(value)} is not {self.expected}{nearest(value, words) if words else ''}"
 
     @cached_property
@@ -153,7 +160,7 @@ def spec_field(name: str) -> GridField:
 @cache
 def probe_fields() -> dict[str, GridField]:
     """Return {name: field} of the fields of a probe other than sections, in the order in which they multiply."""
-    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, "name", "source")]
+    names = [f.name for f in fields(ProbeSpec) if f.name not in (*REGISTRIES, *NOT_IN_GROUPS)]
     return {name: spec_field(name) for name in names}
 
 
@@ -181,7 +188,7 @@ def _hint(key: Any, known: Sequence[str]) -> str:
 @cache
 def _section_of() -> dict[str, str]:
     """Return {field: section} for the fields that people write outside their section."""
-    sections = ("schedule", "loss", "optimizer", "head")
+    sections = ("finetune", "schedule", "loss", "optimizer", "head")
     return {name: section for section in sections for name in known_fields(REGISTRIES[section].own)}
 
 

@@ -22,6 +22,8 @@ TOP = (
     "store", "splits", "select", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
     "profiles",
 )  # fmt: skip
+# As select.split: nothing is chosen.
+NOTHING = "none"
 # The roles that get intervals by default. Scores on the training images say little about other images.
 INTERVALS = ("val", "test")
 
@@ -56,6 +58,11 @@ class Grid:
     def allow_overlap(self) -> bool:
         """Whether the grid lets two roles share images."""
         return self.content.get("allow_overlap", False)
+
+    @property
+    def reports_all(self) -> bool:
+        """Whether the grid chooses nothing, however many configurations it has: select: {split: none}."""
+        return self.content.get("select", {}).get("split") == NOTHING
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -194,8 +201,10 @@ def _select(value: Any, splits: Mapping[str, object], path: str, errors: list[st
             errors.append(f"{path}.metric: {error}")
     if role == "test":
         errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
+    elif role == NOTHING:
+        return metric, None
     elif role is not None and role not in list(splits):
-        known = [name for name in splits if name != "test"]
+        known = [*(name for name in splits if name != "test"), NOTHING]
         errors.append(f"{path}.split: {shown(role)} is not one of {', '.join(known)}{nearest(role, known)}")
     return metric, role
 

@@ -73,7 +73,7 @@ def _set(spec: ProbeSpec, values: dict[Any, Any], path: str, errors: list[str]) 
         where = f"{path}.{key}"
         if key in fields:
             chosen: Sequence[Any] = alternatives(value, fields[key], where, key, None, errors)
-        elif key in REGISTRIES and isinstance(value, dict) and "type" not in value:
+        elif key in REGISTRIES and isinstance(value, dict) and "type" not in value and getattr(spec, key) is not None:
             chosen = _parts(getattr(spec, key), value, where, errors)
         elif key in REGISTRIES:
             chosen = sections(value, REGISTRIES[key], where, key, {}, None, errors)
@@ -128,7 +128,7 @@ def _matches(spec: ProbeSpec, rule: Rule) -> bool:
         value = getattr(spec, field)
         if part is not None:
             # A part has no value for the fields of other types.
-            if part not in type(value).model_fields:
+            if part not in getattr(type(value), "model_fields", ()):
                 return False
             value = getattr(value, part)
         # For views, a grid writes `all` where the spec has None.

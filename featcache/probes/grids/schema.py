@@ -33,7 +33,8 @@ def schema() -> Schema:
             "store": {"type": "string", "description": "path of the store"},
             "splits": _object(splits, "the store's splits in the roles train, val and test"),
             "select": _object(
-                {"metric": {"enum": list(METRICS)}, "split": {"enum": ["train", "val"]}}, "how the best probe is chosen"
+                {"metric": {"enum": list(METRICS)}, "split": {"enum": ["train", "val", "none"]}},
+                "how the best probe is chosen",
             ),
             "intervals": _one_or_more({"enum": list(ROLES)}, "roles whose scores get an interval"),
             "search": _section("search", SEARCHES),

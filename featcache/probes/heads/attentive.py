@@ -5,6 +5,7 @@ It is only the cross-attention of the attentive probes of CAE (Chen et al., IJCV
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from featcache.errors import BadInput
-from featcache.feature import Feature
+from featcache.feature import Feature, beside
 from featcache.probes.heads.head import Gradient, Head
 from featcache.probes.heads.layered import drawn_layer, plain_convolution, taken
 
@@ -69,10 +70,12 @@ class Attentive(Head):
         """Return three times the forward pass: 4 D h S + 4 D D for the attention, 2 D C for the layer."""
         return 3 * (4 * dim * (self.heads * positions + dim) + 2 * dim * classes)
 
-    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+    def misfit(
+        self, features: Sequence[Feature], width: int, positions: int, batch_size: int
+    ) -> tuple[str, str] | None:
         """See Head.misfit: every attention head takes an equal share of the feature."""
         if width % self.heads:
-            return "head", f"{self.heads} attention heads do not divide {feature}, which is {width} wide"
+            return "head", f"{self.heads} attention heads do not divide {beside(features)}, which is {width} wide"
         return None
 
 

@@ -1,7 +1,7 @@
 """What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -51,8 +51,11 @@ class Head(Part):
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     # Whether it reads tokens, which have no position in a map.
     reads_tokens: ClassVar[bool] = False
-    # Whether pooling the features first gives the same logits, which is true of a plain linear layer alone.
-    commutes: ClassVar[bool] = False
+
+    @property
+    def commutes(self) -> bool:
+        """Whether pooling the features first gives the same logits, which is true of a plain linear layer alone."""
+        return False
 
     @property
     def averages_features(self) -> bool:
@@ -112,10 +115,12 @@ class Head(Part):
         """Whether the weights of a stack should stay in the cache when it sees so many rows at a time."""
         return rows < MANY_ROWS
 
-    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
-        """Return (field, reason) if it cannot train on a feature with so many positions, else None.
+    def misfit(
+        self, features: Sequence[Feature], width: int, positions: int, batch_size: int
+    ) -> tuple[str, str] | None:
+        """Return (field, reason) if it cannot train on features side by side with so many positions, else None.
 
-        width: of the feature. batch_size: images of a mini-batch.
+        width: of all of them. batch_size: images of a mini-batch.
         """
         return None
 

@@ -1,7 +1,7 @@
 """Heads that are layers of 1x1 convolutions, one after another: their weights, costs and modules."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -127,7 +127,9 @@ class LayeredHead(Head):
         """Return the modules between the norm behind a layer and the next layer, by name."""
         return {}
 
-    def misfit(self, feature: Feature, width: int, positions: int, batch_size: int) -> tuple[str, str] | None:
+    def misfit(
+        self, features: Sequence[Feature], width: int, positions: int, batch_size: int
+    ) -> tuple[str, str] | None:
         """See Head.misfit: a norm needs two rows to have a variance."""
         layout = self.layout
         if layout.norm != "none" and min(batch_size, layout.norm_batch or batch_size) * positions == 1:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from featcache.probes.inputs.input import Columns
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -18,19 +20,29 @@ class Piece:
 
 
 class MiniBatches:
-    """Cuts the Pieces of an epoch into mini-batches of one size; what is left of a piece starts the next batch."""
+    """Cuts the Pieces of an epoch into mini-batches of one size; what is left of a piece starts the next batch.
 
-    def __init__(self, size: int):
-        self.size = size
+    columns: of the features, by default all.
+    """
+
+    def __init__(self, size: int, columns: Columns | None = None):
+        self.size, self.columns = size, columns
         self._left: tuple[Tensor, Tensor] | None = None
 
     def cut(self, piece: Piece) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features [B, ...] as stored, rows [B]); only the last batch of the epoch may be short."""
         start = 0
+        parts = [piece.values]
+        if self.columns is not None:
+            parts = [piece.values[:, first:end] for first, end in self.columns]
+
+        def taken(rows: Tensor) -> Tensor:
+            return parts[0][rows] if len(parts) == 1 else torch.cat([part[rows] for part in parts], 1)
+
         if self._left is not None:
             values, rows = self._left
             start = self.size - len(rows)
-            values = torch.cat([values, piece.values[piece.order[:start]]])
+            values = torch.cat([values, taken(piece.order[:start])])
             rows = torch.cat([rows, piece.rows[:start]])
             self._left = None
             if len(rows) < self.size and not piece.last:
@@ -40,9 +52,9 @@ class MiniBatches:
         for at in range(start, len(piece.order), self.size):
             chosen, rows = piece.order[at : at + self.size], piece.rows[at : at + self.size]
             if len(rows) < self.size and not piece.last:
-                self._left = piece.values[chosen], rows
+                self._left = taken(chosen), rows
             else:
-                yield piece.values[chosen], rows
+                yield taken(chosen), rows
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +15,18 @@ from featcache.store.reader import Store
 class Resident:
     """An input from a union of splits, held in memory, one tensor for each view; view 0 is the image as it is.
 
-    As many views stay in memory as fit; the others are read again.
+    As many views stay in memory as fit; the others are read again. rows: sorted rows of the union, by default all.
     """
 
-    def __init__(self, input: Input, store: Store, splits: Sequence[str], device: torch.device):
-        self._input, self._store, self._splits, self._device = input, store, splits, device
+    def __init__(
+        self,
+        input: Input,
+        store: Store,
+        splits: Sequence[str],
+        device: torch.device,
+        rows: np.ndarray | None = None,
+    ):
+        self._input, self._store, self._splits, self._device, self._rows = input, store, splits, device, rows
         self._views: dict[int, Tensor] = {}
         self._replaced_next: int | None = None
 
@@ -26,7 +34,7 @@ class Resident:
         if view not in self._views:
             if self._replaced_next is not None:
                 self._views.pop(self._replaced_next, None)
-            self._views[view] = self._input.load(self._store, self._splits, self._device, view)
+            self._views[view] = self._input.load(self._store, self._splits, self._device, view, self._rows)
             # It makes way for the next view unless there is room for both and for training.
             roomy = free_bytes(self._views[view].device) >= 2 * self._views[view].nbytes
             self._replaced_next = None if roomy else view

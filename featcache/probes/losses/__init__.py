@@ -6,5 +6,6 @@ from featcache.probes.losses.bce import Bce
 from featcache.probes.losses.ce import Ce
 from featcache.probes.losses.focal import Focal
 from featcache.probes.losses.loss import Loss
+from featcache.probes.losses.squared_hinge import SquaredHinge
 
-LOSSES = Registry(Loss, "featcache.losses", "loss", [Bce, Ce, Focal, Asymmetric])
+LOSSES = Registry(Loss, "featcache.losses", "loss", [Bce, Ce, Focal, Asymmetric, SquaredHinge])

@@ -1,6 +1,6 @@
 """The asymmetric loss."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ class Asymmetric(Loss):
     clip: Annotated[float, Field(ge=0, le=0.9999)] = Field(
         0.05, description="probability below which a negative counts nothing"
     )
+
+    capturable: ClassVar[bool] = True
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
         """Return which labels are positive, and the share of each in the mean, both [B, 1, C]."""

@@ -5,9 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
-from featcache.probes.losses.curvature import Curvature
+from featcache.probes.losses.curvature import Curvature, LogisticCurvature
 from featcache.probes.losses.loss import Loss, LossFunction, absences, occurrences, present, shares, usable
 from featcache.probes.part import Share
 
@@ -28,6 +27,7 @@ class Bce(Loss):
         "none", description="balanced weighs positives by negatives / positives of their class"
     )
 
+    capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
@@ -62,29 +62,6 @@ class Bce(Loss):
 
     def curvature(self, function: LossFunction, labels: Tensor) -> Curvature:
         """See Loss.curvature."""
-        return BceCurvature(function, labels)
-
-
-class BceCurvature(Curvature):
-    """A sum over classes, each of which is a separate problem. Values are [C]."""
-
-    def __init__(self, function: LossFunction, labels: Tensor):
-        super().__init__(function, labels)
         targets, share, weights = function.targets(labels, torch.float64)
-        factor = 1 if weights is None else 1 + (weights - 1) * targets
-        # a log(1 + exp(-z)) + b z
-        self.curved, self.straight = (factor * share).expand_as(targets)[:, 0], ((1 - targets) * share)[:, 0]
-
-    def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """See Curvature.dot: [C]."""
-        return (left * right).sum(0)
-
-    def value(self, logits: Tensor) -> Tensor:
-        """See Curvature.value."""
-        return F.softplus(-logits).mul_(self.curved).addcmul_(self.straight, logits).sum(0)
-
-    def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See Curvature.slope."""
-        absent = (-logits).sigmoid_()
-        pushed = self.curved * absent
-        return self.straight - pushed, pushed.mul_(1 - absent)
+        parts = targets * share * (1 if weights is None else weights), (1 - targets) * share
+        return LogisticCurvature(*(part[:, 0].t().contiguous() for part in parts))

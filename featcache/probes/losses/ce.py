@@ -27,6 +27,7 @@ class Ce(Loss):
         "none", description="balanced weighs each class by N / (C n_c), as scikit-learn's"
     )
 
+    capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("cross_entropy", "crossentropy", "crossentropyloss", "softmax")
     link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
 
@@ -123,41 +124,41 @@ class CeCurvature(Curvature):
     """Softmax cross-entropy with its full curvature, across classes."""
 
     def __init__(self, function: LossFunction, labels: Tensor):
-        super().__init__(function, labels)
-        self.ignored: Tensor | None = None
+        super().__init__(function, labels, function.classes)
+        self.ignored: Tensor | None = None  # [C, N]
         parts = function.targets(labels, torch.float64)
         if labels.ndim == 2:
             targets, mass, ignored = parts
-            self.targets, self.mass = targets[:, 0], mass[:, 0]
-            self.ignored = None if ignored is None else ignored[:, 0]
+            self.targets, self.mass = targets[:, 0].t(), mass[:, 0].t()  # [C, N], [1, N]
+            self.ignored = None if ignored is None else ignored[:, 0].t()
             return
         _, target, spread, mass = parts
-        self.targets = target.new_zeros(len(labels), function.classes)
-        self.targets.add_(0 if spread is None else spread.view(-1)).scatter_add_(
-            1, labels.view(-1, 1), target.view(-1, 1)
-        )
-        self.mass = mass.view(-1, 1)
+        self.targets = target.new_zeros(function.classes, len(labels))
+        if spread is not None:
+            self.targets.add_(spread.view(-1, 1))
+        self.targets.scatter_add_(0, labels.view(1, -1), target.view(1, -1))
+        self.mass = mass.view(1, -1)
 
     def _logs(self, logits: Tensor) -> Tensor:
         return (logits if self.ignored is None else logits.masked_fill(self.ignored, IGNORED)).log_softmax(1)
 
     def value(self, logits: Tensor) -> Tensor:
         """See Curvature.value."""
-        return self._logs(logits).mul_(self.targets).sum().neg().expand(1)
+        return self._logs(logits).mul_(self.targets).sum((1, 2)).neg_()
 
     def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See Curvature.slope."""
+        """See Curvature.slope. The curvature is given by the probabilities."""
         p = self._logs(logits).exp_()
         return (self.mass * p).sub_(self.targets), p
 
     def bend(self, curvature: Tensor, move: Tensor) -> Tensor:
         """See Curvature.bend. curvature: the probabilities."""
-        pushed = curvature * move
+        pushed = move.mul_(curvature)
         return pushed.addcmul_(curvature, pushed.sum(1, keepdim=True), value=-1).mul_(self.mass.to(curvature))
 
     def flat(self, curvature: Tensor) -> Tensor:
         """See Curvature.flat. curvature: the probabilities."""
-        return (self.mass * curvature * (1 - curvature)).sum(0)
+        return (self.mass * curvature * (1 - curvature)).sum(2)
 
     def free(self, step: Tensor) -> Tensor:
         """See Curvature.free. A softmax does not see what all classes share, and weight decay drives that to zero."""

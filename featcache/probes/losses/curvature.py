@@ -1,10 +1,17 @@
-"""A loss as a convex function of the logits of all images: values, slopes and curvatures, for full-batch training."""
+"""A loss as convex problems over the logits of all images: values, slopes and curvatures, for full-batch training.
+
+Q problems of R columns each are solved side by side. Logits are [Q, R, N]. A loss that couples its classes is one
+problem of R = C columns, and a loss that does not is C problems of one column.
+"""
 
 from collections.abc import Callable
+from typing import Self
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# From logits [N, 1, C] and labels to the mean loss [1] and its gradient [N, 1, C].
+# From logits [N, Q, C] and labels to the mean loss [Q] and its gradient [N, Q, C].
 Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -13,39 +20,93 @@ class Curvature:
 
     With negative curvature, conjugate gradients would follow a direction in which the model of the objective falls
     for ever.
+
+    problems: how many problems the loss has. columns: of each.
     """
 
     # Step of the differences of gradients that give the curvature, in logits.
     WIDTH = 1e-4
 
-    def __init__(self, function: Function, labels: Tensor):
+    def __init__(self, function: Function, labels: Tensor, classes: int):
         self.function, self.labels = function, labels
+        self.problems, self.columns = 1, classes
 
     def _look(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = self.function(logits.unsqueeze(1), self.labels)
-        return value, gradient[:, 0]
+        value, gradient = self.function(logits.permute(2, 0, 1), self.labels)
+        return value, gradient.permute(1, 2, 0)
 
-    def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner product of two [K, C] for each problem: [1]."""
-        return (left * right).sum().expand(1)
+    def take(self, numbers: Tensor) -> "Curvature":
+        """Return the problems of these numbers, int64 [Q], which may repeat."""
+        return self
 
     def value(self, logits: Tensor) -> Tensor:
-        """Return the losses of the problems at logits [N, C]."""
+        """Return the losses of the problems at logits [Q, R, N]: [Q]."""
         return self._look(logits)[0]
 
     def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient by the logits, [N, C], and the curvature in the form that `bend` and `flat` take."""
+        """Return the gradient by the logits, [Q, R, N], and the curvature in the form that `bend` and `flat` take."""
         above, below = (self._look(logits + by)[1] for by in (self.WIDTH, -self.WIDTH))
         return self._look(logits)[1], ((above - below) / (2 * self.WIDTH)).clamp_(min=0)
 
     def bend(self, curvature: Tensor, move: Tensor) -> Tensor:
-        """Return the curvature times a move of the logits, both [N, C]."""
-        return curvature * move
+        """Return the curvature times a move of the logits, both [Q, R, N]; the move may be overwritten."""
+        return move.mul_(curvature)
 
     def flat(self, curvature: Tensor) -> Tensor:
-        """Return the curvature of each class, summed over images, [C]."""
-        return curvature.sum(0)
+        """Return the curvature of each column, summed over images, [Q, R]."""
+        return curvature.sum(2)
 
     def free(self, step: Tensor) -> Tensor:
-        """Return the part of a step, [K, C], that changes the loss."""
+        """Return the part of a step, [Q, R, K], that changes the loss."""
         return step
+
+
+class SeparateCurvature(Curvature):
+    """Base of losses that are one problem for each column. parts: what the loss knows of each image, [Q, N] each."""
+
+    columns = 1
+
+    def __init__(self, *parts: Tensor):
+        self.parts = parts
+        self.problems = len(parts[0])
+
+    def take(self, numbers: Tensor) -> Self:
+        """See Curvature.take."""
+        return type(self)(*(part[numbers] for part in self.parts))
+
+
+class LogisticCurvature(SeparateCurvature):
+    """The sum over images of a log(1 + exp(-z)) + b log(1 + exp(z)). parts: a and b, at least 0."""
+
+    def value(self, logits: Tensor) -> Tensor:
+        """See Curvature.value. No term is negative, so that nothing cancels where all logits are large."""
+        z = logits[:, 0]
+        present, absent = self.parts
+        straight = torch.where(z < 0, present, absent).mul_(z.abs())
+        return straight.addcmul_(present + absent, F.softplus(-z.abs())).sum(1)
+
+    def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See Curvature.slope."""
+        z = logits[:, 0]
+        present, absent = self.parts
+        p, rest = z.sigmoid(), torch.sigmoid(-z)
+        return (absent * p - present * rest).unsqueeze(1), (present + absent).mul_(p).mul_(rest).unsqueeze(1)
+
+
+class SquaredHingeCurvature(SeparateCurvature):
+    """The sum over images of a max(0, 1 - y z)^2. parts: the weights a, and the signs y."""
+
+    def _short(self, logits: Tensor) -> Tensor:
+        """Return by how much margins fall short of 1, times the sign: y max(0, 1 - y z), [Q, N]."""
+        signs = self.parts[1]
+        return (signs - logits[:, 0]).mul_(signs).clamp_(min=0).mul_(signs)
+
+    def value(self, logits: Tensor) -> Tensor:
+        """See Curvature.value."""
+        return self._short(logits).square_().mul_(self.parts[0]).sum(1)
+
+    def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See Curvature.slope. The curvature is that of the images whose margin is short of 1."""
+        twice, short = 2 * self.parts[0], self._short(logits)
+        curvature = (short != 0).to(twice).mul_(twice)
+        return short.mul_(twice).neg_().unsqueeze(1), curvature.unsqueeze(1)

@@ -1,6 +1,6 @@
 """The sigmoid focal loss."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -20,6 +20,8 @@ class Focal(Loss):
     type: Literal["focal"] = "focal"
     gamma: Annotated[float, Field(ge=0, le=100)] = Field(2.0, description="exponent that plays down what is easy")
     alpha: Share = Field(0.25, description="weight of positives; negatives have 1 - alpha")
+
+    capturable: ClassVar[bool] = True
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
         """Return the sign of each label, 1 or -1, and its weighted share in the mean, both [B, 1, C]."""

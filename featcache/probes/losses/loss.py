@@ -47,7 +47,7 @@ class Loss(Part):
 
     def curvature(self, function: "LossFunction", labels: Tensor) -> Curvature:
         """Return the loss as a function of the logits of all images, for full-batch training."""
-        return Curvature(function, labels)
+        return Curvature(function, labels, function.classes)
 
     def read(self, labels: Tensor) -> Tensor:
         """Return the labels with difficult ones as this loss reads them."""

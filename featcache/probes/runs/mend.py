@@ -23,7 +23,7 @@ from featcache.probes.runs.run_file import (
     read_file,
 )
 from featcache.probes.runs.tables import find_table, tables_of
-from featcache.probes.scores.metrics import task_of
+from featcache.probes.scores.metrics import metrics_of, task_of
 from featcache.store.folder import open_folder
 
 
@@ -50,7 +50,7 @@ def damage(folder: str | Path, summary: Summary | None) -> Iterator[tuple[str, s
         yield from ((name, "it is no file") for name in sorted(odd) if name not in (files or ()))
     if summary and files is None and "key" in summary:
         task = task_of(name for values in summary["chance"].values() for name in values)
-        for name in tables_of(task):
+        for name in tables_of(metrics_of(task)):
             if not find_table(folder, name).is_file():
                 yield name, "it is missing"
 

@@ -14,9 +14,10 @@ import safetensors
 import torch
 
 from featcache.errors import BadInput, shown
-from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.input import Source
 from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
+from featcache.probes.solvers.solver import Choice
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.weights import initial_weights
@@ -58,6 +59,7 @@ def save_probes(folder: str | Path, probes: Sequence[TrainedProbe], origin: Orig
             "diverged": probe.diverged,
             "epoch": probe.epoch,
             "stopped": probe.stopped,
+            **({"choice": probe.choice.to_json()} if probe.choice else {}),
         }
         for probe in probes
     ]
@@ -145,12 +147,12 @@ def check_file(path: Path, summary: Summary | None) -> None:
 
 
 def read_origin(path: Path) -> tuple[Origin, str] | None:
-    """Return (Origin, name of the input that the probes read) from a file with a checksum; None for one without."""
+    """Return (Origin, name of the Source that the probes read) from a file with a checksum; None for one without."""
     content = read_content(path)
     if "crc32" not in content:
         return None
     specs = _specs(content, path)
-    return Origin(content["store_id"], content["run"], content["buffer"]), Input.of(specs[0]).name
+    return Origin(content["store_id"], content["run"], content["buffer"]), Source.of(specs[0]).name
 
 
 def _files(folder: str | Path, room: str) -> list[Path]:
@@ -252,7 +254,7 @@ def _check_all(path: Path, known: dict[str, Any] | None) -> None:
         content["store_id"] = known["store_id"]
     if known and (content["store_id"] != known["store_id"] or (sealed and content["run"] != known["run"])):
         raise ValueError("it is of another run")
-    read = Input.of(specs[0]).name
+    read = Source.of(specs[0]).name
     if known and sealed and content["buffer"] != known["buffers"].get(read):
         raise ValueError(f"it is of a run that read {read} otherwise")
     if room == PROBES:
@@ -326,4 +328,5 @@ def _probe(file: Any, row: Any, entry: dict[str, Any]) -> TrainedProbe:
         epoch=entry["epoch"],
         scores=[math.nan if score is None else score for score in entry["scores"]],
         stopped=entry["stopped"],
+        choice=Choice.from_json(entry["choice"]) if "choice" in entry else None,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
 from featcache.probes.runs.run_file import ATTRIBUTION, Summary, maker, read_file, read_summary
+from featcache.probes.runs.seeds import shared_fields
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import Store, open_store
@@ -76,6 +77,11 @@ class Run:
     def _rows(self) -> dict[tuple[str, str, str], ScoreRow]:
         return {(r["probe"], r["metric"], r["split"]): r for r in self.scores}
 
+    @cached_property
+    def configurations(self) -> int:
+        """How many configurations the probes have: those that differ in their seed alone are of one."""
+        return len({str(shared_fields(row)) for row in {row["probe"]: row for row in self.scores}.values()})
+
     def table(self, name: str, **types: type) -> list[dict[str, Any]]:
         """Read another table of the run, such as calibration.csv, as a list of dicts. Raises BadInput for damage.
 
@@ -106,7 +112,9 @@ class Run:
         chosen, splits = self.chosen_on, self.summary["splits"]
         cautions = []
         if chosen is None:
-            cautions.append("nothing was chosen: one configuration, its seeds are reported")
+            several = self.configurations > 1
+            what = "all probes are reported" if several else "one configuration, its seeds are reported"
+            cautions.append(f"nothing was chosen: {what}")
         elif set(splits[chosen]) & set(splits[self.scored_on]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
             cautions.append(
@@ -236,10 +244,8 @@ def select(run: Run, rule: str) -> list[str]:
             f"--select {rule!r}: expected 'best METRIC' or 'best METRIC per FIELD,...', as in 'best map per loss'"
         )
     if run.chosen_on is None and run.summary["probes"] > 1:
-        raise BadInput(
-            f"--select {rule!r}: run {run.path} has no split to choose on, only the seeds of one configuration; "
-            "name probes with --probe"
-        )
+        only = "" if run.configurations > 1 else ", only the seeds of one configuration"
+        raise BadInput(f"--select {rule!r}: run {run.path} has no split to choose on{only}; name probes with --probe")
     metric = match.group(1).lower()
     rows = _scored(run, run.chosen_on or run.scored_on)
     metrics = sorted({r["metric"] for r in run.scores})

@@ -31,7 +31,7 @@ GRID_FILE = re.compile(r"grid(-[0-9a-f]{8})?\.yaml")
 # The files whose checksums run.json holds. Files of probes hold their own, except those of earlier versions.
 SEALED_FILE = re.compile(
     rf"{GRID_FILE.pattern}|attribution\.(csv|npz)|probes/[0-9a-f]{{1,64}}\.safetensors"
-    r"|(scores|seeds|history|calibration|scores_per_class)\.csv(\.gz)?"
+    r"|(scores|seeds|history|calibration|scores_per_class|costs)\.csv(\.gz)?"
 )
 # The form of each field: a type, a list or dict of a form, or a tuple of alternatives.
 _FORMS: dict[str, Any] = {
@@ -40,6 +40,7 @@ _FORMS: dict[str, Any] = {
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
     "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
+    "samples": {str: {str: (int, str)}},
 }  # fmt: skip
 _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")

@@ -4,13 +4,13 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 
 from featcache.atomic import remove
 from featcache.probes.runs.run_file import Files, read_file, write_file
-from featcache.probes.scores.metrics import metric_kind, metrics_of
+from featcache.probes.scores.metrics import metric_kind
 
 # Larger tables are compressed: nobody opens them in an editor, and they shrink to a twentieth.
 LARGE = 8 << 20
@@ -20,15 +20,19 @@ MOST_UNPACKED, LONGEST_LINE = 300, 16 << 20
 SCORE_COLUMNS = ("probe", "name", "split", "metric", "value", "low", "high", "epoch")
 
 
-def tables_of(task: str) -> dict[str, tuple[str, ...]]:
-    """Return {name: first columns} of the tables of a run. task: of its labels."""
+# The table of what probes chose for each class. Runs without such probes have none.
+COSTS, COST_COLUMNS = "costs.csv", ("probe", "class", "cost", "ap", "folds", "chosen", "excess", "draw")
+
+
+def tables_of(metrics: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return {name: first columns} of the tables of a run. metrics: those that it is scored with."""
     tables = {
         "scores.csv": SCORE_COLUMNS,
         "seeds.csv": ("name", "split", "metric", "mean", "std", "n", "diverged", "seeds", "probes"),
         "history.csv": ("probe", "epoch", "loss"),
         "calibration.csv": ("probe", "split", "bin"),
     }
-    by_class = [column for metric in metrics_of(task) if (column := metric_kind(metric).class_column)]
+    by_class = [column for metric in metrics if (column := metric_kind(metric).class_column)]
     if by_class:
         tables["scores_per_class.csv"] = ("probe", "split", "class", *by_class, "positives")
     return tables

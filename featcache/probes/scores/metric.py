@@ -39,7 +39,8 @@ class Metric(Kind, Generic[E]):
     title: its name in tables and plots, by default the name that users choose it by. tasks: the kinds of labels that it
     can score. higher_is_better: whether higher scores are better. bounds: the lowest and highest possible score; scores
     between 0 and 1 are shown as percent. class_column: the column of scores_per_class.csv for its scores by class, None
-    if it has none. reads: the kind of evidence that `estimate` takes.
+    if it has none. on_request: whether only grids that choose by it have it computed. reads: the kind of evidence that
+    `estimate` takes.
     """
 
     title: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class Metric(Kind, Generic[E]):
     higher_is_better: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = FRACTION
     class_column: ClassVar[str | None] = None
+    on_request: ClassVar[bool] = False
     reads: ClassVar[type[Evidence]]
 
     @classmethod

@@ -18,6 +18,7 @@ class Adam(MiniBatchSolver):
     type: Literal["adam"] = "adam"
 
     moments: ClassVar[int] = 2
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device
@@ -34,6 +35,14 @@ class AdamRule(UpdateRule):
     ):
         super().__init__(parameters, solvers, precision, device)
         self.first, self.second = self.zeros(), self.zeros()
+        # 1 - beta^steps of the first moment, and the root of that of the second.
+        self.correction1, self.correction2 = torch.zeros(2, device=device)
+
+    def advance(self) -> None:
+        """See Rule.advance."""
+        super().advance()
+        self.correction1.fill_(1 - 0.9**self.steps)
+        self.correction2.fill_(math.sqrt(1 - 0.999**self.steps))
 
     def state(self) -> dict[str, list[Tensor]]:
         """See Rule.state."""
@@ -45,12 +54,11 @@ class AdamRule(UpdateRule):
     def move(self, number: int, parameter: Tensor, gradient: Tensor, rates: Tensor) -> None:
         """Move a parameter by a dense gradient."""
         first, second = self.first[number], self.second[number]
-        correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         # w - rate (m / c1) / (sqrt(s) / c2 + eps), with each probe's numbers moved into the divisor to save passes
         # over memory. The gradient's memory is free by now. A rate may be 0.
-        steep = correction1 / rates.clamp(min=1e-30)
+        steep = self.correction1 / rates.clamp(min=1e-30)
         root = torch.sqrt(second, out=gradient)
-        root = torch.addcmul(per_probe(1e-8 * steep, root), root, per_probe(steep / correction2, root), out=root)
+        root = torch.addcmul(per_probe(1e-8 * steep, root), root, per_probe(steep / self.correction2, root), out=root)
         parameter.addcdiv_(first, root, value=-1)

@@ -18,6 +18,7 @@ class AdamW(MiniBatchSolver):
     type: Literal["adamw"] = "adamw"
 
     moments: ClassVar[int] = 2
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device

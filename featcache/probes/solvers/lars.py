@@ -20,6 +20,7 @@ class Lars(MomentumSolver):
     trust: Positive = Field(0.001, description="trust coefficient")
 
     per_probe: ClassVar[frozenset[str]] = MomentumSolver.per_probe | {"trust"}
+    capturable: ClassVar[bool] = True
 
     def rule(
         self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device

@@ -41,7 +41,7 @@ class Lbfgs(FullBatchSolver):
         head = specs[0].head
         if not isinstance(head, Linear):
             raise TypeError(f"lbfgs trains linear heads, not {head.type}")
-        return fit_convex([_problem(spec) for spec in specs], head, features, labels, classes)
+        return fit_convex([_problem(spec) for spec in specs], head, head.normalised(features), labels, classes)
 
     def passes(self) -> int:
         """See FullBatchSolver.passes."""

@@ -26,7 +26,8 @@ class UpdateRule:
         self.decay = _numbers([s.weight_decay for s in solvers], device)
         self.clip = _numbers([s.clip for s in solvers], device)
         self.precision = precision
-        self.memory = Memory.shared()
+        # On a GPU, whose allocator keeps memory anyway, a captured step relies on memory that no other block uses.
+        self.memory = Memory.shared() if device.type == "cpu" else Memory()
         self.steps = 0
 
     def zeros(self) -> list[Tensor]:
@@ -41,9 +42,12 @@ class UpdateRule:
         """Update one parameter in place."""
         raise NotImplementedError
 
+    def advance(self) -> None:
+        """See Rule.advance."""
+        self.steps += 1
+
     def step(self, gradients: list[Gradient], rates: Tensor) -> None:
         """See Rule.step."""
-        self.steps += 1
         if self.clip is not None:
             gradients = self._clipped(gradients, self.clip)
         for number, gradient in enumerate(gradients):

@@ -1,7 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -19,6 +19,8 @@ class Sgd(MomentumSolver):
 
     type: Literal["sgd"] = "sgd"
     nesterov: bool = Field(False, description="whether the step looks ahead along the momentum")
+
+    capturable: ClassVar[bool] = True
 
     def conflict(self, spec: Whole) -> str | None:
         """See Part.conflict."""

@@ -1,8 +1,9 @@
 """What every solver does: it changes the weights of probes so that their losses fall."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -38,18 +39,56 @@ class Solver(Part):
         """How messages about a probe describe its rate: lr 0.1, or the type where there is no rate."""
         return self.type
 
+    def shortfall(self, steps: int) -> str:
+        """Return how messages go on about a probe that had not converged after so many steps."""
+        return (
+            f"had not converged after {steps} Newton steps ({self.type}); give it more optimizer.iterations, or more "
+            "weight_decay"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The regularisation that each of C classes was trained with, out of K costs.
+
+    ap: of each class and cost, the mean average precision on held-out folds; NaN where nothing was held out. chosen:
+    the place of each class's cost. folds: of each class, 0 where nothing was held out. excess: a bound on the share by
+    which each class's objective exceeds its minimum. draw: a digest of the images that were drawn to train on, or None
+    for all images.
+    """
+
+    costs: Sequence[float]
+    ap: list[list[float]]
+    chosen: list[int]
+    folds: list[int]
+    excess: list[float]
+    draw: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, with None for NaN."""
+        return asdict(self) | {"ap": [[None if math.isnan(ap) else ap for ap in row] for row in self.ap]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the Choice whose to_json() this is."""
+        ap = [[math.nan if ap is None else ap for ap in row] for row in content["ap"]]
+        return cls(**{**content, "ap": ap})
+
 
 @dataclass(frozen=True)
 class Fit:
     """The result of full-batch training of one probe.
 
     weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each step. converged: False if the steps ran out.
+    after each step. converged: False if the steps ran out. distance: a bound on |W - W*| / |W| with W* the optimum,
+    infinite if the loss has no such bound, NaN if the weights are. choice: of a solver that chooses for each class.
     """
 
     weights: dict[str, Tensor]
     losses: list[float]
     converged: bool
+    distance: float = math.inf
+    choice: Choice | None = None
 
 
 class FullBatchSolver(Solver):
@@ -64,6 +103,10 @@ class FullBatchSolver(Solver):
         features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N]. Both on one device.
         """
         raise NotImplementedError
+
+    def unfit(self, spec: Whole, labels: Tensor, classes: Sequence[str]) -> str | None:
+        """Return a line for the user if a probe cannot be trained on these labels, else None. classes: their names."""
+        return None
 
     def passes(self) -> int:
         """Return roughly how often it goes over the images for one probe."""
@@ -116,6 +159,9 @@ class Rule(Protocol):
     """An update rule over the stacked parameters of P probes, with its state."""
 
     steps: int
+
+    def advance(self) -> None:
+        """Count a step that is about to be taken, in `steps`, and set what depends on their number."""
 
     def step(self, gradients: list[Gradient], rates: Tensor) -> None:
         """Update all parameters in place; it may overwrite the gradients. rates: float32 [P]."""

@@ -13,6 +13,10 @@ from featcache.kinds import Registry
 from featcache.probes.scores.metric import Metric, Task
 from featcache.probes.scores.metrics.balanced_accuracy import BalancedAccuracy
 from featcache.probes.scores.metrics.ece import ECE
+from featcache.probes.scores.metrics.interpolated_average_precision import (
+    ElevenPointAveragePrecision,
+    EnvelopeAveragePrecision,
+)
 from featcache.probes.scores.metrics.mean_average_precision import MeanAveragePrecision
 from featcache.probes.scores.metrics.nll import NLL
 from featcache.probes.scores.metrics.precision_recall import (
@@ -32,14 +36,22 @@ METRICS: Registry[Metric] = Registry(
     "metric",
     [
         MeanAveragePrecision, MacroPrecision, MacroRecall, MacroF1, MicroPrecision, MicroRecall, MicroF1,
-        Top1, Top5, BalancedAccuracy, NLL, ECE,
+        Top1, Top5, BalancedAccuracy, NLL, ECE, EnvelopeAveragePrecision, ElevenPointAveragePrecision,
     ],
 )  # fmt: skip
 V = TypeVar("V", float, Tensor)
 
 
-def metrics_of(task: str) -> tuple[str, ...]:
-    """Return the names of the metrics of a task. The first is the one that probes are chosen by."""
+def metrics_of(task: str, chosen: str | None = None) -> tuple[str, ...]:
+    """Return the names of the metrics that probes of a task are scored with. The first is the one they are chosen by.
+
+    chosen: the metric that a grid chooses by, which may be one that is computed on request alone.
+    """
+    return tuple(name for name in known_metrics(task) if name == chosen or not METRICS[name].on_request)
+
+
+def known_metrics(task: str) -> tuple[str, ...]:
+    """Return the names of all metrics of a task."""
     return tuple(name for name, metric in METRICS.items() if task in metric.tasks)
 
 

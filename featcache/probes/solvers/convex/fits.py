@@ -1,0 +1,97 @@
+"""Full-batch training of a grid's linear probes.
+
+A probe minimises the mean loss over all images plus weight_decay / 2 |W|^2, without the bias. With `ce` on single-label
+data this is scikit-learn's LogisticRegression with C = 1 / (N weight_decay).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from featcache.probes.heads.linear import Linear
+from featcache.probes.losses.loss import Loss, LossFunction
+from featcache.probes.solvers.convex.basis import Eigenbasis
+from featcache.probes.solvers.convex.path import Path
+from featcache.probes.solvers.solver import Fit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a linear probe minimises, loss plus decay / 2 |W|^2, and the largest number of Newton steps."""
+
+    loss: Loss
+    decay: float
+    iterations: int
+
+
+def fit_convex(problems: list[Problem], head: Linear, features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
+    """Solve problems of linear probes that share features and head, and return a Fit of each.
+
+    features: [N, D], any float dtype. labels: int8 [N, C] or int64 [N], same device. The losses of a Fit are those
+    of the Newton steps at the problem's own decay.
+    """
+    basis = Eigenbasis(features, "free" if head.bias else "none", 1 / head.temperature)
+    fits: dict[Problem, Fit] = {}
+    for loss in dict.fromkeys(problem.loss for problem in problems):
+        alike = list(dict.fromkeys(problem for problem in problems if problem.loss == loss))
+        if basis.finite:
+            fits |= zip(alike, _fit(alike, basis, head, labels, classes), strict=True)
+        else:
+            nan = torch.full((classes, features.shape[1]), torch.nan)
+            weights = {"fc0.weight": nan} | ({"fc0.bias": nan[:, 0]} if head.bias else {})
+            fits |= {problem: Fit(weights, [math.nan], True, math.nan) for problem in alike}
+    return [replace(fits[p], weights={name: w.clone() for name, w in fits[p].weights.items()}) for p in problems]
+
+
+def _fit(problems: list[Problem], basis: Eigenbasis, head: Linear, labels: Tensor, classes: int) -> list[Fit]:
+    """Solve problems of one loss."""
+    loss, device = problems[0].loss, labels.device
+    curvature = loss.curvature(LossFunction(loss, labels, classes), labels)
+    path = Path(basis, curvature, head.shift)
+    parts = curvature.problems
+    numbers = torch.arange(parts, device=device).repeat(len(problems))
+    decay, steps = (
+        torch.tensor(values, device=device, dtype=dtype).repeat_interleave(parts)
+        for values, dtype in (
+            ([p.decay for p in problems], torch.float64),
+            ([p.iterations for p in problems], torch.int64),
+        )
+    )
+    pieces: dict[int, _Piece] = {}
+    for places, optima in path.optima(numbers, decay, steps):
+        weight, bias = basis.as_weights(optima.points.flatten(0, 1))
+        fields = (weight.unflatten(0, optima.points.shape[:2]), bias.unflatten(0, optima.points.shape[:2]),
+                  optima.losses.t(), optima.steps, optima.distance, optima.converged)  # fmt: skip
+        rows = zip(*(field.cpu() for field in fields), strict=True)
+        pieces |= {place: _Piece(*row) for place, row in zip(places.tolist(), rows, strict=True)}
+    return [
+        _joined([pieces[place] for place in range(start, start + parts)], head.bias)
+        for start in range(0, len(numbers), parts)
+    ]
+
+
+class _Piece(NamedTuple):
+    """The solution of one problem, which is some or all classes of a probe: the fields of Optima on the CPU."""
+
+    weight: Tensor  # [R, D]
+    bias: Tensor  # [R]
+    losses: Tensor  # [T]
+    steps: Tensor
+    distance: Tensor
+    converged: Tensor
+
+
+def _joined(pieces: list[_Piece], bias: bool) -> Fit:
+    weight = torch.cat([piece.weight for piece in pieces])
+    last = max(int(piece.steps) for piece in pieces)
+    # A problem that ended early keeps its last loss.
+    losses = sum(piece.losses[torch.arange(last + 1).clamp(max=int(piece.steps))] for piece in pieces)
+    distance = torch.stack([piece.distance * piece.weight.norm() for piece in pieces]).norm() / weight.norm()
+    weights = {"fc0.weight": weight.float()}
+    if bias:
+        weights["fc0.bias"] = torch.cat([piece.bias for piece in pieces]).float()
+    converged = all(bool(piece.converged) for piece in pieces)
+    return Fit(weights, torch.as_tensor(losses).tolist(), converged, float(distance.nan_to_num(nan=0.0)))
