@@ -24,7 +24,7 @@ from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
 from featcache.probes.heads.head import Head
 from featcache.probes.losses import LOSSES
-from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.mend import drop_damaged, kept_files, known_store, without_summary
 from featcache.probes.runs.probe_file import Origin, find_probes, load_specs, save_probes
 from featcache.probes.runs.run import Run
 from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_summary

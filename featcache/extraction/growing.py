@@ -78,7 +78,7 @@ def _covers(job: Job, manifest: Manifest) -> bool:
 def _check_shared(job: Job, parts: Sequence[Manifest]) -> None:
     """Check that a job and a store have everything in common but features, splits and views. Raises BadInput."""
     store = merge(parts)
-    common = job.data.splits.keys() & store.identity["dataset"]["splits"].keys()
+    common = job.data.splits.keys() & store.identity.get("dataset", {}).get("splits", {}).keys()
     old, new = (_shared(identity, common) for identity in (store.identity, job.identity))
     if old.keys() ^ new.keys() == {"views"}:
         old.pop("views", None)
@@ -100,10 +100,10 @@ def _check_shared(job: Job, parts: Sequence[Manifest]) -> None:
 
 def _shared(identity: dict[str, Any], splits: Sequence[str] | set[str]) -> dict[str, Any]:
     """Return those fields of an identity that do not change when a store grows. splits: those that are compared."""
-    dataset, views = identity["dataset"], identity.get("views")
-    kept = {split: mark for split, mark in dataset["splits"].items() if split in splits}
+    dataset, views = identity.get("dataset", {}), identity.get("views")
+    kept = {split: mark for split, mark in dataset.get("splits", {}).items() if split in splits}
     shared = {**identity, "dataset": {**dataset, "splits": kept}}
-    del shared["features"]
+    shared.pop("features", None)
     if views:
         shared["views"] = {field: value for field, value in views.items() if field not in ("count", "splits")}
     return shared

@@ -114,10 +114,11 @@ def _with(folder: Folder, store: Manifest, added: Manifest) -> Manifest:
 
 def _merged(store: Manifest, added: Manifest) -> Manifest:
     before, own = store.identity, added.identity
+    dataset, more = (identity.get("dataset", {}) for identity in (before, own))
     identity = {
         **before,
-        "features": sorted({*before["features"], *own["features"]}),
-        "dataset": {**before["dataset"], "splits": before["dataset"]["splits"] | own["dataset"]["splits"]},
+        "features": sorted({*store.features, *added.features}),
+        "dataset": {**dataset, "splits": dataset.get("splits", {}) | more.get("splits", {})},
     }
     if "views" in own:
         known = before.get("views", {"count": 0, "splits": []})

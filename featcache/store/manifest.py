@@ -123,7 +123,10 @@ class Manifest:
         feature = parse_feature(name, self.aliases)
         if str(feature) not in self.features:
             hint = nearest(feature, self.features)
-            raise BadInput(f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)})")
+            raise BadInput(
+                f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)}); the extract "
+                f"that made it adds it, with --features {feature}"
+            )
         return feature
 
     def to_bytes(self) -> bytes:

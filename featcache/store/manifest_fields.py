@@ -24,6 +24,12 @@ def check_fields(content: dict[str, Any]) -> None:
     _dict(content["identity"].get("preprocessing", {}), "identity.preprocessing")
     dataset = _dict(content["identity"].get("dataset", {}), "identity.dataset")
     _dict(dataset.get("splits", {}), "identity.dataset.splits")
+    for field in ("features", "adds"):
+        _texts(content["identity"].get(field, []), f"identity.{field}")
+    if "views" in content["identity"]:
+        views = _dict(content["identity"]["views"], "identity.views")
+        _whole(views.get("count"), "identity.views.count", 1, MOST_SHARDS)
+        _texts(views.get("splits"), "identity.views.splits")
     _check_features(content["features"])
     for split, geometry in _dict(content["splits"], "splits").items():
         where = f"split {shown(split)}"
@@ -41,10 +47,7 @@ def check_fields(content: dict[str, Any]) -> None:
         raise BadInput(f"after is {shown(after)}, not the id of a store")
     for alias, layer in _dict(content["aliases"], "aliases").items():
         _text(layer, f"alias {shown(alias)}")
-    if not isinstance(content["classes"], list):
-        raise BadInput(f"classes is {shown(content['classes'])}, not a list")
-    for name in content["classes"]:
-        _text(name, "a class")
+    _texts(content["classes"], "classes")
     if content["task"] not in TASKS:
         raise BadInput(f"task is {shown(content['task'])}, not one of {', '.join(TASKS)}")
     _check_compute(_dict(content["compute"], "compute"))
@@ -129,6 +132,13 @@ def _whole(value: object, where: str, least: int, most: int) -> int:
 def _text(value: object, where: str) -> None:
     if not isinstance(value, str):
         raise BadInput(f"{where} is {shown(value)}, not text")
+
+
+def _texts(value: object, where: str) -> None:
+    if not isinstance(value, list):
+        raise BadInput(f"{where} is {shown(value)}, not a list")
+    for text in value:
+        _text(text, f"an entry of {where}")
 
 
 def _dict(value: object, where: str) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def verify(store: str | os.PathLike[str] | Folder, repair: bool = False) -> list
     try:
         parts = order_parts(folder, first, additions)
     except BadInput as error:
-        return [*findings, Finding(COMMITS, error.message)]
+        findings.append(Finding(MANIFEST, error.message))
+        parts = [first]
     manifest = merge(parts)
     findings += _check_files(folder, manifest, additions, repair)
     ids_are_whole = not findings
