@@ -221,11 +221,11 @@ def _finish(job: Job, parts: Sequence[Manifest]) -> str:
     for addition in (part for part in parts if part.is_addition and part.after is None):
         known = merge([*whole_parts(folder), addition]).splits
         publish(folder, addition, {split: own for split, own in arrays.items() if split in known})
-    # An addition that was lost and is there again may have others behind it.
     store = read_parts(folder)
-    others = [split for split in merge(store).splits if split not in arrays]
-    arrays |= {split: with_axes(Store(folder)[split].arrays()) for split in others}
-    restore(folder, store, arrays)
+    if len(store) > len(parts):
+        # A manifest that was lost and is there again has additions behind it.
+        others = [split for split in merge(store).splits if split not in arrays]
+        restore(folder, store, arrays | {split: with_axes(Store(folder)[split].arrays()) for split in others})
     # The store may have been deleted or moved while it was written.
     check_whole(folder, merge(store))
     return merge(store).id
