@@ -153,8 +153,8 @@ def _write(job: Job, growth: Growth, ranks: Alone) -> str:
     planned = [lay_out(job)] if not growth.parts else growth.additions
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
-            if leads and growth.parts and growth.parts != whole_parts(folder):
-                # Another process has added to it meanwhile.
+            if leads and MANIFEST in folder.names() and growth.parts != whole_parts(folder):
+                # Another process has made it, or added to it, meanwhile.
                 growth = plan_growth(job)
                 planned = growth.additions
             parts, todo = _begin(growth, planned, ranks) if leads else _join(folder, ranks)
@@ -169,10 +169,8 @@ def _write(job: Job, growth: Growth, ranks: Alone) -> str:
             return _finish(job, parts) if leads else ""
         except BaseException:
             if ranks.size == 1:
-                if growth.parts:
-                    discard_if_begun(folder, planned)
-                else:
-                    discard_if_empty(folder, planned[0])
+                discard_if_begun(folder, growth.additions)
+                discard_if_empty(folder, (growth.parts or planned)[0])
             raise
 
 

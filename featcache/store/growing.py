@@ -85,7 +85,7 @@ def drop_addition(folder: Folder, addition: Manifest) -> None:
 
 def discard_if_begun(folder: Folder, additions: Sequence[Manifest]) -> None:
     """Take out those additions of which no shard was ever committed."""
-    for addition in find_additions(folder):
+    for addition in find_additions(folder) if additions else ():
         mine = addition.after is None and addition.id in {planned.id for planned in additions}
         if mine and not any(committed(folder, addition, split) for split in addition.splits):
             drop_addition(folder, addition)
