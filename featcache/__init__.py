@@ -19,10 +19,13 @@ _FUNCTIONS = {
     "verify": "featcache.probes.runs.verify",
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
+    "knn": "featcache.probes.knn",
     "plan_probes": "featcache.probes.plan",
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
     "attribute": "featcache.attribution.attribute",
+    "finetune": "featcache.finetuning.finetune",
+    "plan_finetune": "featcache.finetuning.plan",
     "open_run": "featcache.probes.runs.run",
     "compare": "featcache.probes.compare",
     "report": "featcache.reporting.report",
@@ -39,8 +42,11 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.finetuning.finetune import finetune as finetune
+    from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare
     from featcache.probes.grids.schema import schema as schema
+    from featcache.probes.knn import knn as knn
     from featcache.probes.plan import plan_probes as plan_probes
     from featcache.probes.runs.run import open_run as open_run
     from featcache.probes.runs.verify import verify as verify

@@ -1,7 +1,7 @@
 """Processes that share the work of one command, as torchrun starts them, or the one process without it.
 
 They draw pieces of the work from a common counter, so that a slow process does not hold up the others. None ever waits
-for all others, so that a dead process hangs nobody.
+for all others, so that a dead process hangs nobody; only fine-tuning, whose processes add up their gradients, does.
 """
 
 import hashlib
@@ -120,6 +120,11 @@ class Alone:
         """Return what is missing when everything is drawn and done: nothing."""
         return []
 
+    @contextmanager
+    def adding_up(self, backend: str) -> Iterator[None]:
+        """Let the processes call torch's collectives within the block. backend: gloo or nccl."""
+        yield
+
     def alone(self) -> "Alone":
         """Return this process without the others."""
         return Alone()
@@ -169,6 +174,17 @@ class Ranks(Alone):
 
     def count(self, done: int) -> int:
         return self._add("done", done, super().count(done))
+
+    @contextmanager
+    def adding_up(self, backend: str) -> Iterator[None]:
+        import torch.distributed as distributed
+
+        store = distributed.PrefixStore(self._key("collectives"), self._store)  # type: ignore[attr-defined]  # unlisted
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
 
     def _add(self, word: str, number: int, otherwise: int) -> int:
         """Add to a common counter and return its value, or `otherwise` once the leader, who keeps it, has ended."""

@@ -33,9 +33,11 @@ PROBE_ROOMS = [
     {"solvers"},
     {"imported", "identity", "spec", "trained", "weights"},
     {"inputs", "overlap"},
+    {"neighbours"},
     {"runs", "grids"},
     {"engine"},
-    {"resolve", "finish"},
+    {"refit", "finish"},
+    {"resolve"},
 ]
 # Files that a kind of probe is named in: those of kinds, and those of formats that published code reads.
 KINDS_ARE_NAMED_IN = {
@@ -49,6 +51,7 @@ KINDS_ARE_NAMED_IN = {
     "tuning.py",
     "exchange",
     "import_probes.py",
+    "svm.py",
     "demo",
 }
 
@@ -128,8 +131,8 @@ def test_no_file_but_its_own_names_a_kind():
     from featcache.probes.scores.metrics import METRICS
 
     words = {word for kinds in (*REGISTRIES.values(), METHODS, LOCALISATION_SCORES, METRICS) for word in kinds}
-    # These are values of other fields too.
-    words -= {"step", "constant"}
+    # These are values of other fields too, or commands.
+    words -= {"step", "constant", "none", "svm", "knn"}
     named = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).parts
@@ -162,7 +165,8 @@ def test_families_are_named_in_their_own_files_alone():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "plan_probes", "schema", "attribute", "open_run", "compare", "report", "export", "import_probes",
+        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "report", "export",
+        "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None
@@ -221,8 +225,8 @@ def test_torchvision_and_the_compiler_stay_whole():
 
 def test_every_command_explains_itself(command):
     commands = (
-        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "compare", "attribute", "report",
-        "export", "import-probes",
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "knn", "svm", "compare", "attribute",
+        "report", "export", "import-probes",
     )  # fmt: skip
     for name in commands:
         code, out, _ = command(name, "--help")

@@ -1,12 +1,14 @@
 """What attribution methods are given: pairs of an image and a class, and what their maps are computed from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 
 import torch
 
+from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
+from featcache.attribution.passes import Passes
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
@@ -18,8 +20,8 @@ from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split
 
-# Images that are explained at a time.
-BATCH = 16
+# Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
+KEPT = 2 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,23 +34,55 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What maps are computed from: a split of a store, and the network where it was named."""
+    """What maps are computed from: a split of a store, and the network where it was named.
+
+    features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
+    counts what goes through the backbone.
+    """
 
     split: Split
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
+    features: tuple[Feature, ...]
+    memory: float
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone, on the device of the maps."""
+        return self._network.backbone
+
+    def inputs(self, rows: Sequence[int]) -> torch.Tensor:
+        """Read images as the backbone takes them: float32 [B, 3, S, S], or six channels for B-cos networks."""
+        pictures = torch.stack([self._network.picture(row) for row in rows])
+        return self.preprocessing.normalise(pictures.to(self.device))
+
+    @cached_property
+    def at_once(self) -> int:
+        """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
+        size = self.preprocessing.size
+        blank = self.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, blank)))
+
+    @property
+    def _network(self) -> Network:
+        if self.network is None:
+            raise BadInput("no backbone was named: a method that runs it has to say runs_backbone")
+        return self.network
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Pairs of an image and a class to explain, and what is known of these images.
 
-    targets: the T pairs, in order of their images.
+    targets: the T pairs, in order of their images. Where the backbone runs, all images have equally many.
     """
 
     targets: Sequence[Target]
     source: Source
+    _forwards: dict[Rule, Forward] = field(default_factory=dict)
+    _cached: dict[Feature, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -66,6 +100,14 @@ class Batch:
         """int64 [T]: the class of each pair."""
         return torch.tensor([target.label for target in self.targets], device=self.source.device)
 
+    @property
+    def by_image(self) -> torch.Tensor:
+        """int64 [B, K]: the K classes of each image. Raises ValueError if images have different numbers of them."""
+        counts = self.images.bincount()
+        if (counts != counts[0]).any():
+            raise ValueError("the images of this batch have different numbers of classes to explain")
+        return self.classes.view(len(self.rows), -1)
+
     @cached_property
     def masks(self) -> torch.Tensor:
         """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
@@ -77,34 +119,50 @@ class Batch:
         return self.source.preprocessing.size
 
     def cached(self, feature: Feature) -> torch.Tensor:
-        """Read the images' maps from the store: float32 [B, D, h, w]. Raises BadInput if the store is damaged."""
-        rows = self.source.split[str(feature)].take(self.rows, check=True)
-        return torch.from_numpy(rows).float().to(self.source.device)
+        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged."""
+        if feature not in self._cached:
+            rows = self.source.split[str(feature)].take(self.rows, check=True)
+            self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
+        return self._cached[feature]
 
     @cached_property
     def inputs(self) -> torch.Tensor:
         """float32 [B, 3, S, S], or six channels for B-cos networks: the images as the backbone takes them."""
-        pictures = torch.stack([self._network.picture(row) for row in self.rows])
-        return self.source.preprocessing.normalise(pictures.to(self.source.device))
+        return self.source.inputs(self.rows)
 
     @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
-        return self._network.backbone
+        return self.source.backbone
 
-    @property
-    def _network(self) -> Network:
-        if self.source.network is None:
-            raise BadInput("no backbone was named: a method that runs it has to say runs_backbone")
-        return self.source.network
+    def forward(self, rule: Rule = PLAIN) -> Forward:
+        """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
+        if rule not in self._forwards:
+            self._forwards.clear()
+            self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
+        return self._forwards[rule]
 
 
-def in_batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Yield targets, which are in order of their rows, by BATCH images."""
-    rows = sorted({target.row for target in targets})
-    for start in range(0, len(rows), BATCH):
-        chosen = set(rows[start : start + BATCH])
-        yield [target for target in targets if target.row in chosen]
+def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterator[Batch]:
+    """Yield the targets, which are in order of their images, as Batches that fit into memory.
+
+    Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
+    each image, and none is in vain. probes: how many are explained.
+    """
+    if source.network is None:
+        yield Batch(targets, source)
+        return
+    rows: dict[int, list[Target]] = {}
+    for target in targets:
+        rows.setdefault(target.row, []).append(target)
+    alike: dict[int, list[list[Target]]] = {}
+    for own in rows.values():
+        alike.setdefault(len(own), []).append(own)
+    pixels = 4 * source.preprocessing.size**2
+    for count, images in sorted(alike.items()):
+        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        for start in range(0, len(images), at_once):
+            yield Batch([target for own in images[start : start + at_once] for target in own], source)
 
 
 def open_network(

@@ -2,15 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from featcache.attribution.batch import Source
-from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.pieces import Piece
+from featcache.attribution.task import Task
 from featcache.probes.runs.run_file import ATTRIBUTION, seal_files, write_file
 from featcache.store.folder import open_folder
 
@@ -18,51 +17,68 @@ from featcache.store.folder import open_folder
 IDENTITY = ("probe", "method", "split", "id", "class")
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What is known of one map: its row of attribution.csv, and its values, float32 [S, S], if the report shows it."""
+def rows_of(task: Task, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return the rows of attribution.csv: by methods, then pieces, then probes, then targets."""
+    return [
+        dict(
+            zip(
+                (*IDENTITY, *task.columns),
+                (*identity, *pieces[piece].cells[method, probe, target].tolist()),
+                strict=True,
+            )
+        )
+        for method, piece, probe, target, identity in _places(task)
+    ]
 
-    row: dict[str, Any]
-    values: np.ndarray | None
+
+def _places(task: Task) -> Iterator[tuple[int, int, int, int, tuple[str, ...]]]:
+    """Yield the numbers of method, piece, probe and target of every row, in order, and its identity."""
+    split = task.source.split
+    for method, kind in enumerate(task.methods):
+        for piece, targets in enumerate(task.pieces):
+            for probe, one in enumerate(task.explained):
+                for number, target in enumerate(targets):
+                    identity = (
+                        one.probe,
+                        kind.label,
+                        split.name,
+                        split.ids[target.row],
+                        split.store.classes[target.label],
+                    )
+                    yield method, piece, probe, number, identity
 
 
-def columns_of(scores: Sequence[LocalisationScore]) -> list[str]:
-    """Return the columns of attribution.csv."""
-    return [*IDENTITY, *(column for score in scores for column in score.columns)]
-
-
-def write_results(
-    run: Path, columns: Sequence[str], results: Sequence[Result], kept: Sequence[int], source: Source
-) -> None:
-    """Write both files into a run, each whole or not at all, and their checksums into run.json.
-
-    columns: of attribution.csv. kept: rows of the split that the report shows.
-    """
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=True, **_arrays(columns, results, kept, source))
-    written = dict(zip(ATTRIBUTION, (_csv(columns, results), buffer.getvalue()), strict=True))
+def write_results(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> None:
+    """Write both files into the run, each whole or not at all, and their checksums into run.json."""
+    run, buffer = task.run.path, io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=True, **_arrays(task, rows, pieces))
+    columns = [*IDENTITY, *task.columns]
+    written = dict(zip(ATTRIBUTION, (_csv(columns, rows), buffer.getvalue()), strict=True))
     with open_folder(run).locked(f"waiting: another process is training into {run}"):
         # run.json does not list them until both are written.
         seal_files(run, dict.fromkeys(written))
         seal_files(run, {name: write_file(run, name, data) for name, data in written.items()})
 
 
-def _csv(columns: Sequence[str], results: Sequence[Result]) -> bytes:
+def _csv(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
     """Lay out the rows as CSV; NaN is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: "" if v != v else v for k, v in result.row.items()} for result in results)
+    writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
     return text.getvalue().encode()
 
 
-def _arrays(
-    columns: Sequence[str], results: Sequence[Result], kept: Sequence[int], source: Source
-) -> dict[str, np.ndarray]:
+def _arrays(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
     """The arrays of attribution.npz: the kept images, their boxes, and the maps with their rows as text."""
-    split, size = source.split, source.preprocessing.size
-    maps = [result.values for result in results if result.values is not None]
-    texts = [[str(result.row[k]) for k in columns] for result in results if result.values is not None]
+    source, kept = task.source, task.kept
+    split, size, columns = source.split, source.preprocessing.size, [*IDENTITY, *task.columns]
+    maps, texts = [], []
+    for row, (method, piece, probe, number, _) in zip(rows, _places(task), strict=True):
+        if (target := task.pieces[piece][number]).row in kept:
+            shown = [each for each in task.pieces[piece] if each.row in kept]
+            maps.append(pieces[piece].maps[method, probe, shown.index(target)].numpy())
+            texts.append([str(row[column]) for column in columns])
     arrays = {
         "ids": np.array([split.ids[row] for row in kept]),
         **_boxes(kept, source),

@@ -17,8 +17,10 @@ from featcache.cli.demo import demo
 from featcache.cli.export import export
 from featcache.cli.extract import extract
 from featcache.cli.faults import explain, scarcity
+from featcache.cli.finetune import finetune
 from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
+from featcache.cli.knn import knn
 from featcache.cli.layers import layers
 from featcache.cli.report import report
 from featcache.cli.schema import schema
@@ -61,7 +63,8 @@ def cli() -> None:
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, svm, compare, attribute, report, export, import_probes, schema,
+    demo, layers, extract, inspect, verify, convert, train_probes, knn, svm, finetune, compare, attribute, report, export,
+    import_probes, schema,
 ):  # fmt: skip
     cli.add_command(debug_option(command))
 

@@ -1,10 +1,13 @@
 """`featcache attribute`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featcache.cli.options import backbone_options, dataset_options, device_option
+
+if TYPE_CHECKING:
+    from featcache.attribution.plan import AttributionPlan
 
 
 @click.command()
@@ -21,7 +24,7 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
     "--method",
     "methods",
     metavar="M,...",
-    help="gradcam (from the store alone), input_x_gradient (needs the backbone).  [default: gradcam]",
+    help="How to explain, with fields as in NAME:FIELD=VALUE; docs/attribution.md lists them.  [default: gradcam]",
 )
 @click.option("--score", "scores", metavar="S,...", help="How well maps point at the boxes.  [default: epg]")
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
@@ -33,14 +36,55 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 @click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone.")
-def attribute(methods: str | None, scores: str | None, **options: Any) -> None:
-    """Explain probes and score the maps: share of positive energy in the object's boxes (EPG)."""
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Memory for what passes through the backbone keep.  [default: 2]",
+)
+@click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
+def attribute(
+    methods: str | None, scores: str | None, memory: float | None, device: str | None, dry_run: bool, **options: Any
+) -> None:
+    """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
+
+    If it was interrupted, the same command again goes on from there. Under torchrun the processes share the images.
+    """
+    options |= {
+        "methods": _names(methods),
+        "scores": _names(scores),
+        "memory": None if memory is None else memory * 1e9,
+    }
+    if dry_run:
+        from featcache.attribution.plan import plan_attribution
+        from featcache.attribution.task import prepare
+        from featcache.device import choose_device
+
+        _print_plan(plan_attribution(prepare(device=choose_device(device), **options)))
+        return
     from featcache.attribution.attribute import attribute as run
     from featcache.reporting.localisation import localisation_rows
     from featcache.reporting.table import format_table
 
-    run(methods=_names(methods), scores=_names(scores), **options)
-    click.echo(format_table(*localisation_rows(options["run"])))
+    if run(device=device, **options) is not None:
+        click.echo(format_table(*localisation_rows(options["run"])))
+
+
+def _print_plan(plan: "AttributionPlan") -> None:
+    """Print the passes through the backbone that methods take, and those of the same maps one by one."""
+    from featcache.reporting.table import format_table
+
+    columns = ["methods", "forward", "backward", "one by one: forward", "backward"]
+    rows = [
+        [", ".join(shared.methods), *(f"{n:,}" for p in (shared.passes, shared.alone) for n in (p.forward, p.backward))]
+        for shared in plan.shared
+    ]
+    work = plan.work
+    click.echo(format_table(columns, rows))
+    click.echo(
+        f"{plan.maps:,} maps: {work.probes:,} probes, {work.pairs:,} pairs of image and class, {work.images:,} images; "
+        f"passes of an image through the backbone: {plan.passes}; one by one: {plan.alone}; nothing was written"
+    )
 
 
 def _names(text: str | None) -> list[str] | None:

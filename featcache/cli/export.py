@@ -12,6 +12,7 @@ from featcache.cli.options import backbone_options
 @click.option("--to", required=True, metavar="FILE", help="Its suffix says the format; or a folder, for several CKPT.")
 @click.option("--run", type=click.Path(), help="Folder of a finished run: export one of its probes.")
 @click.option("--probe", metavar="ID", help="The probe.")
+@click.option("--select", "rule", metavar="RULE", help="Or a rule that selects one: best METRIC.")
 @backbone_options(required=False)
 def export(**options: Any) -> None:
     """Write backbones, or a probe merged with its backbone, for programs that know nothing of featcache.

@@ -51,7 +51,7 @@ def dataset_options(required: bool) -> Option:
             "--dataset",
             required=required,
             metavar="NAME",
-            help="voc (2007), voc2012, coco (2014), coco2017, imagenet, places205, inaturalist2018, cifar10, cifar100, "
+            help="voc (2007), voc2012, coco (2014), coco2017, imagenet, imagenet100, places205, inaturalist2018, cifar10, cifar100, "
             "stl10, folder, manifest (--root is the file), huggingface or webdataset.",
         )(command)
 

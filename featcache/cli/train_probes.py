@@ -8,6 +8,7 @@ from featcache.cli.options import device_option
 
 if TYPE_CHECKING:
     from featcache.probes.plan import Plan
+    from featcache.probes.runs.run import Run
 
 
 @click.command()
@@ -37,13 +38,18 @@ def train_probes(dry_run: bool, run: str | None, seed: int, memory: float | None
 
         _print_plan(plan_probes(memory=memory, **options))
         return
-    from featcache.probes.scores.metrics import metric_kind
     from featcache.probes.train import train_probes as train
-    from featcache.reporting.table import format_table, score_rows, scored
 
     finished = train(run=run, seed=seed, memory=memory, **options)
-    if finished is None:
-        return
+    if finished is not None:
+        print_scores(finished)
+
+
+def print_scores(finished: "Run") -> None:
+    """Print the best probes of a run."""
+    from featcache.probes.scores.metrics import metric_kind
+    from featcache.reporting.table import format_table, score_rows, scored
+
     click.echo(format_table(*score_rows(finished, most=10)))
     summary, metric = finished.summary, finished.metric
     level = summary["chance"][finished.scored_on][metric]
@@ -82,25 +88,25 @@ def _print_plan(plan: "Plan") -> None:
             "batch": str(s.batch_size),
             "probes": str(s.probes),
             "blocks": str(s.blocks),
-            "data": _bytes(s.feature_bytes) + " streamed" * s.streamed,
-            "memory": _bytes(s.weight_bytes + s.activation_bytes),
+            "data": size_text(s.feature_bytes) + " streamed" * s.streamed,
+            "memory": size_text(s.weight_bytes + s.activation_bytes),
             "GFLOP": f"{s.flops / 1e9:.3g}",
-            "about": _duration(s.seconds),
+            "about": duration_text(s.seconds),
         }
         for s in plan.stacks
     ]
     click.echo(format_table(list(rows[0]), [list(row.values()) for row in rows]))
     streamed = sum(s.streamed for s in plan.stacks)
     click.echo(
-        f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {_duration(plan.seconds)} "
-        f"of training on {plan.device}, without reading and scoring; about {_bytes(plan.memory)} of memory, "
-        f"{_bytes(plan.free)} are free"
+        f"{plan.probes} probes in {len(plan.stacks)} stacks on {plan.rows} images; about {duration_text(plan.seconds)} "
+        f"of training on {plan.device}, without reading and scoring; about {size_text(plan.memory)} of memory, "
+        f"{size_text(plan.free)} are free"
         + (f"; {streamed} stacks do not fit into the memory for features and are streamed" if streamed else "")
         + "; nothing was written"
     )
 
 
-def _bytes(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("KiB", "MiB"):
         count /= 1024
         if count < 1000:
@@ -108,7 +114,7 @@ def _bytes(count: float) -> str:
     return f"{count / 1024:.3g} GiB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -14,7 +14,7 @@ from featcache.datasets.coco import read_coco
 from featcache.datasets.complete import completed
 from featcache.datasets.folder import read_folder
 from featcache.datasets.huggingface import read_huggingface
-from featcache.datasets.imagenet import read_imagenet
+from featcache.datasets.imagenet import read_imagenet, read_imagenet100
 from featcache.datasets.inaturalist2018 import read_inaturalist2018
 from featcache.datasets.manifest import read_manifest_file
 from featcache.datasets.places205 import read_places205
@@ -34,6 +34,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "coco2014": partial(read_coco, year=2014),
     "coco2017": partial(read_coco, year=2017),
     "imagenet": read_imagenet,
+    "imagenet100": read_imagenet100,
     "places205": read_places205,
     "inaturalist2018": read_inaturalist2018,
     "cifar10": partial(read_cifar, classes=10),

@@ -1,4 +1,4 @@
-"""ImageNet-1k (ILSVRC2012): class folders, or flat with a list or the devkit; subset lists too."""
+"""ImageNet-1k (ILSVRC2012): class folders, or flat with a list or the devkit; subset lists too; and ImageNet-100."""
 
 import os
 import re
@@ -11,6 +11,7 @@ from featcache.datasets.layout import (
     folders_in,
     images_by_class,
     images_in,
+    known_splits,
     read_lines,
     read_list,
     require_folder,
@@ -26,6 +27,12 @@ val/n01440764/*.JPEG ...                        or val/*.JPEG with one of
 meta/val.txt                                        (lines "ILSVRC2012_val_00000001.JPEG 65")
 ILSVRC2012_devkit_t12/data/                         (as its archive unpacks)
 train_labeled_1percent.txt, 1percent.txt ...    for the split train-1percent; also in meta/
+"""
+TREE_100 = """
+train/n01440764/*.JPEG ...                      all of ImageNet, in any of its layouts
+val/n01440764/*.JPEG ...                        or val/*.JPEG
+meta/ImageNet100/train_labeled_full.txt         (lines "n01440764/n01440764_10026.JPEG 0"; also beside ROOT in ../meta/)
+meta/ImageNet100/val_labeled.txt                (also train.txt, val.txt)
 """
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -47,6 +54,50 @@ def read_imagenet(root: Path, splits: Sequence[str] | None = None) -> Dataset:
         splits={split: _records(root, split, wnids) for split in tuple(splits or SPLITS)},
         resize="crop",
     )
+
+
+def read_imagenet100(root: Path, splits: Sequence[str] | None = None) -> Dataset:
+    """Read the 100 classes of ImageNet that lists name (Tian et al., 2020), as single-label records with the lists' labels.
+
+    The class names are the wnids in the order of the labels. A folder with just those 100 classes is read by
+    read_imagenet. Raises BadInput for lists that contradict each other or the names of the files.
+    """
+    require_folder(root)
+    chosen = known_splits(splits, SPLITS, "imagenet100")
+    lists = {split: _list_of(root, split, "ImageNet100", inside=False) for split in SPLITS}
+    names: dict[int, str] = {}
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for split, path in lists.items():
+        if path is None and split in chosen:
+            raise wrong_layout(root, f"no list of ImageNet-100's split {split} in meta/ImageNet100 of {root}", TREE_100)
+        rows[split] = []
+        for number, image, label in read_list(path) if path else []:
+            wnid = _wnid_of(image)
+            if label is None:
+                raise BadInput(f"{path} line {number}: {image} has no label")
+            if wnid is not None and names.setdefault(label, wnid) != wnid:
+                raise BadInput(f"{path} line {number}: label {label} is {names[label]}, the file is of {wnid}")
+            rows[split].append((image, label))
+    unnamed = sorted({label for listed in rows.values() for _, label in listed} - names.keys())
+    if unnamed or sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+        raise BadInput(
+            f"{root}: ImageNet-100's lists do not give each label from 0 one wnid, which the names of files hold"
+        )
+    read = {}
+    for split in chosen:
+        # A list may name images from the folder of the split, or from the folder above.
+        nested = bool(folders_in(root / split))
+        paths = [image.removeprefix(f"{split}/") for image, _ in rows[split]]
+        paths = [
+            image if "/" in image or not nested else f"{names[label]}/{image}"
+            for image, (_, label) in zip(paths, rows[split], strict=True)
+        ]
+        read[split] = tuple(
+            Record(id=os.path.splitext(os.path.basename(path))[0], image=os.path.join(root / split, path), labels=label)
+            for path, (_, label) in zip(paths, rows[split], strict=True)
+        )
+    classes = tuple(names[label] for label in range(len(names)))
+    return Dataset(name="imagenet100", classes=classes, task="single-label", splits=read, resize="crop")
 
 
 def _wnids(root: Path) -> tuple[str, ...]:
@@ -91,13 +142,16 @@ def _records(root: Path, split: str, wnids: tuple[str, ...]) -> tuple[Record, ..
     return tuple(Record(id=os.path.splitext(os.path.basename(p))[0], image=p, labels=label) for p, label in images)
 
 
-def _list_of(root: Path, split: str) -> Path | None:
-    """Return the list of a split, by the names that mmpretrain, OpenMixup and SimCLR give it, or None."""
+def _list_of(root: Path, split: str, folder: str = "ImageNet", inside: bool = True) -> Path | None:
+    """Return the list of a split, by the names that mmpretrain, OpenMixup and SimCLR give it, or None.
+
+    folder: of the dataset's lists in `meta`. inside: whether lists may lie outside such a folder.
+    """
     base, _, subset = split.partition("-")
     names = [f"{base}_labeled_{subset}.txt", f"{base}_{subset}.txt", f"{subset}.txt"]
     if not subset:
         names = [f"{base}.txt", f"{base}_labeled.txt", f"{base}_labeled_full.txt"]
-    places = (root / "meta", root, root.parent / "meta" / "ImageNet")
+    places = [*((root / "meta", root) if inside else (root / "meta" / folder,)), root.parent / "meta" / folder]
     return first_file(place / name for place in places for name in names)
 
 

@@ -23,18 +23,21 @@ from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
 from featcache.exchange.weights_file import PROGRAM, STATE_DICTS, check_suffix, write_program, write_state_dict
 from featcache.probes.runs.probe_file import load_probe
-from featcache.probes.runs.run import Run, open_run
+from featcache.probes.runs.run import Run, open_run, select
 from featcache.probes.runs.run_file import FILE
+from featcache.probes.runs.sealed_tensors import read_content
+from featcache.probes.runs.tuned import backbone_path, is_tuned
 from featcache.probes.scores.metrics import task_of
 from featcache.probes.spec import complete
 
 
-@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
+@takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, rule=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
 def export(
     checkpoints: str | PathLike | Sequence[str | PathLike] = (),
     to: str | PathLike | None = None,
     run: str | PathLike | None = None,
     probe: str | None = None,
+    rule: str | None = None,
     backbone: str | PathLike | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
@@ -44,7 +47,7 @@ def export(
     checkpoints: of backbones, whose tensors are written under their architecture's own names; a path or
     several. to: file (.safetensors, .pth, .pt), or a folder for several checkpoints. run, probe (id), backbone
     (checkpoint): given instead of checkpoints; probe and backbone are written as one state dict, or as a
-    program if `to` ends in .pt2. arch, weights_key: as load_backbone's. See docs/export.md. Files that
+    program if `to` ends in .pt2. rule: takes the place of probe, and must select one (see run.select). arch, weights_key: as load_backbone's. See docs/export.md. Files that
     hold the same already are left as they are. Returns the paths. Raises BadInput.
 
         featcache.export("ckpt.pth", to="backbone.safetensors")
@@ -55,17 +58,31 @@ def export(
         raise BadInput("export needs --to, the file to write")
     local_path(to, "--to")
     if run is None:
-        if probe or backbone or not sources:
+        if probe or rule or backbone or not sources:
             raise BadInput("export takes checkpoints of backbones, or --run, --probe and --backbone")
         targets = _targets(sources, to)
         for checkpoint, target in zip(sources, targets, strict=True):
             _export_backbone(checkpoint, target, arch, weights_key)
         return targets
-    if sources or not (probe and backbone):
+    opened = open_run(run)
+    chosen = _one_probe(opened, probe, rule) if probe or rule else None
+    if chosen and backbone is None and is_tuned(opened.summary):
+        backbone = backbone_path(opened.path, chosen)
+    if sources or not (chosen and backbone):
         raise BadInput("export of a probe needs --run, --probe and --backbone, and no other checkpoint")
     check_suffix(to, (*STATE_DICTS, PROGRAM))
-    _export_probe(open_run(run), probe, backbone, arch, weights_key, Path(to))
+    _export_probe(opened, chosen, backbone, arch, weights_key, Path(to))
     return [Path(to)]
+
+
+def _one_probe(run: Run, probe: str | None, rule: str | None) -> str:
+    """Return the id of the probe to export."""
+    if probe and rule:
+        raise BadInput("name the probe with --probe or by a rule with --select, not both")
+    chosen = [probe] if probe else select(run, str(rule))
+    if len(chosen) > 1:
+        raise BadInput(f"--select {rule!r} names {len(chosen)} probes ({', '.join(chosen[:5])}); export writes one")
+    return chosen[0]
 
 
 def _targets(checkpoints: Sequence[str | PathLike], to: str | PathLike) -> list[Path]:
@@ -130,7 +147,7 @@ def _export_probe(
     if probe.diverged is not None:
         epoch = probe.diverged_epoch
         raise BadInput(f"probe {probe_id} of run {run.path} diverged in epoch {epoch}, and has no weights")
-    backbone, backbone_tensors = _backbone_of(run, checkpoint, arch, weights_key)
+    backbone, backbone_tensors = _backbone_of(run, probe_id, checkpoint, arch, weights_key)
     merged = Merged(backbone, probe)
     images = example(backbone)
     meta = _backbone_meta(backbone, checkpoint, summary["preprocessing"]) | {
@@ -153,13 +170,17 @@ def _export_probe(
 
 
 def _backbone_of(
-    run: Run, checkpoint: str | PathLike, arch: str | None, weights_key: str | None
+    run: Run, probe_id: str, checkpoint: str | PathLike, arch: str | None, weights_key: str | None
 ) -> tuple[Backbone, dict[str, torch.Tensor]]:
     """Load a run's backbone, with the run's preprocessing, and its tensors under their architecture's own names.
 
     Raises BadInput if the checkpoint holds another one.
     """
     summary = run.summary
+    if is_tuned(summary):
+        # Each probe of a fine-tuned run has a backbone and an input of its own.
+        own = read_content(backbone_path(run.path, probe_id))
+        summary = summary | {name: own[name] for name in ("weights_sha256", "preprocessing")}
     try:
         preprocessing = Preprocessing(**summary["preprocessing"])
     except TypeError as error:

@@ -14,6 +14,7 @@ import torch
 
 from featcache.errors import BadInput
 from featcache.probes.heads.bcos import Bcos
+from featcache.probes.heads.bn_linear import BnLinear
 from featcache.probes.heads.head import UNIFORM_OFFSET, Head
 from featcache.probes.heads.layered import LayeredHead, Layout
 from featcache.probes.heads.linear import Linear
@@ -55,8 +56,14 @@ def _published_head(layers: int, hidden: int, norm: Any, bias: bool, bcos: bool,
 def to_published(head: Head, weights: State, multi_label: bool) -> dict[str, torch.Tensor]:
     """Rename and reshape the weights of a probe as the state dict of the head that How-to-Probe would train.
 
-    What it does not have, such as attention, keeps its names.
+    What it does not have, such as attention, keeps its names; a batch norm before a linear layer becomes part of the
+    layer. Raises BadInput for a linear head that normalises its features, which no tensor would say.
     """
+    if isinstance(head, Linear) and head.norm == "l2":
+        raise BadInput("the head normalises its features (norm: l2), which a state dict cannot say: export to FILE.pt2")
+    if isinstance(head, BnLinear):
+        weight, bias = head.folded(dict(weights))
+        head, weights = Linear(), {"fc0.weight": weight, "fc0.bias": bias}
     layout = head.layout if isinstance(head, LayeredHead) else Layout(bias=False)
     state = {}
     for name, value in weights.items():

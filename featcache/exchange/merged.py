@@ -9,6 +9,7 @@ from torch import nn
 from featcache.backbones.architecture import Architecture
 from featcache.backbones.backbone import Backbone
 from featcache.feature import beside, parse_beside
+from featcache.probes.heads.bn_linear import BnLinear
 from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
@@ -58,14 +59,17 @@ def as_program(merged: Merged, images: torch.Tensor) -> torch.export.ExportedPro
 def linear_layer(probe: TrainedProbe) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (weight [C, D], bias [C]) of the linear layer that is all of a probe's head, or None if it is more.
 
-    Temperature and offset are part of the layer.
+    A batch norm before it, temperature and offset are part of the layer.
     """
     head = probe.spec.head
-    if not isinstance(head, Linear) or head.norm != "none":
+    if isinstance(head, BnLinear):
+        weight, bias = head.folded(probe.weights)
+    elif isinstance(head, Linear) and head.norm == "none":
+        weight = probe.weights["fc0.weight"]
+        bias = probe.weights.get("fc0.bias", torch.zeros(len(weight)))
+    else:
         return None
-    weight = probe.weights["fc0.weight"]
-    bias = probe.weights.get("fc0.bias", torch.zeros(len(weight))) / head.temperature + float(head.offset)
-    return weight / head.temperature, bias
+    return weight / head.temperature, bias / head.temperature + float(head.offset)
 
 
 def as_own_network(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, parent_process
 from multiprocessing.queues import Queue
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -162,7 +162,7 @@ def _begin_worker(_number: int) -> None:
 
 
 def image_batches(
-    images: Images, batches: Iterable[list[tuple[str, int]]], workers: int, pin_memory: bool = False
+    images: Images, batches: Iterable[list[Any]], workers: int, pin_memory: bool = False
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     """Yield (pixels uint8 [B, 3, S, S], channels_last, digests uint8 [B, 16]) for each batch.
 

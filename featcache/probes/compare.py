@@ -11,13 +11,15 @@ import torch
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.device import choose_device
 from featcache.errors import BadInput
-from featcache.probes.engine.scoring import load_predictors, tally_blocks
+from featcache.probes.engine.scoring import load_predictors, new_tally, tally_blocks
 from featcache.probes.inputs.input import load_labels
 from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run, select, store_of
+from featcache.probes.runs.tuned import ScoredImages, is_tuned, read_images, read_logits
 from featcache.probes.scores.jackknife import paired_test
+from featcache.probes.scores.metrics import task_of
 from featcache.probes.scores.tally import Tally
-from featcache.store.reader import Split, Store
+from featcache.store.reader import Store
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -62,8 +64,9 @@ def compare(
         raise BadInput("compare takes one or two runs, and as many stores if any")
     chosen = _two_probes(opened, probes, rule)
     place = choose_device(device)
-    sources = [store_of(run, path) for run, path in zip(opened, paths, strict=True)]
-    pairs = list(zip(opened, sources, strict=True)) * (3 - len(opened))
+    # A fine-tuned run has no store: it keeps the logits of its probes.
+    stored = [None if is_tuned(run.summary) else store_of(run, path) for run, path in zip(opened, paths, strict=True)]
+    pairs = list(zip(opened, stored, strict=True)) * (3 - len(opened))
     (first, a), (second, b) = pairs[:2]
     if len(opened) == 2:
         _check_same_images(first, a, second, b)
@@ -103,36 +106,45 @@ def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None)
     return chosen[0], chosen[1]
 
 
-def _check_same_images(first: Run, a: Store, second: Run, b: Store) -> None:
-    """Raise BadInput unless two runs are scored on the same images with the same labels. a, b: their stores."""
+def _check_same_images(first: Run, a: Store | None, second: Run, b: Store | None) -> None:
+    """Raise BadInput unless two runs are scored on the same images with the same labels. a, b: their stores, if any."""
     where = f"runs {first.path} and {second.path} cannot be compared"
     if first.scored_on != second.scored_on:
         raise BadInput(f"{where}: one is judged on {first.scored_on}, the other on {second.scored_on}")
-    if (a.classes, a.task) != (b.classes, b.task):
+    if [first.summary["classes"], task_of(first.metrics)] != [second.summary["classes"], task_of(second.metrics)]:
         raise BadInput(f"{where}: their stores have other classes")
-    one, other = [
-        [store[name] for name in run.summary["splits"][run.scored_on]] for run, store in ((first, a), (second, b))
-    ]
+    one, other = _images(first, a), _images(second, b)
     # Ids are unique only within a split. Images that were resized or encoded anew differ in bytes but keep their ids.
-    named = [[(part.name, i) for part in parts for i in part.ids] for parts in (one, other)]
-    if named[0] != named[1] and not _same_bytes(one, other):
+    if one.names != other.names and not _same_bytes(one, other):
         raise BadInput(f"{where}: their {first.scored_on} splits hold other images, or in another order")
-    labels = [load_labels(store, run.summary["splits"][run.scored_on]) for run, store in ((first, a), (second, b))]
-    if not torch.equal(labels[0], labels[1]):
+    if not torch.equal(one.labels, other.labels):
         raise BadInput(f"{where}: the labels of their {first.scored_on} splits differ")
 
 
-def _same_bytes(first: Sequence[Split], second: Sequence[Split]) -> bool:
-    """Return whether two unions of splits hold the same files in the same order. Stores without digests cannot tell."""
-    known = [[part.digests for part in parts if part.digests is not None] for parts in (first, second)]
-    if [len(digests) for digests in known] != [len(first), len(second)]:
-        return False
-    return np.array_equal(np.concatenate(known[0]), np.concatenate(known[1]))
+def _images(run: Run, store: Store | None) -> ScoredImages:
+    """Return the images that a run is scored on. Stores of earlier versions have no digests."""
+    if store is None:
+        return read_images(run.path, run.scored_on)
+    names = run.summary["splits"][run.scored_on]
+    parts = [store[name] for name in names]
+    digests = [part.digests for part in parts if part.digests is not None]
+    known = torch.from_numpy(np.concatenate(digests)) if len(digests) == len(parts) else None
+    return ScoredImages([(part.name, i) for part in parts for i in part.ids], load_labels(store, names), known)
 
 
-def _tally(run: Run, store: Store, probe: str, device: torch.device, metrics: Sequence[str]) -> Tally:
+def _same_bytes(first: ScoredImages, second: ScoredImages) -> bool:
+    """Return whether two lists of images hold the same files in the same order. Without digests nobody can tell."""
+    return first.digests is not None and second.digests is not None and torch.equal(first.digests, second.digests)
+
+
+def _tally(run: Run, store: Store | None, probe: str, device: torch.device, metrics: Sequence[str]) -> Tally:
     """Tally the logits of a probe on the images that its run is scored on, for these metrics."""
     places, names = find_probes(run.path), run.summary["splits"][run.scored_on]
     (spec,) = load_specs(run.path, [probe], places)
-    predictors = load_predictors(run.path, [[spec]], store, device, places)
+    if store is None:
+        logits = read_logits(run.path, probe)[run.scored_on].to(device)
+        tally = new_tally([spec], read_images(run.path, run.scored_on).labels.to(device), logits.shape[1], metrics)
+        tally.add(logits.unsqueeze(0))
+        return tally
+    predictors = load_predictors(run.path, [[spec]], store, run.summary["splits"], device, places)
     return tally_blocks(predictors, [[spec]], store, names, load_labels(store, names), device, metrics)[0]

@@ -6,8 +6,9 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,16 @@ from torch import Tensor
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.engine.folds import Values, score_folds
 from featcache.probes.engine.scoring import Scored, score_probes
 from featcache.probes.inputs.input import load_labels
+from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import maker, write_summary
 from featcache.probes.runs.seeds import over_seeds
 from featcache.probes.runs.tables import COST_COLUMNS, COSTS, SCORE_COLUMNS, tables_of, write_table
+from featcache.probes.sample import FOLDS
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
@@ -40,18 +44,84 @@ def finish_run(
     device: torch.device,
     started: float,
     intervals: Iterable[str] | None = None,
+    sets: TrainingSets | None = None,
+    memory: float | None = None,
 ) -> Run:
     """Score the probes of a run, write the tables, then run.json, which marks the run as finished.
 
-    specs: of probes in the folder. splits: {role: splits of the store}. basis: fields of run.json, among them the
-    store's id and path, `select`, the `key` that marks the run as finished, and `files`, the checksums of all files but
-    the tables. started: time.monotonic() when the command began. intervals: roles whose scores get an interval, by
-    default all. Returns the Run. Raises BadInput if part of the run was lost meanwhile.
+    specs: of probes in the folder; those that hold folds out only give the others their scores on folds. splits: {role:
+    splits of the store}. basis: fields of run.json, among them the store's id and path, `select`, the `key` that marks
+    the run as finished, and `files`, the checksums of all files but the tables. started: time.monotonic() when the
+    command began. intervals: roles whose scores get an interval, by default all. sets: the images that probes trained
+    on, where some hold folds out. memory: as for engine.scoring.load_predictors. Returns the Run. Raises BadInput if part
+    of the run was lost meanwhile.
     """
-    metrics, classes = metrics_of(store.task, basis["select"]["metric"]), len(store.classes)
+    metrics = metrics_of(store.task, basis["select"]["metric"])
     labels = {role: load_labels(store, names) for role, names in splits.items()}
     roles = list(splits if intervals is None else intervals)
-    scored = score_probes(folder, specs, store, splits, labels, device, roles, metrics)
+    scored: dict[tuple[str, str], Scored] = {}
+    # What a probe learned from when it was trained again can no longer choose between probes.
+    kept = [spec for spec in specs if not spec.fold]
+    for refit, alike in itertools.groupby(kept, lambda spec: spec.refit):
+        known = {
+            role: names for role, names in splits.items() if role == "train" or role not in (refit or "").split("+")
+        }
+        scored |= score_probes(folder, list(alike), store, known, labels, device, roles, metrics, memory)
+    folds = FoldScores.of(folder, specs, sets, device, metrics, memory) if sets else None
+    identity = store.manifest.identity
+    facts = {name: identity[name] for name in ("arch", "weights_sha256", "preprocessing")}
+    facts |= {"dataset": identity["dataset"]["name"]}
+    return write_run(folder, kept, scored, labels, store.classes, store.task, basis | facts, device, started, folds)
+
+
+@dataclass(frozen=True)
+class FoldScores:
+    """What probes that hold folds out give the others.
+
+    probes: with a fold held out. values: {id of the probe that holds no fold out: Values}. chance: of each
+    metric, as a mean over the folds of the first recipe.
+    """
+
+    probes: list[ProbeSpec]
+    values: Mapping[str, Values]
+    chance: dict[str, float | None]
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        specs: Sequence[ProbeSpec],
+        sets: TrainingSets,
+        device: torch.device,
+        metrics: Sequence[str],
+        memory: float | None,
+    ) -> "FoldScores | None":
+        """Score those of the specs that hold folds out on what they hold out; None if there are none."""
+        folds = [spec for spec in specs if spec.fold]
+        if not folds:
+            return None
+        values = score_folds(folder, folds, sets, device, metrics, memory)
+        return cls(folds, values, _chance_of_folds(metrics, folds, sets, len(sets.store.classes)))
+
+
+def write_run(
+    folder: Path,
+    specs: Sequence[ProbeSpec],
+    scored: dict[tuple[str, str], Scored],
+    labels: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    task: str,
+    basis: dict[str, Any],
+    device: torch.device,
+    started: float,
+    folds: FoldScores | None = None,
+) -> Run:
+    """Write the tables of scored probes, then run.json; see finish_run.
+
+    scored: {(probe id, role): Scored}, which is emptied to save memory. labels: {role: labels of its images}, for the
+    roles that are scored. basis: also the fields of run.json about the backbone and the dataset.
+    """
+    metrics, classes = metrics_of(task, basis["select"]["metric"]), len(class_names)
     history: list[Row] = []
     diverged, scores = [], []
     # Weights are dropped: those of all probes may not fit into memory.
@@ -61,8 +131,10 @@ def finish_run(
         history += _history(spec.id, _series(probe, basis["select"]["metric"]))
         diverged += [spec.id] if probe.diverged is not None else []
         fields = spec.flat()
-        for role, metric in itertools.product(splits, metrics):
-            value, low, high = scored[spec.id, role].values[metric]
+        of_roles = {role: scored[spec.id, role].values if (spec.id, role) in scored else {} for role in labels}
+        of_roles |= {FOLDS: folds.values.get(spec.id, {})} if folds else {}
+        for role, metric in itertools.product(of_roles, metrics):
+            value, low, high = of_roles[role].get(metric, (math.nan,) * 3)
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
     # Tables are made one after another because those of thousands of probes are large.
@@ -71,35 +143,46 @@ def finish_run(
         "seeds.csv": lambda: over_seeds(scores),
         "history.csv": lambda: history,
         "calibration.csv": lambda: _calibration(scored),
-        "scores_per_class.csv": lambda: _per_class(scored, store.classes, labels),
-        COSTS: lambda: _costs(specs, trained, store.classes),
+        "scores_per_class.csv": lambda: _per_class(scored, class_names, labels),
+        COSTS: lambda: _costs(specs, trained, class_names),
     }
     files = dict(basis["files"])
     tables = tables_of(metrics) | ({COSTS: COST_COLUMNS} if any(probe.choice for probe in trained.values()) else {})
     for name, columns in tables.items():
         files |= write_table(folder, name, _to_csv(rows[name](), columns))
-    scored, scores = {}, []
-    identity = store.manifest.identity
+    # They are not needed any more, and may be large.
+    scored.clear()
+    scores.clear()
     summary = basis | {
-        "arch": identity["arch"],
-        "weights_sha256": identity["weights_sha256"],
-        "preprocessing": identity["preprocessing"],
-        "dataset": identity["dataset"]["name"],
-        "classes": list(store.classes),
+        "classes": list(class_names),
         "probes": len(specs),
+        **({"fold_probes": len(folds.probes)} if folds else {}),
         "diverged": diverged,
         "rows": {role: len(own) for role, own in labels.items()},
-        "chance": {role: {m: _chance(m, own, classes) for m in metrics} for role, own in labels.items()},
+        "chance": {role: {m: _chance(m, own, classes) for m in metrics} for role, own in labels.items()}
+        | ({FOLDS: folds.chance} if folds else {}),
         "device": str(device),
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     write_summary(folder, summary | {"files": files})
-    return _reopened(folder, {spec.id for spec in specs})
+    return _reopened(folder, {spec.id for spec in [*specs, *(folds.probes if folds else ())]})
 
 
 def _chance(metric: str, labels: Tensor, classes: int) -> float | None:
     return metric_kind(metric)(type=metric).chance(labels, classes)
+
+
+def _chance_of_folds(
+    metrics: Sequence[str], folds: Sequence[ProbeSpec], sets: TrainingSets, classes: int
+) -> dict[str, float | None]:
+    """Return the chance of each metric, as a mean over the folds of the first recipe."""
+    first = replace(folds[0].sample, fold=None)
+    held_out = [
+        sets.held_out_labels(s) for s in dict.fromkeys(f.sample for f in folds) if replace(s, fold=None) == first
+    ]
+    levels = {metric: [_chance(metric, labels, classes) for labels in held_out] for metric in metrics}
+    return {m: None if None in own else fmean(level or 0.0 for level in own) for m, own in levels.items()}
 
 
 def _reopened(folder: Path, ids: set[str]) -> Run:

@@ -44,12 +44,16 @@ ALWAYS: dict[str, dict[str, Any]] = {
 ELSE: dict[str, dict[str, Any]] = {
     "head": {
         "b": 1.0, "max_out": 1, "offset": 0.0, "activation": "relu", "temperature": 1.0, "heads": 0, "norm_batch": 0,
+        "init_std": 0.0, "queries": 1,
     },
     "loss": {
         "off_label": 0.0, "label_smoothing": 0.0, "class_weights": "none", "gamma": 0.0, "alpha": 0.0, "gamma_pos": 0.0,
         "gamma_neg": 0.0, "clip": 0.0, "difficult": "ignored",
     },
-    "optimizer": {"nesterov": False, "trust": 0.0, "clip": 0.0, "lr_base": 0, "iterations": 0},
+    "optimizer": {
+        "nesterov": False, "trust": 0.0, "clip": 0.0, "lr_base": 0, "iterations": 0,
+        "undecayed": "none", "beta2": 0.999, "form": "paper",
+    },
     "schedule": {"every": 0, "final": 0.0, "warmup_start": 0.0, "per": ITS_DEFAULT},
     "finetune": {},
 }  # fmt: skip

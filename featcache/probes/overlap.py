@@ -45,7 +45,7 @@ def find_overlaps(store: Store, splits: Mapping[str, Sequence[str]]) -> tuple[li
         in_a = np.flatnonzero(np.isin(keys[1], keys[0]))
         if len(in_a):
             first = int(np.flatnonzero(keys[0] == keys[1][in_a[0]])[0])
-            example = f"{_name(store, splits[b], int(in_a[0]))} is {_name(store, splits[a], first)}"
+            example = f"{image_name(store, splits[b], int(in_a[0]))} is {image_name(store, splits[a], first)}"
             overlaps.append(Overlap((a, b), len(in_a), len(keys[1]), example))
     return overlaps, None
 
@@ -56,7 +56,7 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.concatenate(rows) if len(rows) == len(parts) else None
 
 
-def _name(store: Store, names: Iterable[str], row: int) -> str:
+def image_name(store: Store, names: Iterable[str], row: int) -> str:
     """Name a row of a union of splits by its split and id."""
     for name in names:
         if row < len(store[name]):

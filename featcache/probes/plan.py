@@ -125,7 +125,8 @@ def plan_probes(
     if opened is None:
         return Plan(checked, groups, [], 0, str(chosen_device), free, "no store given")
     resolved = resolve(checked, opened, chosen_device, allow_overlap)
-    specs, sets = resolved.specs, resolved.sets
+    sets = resolved.sets
+    specs = [*resolved.specs, *(fold for spec in resolved.specs for fold in spec.with_folds(resolved.folds or 0))]
     buffers, shared = plan_buffers(specs, sets, memory, chosen_device), shared_inputs(specs)
     rates: dict[Hashable, float] = {}
     stacks = []
@@ -163,6 +164,8 @@ def _stack(
         # It trains one probe at a time, in no more directions than there are images.
         passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, 1
         activations = rows * solver.image_bytes(width, classes)
+    elif not solver.trains:
+        passes, width, batch, at_once, activations = 0, dim, 1, 1, 0
     else:
         assert isinstance(solver, MiniBatchSolver), "a grid's optimizers are of one sort or the other"
         passes, width, batch, at_once = first.epochs or 0, dim, min(first.batch_size or rows, rows), largest
@@ -184,7 +187,9 @@ def _stack(
         blocks=len(blocks),
         flops=flops,
         seconds=flops / rates[product],
-        weight_bytes=solver.weight_copies * 4 * largest * numbers,
+        weight_bytes=solver.weight_copies * 4 * largest * numbers
+        if isinstance(solver, FullBatchSolver | MiniBatchSolver)
+        else 0,
         activation_bytes=activations,
         feature_bytes=feature_bytes,
         streamed=streamed,

@@ -1,5 +1,6 @@
 """Fit a grid to a store: its features, splits and views as the store has them, or errors where they do not fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from featcache.probes.grids.grid_file import Group
 from featcache.probes.inputs.input import Input
 from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.overlap import Overlap, find_overlaps
+from featcache.probes.refit import why_no_refit
+from featcache.probes.sample import FOLDS
 from featcache.probes.scores.metrics import default_metric, known_metrics
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
@@ -26,14 +29,16 @@ class Resolved:
 
     specs: their features, views and offsets are names and numbers of the store. splits: {role: splits of the store},
     without val or test where neither grid nor store names such a split. metric: by which probes are chosen. chosen_on:
-    the role on which they are chosen, None where nothing is. overlaps: images that two roles share, where the grid
-    allows it. notice: a line about what could not be checked, or None. sets: the images that each spec trains on.
+    the role on which they are chosen, or FOLDS; None where nothing is. folds: of train, None where there are none.
+    overlaps: images that two roles share, where the grid allows it. notice: a line about what could not be checked, or
+    None. sets: the images that each spec trains on.
     """
 
     specs: list[ProbeSpec]
     splits: dict[str, tuple[str, ...]]
     metric: str
     chosen_on: str | None
+    folds: int | None
     overlaps: list[Overlap]
     notice: str | None
     sets: TrainingSets
@@ -47,10 +52,15 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
+    folds = grid.selection.folds
     chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
-    if chosen_on not in (None, *splits):
+    if chosen_on not in (None, FOLDS, *splits):
         errors.append(f"select.split: store {store.path} has no split {chosen_on!r} to choose on")
-    if not splits.keys() & {chosen_on, "test"}:
+    if folds and "test" not in splits:
+        errors.append(
+            f"select.folds: what is chosen by folds is scored on test, and store {store.path} has no such split"
+        )
+    elif not splits.keys() & {chosen_on, "test"}:
         errors.append(
             f"splits: no images to score on: name val or test (store {store.path} has {', '.join(store.splits)})"
         )
@@ -77,15 +87,18 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
                 f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
             )
         resolved = _spec(spec, group, store, views, errors)
-        resolved = resolved and _sampled(resolved, group, sets, errors)
+        resolved = resolved and sampled(resolved, folds, group, sets, errors)
+        if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
+            errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
             continue
         if reason := _unfit(resolved, sets, store.classes):
             errors.append(f"{group.path}: {reason}")
         if resolved.id in seen:
             errors.append(
-                f"{group.path}: repeats a probe of {seen[resolved.id]}; features, views and lists that they write "
-                f"differently are one in store {store.path}"
+                f"{group.path}: repeats a probe of {seen[resolved.id]}; "
+                f"{'lists' if resolved.subset else 'features and views'} that they write differently are one in store "
+                f"{store.path}"
             )
         seen[resolved.id] = group.path
         specs.append(resolved)
@@ -96,10 +109,21 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         )
     if grid.search and not errors:
         _check_room(specs, store, device, errors)
-    if chosen_on is None:
-        _check_unchosen(grid, specs, store, errors)
+    if chosen_on == "train":
+        errors.extend(
+            f"{group.where('head')}: to be chosen on the training images, a head of type {spec.head.type} must leave each "
+            "of them out in turn: say leave_one_out: true"
+            for spec, group in zip(grid.specs, grid.groups, strict=True)
+            if not spec.head.scored_on_training
+        )
+    if chosen_on in (None, FOLDS):
+        _check_no_split(grid, chosen_on, errors)
+    if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
+        errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
+    if grid.refit:
+        errors.extend(f"refit: {reason}" for reason in why_no_refit(grid.refit, specs, splits, chosen_on))
     refuse(grid.path, errors)
-    return Resolved(specs, splits, metric, chosen_on, overlaps, notice, sets)
+    return Resolved(specs, splits, metric, chosen_on, folds, overlaps, notice, sets)
 
 
 def undecided(specs: Sequence[ProbeSpec]) -> str | None:
@@ -109,21 +133,22 @@ def undecided(specs: Sequence[ProbeSpec]) -> str | None:
         return None
     return (
         f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
-        "say select: {split: train}, or {split: none} to choose nothing and report all; without, a grid has one "
-        "configuration, of any number of seeds"
+        "say select: {split: train} or {folds: 5}, or {split: none} to choose nothing and report all; without, a grid has "
+        "one configuration, of any number of seeds"
     )
 
 
-def _check_unchosen(grid: Grid, specs: Sequence[ProbeSpec], store: Store, errors: list[str]) -> None:
-    """Add an error for everything that needs a choice, in a grid without a split to choose on."""
+def _check_no_split(grid: Grid, chosen_on: str | None, errors: list[str]) -> None:
+    """Add an error for everything that looks at a split while it trains, in a grid without a split to choose on."""
+    reason = "looks at scores of a split to choose on, and the grid " + (
+        "chooses by folds" if chosen_on else "has none"
+    )
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         for field, asked in (("keep", spec.keep == "best"), ("patience", spec.patience > 0)):
             if asked:
-                errors.append(f"{group.where(field)}: looks at scores of a split to choose on, and the grid has none")
+                errors.append(f"{group.where(field)}: {reason}")
     if grid.search:
-        errors.append("search: halving looks at scores of a split to choose on, and the grid has none")
-    if not errors and not grid.reports_all and (reason := undecided(specs)):
-        errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
+        errors.append(f"search: halving {reason}")
 
 
 def _check_room(specs: Sequence[ProbeSpec], store: Store, device: torch.device, errors: list[str]) -> None:
@@ -204,7 +229,8 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
         errors.append(f"{group.where(field)}: {reason}")
     head = spec.head
     try:
-        head = head.resolved(len(store.classes))
+        cells = math.prod(store.manifest.features[str(feature)]["shape"][1:]) if kinds == ["grid"] else 1
+        head = head.resolved(len(store.classes), cells)
     except BadInput as error:
         errors.append(f"{group.where('head')}: {error.message}")
     count = _views(spec, group, store, views, errors)
@@ -217,17 +243,21 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     return spec
 
 
-def _sampled(spec: ProbeSpec, group: Group, sets: TrainingSets, errors: list[str]) -> ProbeSpec | None:
+def sampled(
+    spec: ProbeSpec, folds: int | None, group: Group, sets: TrainingSets, errors: list[str]
+) -> ProbeSpec | None:
     """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""
-    if not spec.sample.partial:
-        return spec
-    field = next(name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None)
+    field = next((name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None), None)
+    where = field and group.where(field)
     try:
         if spec.subset is not None:
             spec = replace(spec, subset=sets.listed(spec.subset))
         sets[spec.sample]
+        where = "select.folds"
+        for held_out in spec.with_folds(folds or 0):
+            sets[held_out.sample]
     except BadInput as error:
-        errors.append(f"{group.where(field)}: {error.message}")
+        errors.append(f"{where}: {error.message}")
         return None
     return spec
 

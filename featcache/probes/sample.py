@@ -16,6 +16,8 @@ from featcache.datasets.layout import IMAGE_SUFFIXES, read_lines, whole_number
 from featcache.errors import BadInput, shown
 
 Rows = np.ndarray
+# What scores call the images of train that a fold holds out, as they call other images by their role.
+FOLDS = "folds"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,10 @@ class ProbeSpec:
         """Which images it trains on."""
         return Sample(self.label_fraction, self.shots, self.subset, self.draw, self.fold, self.refit)
 
+    def with_folds(self, folds: int) -> "list[ProbeSpec]":
+        """Return the spec once for each of so many folds, each of which holds one out."""
+        return [replace(self, fold=f"{number}/{folds}") for number in range(1, folds + 1)]
+
     @property
     def refit_of(self) -> str | None:
         """The id of the probe that was chosen and is trained again here, None for any other probe."""

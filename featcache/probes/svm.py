@@ -8,6 +8,8 @@ from featcache.arguments import FLAG, NAME, PATH, takes, whole
 from featcache.errors import BadInput, nearest, shown
 from featcache.feature import parse_features
 from featcache.probes.runs.run import Run
+from featcache.probes.scores.metrics import default_metric
+from featcache.probes.scores.metrics.interpolated_average_precision import EnvelopeAveragePrecision
 from featcache.probes.solvers.svm import COSTS
 from featcache.probes.train import train_probes
 from featcache.store.manifest import feature_of
@@ -80,10 +82,10 @@ def svm_grid(
     """
     if parity not in (None, PARITY):
         raise BadInput(f"--parity {parity}: svm has only {PARITY}{nearest(parity, [PARITY])}")
-    on_test = low_shot and parity is not None
+    numbers, on_test = cost_list(costs), low_shot and parity is not None
     grid: dict[str, Any] = {
         "splits": _splits(store, train, test),
-        "select": {"metric": metric or ("map_voc10" if store.task == "multi-label" else "top1")},
+        "select": {"metric": metric or default_average(store.task)},
     }
     solver: dict[str, Any] = {
         "type": "svm",
@@ -93,7 +95,7 @@ def svm_grid(
     if low_shot:
         solver |= {"positives": _shots(shots), "negatives": NEGATIVES}
     if on_test:
-        solver["costs"] = [[cost] for cost in cost_list(costs)]
+        solver["costs"] = [[cost] for cost in numbers]
         grid["splits"]["val"] = grid["splits"]["test"]
         grid |= {"parity": PARITY, "profiles": {PARITY: {"splits": {"val": grid["splits"]["test"]}}}}
         grid["select"]["split"] = "val"
@@ -111,6 +113,12 @@ def svm_grid(
         "seed": [seed + sample for sample in range(samples)] if low_shot else seed,
     }
     return grid | {"probes": [group]}
+
+
+def default_average(task: str) -> str:
+    """Return the metric that is reported by default: VISSL's, or the usual one on data that it cannot score."""
+    kind = EnvelopeAveragePrecision
+    return kind.word() if task in kind.tasks else default_metric(task)
 
 
 def _splits(store: Store, train: str | Sequence[str] | None, test: str | Sequence[str] | None) -> dict[str, list[str]]:

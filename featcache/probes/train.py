@@ -2,11 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -19,14 +19,25 @@ from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.engine.sweep import train_missing
 from featcache.probes.engine.waves import Buffers, plan_buffers
 from featcache.probes.finish import finish_run
-from featcache.probes.grids.grid import NOTHING, Grid, load_grid
+from featcache.probes.grids.grid import Grid, load_grid
+from featcache.probes.grids.selection import NOTHING, Refit
+from featcache.probes.refit import as_refits, chosen_refits, why_no_refit
 from featcache.probes.resolve import Resolved, resolve, undecided
 from featcache.probes.runs.key import RunBasis
 from featcache.probes.runs.mend import drop_damaged, kept_files, known_store, without_summary
 from featcache.probes.runs.probe_file import Place, find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run
-from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_file, write_summary
+from featcache.probes.runs.run_file import (
+    PROBES,
+    holds_run,
+    identity,
+    probes_held,
+    read_summary,
+    write_file,
+    write_summary,
+)
 from featcache.probes.runs.tables import read_table
+from featcache.probes.sample import FOLDS
 from featcache.probes.spec import ProbeSpec
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
@@ -53,6 +64,32 @@ class Task:
     key: str
 
 
+class Chosen(Protocol):
+    """What a grid comes to; see Resolved."""
+
+    @property
+    def specs(self) -> list[ProbeSpec]: ...
+    @property
+    def splits(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def chosen_on(self) -> str | None: ...
+
+
+class Asked(Protocol):
+    """A grid and its place in a run; see Task."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def resolved(self) -> Chosen: ...
+    @property
+    def content(self) -> dict[str, Any]: ...
+    @property
+    def basis(self) -> RunBasis: ...
+    @property
+    def key(self) -> str: ...
+
+
 @takes(store=PATH, run=PATH, seed=whole(), parity=NAME, allow_overlap=FLAG)
 def train_probes(
     grid: str | PathLike[str] | dict[str, Any],
@@ -69,8 +106,8 @@ def train_probes(
     grid: path of a YAML file, or its content as a dict. store: path, by default the grid's own. run: folder, by
     default runs/<grid>-<id>. device: torch device. seed: draws the order of the mini-batches. parity: name of one of
     the grid's profiles, such as how-to-probe. memory: bytes of features to hold, by default half of what is free; if
-    they need more, they are streamed from the store. allow_overlap: train although two roles share images; run.json
-    records how many.
+    they need more, they are streamed from the store. The search of kNN probes keeps within it in all that it holds.
+    allow_overlap: train although two roles share images; run.json records how many.
 
     Returns the Run. Under torchrun the processes share the blocks, and all but the first return None. Probes that the
     folder already holds are not trained again, those of earlier grids are scored with the new ones, and a finished run
@@ -90,31 +127,50 @@ def train_probes(
         click.echo(f"notice: {task.resolved.notice}", err=True)
     if search and ranks.size > 1:
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
-    sets = task.resolved.sets
-    buffers = plan_buffers(specs, sets, memory, chosen_device, ranks.local_size)
+    sets, refit = task.resolved.sets, task.grid.refit
+    folds = [fold for spec in specs for fold in spec.with_folds(task.resolved.folds or 0)]
+
+    def plan(chosen: Iterable[ProbeSpec]) -> Buffers:
+        return plan_buffers(chosen, sets, memory, chosen_device, ranks.local_size)
+
+    buffers = plan([*specs, *folds, *(as_refits(specs, refit) if refit else ())])
     place = open_folder(folder)
     with ranks.leading(place.locked(f"waiting: another process is training into {folder}")) as leads:
-        summary, everything = task.basis.to_json(), list(specs)
+        summary, others = task.basis.to_json(), list[ProbeSpec]()
         if leads:
             place.sweep()
-            begun = _begin(folder, task, buffers)
+            begun = begin_run(folder, task, folds, buffers, plan)
             if begun is None:
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
-            summary, everything = begun
+            summary, others = begun
             buffers = summary["buffers"]
-        selection, run_id = (task.resolved.metric, task.resolved.chosen_on), identity(summary)
-        train_missing(folder, specs, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
+        metric, role = task.resolved.metric, task.resolved.chosen_on
+        selection, run_id = (metric, None if role == FOLDS else role), identity(summary)
+        trained = [*specs, *folds]
+        train_missing(folder, trained, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
         if not leads:
             return None
+        everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
+        if refit := _refit(task.grid, summary):
+            assert role is not None, "a refit is chosen on val"
+            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device)
+            alone = (None, ranks.alone(), run_id)
+            train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
+            everything += refits
+        # Refits of what was best before another grid came, and probes of other grids that hold folds out.
+        known = {spec.id for spec in everything}
+        everything += [*folds, *(s for s in others if s.id not in known)]
         overlaps = [asdict(overlap) for overlap in task.resolved.overlaps]
         samples = {s.sample.name: sets.described(s.sample) for s in specs if s.sample.partial}
         samples = summary.get("samples", {}) | samples
         summary |= {"key": task.key, "store": task.source, "overlap": overlaps} | (
             {"samples": samples} if samples else {}
         )
-        return finish_run(folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"])
+        return finish_run(
+            folder, everything, task.store, splits, summary, chosen_device, started, summary["intervals"], sets, memory
+        )
 
 
 def _place(
@@ -153,7 +209,7 @@ def _prepare(grid: Grid, opened: Store, source: str, device: torch.device, seed:
     content = grid.content | {
         "store": source,
         "splits": {role: list(names) for role, names in resolved.splits.items()},
-        "select": {"metric": resolved.metric} | _chosen_on(grid, resolved),
+        "select": {"metric": resolved.metric} | chosen_split(grid, resolved.chosen_on, resolved.folds),
         **({"allow_overlap": True} if resolved.overlaps else {}),
     }
     search = None
@@ -162,22 +218,38 @@ def _prepare(grid: Grid, opened: Store, source: str, device: torch.device, seed:
         among = hashlib.sha256(" ".join(sorted(spec.id for spec in resolved.specs)).encode()).hexdigest()
         search = grid.search.model_dump() | {"among": f"{len(resolved.specs)} probes ({among[:8]})"}
     select = {key: value for key, value in content["select"].items() if value != NOTHING}
+    select |= {"split": FOLDS, "folds": str(resolved.folds)} if resolved.folds else {}
     basis = RunBasis(opened.id, seed, content["splits"], select, search, grid.parity)
     return Task(grid, opened, source, resolved, content, basis, basis.key(content["probes"], grid.rules))
 
 
-def _chosen_on(grid: Grid, resolved: Resolved) -> dict[str, str]:
-    """Return the split of `select`, as the grid's content has it."""
-    split = NOTHING if grid.reports_all else resolved.chosen_on
+def chosen_split(grid: Grid, chosen_on: str | None, folds: int | None = None) -> dict[str, Any]:
+    """Return the split or the folds of `select`, as the grid's content has them."""
+    if folds:
+        return {"folds": folds}
+    split = NOTHING if grid.reports_all else chosen_on
     return {"split": split} if split else {}
 
 
-def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
+def _refit(grid: Grid, summary: Mapping[str, Any]) -> Refit | None:
+    """Return which chosen probes of a run are trained again: what this grid says, or else an earlier one."""
+    if grid.refit or "refit" not in summary:
+        return grid.refit
+    return Refit(tuple(summary["refit"]["on"]), tuple(summary["refit"]["per"]))
+
+
+def begin_run(
+    folder: Path,
+    task: Asked,
+    folds: Sequence[ProbeSpec],
+    planned: Buffers,
+    plan: Callable[[Iterable[ProbeSpec]], Buffers],
+) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
     """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
-    planned: how features would be read in a new run. Returns (content of run.json so far, the specs of all probes that
-    the run is going to have), or None if this grid is finished already. Raises BadInput if the folder holds something
-    else.
+    folds: of the grid's probes, with a fold held out. planned: how features would be read in a new run. plan: the
+    function that says so. Returns (content of run.json so far, the specs of the probes in the folder that are not of
+    this grid), or None if this grid is finished already. Raises BadInput if the folder holds something else.
     """
     basis, specs = task.basis.to_json(), task.resolved.specs
     begun = _begun(folder, basis)
@@ -185,15 +257,27 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
     known = begun if "store_id" in begun else basis | {"files": {}} | begun
     whole = drop_damaged(folder, known, grids.get(task.key))
     places = find_probes(folder)
-    whole &= places.keys() >= {spec.id for spec in specs} and begun.get("probes") == len(places)
+    whole &= places.keys() >= {spec.id for spec in [*specs, *folds]}
+    whole &= "probes" in begun and probes_held(begun) == len(places)
     if "key" in begun and task.key in grids and whole:
         return None
-    others = _others(folder, specs, places, _names(folder, begun))
-    everything = [*specs, *others]
+    others = _others(folder, [*specs, *folds], places, _names(folder, begun))
+    of_grids = [spec for spec in others if not (spec.fold or spec.refit)]
+    everything = [*specs, *of_grids]
+    refit = _refit(task.grid, begun)
+    if refit and begun.get("refit", refit.to_json()) != refit.to_json():
+        raise BadInput(
+            f"run {folder} was made with refit {begun['refit']}, not {refit.to_json()}; choose another --run"
+        )
+    if refit:
+        splits, chosen_on = task.resolved.splits, task.resolved.chosen_on
+        if reason := next(why_no_refit(refit, everything, splits, chosen_on), None):
+            raise BadInput(f"run {folder}, with this grid: refit: {reason}; or choose another --run")
+        planned = planned | plan(as_refits(everything, refit))
     if task.resolved.chosen_on is None and not task.grid.reports_all and (reason := undecided(everything)):
         raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
-    if others:
-        click.echo(f"run: {len(others)} probes of other grids are in {folder}, and stay in its scores", err=True)
+    if of_grids:
+        click.echo(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores", err=True)
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
     summary = basis | {
         # How features are read decides the order of the rows, so a run never changes it.
@@ -203,15 +287,16 @@ def _begin(folder: Path, task: Task, planned: Buffers) -> tuple[dict[str, Any], 
         "intervals": [role for role in task.resolved.splits if role in asked_for],
         "files": kept_files(folder, begun, grids.get(task.key)) if "store_id" in begun else {},
         **({"samples": begun["samples"]} if "samples" in begun else {}),
+        **({"refit": refit.to_json()} if refit else {}),
     }
     # run.json keeps the names of these probes until the tables, which also have them, are written anew.
     names = {"others": {spec.id: spec.name for spec in others}} if others else {}
     name, own = _write_grid(folder, summary | names, task, grids.get(task.key))
-    return summary | {"grids": grids | {task.key: name}, "files": summary["files"] | own}, everything
+    return summary | {"grids": grids | {task.key: name}, "files": summary["files"] | own}, others
 
 
 def _write_grid(
-    folder: Path, summary: dict[str, Any], task: Task, name: str | None
+    folder: Path, summary: dict[str, Any], task: Asked, name: str | None
 ) -> tuple[str, dict[str, dict[str, int]]]:
     """Write run.json and the file of the grid. name: of that file, None if the grid is new in this run.
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from featcache.probes.solvers.solver import Choice
+from featcache.probes.solvers.solver import Choice, Optimality
 from featcache.probes.spec import ProbeSpec
+
+# The only tensor of a probe that trains nothing and learns from some of the images: their rows, sorted int64.
+ROWS = "rows"
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,6 +22,7 @@ class TrainedProbe:
     which the weights were taken. scores: the selection metric after every epoch, NaN where it was not computed.
     stopped: what ended training early ("patience", "halving", or "iterations" of a full-batch optimizer), or None.
     choice: the regularisation of each class, where the optimizer chose it.
+    optimality: how far from its optimum a probe of a full-batch optimizer is, or None.
     """
 
     spec: ProbeSpec
@@ -29,6 +33,7 @@ class TrainedProbe:
     scores: Sequence[float] = ()
     stopped: str | None = None
     choice: Choice | None = None
+    optimality: Optimality | None = None
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in self.weights.items())

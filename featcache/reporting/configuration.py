@@ -30,7 +30,7 @@ def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
     headed = [(describe_head(row), row) for row in rows]
     names = short_names(run.fields)
     # The source of a probe that was trained elsewhere is a hash, which tells people less than its name.
-    others = [field for field in run.fields if field not in (*NAMED, "source", "seed")]
+    others = [field for field in run.fields if field not in (*NAMED, "source", "seed", "refit_of", "stop")]
     varying = [field for field in others if _varies(field, headed) and not _told_by_head(field, headed)]
     varying += ["seed"] if _varies("seed", headed) else []
     return {HEAD: describe_head, LOSS: _describe_loss} | {names[field]: _text_of(field) for field in varying}

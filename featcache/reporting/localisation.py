@@ -10,6 +10,7 @@ import click
 import numpy as np
 import torch
 
+from featcache.attribution.methods import METHODS
 from featcache.attribution.results import IDENTITY
 from featcache.attribution.scores import LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
@@ -78,7 +79,8 @@ def read_localisation(run: Run) -> Localisation:
             f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
             err=True,
         )
-    unknown = [name for name in names if name not in (*IDENTITY, *columns)]
+    reported = {column for method in METHODS.values() for column in method.columns}
+    unknown = [name for name in names if name not in (*IDENTITY, *columns, *reported)]
     if unknown:
         click.echo(
             f"notice: {EXPLAINED} of run {run.path} has columns of localisation scores that are not installed "

@@ -21,7 +21,7 @@ from featcache.reporting.configuration import head_and_loss, labels, naming, tra
 from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
-from featcache.reporting.table import heading, score_rows, scored, seed_texts
+from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
 
 # Probes whose costs and classes are shown in full.
 MOST_COST_TABLES, MOST_PICTURED = 12, 12
@@ -55,6 +55,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
     page = {
         "metric": metric_kind(metric).title,
         "heading": heading(metric),
+        "over": next((over(run) for run in opened if seed_texts(run, metric)), "seeds"),
         "split": next((run.chosen_on for run in opened if run.chosen_on), None),
         "scored_on": opened[0].scored_on,
         "best": [line for run in opened for line in _best_rows(run, metric)],
@@ -101,7 +102,7 @@ def _best_rows(run: Run, metric: str) -> Iterator[dict[str, str | None]]:
             "run": run.path.name,
             "probe": head_and_loss(test),
             "recipe": training(test, texts),
-            "chosen_by": scored(metric, run.row(probe, metric, run.chosen_on)["value"]) if run.chosen_on else "-",
+            "chosen_by": scored(metric, run.chosen_by(probe)["value"]) if run.chosen_on else "-",
             "test": scored(metric, test["value"], test["low"], test["high"]),
             "seeds": seeds.get(probe, ""),
             "width": f"{100 * test['value']:.1f}" if barred else None,
@@ -127,7 +128,7 @@ def _costs(run: Run) -> dict[str, Any]:
     texts = labels(run, list(costs))
     shown = list(costs)[:MOST_COST_TABLES]
     if len(costs) > len(shown):
-        notes.append(f"The tables of the first {len(shown)} of {len(costs)} probes; costs.csv has all.")
+        notes.append(f"the first {len(shown)} of {len(costs)} probes; costs.csv has all")
     return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from featcache.probes.runs.run import Run
 from featcache.probes.runs.tables import COSTS
 from featcache.probes.scores.metrics import metric_kind
-from featcache.reporting.table import scored
+from featcache.reporting.table import heading, percent, scored
 
 # The columns of costs.csv, and those of scores.csv that a table groups by.
 COST_TYPES = {"probe": str, "class": str, "cost": float, "ap": float, "folds": int, "chosen": int, "excess": float}
@@ -50,7 +50,7 @@ def svm_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     columns = [
         "probe",
         "features",
-        f"{run.scored_on} {_title(metric)} [95%]",
+        f"{run.scored_on} {heading(metric)} [95%]",
         "AP in cross-validation",
         "costs",
         "excess",
@@ -61,7 +61,7 @@ def svm_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         held = [one["ap"] for one in kept if one["ap"] is not None]
         rows.append([
             row["probe"], row[FEATURE], scored(metric, row["value"], row["low"], row["high"]),
-            scored("map", statistics.fmean(held)) if held else "-",
+            percent(statistics.fmean(held)) if held else "-",
             _span([one["cost"] for one in kept]), f"{max(one['excess'] for one in kept):.0e}",
         ])  # fmt: skip
     return columns, rows
@@ -120,10 +120,6 @@ def notes(run: Run) -> Iterator[str]:
         if count < most:
             chosen = f"no cross-validation, cost {_span(sorted(plain))}" if count < 2 else f"{count} folds"
             yield f"k = {', '.join(sorted(where, key=int))}: {chosen}, because each fold needs a positive"
-
-
-def _title(metric: str) -> str:
-    return f"{metric_kind(metric).title} {metric_kind(metric).unit()}".strip()
 
 
 def _scores(run: Run, role: str) -> list[Mapping[str, Any]]:

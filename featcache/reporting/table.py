@@ -65,7 +65,10 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     metric, split, name = run.metric, run.chosen_on, heading(run.metric)
     chosen = [r for r in run.scores if r["metric"] == metric and r["split"] == (split or run.scored_on)]
     if split:
-        chosen.sort(key=lambda r: -math.inf if r["value"] is None else gain(metric, r["value"]), reverse=True)
+        # A refit comes before the probe that was chosen, whose score on the selection split it has.
+        chosen.sort(
+            key=lambda r: (_gain(metric, run.chosen_by(r["probe"])["value"]), r["probe"] in run.sources), reverse=True
+        )
     seeds, texts = seed_texts(run, metric), naming(run)
     columns = ["probe", *texts, *([f"{split} {name}"] if split else []), f"{run.scored_on} {name} [95%]"]
     columns += [f"{run.scored_on} {name} over {over(run)}"] if seeds else []
@@ -73,10 +76,14 @@ def score_rows(run: Run, most: int | None = None) -> tuple[list[str], list[list[
     for row in chosen[:most]:
         test = run.row(row["probe"], metric, run.scored_on)
         rows.append([row["probe"], *(text(row) for text in texts.values())])
-        rows[-1] += [scored(metric, row["value"])] if split else []
+        rows[-1] += [scored(metric, run.chosen_by(row["probe"])["value"])] if split else []
         rows[-1] += [scored(metric, test["value"], test["low"], test["high"])]
         rows[-1] += [seeds.get(row["probe"], "-")] if seeds else []
     return columns, rows
+
+
+def _gain(metric: str, value: float | None) -> float:
+    return -math.inf if value is None else gain(metric, value)
 
 
 def over(run: Run) -> str:

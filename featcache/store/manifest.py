@@ -22,6 +22,8 @@ VERSION = 1
 SHARD_BYTES = 128 << 20
 CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 256
+# What `extract` takes where its command line does not say.
+USUAL = {"dtype": "float16", "precision": "float32"}
 
 
 class Geometry(TypedDict):
@@ -124,10 +126,24 @@ class Manifest:
         if str(feature) not in self.features:
             hint = nearest(feature, self.features)
             raise BadInput(
-                f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)}); the extract "
-                f"that made it adds it, with --features {feature}"
+                f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)}); if the backbone "
+                f"has that layer: {self._extract_with(feature)}"
             )
         return feature
+
+    def _extract_with(self, feature: Feature) -> str:
+        """Return the command that adds a further feature to a store like this one, as far as the identity says it."""
+        identity = self.identity
+        options = {"arch": identity.get("arch"), "dataset": identity.get("dataset", {}).get("name")}
+        options |= {
+            "size": identity.get("preprocessing", {}).get("size"),
+            "views": identity.get("views", {}).get("count"),
+        }
+        options |= {name: identity.get(name) for name in ("dtype", "precision") if identity.get(name) != USUAL[name]}
+        words = [f"--{name} {value}" for name, value in options.items() if value]
+        return " ".join(
+            ["featcache extract --backbone CKPT", *words, f"--features {','.join([*self.features, str(feature)])}"]
+        )
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the manifest's file."""

@@ -167,6 +167,37 @@ def test_an_unknown_score_is_answered_by_the_nearest(run, command):
     assert code == 2 and "--score: unknown localisation score 'egp'; did you mean 'epg'? (known: epg)" in err
 
 
+def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, command):
+    """The column of a method, its label in tables, and what it says at the end."""
+    backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
+    methods = "intgrad:steps=2,smoothgrad:samples=2:noise=0.1,gradient"
+    code, out, err = command("attribute", "--run", run, "--limit", 2, "--method", methods, *backbone)
+    assert code == 0, err
+    assert "intgrad:steps=2: completeness_gap: median" in err and "smoothgrad:samples=2:noise=0.1" in out
+    with open(run / "attribution.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {bool(row["completeness_gap"]) for row in rows if row["method"] == "intgrad:steps=2"} == {True}
+    assert {row["completeness_gap"] for row in rows if row["method"] != "intgrad:steps=2"} == {""}
+    code, _, err = command("report", "--run", run, "--out", run.parent / "page.html")
+    assert code == 0 and "notice" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("intgrad:step=3", "'step=3' is no field=value of intgrad; did you mean 'steps'? (fields: steps)"),
+        ("intgrad:steps", "'steps' is no field=value of intgrad"),
+        ("intgrad:steps=0", "steps: input should be greater than or equal to 1"),
+        ("gradcam:steps=3", "'steps=3' is no field=value of gradcam (fields: none)"),
+        ("bcos", "resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, gradient"),
+    ],
+)
+def test_wrong_methods_are_one_line(run, scenes, checkpoint, command, method, message):
+    backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
+    code, _, err = command("attribute", "--run", run, "--method", method, *backbone)
+    assert code == 2 and f"--method {method}: {message}" in err.splitlines()[-1], err
+
+
 def test_every_kind_is_documented_and_chosen_by_its_own_name():
     for registry in (METHODS, LOCALISATION_SCORES):
         for name, kind in registry.items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import InputXGradient
+from explaining import explain
 from extracting import SIZE, options
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 
 import featcache
-from featcache.attribution.methods.input_x_gradient import input_x_gradient
+from featcache.attribution.methods.input_x_gradient import InputXGradient as Products
 from featcache.attribution.targets import box_mask
 from featcache.backbones import ARCHITECTURES
 from featcache.backbones.input.preprocessing import Preprocessing
@@ -33,6 +34,8 @@ from featcache.datasets.record import Record
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
+from featcache.probes.heads.linear import Linear
+from featcache.probes.heads.module import HeadModule
 from featcache.store.manifest import read_manifest
 
 PLAIN = Preprocessing(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -260,10 +263,9 @@ def test_extraction_and_attribution_with_six_channels(scenes, monkeypatch, tmp_p
         expected = backbone.trunk(images.contiguous(memory_format=torch.channels_last))
     np.testing.assert_allclose(featcache.open_store(path)["test"]["pooled"][:4], expected, rtol=1e-4, atol=1e-5)
 
-    def head(maps):
-        return network[1](maps.mean((2, 3)))
-
-    got = input_x_gradient(backbone, Feature("layer4", "spatial"), [head], images, [(0, 0, 1), (3, 0, 2)])
+    weights = {f"fc0.{name}": tensor.detach() for name, tensor in network[1].named_parameters()}
+    head = HeadModule(Linear(), weights)
+    got = explain(Products(), backbone, Feature("layer4", "spatial"), [head], images[[0, 3]], [(1,), (2,)])[0, :, 0]
     for module in network.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False

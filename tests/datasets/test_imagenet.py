@@ -6,7 +6,7 @@ from layouts import WNIDS, imagenet, imagenet_flat, imagenet_meta, save, write_i
 from scipy.io import savemat
 from torchvision.datasets import ImageFolder
 
-from featcache.datasets import read_dataset
+from featcache.datasets import list_records, read_dataset
 from featcache.errors import BadInput
 
 
@@ -139,3 +139,28 @@ def test_validation_images_sorted_halfway(tmp_path):
         rows(tmp_path, "test")
     with pytest.raises(BadInput, match=r"cannot tell ImageNet's classes in"):
         rows(tmp_path / "train" / WNIDS[0], "train")
+
+
+@pytest.mark.parametrize("meta", ["meta/ImageNet100", "../meta/ImageNet100"])
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_imagenet100_takes_classes_and_labels_from_its_lists(tmp_path, meta, prefix):
+    """As OpenMixup has them: lists of some classes of a whole ImageNet, numbered anew."""
+    root = tmp_path / "ImageNet"
+    imagenet(root)
+    images = sorted(path.relative_to(root / "train").as_posix() for path in (root / "train").rglob("*.JPEG"))
+    chosen = [(image, {WNIDS[2]: 0, WNIDS[0]: 1}[image.split("/")[0]]) for image in images if WNIDS[1] not in image]
+    (root / meta).mkdir(parents=True)
+    lines = "".join(f"{prefix}{image} {label}\n" for image, label in chosen)
+    (root / meta / "train_labeled_full.txt").write_text(lines)
+    (root / meta / "val_labeled.txt").write_text("ILSVRC2012_val_00000001.JPEG 0\n")
+    data = read_dataset("imagenet100", root, ["train"])
+    assert data.classes == (WNIDS[2], WNIDS[0]) and data.resize == "crop"
+    assert [(r.image, r.labels) for r in data.splits["train"]] == [(str(root / "train" / i), n) for i, n in chosen]
+    val = list_records("imagenet100", root, ["val"]).splits["val"]
+    assert [(r.labels, r.id) for r in val] == [(0, "ILSVRC2012_val_00000001")]
+    (root / meta / "train_labeled_full.txt").write_text(f"{lines}{WNIDS[1]}/x.JPEG 0\n")
+    with pytest.raises(BadInput, match=f"line {len(chosen) + 1}: label 0 is {WNIDS[2]}, the file is of {WNIDS[1]}"):
+        read_dataset("imagenet100", root)
+    (root / meta / "train_labeled_full.txt").unlink()
+    with pytest.raises(BadInput, match="no list of ImageNet-100's split train"):
+        read_dataset("imagenet100", root)

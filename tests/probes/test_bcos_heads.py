@@ -12,7 +12,7 @@ from stacks import C, D, S, largest_difference, specs
 from torch import nn
 
 import featcache
-from featcache.attribution.methods.gradcam import gradcam
+from featcache.attribution.methods.gradcam import GradCAM
 from featcache.errors import BadInput
 from featcache.probes.engine.blocks import blocks
 from featcache.probes.engine.memory import CPU
@@ -100,7 +100,9 @@ def test_maps_equal_captums(head):
     images, classes = torch.randn(4, 3, 8, 8).requires_grad_(), torch.tensor([0, 3, 6, 1])
     module = HeadModule(spec.head, weights)
     oracle = LayerGradCam(model, model[0]).attribute(images, classes, relu_attributions=False)[:, 0]
-    torch.testing.assert_close(gradcam(module, trunk(images.detach()), classes), oracle.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        GradCAM().small(module, trunk(images.detach()), classes), oracle.detach(), rtol=1e-5, atol=1e-6
+    )
     expected = InputXGradient(model).attribute(images, classes)
     got = InputXGradient(nn.Sequential(trunk, module)).attribute(images, classes)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -105,3 +105,16 @@ def test_a_fold_without_images_has_no_weights(problem):
     folds = torch.zeros(N, 1)
     found = solve(Eigenbasis(features, "penalised"), Columns("squared_hinge", targets, torch.ones(1), folds=folds))
     assert found.converged.all() and not found.weights.any() and not found.distance.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("loss", "bias"), [("logistic", "free"), ("squared_hinge", "penalised")])
+def test_a_gpu_finds_the_same(problem, loss, bias):
+    features, targets, weights, folds = problem
+    decays = torch.tensor([3.0, 1e-2]).double()
+    expected = solve(Eigenbasis(features, bias), Columns(loss, targets, decays, weights, folds))
+    features, *rest = (tensor.cuda() for tensor in (features, targets, decays, weights, folds))
+    found = solve(Eigenbasis(features, bias), Columns(loss, *rest))
+    assert found.converged.all() and found.weights.device.type == "cuda"
+    gap = (found.weights.cpu() - expected.weights).norm(dim=3)
+    assert (gap <= 2e-5 * expected.weights.norm(dim=3)).all()

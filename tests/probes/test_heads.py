@@ -41,6 +41,14 @@ HEADS = [
     Head("bcos", 3, 12, "bnu", False, b=2.0, norm_batch=10),
     Head("attentive", heads=1),
     Head("attentive", heads=4, bias=False, temperature=0.5, offset=2.0),
+    Head("attentive", heads=2, queries=3),
+    Head("efficient", queries=4, temperature=0.5, offset=2.0),
+    Head("efficient", queries=1, shrink=2, bias=False),
+    Head("bn_linear", affine=False, eps=1e-6),
+    Head("bn_linear", bias=False, temperature=0.5, offset=-1.0),
+    # As for a grid of four cells, whose channels share statistics.
+    Head("bn_linear", affine=False, cells=4),
+    Head("bn_linear", cells=4),
 ]
 
 
@@ -104,7 +112,7 @@ def test_a_training_step_equals_plain_modules(maps, head, positions):
     random = torch.Generator().manual_seed(2)
     for rows in (B, B - 5):
         features = maps[:rows, :, :positions].double()
-        given = features.mean(2) if head.type == "linear" or positions == 1 else features
+        given = features.mean(2) if head.type in ("linear", "bn_linear") or positions == 1 else features
         start = [of_probe(stack.weights, p) for p in range(P)]
         gradient = torch.randn(rows, P, C, generator=random, dtype=torch.float64)
         logits, got = step(stack, given, gradient)
@@ -125,7 +133,10 @@ def test_a_training_step_equals_plain_modules(maps, head, positions):
                 torch.testing.assert_close(stack.weights[name][p], state[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if every_field("head", head).norm != "none"], ids=str)
+NORMED = [head for head in HEADS if every_field("head", head).norm != "none"]
+
+
+@pytest.mark.parametrize("head", [*NORMED, Head("bn_linear"), Head("bn_linear", affine=False)], ids=str)
 def test_a_row_alone_goes_by_the_running_statistics(maps, head):
     """It has no variance; as modules in eval mode do, and the statistics stay."""
     stack = in_float64(head, D)
@@ -151,7 +162,7 @@ def test_values_and_gradients_in_float32(maps, head):
     perturbed(stack)
     start = [of_probe(stack.weights, p) for p in range(P)]
     gradient = torch.randn(B, P, C, generator=torch.Generator().manual_seed(2)) / B
-    logits, got = step(stack, maps.mean(2) if head.type == "linear" else maps, gradient)
+    logits, got = step(stack, maps.mean(2) if head.type in ("linear", "bn_linear") else maps, gradient)
     for p in range(P):
         plain = Plain(head, start[p]).double().train()
         expected = plain(maps.double().unsqueeze(3))
@@ -170,7 +181,10 @@ def test_prediction_and_the_single_module(maps, head):
     weights = [of_probe(stack.weights, p) for p in range(P)]
     many = maps.repeat(60, 1, 1) * torch.linspace(0.5, 2, 60 * B)[:, None, None]
     assert len(many) > 1024
-    predictor, inputs = Predictor(several, weights, C, "cpu"), many.mean(2) if head.type == "linear" else many
+    predictor, inputs = (
+        Predictor(several, weights, C, "cpu"),
+        many.mean(2) if head.type in ("linear", "bn_linear") else many,
+    )
     logits = torch.cat([predictor(part) for part in inputs.split(1024)], dim=1)
     for spec, own, got in zip(several, weights, logits, strict=True):
         expected = Plain(head, own).eval()(many.unsqueeze(3)).detach()
@@ -182,7 +196,7 @@ def test_prediction_and_the_single_module(maps, head):
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_a_probe_among_many_equals_the_same_probe_alone(maps, head):
-    features = maps.mean(2) if head.type == "linear" else maps
+    features = maps.mean(2) if head.type in ("linear", "bn_linear") else maps
     labels = (torch.rand(B, C, generator=torch.Generator().manual_seed(3)) < 0.4).to(torch.int8)
     (block,) = blocks(specs(head, 16), D, S, C)
     together = train_block(block, features, labels, C, 0)

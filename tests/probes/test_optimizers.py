@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from loop import fit_convex, train_block
 from parts import Head, Loss, Optimizer, Schedule, changed
 from plain import assert_near, plain_loss, train_plain
 from sklearn.linear_model import LogisticRegression
+from timm.optim import Lamb
 from torch import nn
 
 from featcache.errors import BadInput
@@ -27,6 +27,8 @@ HEADS = [
     Head("mlp", 3, 12, "bnu", activation="gelu", temperature=0.5, offset=-1.0, norm_batch=5),
     Head("bcos", 2, 12, "bnu", False, b=2.0, offset=-math.log(C - 1)),
     Head("attentive", heads=2),
+    Head("efficient", queries=2),
+    Head("bn_linear", cells=2),
 ]
 MORE_HEADS = [
     Head("linear", bias=False, offset=0.5),
@@ -38,6 +40,9 @@ MORE_HEADS = [
     Head("bcos", 3, 12, "bnu", False, b=2.5),
     Head("bcos", 2, 12, "none", False, b=2.0, temperature=2.0),
     Head("attentive", heads=4, bias=False),
+    Head("attentive", heads=2, queries=2),
+    Head("bn_linear", affine=False, bias=False),
+    Head("linear", init_std=0.01),
 ]
 LOSSES = [
     Loss("bce"),
@@ -52,6 +57,12 @@ RULES = {
     "adam": Optimizer("adam", 1e-3),
     "adamw": Optimizer("adamw", 1e-3),
     "lars": Optimizer("lars", 0.02, 0.9, trust=0.1),
+}
+MORE_RULES = {
+    "lars of MoCo v3": Optimizer("lars", 0.02, 0.9, trust=0.1, form="moco_v3"),
+    "sgd, norms undecayed": Optimizer("sgd", 0.02, 0.9, undecayed="norms"),
+    "nesterov, biases undecayed": Optimizer("sgd", 0.02, 0.8, nesterov=True, undecayed="biases"),
+    "adamw of CAPI": Optimizer("adamw", 1e-3, beta2=0.95, undecayed="both"),
 }
 
 
@@ -81,8 +92,8 @@ def specs(head, rule, losses):
 
 def check_product(data, head, rule):
     maps, pooled, labels = data
-    features = pooled if head.type == "linear" else maps
-    (block,) = blocks(specs(head, RULES[rule], LOSSES), D, S, C)
+    features = pooled if head.type in ("linear", "bn_linear") else maps
+    (block,) = blocks(specs(head, (RULES | MORE_RULES)[rule], LOSSES), D, S, C)
     together = {t.spec.id: t for t in train_block(block, features, labels, C, 0)}
     for spec in {s.loss: s for s in block}.values():
         (alone,) = train_block([spec], features, labels, C, 0)
@@ -95,6 +106,13 @@ def check_product(data, head, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_every_head_loss_and_optimizer(data, head, rule):
+    check_product(data, head, rule)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("rule", MORE_RULES)
+@pytest.mark.parametrize("head", [Head("attentive", heads=2), Head("bn_linear")], ids=str)
+def test_what_decays_and_other_forms(data, head, rule):
     check_product(data, head, rule)
 
 
@@ -132,16 +150,17 @@ def test_lamb_is_timms():
     solvers = [changed(a, weight_decay=0.05), b]
     own = [[nn.Parameter(t[p].clone()) for t in parameters] for p in range(2)]
     theirs = [
-        timm.optim.Lamb(own[p], lr, weight_decay=solver.weight_decay, max_grad_norm=None)
+        Lamb(own[p], lr, weight_decay=solver.weight_decay, max_grad_norm=None)
         for p, (solver, lr) in enumerate(zip(solvers, (0.1, 0.02), strict=True))
     ]
-    rule = solvers[0].rule(parameters, solvers, "float32", "cpu")
+    rule = solvers[0].rule(parameters, solvers, "float32", torch.device("cpu"))
     for _ in range(10):
         gradients = [torch.randn_like(t) for t in parameters]
         for p in range(2):
             for parameter, gradient in zip(own[p], gradients, strict=True):
                 parameter.grad = gradient[p].clone()
             theirs[p].step()
+        rule.advance()
         rule.step(gradients, torch.tensor([0.1, 0.02]))
     for p in range(2):
         for parameter, moved in zip(own[p], parameters, strict=True):
@@ -297,10 +316,9 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
             assert (found["fc0.weight"] - best).norm() < 1.1e-5 * best.norm()
 
 
-def test_lbfgs_does_not_take_rounding_for_an_optimum(problem, monkeypatch):
+def test_lbfgs_does_not_take_rounding_for_an_optimum(problem):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem
-    monkeypatch.setattr("featcache.probes.solvers.convex.newton.RESOLUTION", 0.0)
     wanted = [lbfgs(Loss("bce"), decay, 200) for decay in (1e-18, 1e-2)]
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 

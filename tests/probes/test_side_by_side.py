@@ -20,7 +20,7 @@ from featcache.feature import beside, parse_beside, split_beside
 from featcache.probes.engine.predict import Predictor
 from featcache.probes.engine.scoring import new_tally
 from featcache.probes.grids.grid import parse_grid
-from featcache.probes.inputs.input import Input
+from featcache.probes.inputs.input import Input, Source
 from featcache.probes.inputs.shared import shared_inputs
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.store import manifest
@@ -100,12 +100,13 @@ def test_the_copy_that_is_held_has_each_feature_once(store, run):
     assert len(shared) == 4
     (whole,) = set(shared.values())
     assert whole.shape(opened) == (5 * 192, 1)
-    ranges = {len(read.parts): whole.columns(read, opened) for read in shared}
+    ranges = {len(source.input.parts): whole.columns(source.input, opened) for source in shared}
     assert ranges == {1: ((576, 768),), 2: ((576, 960),), 4: ((0, 768),), 5: ((0, 960),)}
     plan = featcache.plan_probes(GRID, store=store)
     assert {stack.feature_bytes for stack in plan.stacks} == {40 * 5 * 192 * 4}
-    lone = Input.of(parse_grid({"probes": [GRID["probes"][0] | {"features": "x:cls"}]}).specs[0])
-    assert shared_inputs([*specs, specs[0]])[next(iter(shared))] == whole and lone not in shared
+    # What has no feature in common stays by itself.
+    other = parse_grid({"probes": [GRID["probes"][0] | {"features": "x:cls"}]}).specs[0]
+    assert shared_inputs([*specs, other])[Source.of(other)] == Input.of(other)
 
 
 @pytest.mark.parametrize("memory", [None, SMALL], ids=["in memory", "streamed"])

@@ -356,6 +356,35 @@ def test_lbfgs_probes_train_beside_others_and_are_not_streamed(store, tmp_path):
         featcache.train_probes(grid | {"search": search}, store=store, run=tmp_path / "s")
 
 
+@pytest.mark.parametrize("loss", ["bce", "ce", "squared_hinge"])
+def test_a_full_batch_probe_says_how_far_from_its_optimum_it_is(store, tmp_path, capsys, loss):
+    """In its file, and in a line where it ended short. A mini-batch probe says nothing of the kind."""
+    short = {"type": "lbfgs", "weight_decay": 0.01, "iterations": 1}
+    enough = {"type": "lbfgs", "weight_decay": 0.01}
+    groups = [LINEAR | {"name": name, "optimizer": o} for name, o in (("short", short), ("enough", enough))]
+    grid = {"probes": [group | {"loss": loss} for group in [*groups, LINEAR]]}
+    run = featcache.train_probes(grid, store=store, run=tmp_path / "r")
+    for probe in probes_of(run):
+        solver, optimality = probe.spec.optimizer, probe.optimality
+        if solver.type != "lbfgs":
+            assert optimality is None
+            continue
+        assert (probe.stopped is None) == (solver.iterations == 1000)
+        if probe.stopped is None:
+            assert optimality.distance <= 1e-5 and optimality.gradient <= 1
+            best = probe
+        else:
+            assert optimality.gradient > 1
+            far = probe
+    gap = (far.weights["fc0.weight"] - best.weights["fc0.weight"]).norm() / far.weights["fc0.weight"].norm()
+    assert 0 < gap <= 1.1 * far.optimality.distance
+    away = f"up to {far.optimality.distance:.1e} of its weights from the optimum"
+    assert (
+        f"warning: probe {far.spec.id} had not converged after 1 Newton steps (lbfgs, {away})"
+        in capsys.readouterr().err
+    )
+
+
 def test_attentive_probes_read_tokens_and_maps(store, tmp_path):
     group = LINEAR | {"features": "spatial", "head": {"type": "attentive", "heads": 4}, "loss": "bce"}
     run = featcache.train_probes({"probes": [group]}, store=store, run=tmp_path / "r")

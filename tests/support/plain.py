@@ -16,17 +16,43 @@ from featcache.probes.weights import initial_weights
 
 
 class Attention(nn.Module):
-    """A learned query attends to the positions of a map."""
+    """Learned queries attend to the positions of a map; their answers stand side by side."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, queries, dim, heads):
         super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.token = nn.Parameter(torch.zeros(1, queries, dim))
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
 
     def forward(self, maps):
         tokens = maps.flatten(2).transpose(1, 2)
         answer, _ = self.attention(self.token.repeat(len(maps), 1, 1), tokens, tokens)
-        return answer.transpose(1, 2).unsqueeze(3)
+        return answer.flatten(1)[:, :, None, None]
+
+
+class EfficientAttention(nn.Module):
+    """Queries attend to the positions themselves; each averages a slice of the values."""
+
+    def __init__(self, queries, dim, width):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, queries, dim))
+        self.value = nn.Linear(dim, width, bias=False)
+
+    def forward(self, maps):
+        tokens = maps.flatten(2).transpose(1, 2)  # [B, S, D]
+        scores = torch.einsum("qd,bsd->bqs", self.token[0], tokens) / math.sqrt(tokens.shape[2])
+        slices = self.value(tokens).unflatten(2, (self.token.shape[1], -1))  # [B, S, Q, E]
+        return torch.einsum("bqs,bsqe->bqe", scores.softmax(2), slices).flatten(1)[:, :, None, None]
+
+
+class Cells(nn.Module):
+    """A norm of which so many neighbouring numbers share a channel: [B, D, 1, 1] as [B, D / cells, cells]."""
+
+    def __init__(self, norm, cells):
+        super().__init__()
+        self.norm, self.cells = norm, cells
+
+    def forward(self, maps):
+        return self.norm(maps.reshape(len(maps), -1, self.cells)).reshape(maps.shape)
 
 
 class Ghost(nn.Module):
@@ -49,10 +75,19 @@ class Plain(nn.Module):
 
     def __init__(self, head, weights):
         super().__init__()
-        head = every_field("head", head)
+        fields, head = dict(head), every_field("head", head)
         layers, self.names = [], {}
         if head.type == "attentive":
-            layers.append(Attention(len(weights["attention.token"]), head.heads))
+            layers.append(Attention(head.queries, weights["attention.token"].shape[-1], head.heads))
+        if head.type == "efficient":
+            token, value = weights["attention.token"], weights["attention.value.weight"]
+            layers.append(EfficientAttention(*token.shape, len(value)))
+            self.names |= {"layers.0.token": "attention.token", "layers.0.value.weight": "attention.value.weight"}
+        if head.type == "bn_linear":
+            channels = len(weights["bn.running_mean"])
+            norm = Cells(nn.BatchNorm1d(channels, fields["eps"], affine=fields["affine"]), fields["cells"] or 1)
+            self._name(1, "bn", norm)
+            layers += [nn.AdaptiveAvgPool2d(1), norm]
         for i in range(head.layers):
             outputs, inputs = weights[f"fc{i}.weight"].shape
             if head.type == "bcos":
@@ -88,9 +123,9 @@ class Plain(nn.Module):
                 self.names[f"layers.{place}.{key}"] = f"{name}.{key.rpartition('.')[2]}"
 
     def _fill_attention(self, w):
-        attention, dim = self.layers[0], len(w["attention.token"])
+        attention, dim = self.layers[0], w["attention.token"].shape[-1]
         with torch.no_grad():
-            attention.token.copy_(w["attention.token"])
+            attention.token.copy_(w["attention.token"].view(1, -1, dim))
             inner = attention.attention
             for i, name in enumerate(("query", "key", "value")):
                 inner.in_proj_weight[i * dim : (i + 1) * dim] = w[f"attention.{name}.weight"]
@@ -107,9 +142,11 @@ class Plain(nn.Module):
         result = {}
         for key, value in tensors.items():
             if key in self.names:
-                result[self.names[key]] = value.flatten(1) if value.ndim == 4 else value
+                result[self.names[key]] = (
+                    value.flatten(1) if value.ndim == 4 else value[0] if value.ndim == 3 else value
+                )
             elif key.endswith("token"):
-                result["attention.token"] = value.flatten()
+                result["attention.token"] = value.flatten() if value.shape[1] == 1 else value[0]
             elif "in_proj" in key:
                 parts = dict(zip(("query", "key", "value"), value.chunk(3), strict=True))
                 result |= {f"attention.{n}.{key.rpartition('_')[2]}": v for n, v in parts.items()}
@@ -172,6 +209,8 @@ class PlainLARS:
     @torch.no_grad()
     def step(self):
         o, rate = self.o, self.param_groups[0]["lr"]
+        if o.form == "moco_v3":
+            return self._step_of_moco_v3(o, rate)
         for name, parameter in self.named.items():
             matrix, velocity = parameter.squeeze().ndim == 2, self.velocity[name]
             parts = 3 if name.endswith("in_proj_weight") else 1
@@ -181,15 +220,35 @@ class PlainLARS:
                 v.copy_(o.momentum * v + rate * local * (g + decay * p))
                 p -= v
 
+    def _step_of_moco_v3(self, o, rate):
+        """As moco-v3 and MAE have it in their own optimizer: the rate is outside the momentum."""
+        for name, parameter in self.named.items():
+            parts = 3 if name.endswith("in_proj_weight") else 1
+            for p, g, v in zip(
+                *(t.chunk(parts) for t in (parameter, parameter.grad, self.velocity[name])), strict=True
+            ):
+                if parameter.squeeze().ndim == 2:
+                    g = g + o.weight_decay * p
+                    g = g * o.trust * p.norm() / g.norm()
+                v.mul_(o.momentum).add_(g)
+                p.sub_(rate * v)
+
 
 def plain_optimizer(o, model):
     """The torch.optim optimizer of a spec's, or PlainLARS."""
     parameters = list(model.parameters())
+    if getattr(o, "undecayed", "none") != "none":
+        names = {n: model.names.get(n, n) for n, _ in model.named_parameters()}
+        # Torch keeps the biases of query, key and value in one tensor, in_proj_bias.
+        alone = {n: o.leaves_alone(name.replace("_bias", ".bias")) for n, name in names.items()}
+        spared, others = ([p for n, p in model.named_parameters() if alone[n] is a] for a in (True, False))
+        parameters = [{"params": others}, {"params": spared, "weight_decay": 0.0}]
     if o.type == "sgd":
         return torch.optim.SGD(parameters, o.lr, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
     if o.type == "lars":
         return PlainLARS(model.named_parameters(), o)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.type](parameters, o.lr, weight_decay=o.weight_decay)
+    rule = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.type]
+    return rule(parameters, o.lr, (0.9, o.beta2), weight_decay=o.weight_decay)
 
 
 def train_plain(spec, maps, labels, factor=lambda epoch, step: 1.0, dtype=torch.float64):
@@ -201,7 +260,8 @@ def train_plain(spec, maps, labels, factor=lambda epoch, step: 1.0, dtype=torch.
     scale = spec.batch_size / o.lr_base if o.lr_base else 1.0
     for epoch in range(spec.epochs):
         for step, rows in enumerate(epoch_order(len(maps), 0, epoch).split(spec.batch_size)):
-            optimizer.param_groups[0]["lr"] = o.lr * scale * factor(epoch, step)
+            for group in optimizer.param_groups:
+                group["lr"] = o.lr * scale * factor(epoch, step)
             optimizer.zero_grad()
             plain_loss(spec.loss, model(maps[rows]), labels[rows]).backward()
             if o.clip:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.process
 
 SEED = 0
 # What one round always does, and how many rounds of all jobs are slow.
-SLICE, ROUNDS = ("extract zarr", "train", "convert", "export"), 6
+SLICE, ROUNDS = ("extract zarr", "train", "train refit", "convert", "export"), 6
 MOST_KILLS = 3
 # A child that takes longer hangs.
 MOST_SECONDS, HANGS = 60, 98
@@ -37,6 +37,11 @@ SEARCH = {
     "search": {"type": "halving", "factor": 2, "first": 0.25},
     "probes": [trust.GRID["probes"][0] | {"epochs": 8, "optimizer": {"type": "sgd", "lr": [0.1, 0.5, 1.0]}}],
 }
+TRAIN = {
+    "probes": [trust.GRID["probes"][0] | {"epochs": 6, "keep": "best", "optimizer": {"type": "sgd", "lr": [0.1, 0.5]}}]
+}
+REFIT = TRAIN | {"refit": ["train", "val"]}
+FOLDS = {"select": {"folds": 2}, "probes": [TRAIN["probes"][0] | {"keep": "last", "shots": 4, "draw": [0, 1]}]}
 
 
 def run_of(folder):
@@ -56,6 +61,8 @@ JOBS = {
         "train-probes --grid {parts}/grid.yaml --store {parts}/s.zarr --run {folder}/run --memory 0.000002", run_of, None,
     ),
     "train search": ("train-probes --grid {parts}/search.yaml --store {parts}/s.zarr --run {folder}/run", run_of, None),
+    "train refit": ("train-probes --grid {parts}/refit.yaml --store {parts}/s.zarr --run {folder}/run", run_of, None),
+    "train folds": ("train-probes --grid {parts}/folds.yaml --store {parts}/s.zarr --run {folder}/run", run_of, None),
     "convert": ("convert {parts}/s.zarr --out {folder}/o.hdf5", lambda folder: tree_hash(folder / "o.hdf5"), None),
     "convert zstd": (
         "convert {parts}/s.zarr --compression zstd --out {folder}/o.zarr", lambda folder: tree_hash(folder / "o.zarr"), None,
@@ -75,7 +82,8 @@ def write_parts(parts):
     (parts / "images").mkdir(parents=True)
     images = trust.write_images(parts / "images")
     (parts / "grid.yaml").write_text(yaml.safe_dump(trust.GRID))
-    (parts / "search.yaml").write_text(yaml.safe_dump(SEARCH))
+    for name, grid in {"search": SEARCH, "refit": REFIT, "folds": FOLDS}.items():
+        (parts / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     trust.quietly(lambda: trust.write_store(images, parts / "s.zarr"))
     trust.quietly(lambda: featcache.train_probes(trust.GRID, store=parts / "s.zarr", run=parts / "run"))
     return featcache.open_run(parts / "run").scores[0]["probe"]

@@ -1,9 +1,24 @@
 """Attribution methods, each in a file of its own. Other packages add theirs by the entry points of METHODS."""
 
+from featcache.attribution.methods.bcos import BcosContributions
 from featcache.attribution.methods.gradcam import GradCAM
+from featcache.attribution.methods.gradcampp import GradCAMPlusPlus
+from featcache.attribution.methods.gradient import Gradient
+from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
+from featcache.attribution.methods.intgrad import IntegratedGradients
+from featcache.attribution.methods.layercam import LayerCAM
 from featcache.attribution.methods.method import Method
+from featcache.attribution.methods.smoothgrad import SmoothGrad
 from featcache.kinds import Registry
 
-METHODS: Registry[Method] = Registry(Method, "featcache.attribution_methods", "method", [GradCAM, InputXGradient])
+METHODS: Registry[Method] = Registry(
+    Method,
+    "featcache.attribution_methods",
+    "method",
+    [
+        GradCAM, GradCAMPlusPlus, LayerCAM, Gradient, InputXGradient, GuidedBackprop, SmoothGrad, IntegratedGradients,
+        BcosContributions,
+    ],
+)  # fmt: skip
 DEFAULT_METHODS = (GradCAM.word(),)

@@ -75,7 +75,7 @@ def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budg
 def block_key(spec: ProbeSpec) -> Hashable:
     """Return what the probes of one block have in common."""
     loop = (spec.epochs, spec.stop, spec.batch_size, spec.keep, spec.patience, spec.precision)
-    return spec.features, spec.views, spec.sample, spec.head, spec.optimizer.shared, loop
+    return spec.features, spec.views, spec.sample, spec.head.shared, spec.optimizer.shared, loop
 
 
 def rows_at_once(batch_size: int | None, positions: int) -> int:

@@ -24,6 +24,7 @@ def fit_block(specs: Sequence[ProbeSpec], features: Tensor, labels: Tensor, clas
             spec.epochs,
             stopped=None if fit.converged else "iterations",
             choice=fit.choice,
+            optimality=fit.optimality,
         )
         for spec, fit in zip(specs, solver.fit(specs, features, labels, classes), strict=True)
     ]

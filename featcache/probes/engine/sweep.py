@@ -33,7 +33,7 @@ from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, s
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
-from featcache.probes.trained import TrainedProbe
+from featcache.probes.trained import ROWS, TrainedProbe
 from featcache.ranks import Alone
 
 # States are written after an epoch, but not more often than this, so a kill costs about that much.
@@ -127,6 +127,13 @@ class Sweep:
         self._keep(fit_block(specs, source[0], labels, len(self.store.classes)), self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
 
+    def remember(self, specs: Sequence[ProbeSpec], wave: Wave) -> None:
+        """Save a block of probes that train nothing: in place of weights, the rows of a sample that they learn from."""
+        rows = self.sets[wave.sample].rows
+        weights = {} if rows is None else {ROWS: torch.from_numpy(rows)}
+        self._keep([TrainedProbe(spec, weights, [], None) for spec in specs], self._origin(wave.buffer_rows))
+        self.tick(len(specs))
+
     def steps_of(self, spec: ProbeSpec) -> int:
         """Return the steps of a probe's training, as the progress bar counts them."""
         if not (spec.epochs and spec.batch_size):
@@ -195,7 +202,7 @@ class Sweep:
                     err=True,
                 )
             elif probe.stopped == "iterations":
-                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1)
+                shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1, probe.optimality)
                 click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
@@ -244,7 +251,8 @@ def train_missing(
 ) -> None:
     """Train the probes that a run folder lacks and save them there.
 
-    sets: the images to train on. selection: (metric, role) of validation, role None where no split is chosen on. buffers: how features are read, see
+    sets: the images to train on. selection: (metric, role) of validation, role None where no split is chosen on.
+    buffers: how features are read, see
     plan_buffers. search: of the grid, or None. ranks: the processes that share the work; the leading one returns when
     everything is saved. run: identity of the run, which is written into the files. Raises BadInput.
     """
@@ -277,6 +285,9 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
             source, key = sweep.source(wave), (wave.input, wave.sample, wave.buffer_rows)
         first = wave.blocks[0]
         specs = [] if isinstance(first, str) else [sweep.specs[name] for name in first]
+        if specs and not specs[0].optimizer.trains:
+            sweep.remember(specs, wave)
+            continue
         if specs and specs[0].optimizer.full_batch:
             sweep.fit(specs, source)
             continue

@@ -19,7 +19,8 @@ from featcache.probes.inputs.input import Columns
 from featcache.probes.runs.probe_file import Origin, block_name
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content, write_sealed
-from featcache.probes.solvers.solver import Rule
+from featcache.probes.solvers.rule import UpdateRule
+from featcache.probes.solvers.solver import DecayingSolver, Rule
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.weights import all_finite, stacked_weights
@@ -64,6 +65,9 @@ class Training:
         self._stack = head.stack(stacked_weights(self._padded, self._dim, self._classes, device), precision)
         solvers = [recipe.solver for recipe in self._recipes]
         self._rule = solvers[0].rule(self._stack.parameters, solvers, precision, device)
+        if isinstance(solvers[0], DecayingSolver) and isinstance(self._rule, UpdateRule):
+            names = [name for name in self._stack.weights if "running" not in name]
+            self._rule.undecayed = frozenset(n for n, name in enumerate(names) if solvers[0].leaves_alone(name))
         loss = StackLoss(self._padded, self._labels, self._classes, self.batch_size)
         capturable = all(can_capture(spec, device) for spec in self.specs)
         self._step = make_step(self._first, self._stack, loss, self._rule, capturable)

@@ -18,6 +18,7 @@ from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run_file import PARTIAL
 from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.sample import Sample
+from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec, spec_from_dict
 from featcache.store.reader import Store
 
@@ -81,7 +82,7 @@ def plan_buffers(
         if source.name not in buffers:
             size = shared[source].bytes(sets.store, images.splits, images.count)
             buffers[source.name] = room.buffer_rows(len(images), size)
-        if buffers[source.name] is not None and spec.optimizer.full_batch:
+        if buffers[source.name] is not None and isinstance(spec.optimizer, FullBatchSolver):
             size = shared[source].bytes(sets.store, images.splits, images.count)
             raise BadInput(
                 f"{spec.optimizer.type} needs all of {source.input.feature} in memory, {size / 1e9:.3g} GB, and "

@@ -1,7 +1,7 @@
 """A grid: fields of its groups may be lists or ranges, which multiply; rules then drop or change some probes."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -13,17 +13,16 @@ from featcache.probes.grids.fields import check_known
 from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.grids.search import SEARCHES, Halving
-from featcache.probes.scores.metrics import METRICS
+from featcache.probes.grids.selection import NOTHING, Refit, Selection, read_refit, read_selection
+from featcache.probes.sample import FOLDS
 from featcache.probes.spec import ProbeSpec
 
 PathOrStr = str | PathLike[str]
 ROLES = ("train", "val", "test")
 TOP = (
-    "store", "splits", "select", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
+    "store", "splits", "select", "refit", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
     "profiles",
 )  # fmt: skip
-# As select.split: nothing is chosen.
-NOTHING = "none"
 # The roles that get intervals by default. Scores on the training images say little about other images.
 INTERVALS = ("val", "test")
 
@@ -34,25 +33,34 @@ class Grid:
 
     path: of its file. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
     for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
-    metric, chosen_on: the metric and role by which probes are chosen, None where the grid does not say. content: the
-    grid with included files, groups that start from others and the profile's splits filled in; it reads as the same
-    grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
+    selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with
+    included files, groups that start from others and the profile's splits filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
     path: PathOrStr
     specs: tuple[ProbeSpec, ...]
     groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
-    metric: str | None
-    chosen_on: str | None
+    selection: Selection
     store: str | None
     content: dict[str, Any]
     search: Halving | None = None
     parity: str | None = None
     intervals: tuple[str, ...] = INTERVALS
+    refit: Refit | None = None
 
     def __repr__(self) -> str:
         return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
+
+    @property
+    def metric(self) -> str | None:
+        """The metric by which probes are chosen, None where the grid does not say."""
+        return self.selection.metric
+
+    @property
+    def chosen_on(self) -> str | None:
+        """The role on which probes are chosen, or FOLDS; None where the grid does not say."""
+        return FOLDS if self.selection.folds else self.selection.role
 
     @property
     def allow_overlap(self) -> bool:
@@ -67,7 +75,7 @@ class Grid:
     @property
     def rules(self) -> dict[str, Any]:
         """The fields of the content, other than groups, that decide what a run holds: {} if there are none."""
-        keys = ("intervals", "exclude", "search", "parity", "profiles")
+        keys = ("intervals", "refit", "exclude", "search", "parity", "profiles")
         return {key: self.content[key] for key in keys if key in self.content}
 
 
@@ -103,7 +111,8 @@ def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None
     parity = parity or content.get("parity")
     written_splits = (content.get("splits", {}), at["splits"])
     splits = _splits([written_splits], parity is not None, errors)
-    metric, chosen_on = _select(content.get("select", {}), splits, at["select"], errors)
+    selection = read_selection(content.get("select", {}), splits, at["select"], errors)
+    refit = read_refit(content.get("refit"), at["refit"], errors)
     intervals = _intervals(content.get("intervals", list(INTERVALS)), at["intervals"], errors)
     search = _search(content.get("search"), at["search"], errors)
     store = content.get("store")
@@ -127,7 +136,7 @@ def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = profiled
-    return Grid(path, tuple(specs), groups, splits, metric, chosen_on, store, content, search, parity, intervals)
+    return Grid(path, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
 
 
 def refuse(path: PathOrStr, errors: list[str]) -> None:
@@ -185,28 +194,6 @@ def _splits(levels: Sequence[tuple[Any, str]], shared: bool, errors: list[str]) 
             path = where.get(b, levels[-1][1])
             errors.append(f"{path}.{b}: {sorted(both)[0]!r} is in splits.{a} too; the roles must be kept apart")
     return roles
-
-
-def _select(value: Any, splits: Mapping[str, object], path: str, errors: list[str]) -> tuple[str | None, str | None]:
-    """Return the metric and the role by which probes are chosen, each None where the grid does not say."""
-    if not isinstance(value, dict):
-        errors.append(f"{path}: expected metric and split")
-        return None, None
-    check_known(value, ("metric", "split"), f"{path}.", errors)
-    metric, role = value.get("metric"), value.get("split")
-    if metric is not None:
-        try:
-            metric = METRICS.meant(metric)
-        except ValueError as error:
-            errors.append(f"{path}.metric: {error}")
-    if role == "test":
-        errors.append(f"{path}.split: choosing on test gives a score that is too good; choose on val")
-    elif role == NOTHING:
-        return metric, None
-    elif role is not None and role not in list(splits):
-        known = [*(name for name in splits if name != "test"), NOTHING]
-        errors.append(f"{path}.split: {shown(role)} is not one of {', '.join(known)}{nearest(role, known)}")
-    return metric, role
 
 
 def _intervals(value: Any, path: str, errors: list[str]) -> tuple[str, ...]:

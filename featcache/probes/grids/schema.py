@@ -9,6 +9,7 @@ from featcache.probes.grids.expand import RANDOM
 from featcache.probes.grids.fields import MISSING, GridField, known_fields, part_fields, probe_fields, spec_field
 from featcache.probes.grids.grid import ROLES
 from featcache.probes.grids.search import SEARCHES
+from featcache.probes.grids.selection import MOST_FOLDS, NOTHING, REFIT_ON
 from featcache.probes.identity import REGISTRIES
 from featcache.probes.scores.metrics import METRICS
 
@@ -23,6 +24,7 @@ def schema() -> Schema:
 
     json.dump(featcache.schema(), open("grid.schema.json", "w"))
     """
+    on = {"type": "array", "items": {"enum": list(REFIT_ON)}, "minItems": 2}
     splits = {role: {"$ref": "#/$defs/names"} for role in ROLES}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -33,9 +35,17 @@ def schema() -> Schema:
             "store": {"type": "string", "description": "path of the store"},
             "splits": _object(splits, "the store's splits in the roles train, val and test"),
             "select": _object(
-                {"metric": {"enum": list(METRICS)}, "split": {"enum": ["train", "val", "none"]}},
+                {
+                    "metric": {"enum": list(METRICS)},
+                    "split": {"enum": ["train", "val", NOTHING]},
+                    "folds": {"type": "integer", "minimum": 2, "maximum": MOST_FOLDS},
+                },
                 "how the best probe is chosen",
             ),
+            "refit": {
+                "description": "the roles that chosen probes are trained on again",
+                "anyOf": [on, _object({"on": on, "per": {"$ref": "#/$defs/names"}})],
+            },
             "intervals": _one_or_more({"enum": list(ROLES)}, "roles whose scores get an interval"),
             "search": _section("search", SEARCHES),
             "include": {"$ref": "#/$defs/names", "description": "other grid files, whose fields this one takes over"},

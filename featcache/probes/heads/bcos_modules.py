@@ -27,6 +27,11 @@ class BcosConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1))
         self.b, self.max_out = b, max_out
+        self.detach = False
+
+    def set_explanation_mode(self, activate: bool) -> None:
+        """Take the factor |cos|^(b - 1) for a constant in gradients, or not, as the bcos package's layers do."""
+        self.detach = activate
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the scaled responses."""
@@ -36,7 +41,8 @@ class BcosConv2d(nn.Module):
         if self.b == 1:
             return out
         cosine = out.abs() / (maps.square().sum(1, keepdim=True) + PATCH_EPS).sqrt()
-        return cosine_power(cosine, self.b)[0] * out
+        factor = cosine_power(cosine, self.b)[0]
+        return (factor.detach() if self.detach else factor) * out
 
 
 class BatchNormUncentered2d(nn.Module):

@@ -1,7 +1,7 @@
 """What every head does: draw its weights, stand in a stack of its kind, and become a module of its own."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -51,6 +51,8 @@ class Head(Part):
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     # Whether it reads tokens, which have no position in a map.
     reads_tokens: ClassVar[bool] = False
+    # Whether it has weights that are trained. A head without reads the training images whenever it predicts.
+    trains: ClassVar[bool] = True
 
     @property
     def commutes(self) -> bool:
@@ -61,6 +63,20 @@ class Head(Part):
     def averages_features(self) -> bool:
         """Whether it averages the features over positions rather than the logits."""
         return False
+
+    @property
+    def shared(self) -> Hashable:
+        """What the heads of one block have in common."""
+        return self
+
+    @property
+    def scored_on_training(self) -> bool:
+        """Whether it is scored on the images that it learns from."""
+        return True
+
+    def short_of(self, images: int) -> str | None:
+        """Return a line for the user if it needs more training images than there are, else None."""
+        return None
 
     @property
     def pools_first(self) -> bool:
@@ -124,8 +140,11 @@ class Head(Part):
         """
         return None
 
-    def resolved(self, classes: int) -> Self:
-        """Return the head with its offset as a number. Raises BadInput if -ln(C-1) is not finite."""
+    def resolved(self, classes: int, cells: int = 1) -> Self:
+        """Return the head with numbers for what depends on the store. Raises BadInput if the offset -ln(C-1) is not finite.
+
+        cells: how many neighbouring numbers of the feature are one channel's.
+        """
         if isinstance(self.offset, float):
             return self
         if classes < 2:

@@ -138,8 +138,16 @@ class LayeredHead(Head):
         return None
 
 
-def drawn_layer(name: str, inputs: int, outputs: int, bias: bool, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw a linear layer's weight [out, in] and bias [out], as torch does: {name.weight: ..., name.bias: ...}."""
+def drawn_layer(
+    name: str, inputs: int, outputs: int, bias: bool, generator: torch.Generator, std: float = 0.0
+) -> dict[str, Tensor]:
+    """Draw a linear layer's weight [out, in] and bias [out], as torch does: {name.weight: ..., name.bias: ...}.
+
+    With a std the weight is normal with that deviation and the bias 0.
+    """
+    if std:
+        weights = {f"{name}.weight": torch.empty(outputs, inputs).normal_(0, std, generator=generator)}
+        return weights | ({f"{name}.bias": torch.zeros(outputs)} if bias else {})
     bound = 1 / math.sqrt(inputs)
     weights = {f"{name}.weight": torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)}
     if bias:

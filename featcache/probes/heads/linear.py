@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from featcache.probes.gemm import multiply
 from featcache.probes.heads.head import Gradient, scaled, unscaled
-from featcache.probes.heads.layered import LayeredHead, Layout
-from featcache.probes.part import Whole
+from featcache.probes.heads.layered import LayeredHead, Layout, drawn_layer
+from featcache.probes.part import AtLeast0, Whole
 
+INIT_STD = Field(
+    0.0, description="deviation of normal initial weights, with biases of 0; 0 draws both uniformly, as torch does"
+)
 # Is added to the norm of a feature, as in VISSL.
 LEAST_NORM = 1e-5
 
@@ -35,6 +38,7 @@ class Linear(LayeredHead):
 
     type: Literal["linear"] = "linear"
     bias: bool = Field(True, description="whether the layer has a bias")
+    init_std: AtLeast0 = INIT_STD
     norm: Literal["none", "l2"] = Field(
         "none", description="of the features, before the layer: none, or l2, f / (‖f‖ + 1e-5), which needs pool: before"
     )
@@ -65,6 +69,10 @@ class Linear(LayeredHead):
     def layout(self) -> Layout:
         """One layer."""
         return Layout(bias=self.bias)
+
+    def initial_weights(self, dim: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw from N(0, init_std^2), or as torch does."""
+        return drawn_layer("fc0", dim, classes, self.bias, generator, self.init_std)
 
     def in_cache(self, rows: int) -> bool:
         """See Head.in_cache. A linear head reads its weights for every row."""

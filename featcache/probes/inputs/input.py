@@ -12,6 +12,7 @@ from torch import Tensor
 from featcache.device import free_bytes
 from featcache.errors import BadInput
 from featcache.feature import BESIDE
+from featcache.probes.overlap import image_name
 from featcache.probes.sample import Sample
 from featcache.probes.spec import ProbeSpec
 from featcache.store.feature_array import PIECE_BYTES, FeatureArray
@@ -120,7 +121,7 @@ class Input:
         view: int = 0,
         rows: np.ndarray | None = None,
     ) -> Tensor:
-        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there.
+        """Load one view of a union of splits onto a device. Raises BadInput if it does not fit there, or teaches nothing.
 
         rows: sorted rows of the union, int64 [n], by default all.
         """
@@ -138,7 +139,29 @@ class Input:
                 values = part.new_empty(count, *part.shape[1:])
             values[at : at + len(part)] = part
             at += len(part)
+        if count > 1 and all_alike(values, values[0]):
+            raise self.constant(splits)
         return values
+
+    def constant(self, splits: Sequence[str]) -> BadInput:
+        """Return the BadInput for features that are the same for all images of a union of splits."""
+        return BadInput(
+            f"feature {self.feature} is the same for all images of {'+'.join(splits)}: nothing can be learned from it; "
+            "see what the backbone loaded (featcache layers CKPT)"
+        )
+
+    def check_finite(self, part: Tensor, store: Store, splits: Sequence[str], rows: np.ndarray) -> None:
+        """Raise BadInput, which names the image, if features as read() returns them are not all finite.
+
+        rows: of the union of splits, one for each of the features.
+        """
+        # The smallest and the largest tell it in a fraction of the time that a look at each takes.
+        if part.numel() and not bool(torch.isfinite(torch.stack(part.aminmax())).all()):
+            bad = int(torch.isfinite(part.float()).flatten(1).all(1).logical_not().nonzero()[0])
+            raise BadInput(
+                f"feature {self.feature} of {image_name(store, splits, int(rows[bad]))} holds a value that is not finite; "
+                "extract it again, into another store"
+            )
 
     def chunks(
         self, store: Store, splits: Sequence[str], device: torch.device, rows: np.ndarray | None = None
@@ -154,11 +177,15 @@ class Input:
         """
         first = 0
         for split in splits:
-            arrays = self.arrays(split)
+            arrays, at = self.arrays(split), 0
             own = None if rows is None else rows_within(rows, first, first + len(arrays[0]))
             first += len(arrays[0])
             for parts in _whole_pieces(arrays) if own is None else _picked_pieces(arrays, own):
-                yield self.read(torch.from_numpy(part).to(device) for part in parts)
+                values = self.read(torch.from_numpy(part).to(device) for part in parts)
+                numbers = np.arange(at, at + len(values)) if own is None else own[at : at + len(values)]
+                self.check_finite(values, split.store, [split.name], numbers)
+                at += len(values)
+                yield values
                 for array in arrays:
                     array.release()
 
@@ -179,6 +206,12 @@ class Source:
     def name(self) -> str:
         """Its name in messages and in run.json."""
         return ", ".join(filter(None, (self.input.name, self.sample.name)))
+
+
+def all_alike(values: Tensor, row: Tensor) -> bool:
+    """Return whether all features [n, ...] equal those of one image, [...]."""
+    # The last one mostly tells the difference.
+    return torch.equal(values[-1], row) and bool((values == row).all())
 
 
 def _whole_pieces(arrays: Sequence[FeatureArray]) -> Iterator[list[np.ndarray]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featcache.probes.inputs.batches import Piece
-from featcache.probes.inputs.input import Input, rows_within
+from featcache.probes.inputs.input import Input, all_alike, rows_within
 from featcache.store.feature_array import FeatureArray
 from featcache.store.reader import Store
 
@@ -60,14 +60,18 @@ class Streamed:
         at_once = max(self._buffer_rows // most, 1)
         fillings = [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
         with ThreadPoolExecutor(1) as reader:
-            buffer = reader.submit(self._read, fillings[0])
+            buffer, alike, first = reader.submit(self._read, fillings[0]), True, None
             for number in range(len(fillings)):
                 values, rows = buffer.result()
+                first = values[0].clone() if first is None else first
+                alike = alike and all_alike(values, first)
                 last = number + 1 == len(fillings)
                 if not last:
                     buffer = reader.submit(self._read, fillings[number + 1])
                 order = torch.from_numpy(random.permutation(len(rows)))
                 yield Piece(values, order, rows[order], last)
+        if alike and sum(len(chunk.rows) for chunk in chunks) > 1:
+            raise self._input.constant(self._splits)
 
     def _chunks(self, splits: Sequence[list[FeatureArray]], chunk_rows: int) -> list[_Chunk]:
         """Return the chunks of a union of splits that hold rows to read, in their order on disk."""
@@ -94,11 +98,13 @@ class Streamed:
         for chunk in sorted(filling, key=lambda chunk: chunk.place):
             pieces = (array[chunk.start : chunk.stop] for array in chunk.arrays)
             part = self._input.read(torch.from_numpy(p if self._rows is None else p[chunk.rows]) for p in pieces)
+            numbers.append(torch.arange(chunk.place, chunk.place + len(part)))
+            rows = numbers[-1].numpy() if self._rows is None else self._rows[numbers[-1].numpy()]
+            self._input.check_finite(part, self._store, self._splits, rows)
             if not at:
                 values = part.new_empty(total, *part.shape[1:])
             values[at : at + len(part)] = part
             at += len(part)
-            numbers.append(torch.arange(chunk.place, chunk.place + len(part)))
             for array in chunk.arrays:
                 array.release()
         return values, torch.cat(numbers)

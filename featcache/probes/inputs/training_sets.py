@@ -53,6 +53,7 @@ class TrainingSets:
         self._listed: dict[str, str] = {}
         self._labels: dict[tuple[str, ...], Tensor] = {}
         self._rows: dict[Sample, np.ndarray | None] = {}
+        self._dealt: dict[tuple[Sample, int], np.ndarray] = {}
         self._sets: dict[Sample, TrainingSet] = {}
 
     def __getitem__(self, sample: Sample) -> TrainingSet:
@@ -86,6 +87,12 @@ class TrainingSets:
         assert rows is not None, "all images are not described"
         return {"images": len(rows), "ids_sha256": self.digest(rows)}
 
+    def held_out_labels(self, sample: Sample) -> Tensor:
+        """Return the labels of the fold that a sample holds out, on the CPU."""
+        held_out = self[sample].held_out
+        assert held_out is not None, "this sample holds no fold out"
+        return self._of("train")[torch.from_numpy(held_out)]
+
     def _of(self, *roles: str) -> Tensor:
         """Return the labels of all images of some roles, on the CPU."""
         if roles not in self._labels:
@@ -100,7 +107,11 @@ class TrainingSets:
         if sample.fold:
             fold, folds = map(int, sample.fold.split("/"))
             numbers = np.arange(len(labels)) if rows is None else rows
-            dealt = fold_numbers(labels.numpy()[numbers], self.store.classes, folds, sample.draw)
+            whole = replace(sample, fold=None)
+            if (whole, folds) not in self._dealt:
+                known = labels.numpy()[numbers]
+                self._dealt[whole, folds] = fold_numbers(known, self.store.classes, folds, sample.draw)
+            dealt = self._dealt[whole, folds]
             rows, held_out = numbers[dealt != fold - 1], numbers[dealt == fold - 1]
         if rows is not None:
             labels = labels[torch.from_numpy(rows)]

@@ -10,7 +10,7 @@ from typing import Any
 class RunBasis:
     """What decides the weights of a probe, beside its spec. All probes of a run share it.
 
-    splits: {role: the store's splits}. select, {"metric", "split"}, and search, the fields of the grid's search or
+    splits: {role: the store's splits}. select, {"metric", "split"}, where the split may be FOLDS, so many "folds", and search, the fields of the grid's search or
     None, decide which weights are kept. parity: name of the grid's profile, or None.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from featcache.errors import BadInput
-from featcache.probes.runs.probe_file import check_files, read_origin
+from featcache.probes.runs.probe_file import check_files, find_probes, read_origin
 from featcache.probes.runs.run_file import (
     ATTRIBUTION,
     FILE,
@@ -25,6 +25,7 @@ from featcache.probes.runs.run_file import (
     read_summary,
 )
 from featcache.probes.runs.tables import find_table, tables_of
+from featcache.probes.runs.tuned import BACKBONES, IMAGES, LOGITS, is_tuned, tuned_damage
 from featcache.probes.scores.metrics import metrics_of, task_of
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store
@@ -41,6 +42,8 @@ def damage(folder: str | Path, summary: Summary | None) -> Iterator[tuple[str, s
             yield room, "it is no folder"
     for path, reason in check_files(folder, summary):
         yield f"{path.parent.name}/{path.name}", reason
+    if summary and is_tuned(summary):
+        yield from tuned_damage(folder, summary, list(find_probes(folder)))
     files = (summary or {}).get("files")
     # Files of probes were checked above.
     for name in (name for name in files or () if "/" not in name):
@@ -79,7 +82,9 @@ def drop_damaged(folder: str | Path, summary: Summary, grid: str | None) -> bool
 def _what_now(name: str, mine: bool, summary: Summary) -> str:
     """Say what happens to a damaged file. mine: whether this command may drop it."""
     if name.startswith(PROBES):
-        return "its probes are trained again" if maker(summary) == "train-probes" else "import its checkpoint again"
+        return "import its checkpoint again" if maker(summary) == "import-probes" else "its probes are trained again"
+    if name.startswith((BACKBONES, LOGITS, IMAGES)):
+        return "its probe is trained again"
     if name.startswith(PARTIAL):
         return "its block is trained again from the beginning"
     if name.startswith("grid"):

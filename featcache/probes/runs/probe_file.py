@@ -17,7 +17,7 @@ from featcache.errors import BadInput, shown
 from featcache.probes.inputs.input import Source
 from featcache.probes.runs.run_file import FILE, PARTIAL, PROBES, Summary, identity, maker, read_file, read_summary
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
-from featcache.probes.solvers.solver import Choice
+from featcache.probes.solvers.solver import Choice, Optimality
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.weights import initial_weights
@@ -61,11 +61,19 @@ def save_probes(folder: str | Path, probes: Sequence[TrainedProbe], origin: Orig
             "stopped": probe.stopped,
             **({"choice": probe.choice.to_json()} if probe.choice else {}),
         }
+        | _optimality(probe)
         for probe in probes
     ]
     weights = {name: torch.stack([probe.weights[name] for probe in probes]) for name in probes[0].weights}
     path = Path(folder) / PROBES / f"{block_name([p.spec for p in probes])}.safetensors"
     write_sealed(path, weights, vars(origin) | {"probes": entries})
+
+
+def _optimality(probe: TrainedProbe) -> dict[str, Any]:
+    """Return how far from its optimum a probe is, for its entry; nothing where that is not known."""
+    if probe.optimality is None:
+        return {}
+    return {"optimality": {name: v if math.isfinite(v) else None for name, v in vars(probe.optimality).items()}}
 
 
 def block_name(specs: Iterable[ProbeSpec]) -> str:
@@ -329,4 +337,12 @@ def _probe(file: Any, row: Any, entry: dict[str, Any]) -> TrainedProbe:
         scores=[math.nan if score is None else score for score in entry["scores"]],
         stopped=entry["stopped"],
         choice=Choice.from_json(entry["choice"]) if "choice" in entry else None,
+        optimality=_read_optimality(entry.get("optimality")),
     )
+
+
+def _read_optimality(values: dict[str, float | None] | None) -> Optimality | None:
+    if values is None:
+        return None
+    distance, gradient = (math.inf if value is None else value for value in (values["distance"], values["gradient"]))
+    return Optimality(distance, gradient)

@@ -15,6 +15,8 @@ from featcache.probes.overlap import Overlap
 from featcache.probes.runs.run_file import ATTRIBUTION, Summary, maker, read_file, read_summary
 from featcache.probes.runs.seeds import shared_fields
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
+from featcache.probes.runs.tuned import BACKBONES, is_tuned
+from featcache.probes.sample import FOLDS
 from featcache.probes.scores.metrics import gain
 from featcache.store.reader import Store, open_store
 
@@ -48,7 +50,7 @@ class Run:
 
     @property
     def chosen_on(self) -> str | None:
-        """The role that probes are chosen on, or None where the run has one configuration and nothing is chosen."""
+        """The role that probes are chosen on, FOLDS for folds of train, or None where the run has one configuration and nothing is chosen."""
         return self.summary["select"].get("split")
 
     @property
@@ -72,6 +74,17 @@ class Run:
             return self._rows[probe_id, metric, role]
         except KeyError:
             raise self.damaged("scores.csv", f"no {metric} of {probe_id} on {role}") from None
+
+    def chosen_by(self, probe_id: str) -> ScoreRow:
+        """Return the row by which a probe was chosen, or not: that of the probe itself, or of the one that it is a refit of."""
+        if self.chosen_on is None:
+            raise ValueError("nothing is chosen in this run")
+        return self.row(self.sources.get(probe_id, probe_id), self.metric, self.chosen_on)
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """{id of a probe that was trained again: id of the probe that was chosen}."""
+        return {row["probe"]: row["refit_of"] for row in self.scores if row.get("refit_of")}
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, str], ScoreRow]:
@@ -115,7 +128,7 @@ class Run:
             several = self.configurations > 1
             what = "all probes are reported" if several else "one configuration, its seeds are reported"
             cautions.append(f"nothing was chosen: {what}")
-        elif set(splits[chosen]) & set(splits[self.scored_on]):
+        elif set(splits["train" if chosen == FOLDS else chosen]) & set(splits[self.scored_on]):
             parity = f" (parity {self.summary['parity']})" if self.summary.get("parity") else ""
             cautions.append(
                 f"chosen on the images that they are scored on, {self.scored_on}{parity}: the scores are too good"
@@ -180,6 +193,11 @@ def store_of(run: Run, path: str | os.PathLike[str] | None = None) -> Store:
 
     path: where it is, if it was moved. Raises BadInput for another store.
     """
+    if is_tuned(run.summary):
+        raise BadInput(
+            f"run {run.path} was fine-tuned on images and has no store; extract with one of its backbones, {BACKBONES}/ID"
+            ".safetensors, and train probes on that"
+        )
     store, id = open_store(path or _recorded_store(run)), run.summary["store_id"]
     if id not in store.ids:
         raise BadInput(
@@ -233,7 +251,8 @@ def best(run: Run, per: str = "") -> list[str]:
 def select(run: Run, rule: str) -> list[str]:
     """Choose probes by a rule about their scores: "best map", or "best top1 per lr,head".
 
-    Returns probe ids, one per group, in order of first appearance; the first of equal scores wins. The best score is
+    Returns probe ids, one per group, in order of first appearance; the first of equal scores wins. In a run that trains
+    the chosen probes again, these are the ids of the refits. The best score is
     the lowest for nll and ece, and the highest for all others. Only scores on run.chosen_on count, which is never test
     unless the run was made under parity. Raises BadInput for a rule that cannot be read, and for a run without a split
     to choose on.
@@ -253,7 +272,31 @@ def select(run: Run, rule: str) -> list[str]:
         raise BadInput(
             f"--select {rule!r}: no scores of {metric!r}{nearest(metric, metrics)} (there are {', '.join(metrics)})"
         )
-    columns = [_column(name.strip(), run.fields, rule) for name in (match.group(2) or "").split(",") if name.strip()]
+    per = [name.strip() for name in (match.group(2) or "").split(",") if name.strip()]
+    columns = [field_column(name, run.fields, f"--select {rule!r}") for name in per]
+    if run.sources:
+        return _best_refits(run, metric, columns, rule)
+    return list(_best(rows, metric, columns).values())
+
+
+def _best_refits(run: Run, metric: str, columns: Sequence[str], rule: str) -> list[str]:
+    """Return the refits of the best probes per group, of those that were trained again."""
+    rows = _scored(run, run.chosen_on or run.scored_on)
+    # A refit that diverged has no scores.
+    whole = {row["probe"] for row in _scored(run, run.scored_on)}
+    refits = {source: refit for refit, source in run.sources.items() if refit in whole}
+    best, chosen = _best(rows, metric, columns), _best([r for r in rows if r["probe"] in refits], metric, columns)
+    if best.keys() != chosen.keys() or metric != run.metric:
+        per = ", ".join(run.summary.get("refit", {}).get("per", ()))
+        raise BadInput(
+            f"--select {rule!r}: run {run.path} trained again the best {run.metric} per {per}; ask for these, say "
+            "refit: {per: [...]} in the grid, or name probes with --probe"
+        )
+    return [refits[probe] for probe in chosen.values()]
+
+
+def _best(rows: Iterable[ScoreRow], metric: str, columns: Sequence[str]) -> dict[tuple[Any, ...], str]:
+    """Return {values of the columns: the probe with the best score by a metric}, in order of first appearance."""
     winners: dict[tuple[Any, ...], ScoreRow] = {}
     for row in rows:
         group = tuple(row[c] for c in columns)
@@ -261,7 +304,7 @@ def select(run: Run, rule: str) -> list[str]:
             group not in winners or gain(metric, row["value"]) > gain(metric, winners[group]["value"])
         ):
             winners[group] = row
-    return [row["probe"] for row in winners.values()]
+    return {group: row["probe"] for group, row in winners.items()}
 
 
 def _scored(run: Run, role: str) -> list[ScoreRow]:
@@ -272,11 +315,11 @@ def _scored(run: Run, role: str) -> list[ScoreRow]:
     return rows
 
 
-def _column(name: str, fields: Sequence[str], rule: str) -> str:
-    """Return the column that a field of a rule means. Raises BadInput."""
+def field_column(name: str, fields: Sequence[str], where: str) -> str:
+    """Return the column that a field of a rule means, by its own or its short name. Raises BadInput, which begins with where."""
     known = {field: field for field in fields} | {short: field for field, short in short_names(fields).items()}
     inside = [column for column in fields if column.endswith(f".{name}")]
     if name in known or len(inside) == 1:
         return known.get(name) or inside[0]
     hint = f"; did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(name, known)
-    raise BadInput(f"--select {rule!r}: unknown field {name!r}{hint}")
+    raise BadInput(f"{where}: unknown field {name!r}{hint}")

@@ -15,6 +15,7 @@ import click
 from featcache.arguments import is_path
 from featcache.atomic import local_path, remove, write_whole
 from featcache.errors import BadInput, of_the_system, shown
+from featcache.probes.sample import FOLDS
 from featcache.store.sealed import seal, unseal
 
 # The content of run.json.
@@ -40,7 +41,8 @@ _FORMS: dict[str, Any] = {
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
     "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
-    "samples": {str: {str: (int, str)}},
+    "samples": {str: {str: (int, str)}}, "refit": {str: [str]}, "fold_probes": int,
+    "finetuned": dict, "backbones": {str: str},
 }  # fmt: skip
 _ALWAYS = ("store_id", "splits")
 _FINISHED = ("store", "store_id", "splits", "select", "rows", "chance", "diverged", "probes", "classes")
@@ -169,7 +171,8 @@ def _check_roles(summary: Summary) -> None:
     """Raise ValueError if a finished run.json lacks something about the roles that probes are chosen and scored on."""
     metric, chosen = summary["select"].get("metric"), summary["select"].get("split")
     scored_on = "test" if "test" in summary["rows"] else chosen
-    for role in (scored_on, chosen or scored_on):
+    # Folds are parts of train.
+    for role in (scored_on, scored_on if chosen in (None, FOLDS) else chosen):
         for field in ("splits", "rows", "chance"):
             if role not in summary[field]:
                 raise ValueError(f"{field} lacks {shown(role)}")
@@ -203,6 +206,13 @@ def seal_files(folder: str | Path, changes: Mapping[str, Mapping[str, int] | Non
         write_summary(folder, summary | {"files": {name: entry for name, entry in files.items() if entry}})
 
 
+def probes_held(summary: Summary) -> int:
+    """Return how many probes the folder of a finished run holds, with those that hold folds out."""
+    return summary["probes"] + summary.get("fold_probes", 0)
+
+
 def maker(summary: Mapping[str, Any]) -> str:
     """Return the command that makes a run's probes and tables."""
+    if "finetuned" in summary:
+        return "finetune"
     return "import-probes" if "imported" in summary else "train-probes"

@@ -8,7 +8,7 @@ from featcache.errors import BadInput
 from featcache.probes.runs.mend import damage
 from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.runs.run import open_run
-from featcache.probes.runs.run_file import FILE, PROBES, holds_run, maker, read_summary
+from featcache.probes.runs.run_file import FILE, PROBES, holds_run, maker, probes_held, read_summary
 from featcache.store import verify as stores
 from featcache.store.folder import LocalFolder
 from featcache.store.verify import Finding
@@ -56,8 +56,8 @@ def _findings(folder: LocalFolder) -> Iterator[tuple[Finding, bool]]:
         yield Finding(FILE, f"the run is not finished; the same {maker(summary)} goes on"), False
         return
     held = len(find_probes(folder.path))
-    if held != summary["probes"] and not any(name.startswith(PROBES) for name, _ in wrong):
-        yield Finding(PROBES, f"it holds {held} probes, the tables are of {summary['probes']}"), False
+    if held != probes_held(summary) and not any(name.startswith(PROBES) for name, _ in wrong):
+        yield Finding(PROBES, f"it holds {held} probes, the tables are of {probes_held(summary)}"), False
     if "files" not in summary:
         yield from _what_can_be_seen(folder)
 

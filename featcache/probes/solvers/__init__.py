@@ -6,8 +6,9 @@ from featcache.probes.solvers.adamw import AdamW
 from featcache.probes.solvers.lamb import Lamb
 from featcache.probes.solvers.lars import Lars
 from featcache.probes.solvers.lbfgs import Lbfgs
+from featcache.probes.solvers.none import NoTraining
 from featcache.probes.solvers.sgd import Sgd
 from featcache.probes.solvers.solver import Solver
 from featcache.probes.solvers.svm import Svm
 
-SOLVERS = Registry(Solver, "featcache.solvers", "optimizer", [Sgd, Adam, AdamW, Lars, Lamb, Lbfgs, Svm])
+SOLVERS = Registry(Solver, "featcache.solvers", "optimizer", [Sgd, Adam, AdamW, Lars, Lamb, Lbfgs, Svm, NoTraining])

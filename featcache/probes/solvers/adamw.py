@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 
 from featcache.probes.heads.head import Gradient
-from featcache.probes.solvers.adam import AdamRule
+from featcache.probes.solvers.adam import AdamRule, AdamSolver
 from featcache.probes.solvers.rule import per_probe
-from featcache.probes.solvers.solver import MiniBatchSolver
 
 
-class AdamW(MiniBatchSolver):
+class AdamW(AdamSolver):
     """AdamW, torch.optim.AdamW's: Adam with weight decay apart from the gradient."""
 
     type: Literal["adamw"] = "adamw"
 
-    moments: ClassVar[int] = 2
     capturable: ClassVar[bool] = True
 
     def rule(
@@ -31,6 +29,7 @@ class AdamWRule(AdamRule):
     """torch.optim.AdamW: Adam, after w = (1 - rate decay) w (Loshchilov & Hutter, ICLR 2019)."""
 
     def update(self, number: int, parameter: Tensor, gradient: Gradient, rates: Tensor) -> None:
-        if self.decay is not None:
-            parameter.mul_(per_probe(1 - rates * self.decay, parameter))
+        decay = self.decay_of(number)
+        if decay is not None:
+            parameter.mul_(per_probe(1 - rates * decay, parameter))
         self.move(number, parameter, self.dense(number, gradient), rates)

@@ -29,6 +29,8 @@ class UpdateRule:
         # On a GPU, whose allocator keeps memory anyway, a captured step relies on memory that no other block uses.
         self.memory = Memory.shared() if device.type == "cpu" else Memory()
         self.steps = 0
+        # Numbers of the parameters that weight decay leaves alone.
+        self.undecayed: frozenset[int] = frozenset()
 
     def zeros(self) -> list[Tensor]:
         """Return a tensor of zeros for each parameter."""
@@ -70,10 +72,14 @@ class UpdateRule:
         out = self.memory.tensor(("gradient", number), (*left.shape[:-1], right.shape[-1]), parameter)
         return multiply(left, right, self.precision, out).view(parameter.shape)
 
+    def decay_of(self, number: int) -> Tensor | None:
+        """Return each probe's weight decay of a parameter, [P], or None if there is none."""
+        return None if number in self.undecayed else self.decay
+
     def decayed(self, number: int, gradient: Gradient) -> Tensor:
         """Return the dense gradient with weight decay added."""
-        dense, parameter = self.dense(number, gradient), self.parameters[number]
-        return dense if self.decay is None else dense.addcmul_(parameter, per_probe(self.decay, parameter))
+        dense, parameter, decay = self.dense(number, gradient), self.parameters[number], self.decay_of(number)
+        return dense if decay is None else dense.addcmul_(parameter, per_probe(decay, parameter))
 
 
 def _numbers(values: list[float], device: torch.device) -> Tensor | None:

@@ -12,9 +12,10 @@ from featcache.probes.heads.head import Gradient
 from featcache.probes.part import Whole
 from featcache.probes.solvers.momentum import MomentumSolver
 from featcache.probes.solvers.rule import UpdateRule, per_probe
+from featcache.probes.solvers.solver import DecayingSolver
 
 
-class Sgd(MomentumSolver):
+class Sgd(MomentumSolver, DecayingSolver):
     """SGD with momentum, torch.optim.SGD's."""
 
     type: Literal["sgd"] = "sgd"
@@ -57,8 +58,9 @@ class SgdRule(UpdateRule):
             move = torch.addcmul(dense, velocity, per_probe(self.momenta, velocity))
         else:
             self._accumulate(velocity, gradient)
-            if self.decay is not None:
-                velocity.addcmul_(parameter, per_probe(self.decay, parameter))
+            decay = self.decay_of(number)
+            if decay is not None:
+                velocity.addcmul_(parameter, per_probe(decay, parameter))
         parameter.addcmul_(move, per_probe(rates, parameter), value=-1)
 
     def _accumulate(self, velocity: Tensor, gradient: Gradient) -> None:

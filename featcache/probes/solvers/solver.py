@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -19,6 +19,8 @@ class Solver(Part):
 
     # Whether it sees all images at once, and so has no epochs, rates and mini-batches.
     full_batch: ClassVar[bool] = False
+    # Whether it changes weights at all.
+    trains: ClassVar[bool] = True
     # The fields in which the probes of one stack may differ.
     per_probe: ClassVar[frozenset[str]] = frozenset()
     # Precisions in which the products can be computed.
@@ -39,12 +41,30 @@ class Solver(Part):
         """How messages about a probe describe its rate: lr 0.1, or the type where there is no rate."""
         return self.type
 
-    def shortfall(self, steps: int) -> str:
+    def shortfall(self, steps: int, optimality: "Optimality | None") -> str:
         """Return how messages go on about a probe that had not converged after so many steps."""
+        missing = f", {optimality}" if optimality else ""
         return (
-            f"had not converged after {steps} Newton steps ({self.type}); give it more optimizer.iterations, or more "
-            "weight_decay"
+            f"had not converged after {steps} Newton steps ({self.type}{missing}); give it more optimizer.iterations, or "
+            "more weight_decay"
         )
+
+
+@dataclass(frozen=True)
+class Optimality:
+    """How far from the optimum W* a full-batch probe ended.
+
+    distance: a bound on |W - W*| / |W|, infinite where there is none, as without weight decay. gradient: its norm over
+    the largest at which the probe counts as converged.
+    """
+
+    distance: float
+    gradient: float
+
+    def __str__(self) -> str:
+        if math.isfinite(self.distance):
+            return f"up to {self.distance:.1e} of its weights from the optimum"
+        return f"with {self.gradient:.1e} times the gradient that it may have"
 
 
 @dataclass(frozen=True)
@@ -80,15 +100,15 @@ class Fit:
     """The result of full-batch training of one probe.
 
     weights: {name: float32 CPU tensor}; NaN if the features are not all finite. losses: the mean losses before and
-    after each step. converged: False if the steps ran out. distance: a bound on |W - W*| / |W| with W* the optimum,
-    infinite if the loss has no such bound, NaN if the weights are. choice: of a solver that chooses for each class.
+    after each step. converged: False if the steps ran out. choice: of a solver that chooses for each class. optimality:
+    None if the solver does not know it.
     """
 
     weights: dict[str, Tensor]
     losses: list[float]
     converged: bool
-    distance: float = math.inf
     choice: Choice | None = None
+    optimality: Optimality | None = None
 
 
 class FullBatchSolver(Solver):
@@ -153,6 +173,20 @@ class MiniBatchSolver(Solver):
     def rule(self, parameters: list[Tensor], solvers: Sequence[Self], precision: str, device: torch.device) -> "Rule":
         """Return the Rule that updates stacked parameters, [P, ...] each. solvers: of the P probes, all of this kind."""
         raise NotImplementedError
+
+
+class DecayingSolver(MiniBatchSolver):
+    """Base of solvers that let a user say which parameters weight decay leaves alone."""
+
+    undecayed: Literal["none", "norms", "biases", "both"] = Field(
+        "none", description="parameters that weight_decay leaves alone: none, those of norms, biases of layers, or both"
+    )
+
+    def leaves_alone(self, name: str) -> bool:
+        """Return whether weight decay leaves a parameter alone. name: such as bn0.weight or fc0.bias."""
+        norm = name.startswith("bn")
+        bias = name.endswith(".bias") and not norm
+        return (norm and self.undecayed in ("norms", "both")) or (bias and self.undecayed in ("biases", "both"))
 
 
 class Rule(Protocol):

@@ -16,7 +16,7 @@ from featcache.probes.part import Count, CountOr0, Positive, Whole
 from featcache.probes.solvers.liblinear import Liblinear
 from featcache.probes.solvers.low_shot import digest_of_draw, draw_few
 from featcache.probes.solvers.machines import Machines, cross_validated, excess
-from featcache.probes.solvers.solver import Choice, Fit, FullBatchSolver
+from featcache.probes.solvers.solver import Choice, Fit, FullBatchSolver, Optimality
 from featcache.probes.solvers.stacked_machines import StackedMachines
 
 # Lists of costs that published code uses: VISSL's for VOC2007 as MMSelfSup and OpenMixup have it, and VISSL's default.
@@ -102,7 +102,7 @@ class Svm(FullBatchSolver):
                 return f"{int(counts.min())} {what} in training, and {why}{asked}; {remedy}"
         return None
 
-    def shortfall(self, steps: int) -> str:
+    def shortfall(self, steps: int, optimality: Optimality | None) -> str:
         """See Solver.shortfall."""
         return "has machines that had not converged; give it more optimizer.iterations, or smaller costs"
 

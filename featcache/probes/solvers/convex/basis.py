@@ -5,8 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from featcache.device import free_bytes
+
 CHUNK_ROWS = 4096
-# Images are kept in the eigenbasis if they take no more than this; otherwise every product rotates them again.
+# Images are kept in the eigenbasis, in both precisions, if they take no more than this; otherwise every product rotates
+# them again. On a GPU it is a quarter of the free memory.
 KEPT_BYTES = 1 << 30
 
 
@@ -53,7 +56,7 @@ class Eigenbasis:
         """Return the images in the basis, {dtype: [N, K]}, or None if they are too large to keep."""
         if corner is not None:
             rows = corner.t() @ turn
-        elif self.features.numel() * (8 + 4) <= KEPT_BYTES:
+        elif self.features.numel() * (8 + 4) <= at_most(KEPT_BYTES, self.features.device):
             rows = torch.cat([(rows.double() - self.mean) @ turn for rows in self.features.split(CHUNK_ROWS)])
         else:
             return None
@@ -115,3 +118,8 @@ class Eigenbasis:
         """Return points [M, K] as weights [M, D] of the features as they were given, and biases [M]."""
         weight, bias = self.as_weights(points)
         return (weight[:, :-1], weight[:, -1]) if self.bias == "penalised" else (weight, bias)
+
+
+def at_most(size: int, device: torch.device) -> int:
+    """Return how many bytes something may take: this many on a CPU, and on a GPU a quarter of what is free."""
+    return size if device.type == "cpu" else free_bytes(device) // 4

@@ -45,9 +45,10 @@ class Solutions:
     of every image, also of those that the fold leaves out, float32 [C, F, P, N], or None if they were not wanted.
     objectives: what Columns states, float64 [C, F, P].
     distance: a bound on |W - W*| / |W|, float64 [C, F, P], where W has the bias if it is penalised. The objective is then
-    at most decay / 2 (distance |W|)^2 above its minimum. It is infinite without decay, and 0 where W is 0.
-    converged: whether the distance is within the tolerance, or as small as float64 can tell, bool [C, F, P]. steps:
-    Newton steps taken, int64 [C, F, P].
+    at most decay / 2 (distance |W|)^2 above its minimum. It is infinite without decay.
+    gradient: the norm of the gradient over the largest that converges, float64 [C, F, P], at most 1 where a column
+    converged. That is where the distance is within the tolerance, or the gradient is 1e-16 of its norm at zero, below
+    which it is rounding. steps: Newton steps taken, int64 [C, F, P].
     """
 
     weights: Tensor
@@ -55,8 +56,13 @@ class Solutions:
     decisions: Tensor | None
     objectives: Tensor
     distance: Tensor
-    converged: Tensor
+    gradient: Tensor
     steps: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Which columns converged, bool [C, F, P]. The others ran out of steps, or of float64's digits."""
+        return self.gradient <= 1
 
 
 def solve(
@@ -86,7 +92,7 @@ def solve(
         torch.empty(size, count, device=device) if decisions else None,
         torch.empty_like(decay),
         torch.empty_like(decay),
-        torch.empty(size, dtype=torch.bool, device=device),
+        torch.empty_like(decay),
         torch.empty_like(group),
     )
     for places, optima in path.optima(group, decay, torch.full_like(group, steps), tolerance):
@@ -95,14 +101,14 @@ def solve(
         if result.decisions is not None:
             result.decisions[places] = basis.along(optima.points)[:, 0].float()
         result.objectives[places], result.distance[places] = optima.objectives, optima.distance
-        result.converged[places], result.steps[places] = optima.converged, optima.steps
+        result.gradient[places], result.steps[places] = optima.gradient, optima.steps
     return Solutions(
         result.weights.unflatten(0, shape),
         result.biases.unflatten(0, shape),
         None if result.decisions is None else result.decisions.unflatten(0, shape),
         result.objectives.unflatten(0, shape),
         result.distance.unflatten(0, shape),
-        result.converged.unflatten(0, shape),
+        result.gradient.unflatten(0, shape),
         result.steps.unflatten(0, shape),
     )
 

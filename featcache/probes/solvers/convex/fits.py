@@ -14,8 +14,9 @@ from torch import Tensor
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.loss import Loss, LossFunction
 from featcache.probes.solvers.convex.basis import Eigenbasis
+from featcache.probes.solvers.convex.newton import TOLERANCE
 from featcache.probes.solvers.convex.path import Path
-from featcache.probes.solvers.solver import Fit
+from featcache.probes.solvers.solver import Fit, Optimality
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def fit_convex(problems: list[Problem], head: Linear, features: Tensor, labels: 
         else:
             nan = torch.full((classes, features.shape[1]), torch.nan)
             weights = {"fc0.weight": nan} | ({"fc0.bias": nan[:, 0]} if head.bias else {})
-            fits |= {problem: Fit(weights, [math.nan], True, math.nan) for problem in alike}
+            fits |= {problem: Fit(weights, [math.nan], True) for problem in alike}
     return [replace(fits[p], weights={name: w.clone() for name, w in fits[p].weights.items()}) for p in problems]
 
 
@@ -64,7 +65,7 @@ def _fit(problems: list[Problem], basis: Eigenbasis, head: Linear, labels: Tenso
     for places, optima in path.optima(numbers, decay, steps):
         weight, bias = basis.as_weights(optima.points.flatten(0, 1))
         fields = (weight.unflatten(0, optima.points.shape[:2]), bias.unflatten(0, optima.points.shape[:2]),
-                  optima.losses.t(), optima.steps, optima.distance, optima.converged)  # fmt: skip
+                  optima.losses.t(), optima.steps, optima.distance, optima.gradient)  # fmt: skip
         rows = zip(*(field.cpu() for field in fields), strict=True)
         pieces |= {place: _Piece(*row) for place, row in zip(places.tolist(), rows, strict=True)}
     return [
@@ -81,7 +82,7 @@ class _Piece(NamedTuple):
     losses: Tensor  # [T]
     steps: Tensor
     distance: Tensor
-    converged: Tensor
+    gradient: Tensor
 
 
 def _joined(pieces: list[_Piece], bias: bool) -> Fit:
@@ -89,9 +90,12 @@ def _joined(pieces: list[_Piece], bias: bool) -> Fit:
     last = max(int(piece.steps) for piece in pieces)
     # A problem that ended early keeps its last loss.
     losses = sum(piece.losses[torch.arange(last + 1).clamp(max=int(piece.steps))] for piece in pieces)
-    distance = torch.stack([piece.distance * piece.weight.norm() for piece in pieces]).norm() / weight.norm()
+    away = torch.stack([piece.distance * piece.weight.norm() for piece in pieces]).norm()
+    distance = float(away / weight.norm()) if away > 0 else 0.0
+    gradient = max(float(piece.gradient) for piece in pieces)
     weights = {"fc0.weight": weight.float()}
     if bias:
         weights["fc0.bias"] = torch.cat([piece.bias for piece in pieces]).float()
-    converged = all(bool(piece.converged) for piece in pieces)
-    return Fit(weights, torch.as_tensor(losses).tolist(), converged, float(distance.nan_to_num(nan=0.0)))
+    # A class that is far from its optimum may be a small part of the probe; without decay no distance is known.
+    converged = distance <= TOLERANCE if math.isfinite(distance) else gradient <= 1
+    return Fit(weights, torch.as_tensor(losses).tolist(), converged, optimality=Optimality(distance, gradient))

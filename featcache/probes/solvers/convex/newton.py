@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 # Convergence without decay, where weights may grow for ever: the norm over that of the gradient at the start.
 UNDECAYED_TOLERANCE = 1e-7
 # Gradients below this share of the one at the start are rounding errors of float64.
-RESOLUTION = 1e-14
+RESOLUTION = 1e-16
 # Conjugate gradients end once the residual is this share of the gradient, or after so many products. Where a step had to
 # be cut short, the share of the next one is a tenth of that, down to the least: a hinge asks for exact steps.
 INEXACT, LEAST_INEXACT, PRODUCTS = 0.1, 1e-4, 500
@@ -45,14 +45,14 @@ class Optima:
 
     points: float64 [Q, R, K], in the eigenbasis. losses: without the decay, before and after each step, as they were
     when a problem ended: [T, Q]. objectives: with the decay. distance: a bound on |W - W*| / |W|, infinite without decay.
-    converged: bool. steps: Newton steps. All [Q].
+    gradient: its norm over the largest that converges. steps: Newton steps. All [Q].
     """
 
     points: Tensor
     losses: Tensor
     objectives: Tensor
     distance: Tensor
-    converged: Tensor
+    gradient: Tensor
     steps: Tensor
 
 
@@ -99,7 +99,7 @@ def minimise(
     now = _Search(torch.arange(count, device=start.device), start, logits, basis.penalty(decay), loss.value(logits), least,
                   steps, endless, endless, torch.zeros_like(steps), torch.full_like(decay, INEXACT))  # fmt: skip
     points, objectives, distance = torch.empty_like(start), torch.empty_like(decay), torch.empty_like(decay)
-    converged, taken_by = torch.empty_like(steps, dtype=torch.bool), torch.empty_like(steps)
+    gradient, taken_by = torch.empty_like(decay), torch.empty_like(steps)
     values, losses = now.value.clone(), []
     for taken in range(int(steps.max()) + 1):
         values[now.numbers] = now.value
@@ -111,18 +111,20 @@ def minimise(
         if taken == 0:
             now = now._replace(least=torch.maximum(now.least, share * norm))
         weight = decayed.flatten(1).norm(dim=1)
-        pending = norm > torch.maximum(tolerance * weight, now.least)
+        enough = torch.maximum(tolerance * weight, now.least)
         better = (norm < 0.9 * now.lowest_norm) | (objective < now.lowest - 10 * ROUNDING * now.lowest.abs())
         stale = torch.where(better, 0, now.stale + 1)
         now = now._replace(
             stale=stale, lowest_norm=torch.minimum(norm, now.lowest_norm), lowest=torch.minimum(objective, now.lowest)
         )
-        going = pending & (stale < PATIENCE) & (taken < now.steps)
+        going = (norm > enough) & (stale < PATIENCE) & (taken < now.steps)
         if not going.all():
             ended = now.numbers[~going]
-            points[ended], objectives[ended], converged[ended] = now.points[~going], objective[~going], ~pending[~going]
-            distance[ended] = (norm / weight).nan_to_num(nan=0.0)[~going]
-            taken_by[ended] = taken
+            points[ended], objectives[ended], taken_by[ended] = now.points[~going], objective[~going], taken
+            # At a gradient of 0 nothing is missing, even where the weights are 0.
+            distance[ended], gradient[ended] = (
+                torch.where(norm > 0, norm / size, 0.0)[~going] for size in (weight, enough)
+            )
             if not going.any():
                 break
             now, loss = now.keep(going), loss.take(going.nonzero()[:, 0])
@@ -135,7 +137,7 @@ def minimise(
         now = now._replace(
             inexact=exact, points=now.points + length * step, logits=now.logits.add_(length * move), value=value
         )
-    return Optima(points, torch.stack(losses), objectives, distance, converged, taken_by)
+    return Optima(points, torch.stack(losses), objectives, distance, gradient, taken_by)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

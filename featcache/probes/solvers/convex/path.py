@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from featcache.probes.losses.curvature import Curvature
-from featcache.probes.solvers.convex.basis import Eigenbasis
+from featcache.probes.solvers.convex.basis import Eigenbasis, at_most
 from featcache.probes.solvers.convex.newton import TOLERANCE, Optima, minimise
 
 # The search leaves a power of ten once the gradient is this share of its first one, or after so many steps. There are
 # at most so many powers; weaker decays, and no decay, start from the last.
 ROUGHLY, ROUGH_STEPS, POWERS = 0.03, 50, 10
-# Problems are solved side by side up to so many bytes, of which a number for each image takes so many.
-SLICE_BYTES, LOGIT_BYTES = 512 << 20, 72
+# Problems are solved side by side as long as they take no more than this, but one at least; on a GPU it is a quarter of
+# the free memory. A column takes so many bytes for each image and each direction.
+SLICE_BYTES, COLUMN_BYTES = 512 << 20, 128
 
 
 class Path:
@@ -29,7 +30,8 @@ class Path:
     def __init__(self, basis: Eigenbasis, loss: Curvature, shift: float = 0.0):
         self.basis, self.loss, self.shift = basis, loss, shift
         count, directions = len(basis.features), len(basis.spread)
-        self.at_once = max(SLICE_BYTES // (LOGIT_BYTES * loss.columns * (count + directions)), 1)
+        room = at_most(SLICE_BYTES, basis.spread.device)
+        self.at_once = max(room // (COLUMN_BYTES * loss.columns * (count + directions)), 1)
         self.start = basis.spread.new_zeros(loss.problems, loss.columns, directions)
         numbers = torch.arange(loss.problems, device=self.start.device)
         looks = [self._look(part) for part in numbers.split(self.at_once)]

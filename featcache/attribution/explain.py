@@ -1,0 +1,74 @@
+"""Explaining a piece of the images with all methods, for all probes, and scoring the maps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from featcache.attribution.batch import Batch, batches_of
+from featcache.attribution.methods.method import Explanation, Method
+from featcache.attribution.passes import Passes
+from featcache.attribution.pieces import Piece
+from featcache.attribution.targets import Target
+from featcache.attribution.task import Task
+from featcache.errors import BadInput
+
+NOTHING = float("nan")
+
+
+def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], None]) -> Piece:
+    """Explain the targets of a piece, and score the maps. tell: is called with the number of new maps. Raises BadInput."""
+    source = replace(task.source, passes=Passes())
+    place = {(target.row, target.label): number for number, target in enumerate(targets)}
+    shown = [number for number, target in enumerate(targets) if target.row in task.kept]
+    shape, columns = (len(task.methods), len(task.explained)), {name: n for n, name in enumerate(task.columns)}
+    cells = torch.full((*shape, len(targets), len(columns)), NOTHING, dtype=torch.float64)
+    pictures = torch.zeros(*shape, len(shown), source.preprocessing.size, source.preprocessing.size)
+    for batch in batches_of(targets, source, len(task.explained)):
+        rows = torch.tensor([place[target.row, target.label] for target in batch.targets])
+        levels = [score.uniform(batch.masks) for score in task.scores]
+        for method, probe, explanation in _explanations(task, batch):
+            maps, own = explanation.maps.cpu(), cells[method, probe]
+            _check(task, batch, method, probe, maps)
+            for score, level in zip(task.scores, levels, strict=True):
+                measured = score.measure(maps, batch.masks)
+                for name, values in zip(score.columns, (measured, level), strict=True):
+                    own[rows, columns[name]] = values.double()
+            for name, values in explanation.cells.items():
+                own[rows, columns[name]] = values.double().cpu()
+            for number, at in enumerate(rows.tolist()):
+                if at in shown:
+                    pictures[method, probe, shown.index(at)] = maps[number]
+            tell(len(maps))
+    return Piece(cells, pictures, source.passes)
+
+
+def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanation]]:
+    """Yield (number of a method, number of a probe, what the method makes of the batch).
+
+    Methods that share passes through the backbone come together, and so do heads that read the same map. Of their maps
+    only those of one head are held at a time.
+    """
+    for group in task.sharing():
+        numbers = [task.methods.index(method) for method in group]
+        for feature in task.source.features:
+            alike = [number for number, one in enumerate(task.explained) if one.feature == feature]
+            heads = [task.explained[number].head for number in alike]
+            for probe, maps in zip(alike, group[0].explain_together(group, heads, feature, batch), strict=True):
+                for number, made in zip(numbers, maps, strict=True):
+                    yield number, probe, made if isinstance(made, Explanation) else Explanation(made)
+
+
+def _check(task: Task, batch: Batch, method: int, probe: int, maps: torch.Tensor) -> None:
+    """Raise BadInput for maps of another shape, as a plugin's may be, or with values that are not finite."""
+    kind: Method = task.methods[method]
+    expected = (len(batch.targets), batch.size, batch.size)
+    if tuple(maps.shape) != expected:
+        raise BadInput(f"--method {kind.type}: its maps are {tuple(maps.shape)}, and must be {expected}")
+    if not maps.isfinite().all():
+        target = batch.targets[int((~maps.isfinite()).flatten(1).any(1).nonzero()[0])]
+        split = batch.source.split
+        raise BadInput(
+            f"--method {kind.type}: the map of probe {task.explained[probe].probe} for class "
+            f"{split.store.classes[target.label]} in image {split.ids[target.row]} has values that are not finite"
+        )

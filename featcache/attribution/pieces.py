@@ -1,0 +1,75 @@
+"""What an attribution has done so far: a file for each piece of the images, so that it can be killed and go on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from featcache.attribution.passes import Passes
+from featcache.attribution.targets import Target
+from featcache.probes.runs.sealed_tensors import unseal, write_sealed
+
+# The folder in a run, which is deleted when attribution.csv is written.
+FOLDER = "attribution.partial"
+# Images of a piece.
+IMAGES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The results of a piece, for M methods, P probes and T targets.
+
+    cells: float64 [M, P, T, columns], what attribution.csv holds beside the identities. maps: float32 [M, P, K, S, S]
+    of the K targets that the report shows. passes: what it took.
+    """
+
+    cells: torch.Tensor
+    maps: torch.Tensor
+    passes: Passes
+
+
+def in_pieces(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Yield targets, which are in order of their images, by IMAGES images."""
+    rows = list(dict.fromkeys(target.row for target in targets))
+    for start in range(0, len(rows), IMAGES):
+        chosen = set(rows[start : start + IMAGES])
+        yield [target for target in targets if target.row in chosen]
+
+
+class Pieces:
+    """The files of an attribution's pieces in a run. key: identifies the attribution, by all that its results hang on."""
+
+    def __init__(self, run: Path, key: str, count: int) -> None:
+        self.folder, self.key, self.count = run / FOLDER, key, count
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def write(self, number: int, piece: Piece) -> None:
+        """Write a piece, whole or not at all."""
+        passes = [piece.passes.forward, piece.passes.backward]
+        tensors = {"cells": piece.cells.contiguous(), "maps": piece.maps.contiguous()}
+        write_sealed(self._path(number), tensors, {"key": self.key, "passes": passes})
+
+    def read(self, number: int) -> Piece:
+        """Read a piece. Raises ValueError if it is not there, is damaged, or is another attribution's."""
+        content, _ = unseal(self._path(number))
+        if content.get("key") != self.key:
+            raise ValueError("it is of another attribution")
+        tensors = safetensors.torch.load_file(self._path(number))
+        return Piece(tensors["cells"], tensors["maps"], Passes(*content["passes"]))
+
+    def drop_others(self) -> None:
+        """Delete whatever is not one of these pieces, whole: other settings, damage, what a killed process left."""
+        own = {self._path(number): number for number in range(self.count)}
+        for path in self.folder.iterdir():
+            try:
+                self.read(own[path])
+            except (KeyError, ValueError):
+                path.unlink()
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the pieces that are still to be made, after drop_others()."""
+        return [number for number in range(self.count) if not self._path(number).exists()]

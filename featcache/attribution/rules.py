@@ -1,0 +1,62 @@
+"""Rules by which modules compute within a block, so that gradients mean something else than usual."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.attribution.forward import Rule
+
+
+@contextmanager
+def replaced(
+    network: nn.Module, kind: type[nn.Module], forward: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Let all modules of a kind compute forward(input) within the block."""
+    modules = [module for module in network.modules() if isinstance(module, kind)]
+    for module in modules:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+class _GuidedReLU(torch.autograd.Function):
+    """ReLU whose backward pass lets through positive gradients at positive outputs."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+        """Return max(values, 0)."""
+        outputs = values.clamp(min=0)
+        context.save_for_backward(outputs)
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """Return the positive gradients at positive outputs."""
+        (outputs,) = context.saved_tensors
+        return gradients[0].clamp(min=0) * (outputs > 0)
+
+
+@contextmanager
+def _explaining(network: nn.Module) -> Iterator[None]:
+    # Of the package bcos, which has no types, and of heads.
+    modules: list[Any] = [module for module in network.modules() if hasattr(module, "set_explanation_mode")]
+    try:
+        for module in modules:
+            module.set_explanation_mode(True)
+        yield
+    finally:
+        for module in modules:
+            module.set_explanation_mode(False)
+
+
+# Springenberg et al., ICLR Workshop 2015.
+GUIDED = Rule("guided", lambda network: replaced(network, nn.ReLU, _GuidedReLU.apply))
+# Boehle et al., CVPR 2022: the factors that make a network non-linear are constants, and so its gradient is the matrix
+# that the network multiplies this input by.
+EXPLANATION_MODE = Rule("explanation mode", _explaining)

@@ -1,0 +1,189 @@
+"""An attribution that is ready to be computed: probes, methods, scores, and the targets in pieces."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+
+import featcache
+from featcache.attribution.batch import Source, open_network
+from featcache.attribution.methods import DEFAULT_METHODS, METHODS
+from featcache.attribution.methods.method import Method, parse_method
+from featcache.attribution.passes import Work
+from featcache.attribution.pieces import in_pieces
+from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
+from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.targets import Target, find_targets
+from featcache.backbones.input.preprocessing import Preprocessing
+from featcache.errors import BadInput, shown
+from featcache.feature import Feature, parse_beside
+from featcache.kinds import K, Registry
+from featcache.probes.heads.module import HeadModule
+from featcache.probes.runs.probe_file import find_probes, load_probes
+from featcache.probes.runs.run import Run, best, open_run, select, store_of
+from featcache.probes.spec import ProbeSpec
+from featcache.store.reader import Store
+
+# Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
+# of a map, and a killed attribution goes on with the same.
+MEMORY = 2e9
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """A probe to explain: its id, its head as a module, and the map that its head reads."""
+
+    probe: str
+    head: HeadModule
+    feature: Feature
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An attribution: what is explained, how, and from what.
+
+    pieces: the targets, by images. kept: rows of the split whose maps the report shows. settings: what results depend
+    on besides the run, its probes and its store.
+    """
+
+    run: Run
+    explained: Sequence[Explained]
+    methods: Sequence[Method]
+    scores: Sequence[LocalisationScore]
+    source: Source
+    pieces: Sequence[Sequence[Target]]
+    kept: Sequence[int]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of attribution.csv that hold numbers."""
+        extra = (column for method in self.methods for column in method.columns)
+        return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra)]
+
+    @property
+    def work(self) -> Work:
+        """How much there is to do."""
+        features, manifest = self.source.features, self.source.split.store.manifest
+        channels = sum(manifest.features[str(feature)]["shape"][0] for feature in features)
+        images = {target.row for piece in self.pieces for target in piece}
+        return Work(len(images), sum(map(len, self.pieces)), len(self.explained), len(features), channels)
+
+    def sharing(self) -> list[list[Method]]:
+        """Return the methods in groups that share their passes through the backbone, in order of their first."""
+        groups: dict[object, list[Method]] = {}
+        for method in self.methods:
+            groups.setdefault(method.shared, []).append(method)
+        return list(groups.values())
+
+    def key(self) -> str:
+        """Return a hash over all that the results depend on, by which a killed attribution knows its own pieces."""
+        source, digest = self.source, hashlib.sha256(featcache.__version__.encode())
+        settings = {
+            "store": source.split.store.id,
+            "split": source.split.name,
+            "probes": [one.probe for one in self.explained],
+            "methods": [method.model_dump() for method in self.methods],
+            "scores": [score.model_dump() for score in self.scores],
+            "targets": [[(target.row, target.label) for target in piece] for piece in self.pieces],
+            "kept": list(self.kept),
+            "memory": source.memory,
+            "device": source.device.type,
+            "backbone": source.network and source.backbone.weights_sha256,
+        }
+        digest.update(json.dumps(settings).encode())
+        for one in self.explained:
+            for tensor in one.head.state_dict().values():
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def prepare(
+    run: str | PathLike,
+    device: torch.device,
+    store: str | PathLike | None = None,
+    probes: Sequence[str] | None = None,
+    rule: str | None = None,
+    methods: Sequence[str] | None = None,
+    split: str | None = None,
+    backbone: str | PathLike | None = None,
+    arch: str | None = None,
+    weights_key: str | None = None,
+    dataset: str | None = None,
+    root: str | PathLike | None = None,
+    limit: int | None = None,
+    examples: int = 6,
+    seed: int = 0,
+    scores: Sequence[str] | None = None,
+    memory: float | None = None,
+) -> Task:
+    """Find, load and check what an attribution needs. Takes the arguments of attribute. Raises BadInput."""
+    if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
+        raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
+    finished = open_run(run)
+    words = DEFAULT_METHODS if methods is None else methods
+    chosen = list(dict.fromkeys(parse_method(METHODS, word) for word in words))
+    chosen_scores = _named(LOCALISATION_SCORES, DEFAULT_SCORES if scores is None else scores, "--score")
+    opened = store_of(finished, store)
+    explained = _load(finished, opened, _chosen(finished, probes, rule), device)
+    preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
+    data = opened[split or _scored_split(finished)]
+    targets = find_targets(data, preprocessing, limit)
+    network = None
+    if backbone is not None:
+        network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
+    for method in chosen:
+        if method.runs_backbone and network is None:
+            raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
+        if network is not None and (reason := method.misfit(network.backbone)):
+            fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
+            raise BadInput(
+                f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
+            )
+    features = tuple(dict.fromkeys(one.feature for one in explained))
+    source = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    kept = sorted({target.row for target in targets})[:examples]
+    return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
+
+
+def _named(registry: Registry[K], names: Iterable[str], option: str) -> list[K]:
+    """Return the kinds of these names, each once. Raises BadInput, which begins with the option."""
+    return [registry.named(name, option).model_validate({}) for name in dict.fromkeys(names)]
+
+
+def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
+    """Return the ids of the probes to explain, each once."""
+    return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
+
+
+def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device) -> list[Explained]:
+    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into."""
+    files = find_probes(run.path)
+    trained = [probe for name in probes for probe in load_probes(run.path, [name], files)]
+    heads = [HeadModule(probe.spec.head, probe.weights).to(device) for probe in trained]
+    features = [_map_of(probe.spec, store) for probe in trained]
+    return [Explained(p.spec.id, head, feature) for p, head, feature in zip(trained, heads, features, strict=True)]
+
+
+def _map_of(spec: ProbeSpec, store: Store) -> Feature:
+    """Return the map that a probe's feature is the mean of. Raises BadInput if the probe reads anything else."""
+    first, *others = parse_beside(spec.features, store.manifest.aliases)
+    if others:
+        raise BadInput(
+            f"probe {spec.id} saw {spec.features} side by side: there is no one map to point into; attribute probes that "
+            "read one feature"
+        )
+    feature = store.manifest.feature(first)
+    if feature.kind not in ("pooled", "patch_mean", "spatial"):
+        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
+    return Feature(feature.layer, "spatial")
+
+
+def _scored_split(run: Run) -> str:
+    """Return the split of the store that a run is scored on. Raises BadInput if it is a union of splits."""
+    names = run.summary["splits"][run.scored_on]
+    if len(names) > 1:
+        raise BadInput(f"run {run.path} is scored on {' and '.join(names)}: name one with --split")
+    return names[0]

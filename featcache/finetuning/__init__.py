@@ -1,0 +1,1 @@
+"""Training with the backbone unfrozen: fine-tuning and semi-supervised learning."""

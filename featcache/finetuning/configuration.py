@@ -1,0 +1,204 @@
+"""Training of one configuration from its first step, or its state, to its files in the run folder."""
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featcache.atomic import remove
+from featcache.backbones.backbone import hash_tensors
+from featcache.errors import BadInput
+from featcache.extraction.images import image_batches
+from featcache.finetuning.draws import Draws, batches, parts, remaining, steps_of
+from featcache.finetuning.images import Key, TrainingImages
+from featcache.finetuning.logits import logits_of
+from featcache.finetuning.network import Network
+from featcache.finetuning.progress import Progress
+from featcache.finetuning.recipe import Task
+from featcache.finetuning.tuner import Part, Tuner
+from featcache.probes.engine.mini_batch import MiniBatchRecipe
+from featcache.probes.engine.scoring import new_tally
+from featcache.probes.runs.probe_file import Origin, save_probes
+from featcache.probes.runs.run_file import PARTIAL
+from featcache.probes.runs.tuned import IMAGES, ScoredImages, write_backbone, write_images, write_logits
+from featcache.probes.scores.metrics import gain
+from featcache.probes.spec import ProbeSpec, spec_to_dict
+from featcache.probes.trained import TrainedProbe
+from featcache.probes.tuning import Full
+from featcache.ranks import Alone
+
+# A state is written after a step, but not more often than this, so a kill costs about that much.
+SAVE_SECONDS = 30
+# Images that are scored at a time.
+SCORED_AT_ONCE = 64
+
+
+class Configuration:
+    """One spec of a task in training."""
+
+    def __init__(
+        self, task: Task, spec: ProbeSpec, folder: Path, origin: Origin, device: torch.device, workers: int, ranks: Alone,
+        progress: Progress,
+    ):  # fmt: skip
+        self.task, self.spec, self.folder, self.origin = task, spec, folder, origin
+        self.device, self.workers, self.ranks, self.progress = device, workers, ranks, progress
+        self.recipe = MiniBatchRecipe.of(spec)
+        chosen = task.resolved.sets[spec.sample]
+        keys = [(name, row) for name in chosen.splits for row in range(len(task.data.splits[name]))]
+        self.labels, self.keys = chosen.labels, keys if chosen.rows is None else [keys[row] for row in chosen.rows]
+        records = [task.data.splits[name][row] for name, row in self.keys]
+        self.sizes = np.array([(record.height, record.width) for record in records])
+        self.draws = Draws(task.basis.seed, spec.seed or 0)
+        self.tuner = self._tuner()
+        self.steps = steps_of(len(self.keys), self.recipe.batch_size)
+        self._saved_at = time.monotonic()
+
+    def _tuner(self) -> Tuner:
+        task, tuning = self.task, self.spec.finetune
+        assert isinstance(tuning, Full), "prepare() takes no other"
+        network = Network(*task.source.load(task.data, tuning), self.spec, len(task.data.classes))
+        if task.start is not None:
+            network.fill_head({name: weight.clone() for name, weight in task.start.weights.items()})
+        if tuning.norm == "sync" and self.ranks.size > 1:
+            if self.device.type != "cuda":
+                raise BadInput("finetune.norm: sync is for processes with a GPU each; start one process, or say train")
+            # In place, so that the backbone sees it too.
+            nn.SyncBatchNorm.convert_sync_batchnorm(network.trunk)
+        return Tuner(network, self.labels.to(self.device), self.draws, self.device, self.ranks)
+
+    @property
+    def state(self) -> Path:
+        """The file of its state."""
+        return self.folder / PARTIAL / f"{self.spec.id}.safetensors"
+
+    def train(self) -> None:
+        """Train to the end and write the files, the probe's own last."""
+        tuner, spec = self.tuner, self.spec
+        if self.state.exists():
+            tuner.restore(self.state)
+        self.progress.skip(tuner.epoch * len(self.keys) + sum(map(len, self._batches(tuner.epoch)[: tuner.step])))
+        stopped = None
+        loader = self._loaded(tuner.epoch, tuner.step)
+        begun = -1
+        for epoch, step in remaining(self.recipe.epochs, self.steps, (tuner.epoch, tuner.step)):
+            if epoch != begun:
+                begun, rows = epoch, self._batches(epoch)
+                factors = spec.schedule.factors(self.recipe.epochs, self.steps, epoch)
+            tuner.train_step(torch.from_numpy(rows[step]), self._parts(rows[step], loader), float(factors[step]))
+            self.progress.tell(len(rows[step]), "")
+            if step == self.steps - 1 and tuner.diverged is None:
+                stopped = self._end_epoch()
+            if tuner.diverged is not None or stopped:
+                break
+            self._save()
+        loader.close()
+        self._write(stopped)
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        return batches(self.draws.order(epoch, len(self.keys)), self.recipe.batch_size)
+
+    def _mine(self, batch: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Return [(number, rows)] of the parts of a batch that fall to this process."""
+        numbered = list(enumerate(parts(batch, self.tuner.network.tuning.micro_batch, self.ranks.size)))
+        return [(number, rows) for number, rows in numbered[self.ranks.rank :: self.ranks.size] if len(rows)]
+
+    def _loaded(self, epoch: int, step: int) -> Generator[Tensor]:
+        """Yield the pixels of this process's parts, from a step on to the end of training."""
+        network, data = self.tuner.network, self.task.data
+        images = TrainingImages(data, network.backbone.preprocessing, network.tuning)
+        loaded = image_batches(images, self._keys(epoch, step), self.workers, pin_memory=self.device.type == "cuda")
+        for pixels, _ in loaded:
+            yield pixels
+
+    def _keys(self, first: int, step: int) -> Iterator[list[Key]]:
+        data, tuning = self.task.data, self.tuner.network.tuning
+        augmentation = data.augmentation
+        if tuning.crop_scale:
+            lowest, highest = tuning.crop_scale
+            augmentation = type(augmentation)(**asdict(augmentation) | {"scale": (lowest, highest)})
+        for epoch in range(first, self.recipe.epochs):
+            crops = self.draws.crops(epoch, self.sizes, augmentation)
+            colors = self.draws.colors(epoch, len(self.keys))
+            for batch in self._batches(epoch)[step if epoch == first else 0 :]:
+                for _, rows in self._mine(batch):
+                    yield [(*self.keys[row], tuple(crops[row].tolist()), int(colors[row])) for row in rows]
+
+    def _parts(self, batch: np.ndarray, loader: Iterator[Tensor]) -> Iterator[Part]:
+        for number, rows in self._mine(batch):
+            yield number, next(loader), torch.from_numpy(rows)
+
+    def _end_epoch(self) -> str | None:
+        """Close an epoch; return why training ends early, or None."""
+        tuner, spec, chosen_on = self.tuner, self.spec, self.task.resolved.chosen_on
+        tuner.end_epoch(self.steps)
+        line = f"epoch {tuner.epoch} of {self.recipe.epochs}, loss {tuner.losses[-1]:.4g}"
+        score = math.nan
+        if chosen_on is not None and (spec.keep == "best" or spec.patience):
+            logits, _ = self._logits(chosen_on)
+            metric = self.task.resolved.metric
+            tally = new_tally([spec], self.task.labels(chosen_on), logits.shape[1], [metric])
+            tally.add(logits.unsqueeze(0))
+            value = float(tally.scores()[metric])
+            score = gain(metric, value)
+            line += f", {chosen_on} {metric} {value:.4f}"
+        tuner.validated(score)
+        self.progress.tell(0, line)
+        return "patience" if tuner.impatient() else None
+
+    def _logits(self, role: str) -> tuple[Tensor, Tensor]:
+        tuner = self.tuner
+        at_once = tuner.network.tuning.micro_batch or min(self.recipe.batch_size, SCORED_AT_ONCE)
+        names = self.task.resolved.splits[role]
+        return logits_of(
+            tuner.network, tuner.weights(), self.task.data, names, at_once, self.workers, self.device, self.ranks
+        )
+
+    def _save(self) -> None:
+        if self.ranks.rank == 0 and time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self.state.parent.mkdir(exist_ok=True)
+            content = vars(self.origin) | {"name": self.spec.id, "specs": [spec_to_dict(self.spec)]}
+            self.tuner.save(self.state, content)
+            self._saved_at = time.monotonic()
+
+    def _write(self, stopped: str | None) -> None:
+        """Score the final weights and write backbone, logits and probe; the state is not needed any more."""
+        tuner, task, spec, run = self.tuner, self.task, self.spec, self.origin.run
+        epoch = tuner.finish()
+        results = {role: self._logits(role) for role in task.resolved.splits}
+        if self.ranks.rank != 0:
+            return
+        network, diverged = tuner.network, tuner.diverged
+        logits = {role: own for role, (own, _) in results.items()}
+        weights = network.head_weights()
+        if diverged is None and not all(
+            bool(v.isfinite().all()) for v in (*network.own_tensors().values(), *weights.values())
+        ):
+            # The loss of the last step was still finite, but the weights after it are not.
+            diverged = tuner.update.steps - 1
+        if diverged is not None:
+            logits = {role: torch.full_like(own, torch.nan) for role, own in logits.items()}
+            weights = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+        else:
+            tensors = network.own_tensors()
+            facts = {
+                "weights_sha256": hash_tensors(network.trunk.state_dict()),
+                "arch": network.backbone.arch,
+                "preprocessing": network.backbone.preprocessing.describe(),
+            }
+            write_backbone(self.folder, spec.id, run, tensors, facts)
+        write_logits(self.folder, spec.id, run, logits, diverged is not None)
+        if not (self.folder / IMAGES).exists():
+            write_images(self.folder, run, {role: self._scored(role, own) for role, (_, own) in results.items()})
+        probe = TrainedProbe(spec, weights, tuner.losses, diverged, epoch, tuner.scores, stopped)
+        save_probes(self.folder, [probe], self.origin)
+        remove(self.state)
+
+    def _scored(self, role: str, digests: Tensor) -> ScoredImages:
+        data, splits = self.task.data, self.task.resolved.splits[role]
+        names = [(split, record.id) for split in splits for record in data.splits[split]]
+        return ScoredImages(names, self.task.labels(role), digests)

@@ -1,0 +1,140 @@
+"""`featcache knn`: kNN probes as a run, by the settings of published protocols."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import click
+
+from featcache.arguments import FLAG, NAME, PATH, takes, whole
+from featcache.errors import BadInput, nearest, shown
+from featcache.probes.heads.knn import Knn
+from featcache.probes.losses.bce import Bce
+from featcache.probes.losses.ce import Ce
+from featcache.probes.runs.run import Run
+from featcache.probes.solvers.none import NoTraining
+from featcache.probes.train import train_probes
+from featcache.store.reader import open_store
+
+USUAL_K = (10, 20, 100, 200)
+_DINO: dict[str, Any] = {"k": USUAL_K, "temperature": 0.07, "weights": "exp", "distance": "cosine"}
+# {name: fields of the head} of the rules that published code votes by, and of two that scikit-learn knows.
+WEIGHTINGS: Mapping[str, dict[str, Any]] = {
+    "dino": _DINO,
+    "openmixup": _DINO,
+    # Its softmax is over the longest list, which divides all votes of an image by one number.
+    "dinov2": _DINO,
+    "lightly": _DINO | {"k": (200,), "temperature": 0.1},
+    "vissl": _DINO | {"k": (200,), "temperature": 0.1, "distance": "dot"},
+    "uniform": {"k": USUAL_K, "weights": "uniform", "distance": "cosine"},
+    "inverse": {"k": USUAL_K, "weights": "inverse", "distance": "cosine"},
+}
+
+
+@takes(
+    store=PATH,
+    run=PATH,
+    weights=NAME,
+    distance=NAME,
+    metric=NAME,
+    leave_one_out=FLAG,
+    tries=whole(1),
+    seed=whole(0),
+    allow_overlap=FLAG,
+)
+def knn(
+    store: str | PathLike[str],
+    features: str | Sequence[str] = "pooled",
+    k: int | Sequence[int] | None = None,
+    temperature: float | Sequence[float] | None = None,
+    weights: str = "dino",
+    distance: str | None = None,
+    shots: int | Sequence[int] | None = None,
+    tries: int = 1,
+    seed: int = 0,
+    leave_one_out: bool = False,
+    splits: Mapping[str, str | Sequence[str]] | None = None,
+    metric: str | None = None,
+    run: str | PathLike[str] | None = None,
+    device: str | None = None,
+    memory: float | None = None,
+    allow_overlap: bool = False,
+) -> Run | None:
+    """Score nearest-neighbour classifiers on a store's features, and write a run folder.
+
+    store: path. features: one or several, see docs/backbones.md; a map is averaged over its positions. k, temperature,
+    distance: in place of those that `weights`, a name of WEIGHTINGS, stands for; several values give several probes.
+    shots: few-shot, the number of training images of each class, drawn `tries` times with the seeds `seed`, `seed` + 1,
+    ...; k is then at most that number, and that number itself, as in DINOv2. leave_one_out: choose k and the like on the training images, each without itself, rather than on val. splits:
+    {role: splits of the store} for train, val and test. metric: to choose by. run, device, memory, allow_overlap: as
+    for train_probes.
+
+    Returns the Run, as train_probes does of the same grid, which knn_grid() returns. Raises BadInput.
+
+        run = featcache.knn("features/voc.zarr", k=[10, 20], temperature=[0.05, 0.07])
+    """
+    draws = (shots, tries, seed)
+    grid = knn_grid(store, features, k, temperature, weights, distance, draws, leave_one_out, splits, metric)
+    return train_probes(grid, store, run, device, memory=memory, allow_overlap=allow_overlap)
+
+
+def knn_grid(
+    store: str | PathLike[str],
+    features: str | Sequence[str],
+    k: int | Sequence[int] | None,
+    temperature: float | Sequence[float] | None,
+    weights: str,
+    distance: str | None,
+    draws: tuple[int | Sequence[int] | None, int, int],
+    leave_one_out: bool,
+    splits: Mapping[str, str | Sequence[str]] | None,
+    metric: str | None,
+) -> dict[str, Any]:
+    """Return the grid that knn() trains, as train_probes takes it. Arguments and errors: as for knn().
+
+    draws: (shots, tries, seed).
+    """
+    if weights not in WEIGHTINGS:
+        raise BadInput(
+            f"--weights: {shown(weights)} is not one of {', '.join(WEIGHTINGS)}{nearest(weights, WEIGHTINGS)}"
+        )
+    given = {"k": k, "temperature": temperature, "distance": distance}
+    fields = WEIGHTINGS[weights] | {name: value for name, value in given.items() if value is not None}
+    head = {"type": Knn.word()} | {name: _plain(value) for name, value in fields.items()}
+    multi_label = open_store(store).task == "multi-label"
+    group = {
+        "name": weights,
+        "features": _plain(features),
+        "head": head | ({"leave_one_out": True} if leave_one_out else {}),
+        "loss": (Bce if multi_label else Ce).word(),
+        "optimizer": NoTraining.word(),
+        "views": 0,
+    }
+    select = ({"metric": metric} if metric else {}) | ({"split": "train"} if leave_one_out else {})
+    grid: dict[str, Any] = {"probes": _few_shot(group, *draws)}
+    if splits:
+        grid["splits"] = {role: _plain(names) for role, names in splits.items()}
+    return grid | ({"select": select} if select else {})
+
+
+def _few_shot(group: dict[str, Any], shots: Any, tries: int, seed: int) -> list[dict[str, Any]]:
+    """Return the group for each number of shots, and say which k are left out; or the group alone without shots."""
+    if shots is None:
+        return [group]
+    groups = []
+    for shot in shots if isinstance(shots, list | tuple) else [shots]:
+        if not isinstance(shot, int) or isinstance(shot, bool) or shot < 1:
+            raise BadInput(f"--shots: expected a whole number of at least 1, not {shown(shot)}")
+        asked = group["head"]["k"] if isinstance(group["head"]["k"], list) else [group["head"]["k"]]
+        fit = sorted({shot, *(k for k in asked if isinstance(k, int) and k <= shot)})
+        if left_out := [str(k) for k in asked if k not in fit]:
+            click.echo(f"{shot} shots: k {', '.join(left_out)} left out, which is more than {shot}", err=True)
+        head = group["head"] | {"k": fit}
+        draws = [seed + number for number in range(tries)]
+        groups.append(group | {"name": f"{group['name']}, {shot} shots", "head": head, "shots": shot, "draw": draws})
+    return groups
+
+
+def _plain(value: Any) -> Any:
+    """Return a list for several values, as YAML has them."""
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""Nearest neighbours: which training images are nearest to an image, and what they vote for."""

@@ -1,0 +1,154 @@
+"""How an attribution is computed: shared passes, bounded memory, pieces that survive a kill, processes that share them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import free_port
+
+import featcache
+from featcache.attribution.pieces import FOLDER
+
+GRID = {
+    "probes": [
+        {"features": "pooled", "head": "linear", "loss": ["bce", "ce"], "epochs": 2, "optimizer": {"type": "sgd", "lr": 0.5}},
+        {"features": "layer3:spatial", "head": {"type": "mlp", "hidden": 16}, "loss": "bce", "epochs": 2,
+         "optimizer": {"type": "adam", "lr": 0.01}},
+    ]
+}  # fmt: skip
+# The real program with pieces of two images, so that a small split has many.
+SMALL_PIECES = "import featcache.attribution.pieces as p; p.IMAGES = 2; from featcache.cli import main; main()"
+FILES = ("attribution.csv", "attribution.npz")
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    """A finished run with probes of two layers."""
+    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
+
+
+@pytest.fixture
+def words(trained, scenes, checkpoint):
+    """Words of a command line that explains all probes with both ways of working."""
+    probes = dict.fromkeys(row["probe"] for row in trained.scores)
+    backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes, "--device", "cpu"]
+    chosen = [word for probe in probes for word in ("--probe", probe)]
+    return ["--method", "gradcam,input_x_gradient", *backbone, *chosen]
+
+
+def written(run):
+    return {name: (run / name).read_bytes() for name in FILES}
+
+
+def explained(run, trained, words, program=SMALL_PIECES, ranks=1):
+    """Start an attribution of a copy of the run."""
+    if not run.exists():
+        shutil.copytree(trained.path, run)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    start = [*launch, "--no-python", "--", sys.executable] if ranks > 1 else []
+    line = [sys.executable, *start, "-c", program, "attribute", "--run", run, *words]
+    # torchrun gives its processes one thread each, and threads can change the last bits.
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings
+    )
+
+
+def pairs(trained, limit=None):
+    """How many images have an object, and how many pairs of an image and a class there are."""
+    boxes = featcache.open_store(trained.summary["store"])["test"].boxes
+    counts = [len(set(classes[~difficult].tolist())) for _, classes, difficult in boxes]
+    counts = [count for count in counts if count][:limit]
+    return len(counts), sum(counts)
+
+
+def test_one_forward_pass_of_an_image_serves_everything(trained, words, command, tmp_path):
+    """Both layers, three probes, all classes; and a backward pass for each map alone."""
+    shutil.copytree(trained.path, tmp_path / "r")
+    images, targets = pairs(trained, 9)
+    shared, alone = f"{images} forward and {3 * targets} backward", f"{6 * targets} forward and {3 * targets} backward"
+    code, out, _ = command("attribute", "--run", tmp_path / "r", *words, "--limit", 9, "--dry-run")
+    assert code == 0 and f"{6 * targets} maps: 3 probes, {targets} pairs of image and class, {images} images" in out
+    assert f"through the backbone: {shared}; one by one: {alone}; nothing was written" in out
+    assert not (tmp_path / "r/attribution.csv").exists() and not (tmp_path / "r" / FOLDER).exists()
+    code, _, err = command("attribute", "--run", tmp_path / "r", *words, "--limit", 9)
+    assert code == 0 and f"passes of an image through the backbone: {shared}; one by one: {alone}" in err
+    assert not (tmp_path / "r" / FOLDER).exists()
+
+
+def test_memory_changes_nothing_but_the_batches(trained, words, command, tmp_path):
+    tables = []
+    for memory in ("0.000001", "2"):
+        shutil.copytree(trained.path, tmp_path / memory)
+        code, _, err = command("attribute", "--run", tmp_path / memory, *words, "--memory", memory)
+        assert code == 0, err
+        tables.append((tmp_path / memory / "attribution.csv").read_text().splitlines())
+    one, many = ([re.split(",", line) for line in table] for table in tables)
+    assert [line[:5] for line in one] == [line[:5] for line in many]
+    for left, right in zip(one[1:], many[1:], strict=True):
+        assert float(left[5] or -1) == pytest.approx(float(right[5] or -1), abs=2e-3)
+    code, _, err = command("attribute", "--run", tmp_path / "2", *words, "--memory", "0")
+    assert code == 2 and "--memory" in err
+
+
+@pytest.mark.process
+def test_a_killed_attribution_goes_on_to_the_same_bytes(trained, words, tmp_path):
+    whole = explained(tmp_path / "whole", trained, words)
+    assert whole.wait() == 0, whole.stderr.read()
+    killed, begun = explained(tmp_path / "killed", trained, words), tmp_path / "killed" / FOLDER
+    while len(list(begun.glob("*.safetensors"))) < 3 and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    files = sorted(begun.glob("*.safetensors"))
+    assert 3 <= len(files) < 10 and not (tmp_path / "killed/attribution.csv").exists()
+    # One piece is damaged, and must be made again; the others must not be.
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
+    kept = files[0].stat().st_mtime_ns
+    last = explained(tmp_path / "killed", trained, words, SMALL_PIECES.replace("; main()", f"""
+import os
+from featcache.attribution.pieces import Pieces
+write = Pieces.write
+def checked(self, number, piece):
+    assert number != 0 and os.stat({str(files[0])!r}).st_mtime_ns == {kept}
+    write(self, number, piece)
+Pieces.write = checked
+main()"""))  # fmt: skip
+    _, err = last.communicate()
+    assert last.returncode == 0, err
+    assert written(tmp_path / "killed") == written(tmp_path / "whole") and not begun.exists()
+    for process in (whole, killed):
+        process.stdout.close(), process.stderr.close()
+
+
+def test_pieces_of_other_settings_are_not_taken(trained, words, command, tmp_path, monkeypatch):
+    """What a killed attribution of fewer probes left has the same file names."""
+    run = tmp_path / "r"
+    shutil.copytree(trained.path, run)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("featcache.attribution.attribute.rows_of", killed)
+        featcache.attribute(run, limit=3)
+    assert len(list((run / FOLDER).iterdir())) == 1
+    rows = featcache.attribute(run, limit=4)
+    assert len({row["id"] for row in rows}) == 4 and not (run / FOLDER).exists()
+
+
+@pytest.mark.process
+def test_two_processes_share_the_images(trained, words, tmp_path):
+    one, two = (explained(tmp_path / str(ranks), trained, words, ranks=ranks) for ranks in (1, 2))
+    (out, err), _ = two.communicate(), one.communicate()
+    assert (one.returncode, two.returncode) == (0, 0), err
+    assert out.count("uniform map %") == 1, "one process prints the table"
+    assert written(tmp_path / "1")["attribution.csv"] == written(tmp_path / "2")["attribution.csv"]
