@@ -16,6 +16,7 @@ import featcache
 from featcache.errors import BadInput
 from featcache.store.additions import find_additions
 from featcache.store.folder import open_folder
+from featcache.store.writer import put_shard
 
 SUFFIXES = ["zarr", "hdf5"]
 FIRST, MORE = {"features": "layer4:pooled", "split": "val"}, {"features": "layer3:pooled", "split": "val"}
@@ -247,3 +248,37 @@ def test_a_run_from_before_stays_one_of_the_store(extract, tmp_path, monkeypatch
     assert command("export", "--run", run, "--probe", probe, "--backbone", checkpoint, "--to", "merged.pt2")[0] == 0
     (run / "run.json").unlink()
     assert command("train-probes", "--grid", grid, "--store", path, "--run", run)[0] == 0
+
+
+@pytest.mark.process
+def test_what_was_begun_stays_or_gives_way(extract, small_shards, tmp_path, monkeypatch, command):
+    path, put = tmp_path / "s.hdf5", put_shard
+
+    def stopped(shard, *arguments):
+        put(shard, *arguments)
+        if shard.number == 1:
+            raise BadInput("stopped")
+
+    def begin():
+        with monkeypatch.context() as patch:
+            patch.setattr("featcache.extraction.fill.put_shard", stopped)
+            assert "stopped" in extract(path, **MORE)[1]
+        assert len(list(path.glob("commits/val/*-*.json"))) >= 2 and featcache.verify(path) == []
+
+    assert extract(path, **FIRST)[0] == 0
+    begin()
+    assert "being added: layer3:pooled of val (2 of" in command("inspect", path)[1]
+    # Another feature leaves it alone, and it is finished afterwards.
+    assert extract(path, features="layer2:pooled", split="val")[0] == 0
+    assert featcache.open_store(path).manifest.features.keys() == {"layer4:pooled", "layer2:pooled"}
+    done = {file: file.stat().st_mtime_ns for file in (path / "val/layer3.pooled").iterdir()}
+    assert extract(path, **MORE)[0] == 0 and featcache.verify(path) == []
+    assert all(file.stat().st_mtime_ns == written for file, written in done.items())
+    # A new split changes what has to be added, so that what was begun gives way.
+    shutil.rmtree(path)
+    assert extract(path, **FIRST)[0] == 0
+    begin()
+    assert extract(path, features="layer4:pooled", split="test")[0] == 0
+    assert extract(path, **MORE)[0] == 0 and featcache.verify(path) == []
+    assert len(find_additions(open_folder(path))) == 2
+    assert featcache.open_store(path)["test"]["layer3:pooled"][:].shape == (20, 256)
