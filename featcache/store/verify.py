@@ -16,10 +16,10 @@ from featcache.store.additions import fits, merge, order_parts, read_file
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
 from featcache.store.manifest import FORMAT, Manifest, parse_manifest, read_manifest
+from featcache.store.mapped_rows import chunk_of
 from featcache.store.marker import LOCK, ShardFile, committed, find_marker, ids_sha256
 from featcache.store.sealed import unseal
 from featcache.store.shard import Shard
-from featcache.store.sources import chunk_of
 from featcache.store.zarr_format import bad_chunks, crc_of
 
 
