@@ -7,7 +7,7 @@ from typing import Any
 from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
-from featcache.arguments import CHECKPOINT, NAME, NAMES, PATH, takes, whole
+from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, takes, whole
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
@@ -21,7 +21,7 @@ from featcache.store.folder import LocalFolder
 @multiplying("float32")
 @takes(
     store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
-    root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES,
+    root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
 )  # fmt: skip
 def attribute(
     run: str | PathLike,
@@ -41,8 +41,10 @@ def attribute(
     seed: int = 0,
     scores: Sequence[str] | None = None,
     memory: float | None = None,
+    sanity: bool = False,
+    protocol: str | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Explain every class that has a box which is not difficult, and score the maps.
+    """Explain every class that has a box which is not difficult, or what else `protocol` says, and score the maps.
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
     (see featcache.probes.runs.run.select), and without a rule the best of each loss by the run's own metric, or
@@ -50,7 +52,8 @@ def attribute(
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
-    backbone="random". memory: bytes for what forward passes keep, 2e9 by default.
+    backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
+    PROTOCOLS, such as "gridpg:side=2". memory: bytes for what forward passes keep, 2e9 by default.
 
     Writes attribution.csv (a row for each probe, method, image and class) and attribution.npz into the run; returns the
     rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
@@ -63,7 +66,7 @@ def attribute(
     chosen_device = choose_device(device, ranks.local_rank)
     task = prepare(
         run, chosen_device, store, probes, rule, methods, split, backbone, arch, weights_key, dataset, root, limit,
-        examples, seed, scores, memory,
+        examples, seed, scores, memory, sanity, protocol,
     )  # fmt: skip
     pieces = Pieces(task.run.path, task.key(), len(task.pieces))
     folder = LocalFolder(pieces.folder)

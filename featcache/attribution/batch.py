@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
@@ -32,6 +34,14 @@ class Network:
     picture: Callable[[int], torch.Tensor]
 
 
+class Boxed(NamedTuple):
+    """The boxes of an image in pixels of its maps, float [M, 4]; their classes, int [M]; which are difficult, bool [M]."""
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    difficult: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
@@ -49,21 +59,48 @@ class Source:
     passes: Passes = field(default_factory=Passes)
 
     @property
+    def stored(self) -> bool:
+        """Whether the store has the features of these images."""
+        return True
+
+    @property
+    def name(self) -> str:
+        """What the images are called in tables."""
+        return self.split.name
+
+    def id_of(self, row: int) -> str:
+        """Return the id of an image."""
+        return self.split.ids[row]
+
+    def boxes_of(self, row: int) -> Boxed:
+        """Return the boxes of an image that lie in what the backbone sees of it."""
+        boxes, classes, difficult = self.split.boxes[row]
+        boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
+        return Boxed(boxes[inside], classes[inside], difficult[inside])
+
+    @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
         return self._network.backbone
+
+    def blank(self) -> torch.Tensor:
+        """Return a black image as the backbone takes it: [1, C, S, S]."""
+        size = self.preprocessing.size
+        return self.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
 
     def inputs(self, rows: Sequence[int]) -> torch.Tensor:
         """Read images as the backbone takes them: float32 [B, 3, S, S], or six channels for B-cos networks."""
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
+    def channels(self, feature: Feature) -> int:
+        """Return how many channels a map of the store has."""
+        return self.split.store.manifest.features[str(feature)]["shape"][0]
+
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
-        size = self.preprocessing.size
-        blank = self.preprocessing.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
-        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, blank)))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, self.blank())))
 
     @property
     def _network(self) -> Network:
@@ -119,8 +156,16 @@ class Batch:
         return self.source.preprocessing.size
 
     def cached(self, feature: Feature) -> torch.Tensor:
-        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged."""
-        if feature not in self._cached:
+        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged.
+
+        The maps of images that are in no store are computed, once for all features.
+        """
+        if feature not in self._cached and not self.source.stored:
+            with torch.no_grad():
+                maps = self.backbone(self.inputs, self.source.features)
+            self.source.passes.forward += len(self.inputs)
+            self._cached.update({each: maps[str(each)] for each in self.source.features})
+        elif feature not in self._cached:
             rows = self.source.split[str(feature)].take(self.rows, check=True)
             self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
         return self._cached[feature]

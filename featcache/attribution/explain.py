@@ -18,7 +18,7 @@ NOTHING = float("nan")
 
 def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], None]) -> Piece:
     """Explain the targets of a piece, and score the maps. tell: is called with the number of new maps. Raises BadInput."""
-    source = replace(task.source, passes=Passes())
+    source, before = task.source, replace(task.source.passes)
     place = {(target.row, target.label): number for number, target in enumerate(targets)}
     shown = [number for number, target in enumerate(targets) if target.row in task.kept]
     shape, columns = (len(task.methods), len(task.explained)), {name: n for n, name in enumerate(task.columns)}
@@ -40,7 +40,8 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
                 if at in shown:
                     pictures[method, probe, shown.index(at)] = maps[number]
             tell(len(maps))
-    return Piece(cells, pictures, source.passes)
+    taken = Passes(source.passes.forward - before.forward, source.passes.backward - before.backward)
+    return Piece(cells, pictures, taken)
 
 
 def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanation]]:
@@ -67,8 +68,8 @@ def _check(task: Task, batch: Batch, method: int, probe: int, maps: torch.Tensor
         raise BadInput(f"--method {kind.type}: its maps are {tuple(maps.shape)}, and must be {expected}")
     if not maps.isfinite().all():
         target = batch.targets[int((~maps.isfinite()).flatten(1).any(1).nonzero()[0])]
-        split = batch.source.split
+        source = batch.source
         raise BadInput(
             f"--method {kind.type}: the map of probe {task.explained[probe].probe} for class "
-            f"{split.store.classes[target.label]} in image {split.ids[target.row]} has values that are not finite"
+            f"{source.split.store.classes[target.label]} in image {source.id_of(target.row)} has values that are not finite"
         )

@@ -19,13 +19,18 @@ class Passes:
 
 
 class Work(NamedTuple):
-    """What is to be explained: so many images, pairs of an image and a class, probes, and layers that the probes read.
+    """What is to be explained: so many images, pairs of an image and a class, and probes.
 
-    channels: of all these layers together.
+    size: of the side of an image in pixels. channels: of each of the layers that the probes read.
     """
 
     images: int
     pairs: int
     probes: int
-    layers: int
-    channels: int
+    size: int
+    channels: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers the probes read."""
+        return len(self.channels)

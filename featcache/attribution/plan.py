@@ -46,6 +46,8 @@ def plan_attribution(task: Task) -> AttributionPlan:
         )
         for group in task.sharing()
     )
+    if not task.source.stored and any(method.reads_maps for method in task.methods):
+        shared = (Shared(("maps that no store has",), Passes(work.images), Passes()), *shared)
     return AttributionPlan(work, work.pairs * work.probes * len(task.methods), shared)
 
 

@@ -33,17 +33,17 @@ def rows_of(task: Task, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 def _places(task: Task) -> Iterator[tuple[int, int, int, int, tuple[str, ...]]]:
     """Yield the numbers of method, piece, probe and target of every row, in order, and its identity."""
-    split = task.source.split
+    source = task.source
     for method, kind in enumerate(task.methods):
         for piece, targets in enumerate(task.pieces):
             for probe, one in enumerate(task.explained):
                 for number, target in enumerate(targets):
                     identity = (
                         one.probe,
-                        kind.label,
-                        split.name,
-                        split.ids[target.row],
-                        split.store.classes[target.label],
+                        one.named(kind),
+                        source.name,
+                        source.id_of(target.row),
+                        source.split.store.classes[target.label],
                     )
                     yield method, piece, probe, number, identity
 
@@ -72,7 +72,7 @@ def _csv(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
 def _arrays(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
     """The arrays of attribution.npz: the kept images, their boxes, and the maps with their rows as text."""
     source, kept = task.source, task.kept
-    split, size, columns = source.split, source.preprocessing.size, [*IDENTITY, *task.columns]
+    size, columns = source.preprocessing.size, [*IDENTITY, *task.columns]
     maps, texts = [], []
     for row, (method, piece, probe, number, _) in zip(rows, _places(task), strict=True):
         if (target := task.pieces[piece][number]).row in kept:
@@ -80,7 +80,7 @@ def _arrays(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece])
             maps.append(pieces[piece].maps[method, probe, shown.index(target)].numpy())
             texts.append([str(row[column]) for column in columns])
     arrays = {
-        "ids": np.array([split.ids[row] for row in kept]),
+        "ids": np.array([source.id_of(row) for row in kept]),
         **_boxes(kept, source),
         "maps": np.stack(maps) if maps else np.empty((0, size, size), np.float32),
         "panels": np.array(texts).reshape(-1, len(columns)),
@@ -93,12 +93,10 @@ def _arrays(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece])
 
 def _boxes(kept: Sequence[int], source: Source) -> dict[str, np.ndarray]:
     """The boxes of all kept images, in pixels of the maps; box_examples says which image each box is in."""
-    split = source.split
-    names = np.array(split.store.classes)
+    names = np.array(source.split.store.classes)
     parts = [(np.empty(0, int), np.empty((0, 4)), names[:0], np.empty(0, bool))]
     for number, row in enumerate(kept):
-        boxes, classes, difficult = split.boxes[row]
-        boxes, inside = source.preprocessing.map_boxes(boxes, *split.sizes[row].tolist())
-        parts.append((np.full(inside.sum(), number), boxes[inside], names[classes[inside]], difficult[inside]))
+        boxes, classes, difficult = source.boxes_of(row)
+        parts.append((np.full(len(boxes), number), boxes, names[classes], difficult))
     arrays = ("box_examples", "boxes", "box_classes", "box_difficult")
     return {name: np.concatenate(part) for name, part in zip(arrays, zip(*parts, strict=True), strict=True)}

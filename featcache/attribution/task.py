@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -11,16 +11,17 @@ import torch
 import featcache
 from featcache.attribution.batch import Source, open_network
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
-from featcache.attribution.methods.method import Method, parse_method
+from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
+from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
-from featcache.attribution.targets import Target, find_targets
+from featcache.attribution.targets import Target
+from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_beside
-from featcache.kinds import K, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
@@ -30,15 +31,26 @@ from featcache.store.reader import Store
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
 # of a map, and a killed attribution goes on with the same.
 MEMORY = 2e9
+# The note of a head with random weights, for a sanity check (Adebayo et al., NeurIPS 2018): a score that it reaches too
+# is not the probe's merit.
+RANDOM_HEAD = "random head"
 
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """A probe to explain: its id, its head as a module, and the map that its head reads."""
+    """A probe to explain: its id, its head as a module, and the map that its head reads.
+
+    note: stands behind the method in tables where the head is not the probe's own, as for a sanity check.
+    """
 
     probe: str
     head: HeadModule
     feature: Feature
+    note: str = ""
+
+    def named(self, method: Method) -> str:
+        """Return what a method on this head is called in tables."""
+        return f"{method.label} ({self.note})" if self.note else method.label
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +78,10 @@ class Task:
     @property
     def work(self) -> Work:
         """How much there is to do."""
-        features, manifest = self.source.features, self.source.split.store.manifest
-        channels = sum(manifest.features[str(feature)]["shape"][0] for feature in features)
-        images = {target.row for piece in self.pieces for target in piece}
-        return Work(len(images), sum(map(len, self.pieces)), len(self.explained), len(features), channels)
+        source, images = self.source, {target.row for piece in self.pieces for target in piece}
+        channels = tuple(source.channels(feature) for feature in source.features)
+        pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
+        return Work(len(images), pairs, len(self.explained), size, channels)
 
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
@@ -83,11 +95,11 @@ class Task:
         source, digest = self.source, hashlib.sha256(featcache.__version__.encode())
         settings = {
             "store": source.split.store.id,
-            "split": source.split.name,
-            "probes": [one.probe for one in self.explained],
+            "images": source.name,
+            "probes": [(one.probe, one.note) for one in self.explained],
             "methods": [method.model_dump() for method in self.methods],
             "scores": [score.model_dump() for score in self.scores],
-            "targets": [[(target.row, target.label) for target in piece] for piece in self.pieces],
+            "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
             "kept": list(self.kept),
             "memory": source.memory,
             "device": source.device.type,
@@ -118,19 +130,23 @@ def prepare(
     seed: int = 0,
     scores: Sequence[str] | None = None,
     memory: float | None = None,
+    sanity: bool = False,
+    protocol: str | None = None,
 ) -> Task:
     """Find, load and check what an attribution needs. Takes the arguments of attribute. Raises BadInput."""
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
     finished = open_run(run)
-    words = DEFAULT_METHODS if methods is None else methods
-    chosen = list(dict.fromkeys(parse_method(METHODS, word) for word in words))
-    chosen_scores = _named(LOCALISATION_SCORES, DEFAULT_SCORES if scores is None else scores, "--score")
+    words, score_words = DEFAULT_METHODS if methods is None else methods, DEFAULT_SCORES if scores is None else scores
+    chosen = list(dict.fromkeys(parse_kind(METHODS, word, "--method") for word in words))
+    chosen_scores = list(dict.fromkeys(parse_kind(LOCALISATION_SCORES, word, "--score") for word in score_words))
+    if len({score.type for score in chosen_scores}) < len(chosen_scores):
+        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
     opened = store_of(finished, store)
-    explained = _load(finished, opened, _chosen(finished, probes, rule), device)
+    explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None)
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     data = opened[split or _scored_split(finished)]
-    targets = find_targets(data, preprocessing, limit)
+    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
     network = None
     if backbone is not None:
         network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
@@ -143,14 +159,10 @@ def prepare(
                 f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
             )
     features = tuple(dict.fromkeys(one.feature for one in explained))
-    source = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    source, targets = posed.pose(images, limit)
     kept = sorted({target.row for target in targets})[:examples]
     return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
-
-
-def _named(registry: Registry[K], names: Iterable[str], option: str) -> list[K]:
-    """Return the kinds of these names, each once. Raises BadInput, which begins with the option."""
-    return [registry.named(name, option).model_validate({}) for name in dict.fromkeys(names)]
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
@@ -158,13 +170,22 @@ def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[st
     return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
 
 
-def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device) -> list[Explained]:
-    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into."""
-    files = find_probes(run.path)
-    trained = [probe for name in probes for probe in load_probes(run.path, [name], files)]
-    heads = [HeadModule(probe.spec.head, probe.weights).to(device) for probe in trained]
-    features = [_map_of(probe.spec, store) for probe in trained]
-    return [Explained(p.spec.id, head, feature) for p, head, feature in zip(trained, heads, features, strict=True)]
+def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None) -> list[Explained]:
+    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into.
+
+    random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads.
+    """
+    files, explained = find_probes(run.path), []
+    for probe in (probe for name in probes for probe in load_probes(run.path, [name], files)):
+        spec, feature = probe.spec, _map_of(probe.spec, store)
+        weights = {"": probe.weights}
+        if random is not None:
+            channels = store.manifest.features[str(feature)]["shape"][0]
+            generator = torch.Generator().manual_seed(random % 2**63)
+            weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
+        for note, own in weights.items():
+            explained.append(Explained(spec.id, HeadModule(spec.head, own, spec.loss.link).to(device), feature, note))
+    return explained
 
 
 def _map_of(spec: ProbeSpec, store: Store) -> Feature:

@@ -123,6 +123,14 @@ def recognise(tensors: Tensors, path: str | PathLike[str], hints: Hints | None =
     return read
 
 
+def taken_for(tensors: Tensors, path: str | PathLike[str]) -> str | None:
+    """Return the name of the architecture that tensors are taken for without --arch, or None if it cannot be told."""
+    try:
+        return recognise(tensors, path).name
+    except BadInput:
+        return None
+
+
 def _agreement(architecture: Architecture, tensors: Tensors) -> float:
     """Return the share of all names, the network's and the tensors', that have the same shape in both."""
     registered = architecture is ARCHITECTURES.get(architecture.name)

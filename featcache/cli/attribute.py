@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     help="How to explain, with fields as in NAME:FIELD=VALUE; docs/attribution.md lists them.  [default: gradcam]",
 )
 @click.option("--score", "scores", metavar="S,...", help="How well maps point at the boxes.  [default: epg]")
+@click.option(
+    "--protocol",
+    metavar="P",
+    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes]",
+)
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
 @dataset_options(required=False)
@@ -35,13 +40,14 @@ if TYPE_CHECKING:
 )
 @click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
 @device_option
-@click.option("--seed", type=int, default=0, help="Of a random backbone.")
+@click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
 @click.option(
     "--memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB",
     help="Memory for what passes through the backbone keep.  [default: 2]",
 )
+@click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
 @click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
 def attribute(
     methods: str | None, scores: str | None, memory: float | None, device: str | None, dry_run: bool, **options: Any
@@ -63,11 +69,14 @@ def attribute(
         _print_plan(plan_attribution(prepare(device=choose_device(device), **options)))
         return
     from featcache.attribution.attribute import attribute as run
-    from featcache.reporting.localisation import localisation_rows
+    from featcache.reporting.localisation import MARK, MARKED, localisation_rows
     from featcache.reporting.table import format_table
 
     if run(device=device, **options) is not None:
-        click.echo(format_table(*localisation_rows(options["run"])))
+        columns, rows = localisation_rows(options["run"])
+        click.echo(format_table(columns, rows))
+        if any(MARK in cell for row in rows for cell in row):
+            click.echo(MARKED)
 
 
 def _print_plan(plan: "AttributionPlan") -> None:

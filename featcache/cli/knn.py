@@ -63,7 +63,7 @@ def _several(kind: Callable[[str], Any], what: str) -> Callable[[click.Context, 
 @click.option("--val", metavar="S,...", help="Splits to choose on.  [default: val]")
 @click.option("--test", metavar="S,...", help="Splits to score on.  [default: test]")
 @click.option("--metric", metavar="NAME", help="To choose by.  [default: top1, or map for several labels]")
-@click.option("--run", type=click.Path(), help="Where to write.  [default: runs/knn-ID]")
+@click.option("--run", type=click.Path(), help="Where to write.  [default: runs/grid-ID]")
 @device_option
 @click.option(
     "--memory",

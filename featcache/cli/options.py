@@ -52,7 +52,7 @@ def dataset_options(required: bool) -> Option:
             required=required,
             metavar="NAME",
             help="voc (2007), voc2012, coco (2014), coco2017, imagenet, imagenet100, places205, inaturalist2018, cifar10, cifar100, "
-            "stl10, folder, manifest (--root is the file), huggingface or webdataset.",
+            "stl10, lists, folder, manifest (--root is the file), huggingface or webdataset.",
         )(command)
 
     return add

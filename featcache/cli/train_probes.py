@@ -102,6 +102,7 @@ def _print_plan(plan: "Plan") -> None:
         f"of training on {plan.device}, without reading and scoring; about {size_text(plan.memory)} of memory, "
         f"{size_text(plan.free)} are free"
         + (f"; {streamed} stacks do not fit into the memory for features and are streamed" if streamed else "")
+        + ("; what is trained again comes on top" if plan.grid.refit else "")
         + "; nothing was written"
     )
 

@@ -16,6 +16,7 @@ from featcache.datasets.folder import read_folder
 from featcache.datasets.huggingface import read_huggingface
 from featcache.datasets.imagenet import read_imagenet, read_imagenet100
 from featcache.datasets.inaturalist2018 import read_inaturalist2018
+from featcache.datasets.lists import read_lists
 from featcache.datasets.manifest import read_manifest_file
 from featcache.datasets.places205 import read_places205
 from featcache.datasets.record import Dataset, Record
@@ -40,6 +41,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": partial(read_cifar, classes=10),
     "cifar100": partial(read_cifar, classes=100),
     "stl10": read_stl10,
+    "lists": read_lists,
     "folder": read_folder,
     "manifest": read_manifest_file,
     "huggingface": read_huggingface,

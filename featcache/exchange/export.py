@@ -17,7 +17,7 @@ from featcache.atomic import local_path
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import OWN, Preprocessing
 from featcache.backbones.load import as_backbone, load_network
-from featcache.backbones.recognise import recognise
+from featcache.backbones.recognise import taken_for
 from featcache.errors import BadInput
 from featcache.exchange.head_names import to_published
 from featcache.exchange.merged import Merged, as_own_network, as_program, example, own_tensors
@@ -109,17 +109,9 @@ def _export_backbone(checkpoint: str | PathLike, target: Path, arch: str | None,
     tensors = {name: tensor.clone() for name, tensor in own_tensors(architecture, network).items()}
     backbone = as_backbone(architecture, network, report, resize=OWN)
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
-    if _recognised(tensors, target) != architecture.name:
+    if taken_for(tensors, target) != architecture.name:
         # Strides or a number of heads, for example, may follow from how the checkpoint was wrapped, not from its tensors.
         click.echo(f"note: load {target} with --arch {architecture.name}; its tensors alone do not say so", err=True)
-
-
-def _recognised(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
-    """Return the architecture that these tensors are taken for, or None if it cannot be told."""
-    try:
-        return recognise(tensors, path).name
-    except BadInput:
-        return None
 
 
 def _backbone_meta(backbone: Backbone, checkpoint: str | PathLike, preprocessing: Mapping[str, Any]) -> dict[str, Any]:

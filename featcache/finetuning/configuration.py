@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from featcache.atomic import remove
 from featcache.backbones.backbone import hash_tensors
+from featcache.backbones.recognise import taken_for
 from featcache.errors import BadInput
 from featcache.extraction.images import image_batches
 from featcache.finetuning.draws import Draws, batches, parts, remaining, steps_of
 from featcache.finetuning.images import Key, TrainingImages
 from featcache.finetuning.logits import logits_of
-from featcache.finetuning.network import Network
+from featcache.finetuning.network import Network, batch_norms
 from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import Task
 from featcache.finetuning.tuner import Part, Tuner
@@ -25,7 +26,7 @@ from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.scoring import new_tally
 from featcache.probes.runs.probe_file import Origin, save_probes
 from featcache.probes.runs.run_file import PARTIAL
-from featcache.probes.runs.tuned import IMAGES, ScoredImages, write_backbone, write_images, write_logits
+from featcache.probes.runs.tuned import backbone_path, write_backbone, write_logits
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec, spec_to_dict
 from featcache.probes.trained import TrainedProbe
@@ -56,6 +57,7 @@ class Configuration:
         self.draws = Draws(task.basis.seed, spec.seed or 0)
         self.tuner = self._tuner()
         self.steps = steps_of(len(self.keys), self.recipe.batch_size)
+        self._check_parts()
         self._saved_at = time.monotonic()
 
     def _tuner(self) -> Tuner:
@@ -70,6 +72,16 @@ class Configuration:
             # In place, so that the backbone sees it too.
             nn.SyncBatchNorm.convert_sync_batchnorm(network.trunk)
         return Tuner(network, self.labels.to(self.device), self.draws, self.device, self.ranks)
+
+    def _check_parts(self) -> None:
+        """Raise BadInput if a process would have a single image at a time, and batch norms that train."""
+        network = self.tuner.network
+        several = parts(self._batches(0)[-1], network.tuning.micro_batch, self.ranks.size)
+        if network.tuning.norm != "eval" and batch_norms(network.trunk) and min(map(len, several)) < 2:
+            raise BadInput(
+                f"batches of {len(self._batches(0)[-1])} images leave a process with one at a time, which has no variance "
+                "for batch norms to divide by; take larger batches or fewer processes, or say norm: eval"
+            )
 
     @property
     def state(self) -> Path:
@@ -139,7 +151,7 @@ class Configuration:
         line = f"epoch {tuner.epoch} of {self.recipe.epochs}, loss {tuner.losses[-1]:.4g}"
         score = math.nan
         if chosen_on is not None and (spec.keep == "best" or spec.patience):
-            logits, _ = self._logits(chosen_on)
+            logits = self._logits(chosen_on)
             metric = self.task.resolved.metric
             tally = new_tally([spec], self.task.labels(chosen_on), logits.shape[1], [metric])
             tally.add(logits.unsqueeze(0))
@@ -150,7 +162,7 @@ class Configuration:
         self.progress.tell(0, line)
         return "patience" if tuner.impatient() else None
 
-    def _logits(self, role: str) -> tuple[Tensor, Tensor]:
+    def _logits(self, role: str) -> Tensor:
         tuner = self.tuner
         at_once = tuner.network.tuning.micro_batch or min(self.recipe.batch_size, SCORED_AT_ONCE)
         names = self.task.resolved.splits[role]
@@ -169,11 +181,10 @@ class Configuration:
         """Score the final weights and write backbone, logits and probe; the state is not needed any more."""
         tuner, task, spec, run = self.tuner, self.task, self.spec, self.origin.run
         epoch = tuner.finish()
-        results = {role: self._logits(role) for role in task.resolved.splits}
+        logits = {role: self._logits(role) for role in task.resolved.scored}
         if self.ranks.rank != 0:
             return
         network, diverged = tuner.network, tuner.diverged
-        logits = {role: own for role, (own, _) in results.items()}
         weights = network.head_weights()
         if diverged is None and not all(
             bool(v.isfinite().all()) for v in (*network.own_tensors().values(), *weights.values())
@@ -191,14 +202,12 @@ class Configuration:
                 "preprocessing": network.backbone.preprocessing.describe(),
             }
             write_backbone(self.folder, spec.id, run, tensors, facts)
+            path = backbone_path(self.folder, spec.id)
+            if taken_for(tensors, path) != network.backbone.arch:
+                self.ranks.say(
+                    f"note: load {path} with --arch {network.backbone.arch}; its tensors alone do not say so"
+                )
         write_logits(self.folder, spec.id, run, logits, diverged is not None)
-        if not (self.folder / IMAGES).exists():
-            write_images(self.folder, run, {role: self._scored(role, own) for role, (_, own) in results.items()})
         probe = TrainedProbe(spec, weights, tuner.losses, diverged, epoch, tuner.scores, stopped)
         save_probes(self.folder, [probe], self.origin)
         remove(self.state)
-
-    def _scored(self, role: str, digests: Tensor) -> ScoredImages:
-        data, splits = self.task.data, self.task.resolved.splits[role]
-        names = [(split, record.id) for split in splits for record in data.splits[split]]
-        return ScoredImages(names, self.task.labels(role), digests)

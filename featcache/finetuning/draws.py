@@ -39,22 +39,25 @@ class Draws:
 
 
 def batches(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Split an epoch's rows into batches of at most `size` that differ by at most one row, so that none is tiny."""
-    return np.array_split(order, -(-len(order) // size))
+    """Split an epoch's rows into batches of `size` or less that differ by at most one row, so that none is tiny."""
+    return np.array_split(order, steps_of(len(order), size))
 
 
 def parts(batch: np.ndarray, size: int, ranks: int) -> list[np.ndarray]:
-    """Split a batch into parts of at most `size` rows (0: any number), as many for each of so many processes.
+    """Split a batch into parts of `size` rows or less (0: any number), as many for each of so many processes.
 
     Where their number divides by the number of processes anyway, the parts are the same for any number of these.
     """
-    count = -(-len(batch) // size) if size else 1
+    count = steps_of(len(batch), size) if size else 1
     return np.array_split(batch, -(-count // ranks) * ranks)
 
 
 def steps_of(rows: int, size: int) -> int:
-    """Return how many batches an epoch has."""
-    return -(-rows // size)
+    """Return how many batches an epoch has.
+
+    One row more than `size` goes into a batch where it would be alone otherwise, since one image has no variance.
+    """
+    return -(-rows // size) if size == 1 else min(-(-rows // size), max(rows // 2, 1))
 
 
 def remaining(epochs: int, steps: int, done: tuple[int, int]) -> Iterator[tuple[int, int]]:

@@ -8,10 +8,14 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from featcache.arguments import CHECKPOINT, MOST_WORKERS, NAME, PATH, takes, whole
 from featcache.atomic import local_path
+from featcache.datasets.class_counts import describe_classes
+from featcache.datasets.sources import open_source
 from featcache.device import choose_device, multiplying
+from featcache.digest import image_digest
 from featcache.finetuning.configuration import Configuration
 from featcache.finetuning.network import Source
 from featcache.finetuning.progress import Progress
@@ -22,7 +26,7 @@ from featcache.probes.runs.probe_file import Origin, find_probes
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import identity
 from featcache.probes.runs.sealed_tensors import read_content
-from featcache.probes.runs.tuned import IMAGES, backbone_path, is_whole, read_logits
+from featcache.probes.runs.tuned import IMAGES, ScoredImages, backbone_path, is_whole, read_logits, write_images
 from featcache.probes.scores.metrics import metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import begin_run
@@ -68,7 +72,10 @@ def finetune(
     chosen_device = choose_device(device, ranks.local_rank)
     source = Source(backbone, arch, weights_key, seed)
     task = prepare(recipe, dataset, root, source, seed, parity, head_from, select)
+    for line in describe_classes(task.data):
+        ranks.say(line)
     ranks.say(f"backbone: {task.backbone.load_report}")
+    ranks.say("\n  ".join((f"preprocessing: {task.backbone.preprocessing}", *task.backbone.preprocessing_report)))
     stem = "finetune" if isinstance(recipe, dict) else Path(recipe).stem
     folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
     place = open_folder(folder)
@@ -78,7 +85,7 @@ def finetune(
             _train(task, folder, todo, chosen_device, workers, ranks)
             return None
         place.sweep()
-        begun = begin_run(folder, task, [], {}, lambda specs: {})
+        begun = begin_run(folder, task, [], {}, lambda specs: {}, {"finetuned": _origin(task)})
         if begun is None:
             ranks.share([])
             click.echo(f"run: {folder} is finished already", err=True)
@@ -87,11 +94,24 @@ def finetune(
         everything = [*task.resolved.specs, *others]
         held, mark = find_probes(folder), identity(summary)
         todo = [s.id for s in task.resolved.specs if s.id not in held or not is_whole(folder, s.id, mark)]
-        if not (folder / IMAGES).exists() and not todo:
-            todo = [task.resolved.specs[0].id]
         ranks.share([(name,) for name in todo])
         _train(task, folder, todo, chosen_device, workers, ranks)
         return _finish(task, folder, everything, summary, chosen_device, started)
+
+
+def _origin(task: Task) -> dict[str, Any]:
+    """Return what run.json says of the backbone and of the probe that the heads started from."""
+    return {"backbone": str(task.source.path), "start": task.start.spec.id if task.start else None}
+
+
+def _images(task: Task, role: str, labels: Tensor) -> ScoredImages:
+    """Return the images of a role, with the digests of their files."""
+    records = [(split, record) for split in task.resolved.splits[role] for record in task.data.splits[split]]
+    digests = []
+    for _, record in records:
+        with open_source(record.image) as file:
+            digests.append(torch.frombuffer(bytearray(image_digest(file.read())), dtype=torch.uint8))
+    return ScoredImages([(split, record.id) for split, record in records], labels, torch.stack(digests))
 
 
 def _train(
@@ -105,7 +125,9 @@ def _train(
     progress = Progress(sum(len(sets[spec.sample]) * (spec.epochs or 0) for spec in specs), ranks.rank == 0)
     origin = Origin(task.basis.store_id, identity(task.basis.to_json()))
     count = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size)) if workers is None else workers
-    with ranks.adding_up("nccl" if device.type == "cuda" else "gloo"):
+    # Training draws from torch's global generators, which the caller finds as they were.
+    own = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with own, ranks.adding_up("nccl" if device.type == "cuda" else "gloo"):
         for number, spec in enumerate(specs, 1):
             progress.begin(f"{spec.id} ({number} of {len(specs)})" if len(specs) > 1 else spec.id)
             with multiplying(spec.precision):
@@ -117,7 +139,9 @@ def _finish(
     task: Task, folder: Path, specs: Sequence[ProbeSpec], summary: dict[str, Any], device: torch.device, started: float
 ) -> Run:
     """Score all probes of the run by their logits, and write its tables."""
-    labels = {role: task.labels(role) for role in task.resolved.splits}
+    labels = {role: task.labels(role) for role in task.resolved.scored}
+    if not (folder / IMAGES).exists():
+        write_images(folder, identity(summary), {role: _images(task, role, own) for role, own in labels.items()})
     scored, metrics = {}, metrics_of(task.data.task, summary["select"]["metric"])
     for spec in specs:
         logits = read_logits(folder, spec.id)
@@ -134,7 +158,6 @@ def _finish(
     samples = summary.get("samples", {}) | samples
     facts = {
         "key": task.key, "store": str(task.source.path), "overlap": [],
-        "finetuned": {"backbone": str(task.source.path), "start": task.start.spec.id if task.start else None},
         "backbones": backbones, "arch": backbone.arch, "weights_sha256": backbone.weights_sha256,
         "preprocessing": backbone.preprocessing.describe(), "dataset": data.name,
     } | ({"samples": samples} if samples else {})  # fmt: skip

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from featcache.datasets.record import Dataset
-from featcache.digest import DIGEST_BYTES
 from featcache.extraction.images import Images, image_batches
 from featcache.finetuning.network import Network
 from featcache.ranks import Alone
@@ -23,8 +22,8 @@ def logits_of(
     workers: int,
     device: torch.device,
     ranks: Alone,
-) -> tuple[Tensor, Tensor]:
-    """Return (logits float32 [N, C] on the CPU, digests uint8 [N, 16]) of a union of splits.
+) -> Tensor:
+    """Return the logits float32 [N, C], on the CPU, of a union of splits.
 
     weights: tensors that take the place of the network's, such as their moving average. The processes share the images,
     and each gets all logits.
@@ -34,20 +33,17 @@ def logits_of(
     rows = [part for part in np.array_split(np.arange(len(keys)), -(-len(keys) // batch_size)) if len(part)]
     mine = rows[ranks.rank :: ranks.size]
     logits = torch.zeros(len(keys), network.classes, device=device)
-    digests = torch.zeros(len(keys), DIGEST_BYTES, dtype=torch.int32, device=device)
     preprocessing = network.backbone.preprocessing
     batches = [[keys[row] for row in part] for part in mine]
     images = Images(data, preprocessing)
     loaded = image_batches(images, batches, min(workers, len(mine)), pin_memory=device.type == "cuda")
-    for part, (pixels, digest) in zip(mine, loaded, strict=True):
+    for part, (pixels, _) in zip(mine, loaded, strict=True):
         normalised = preprocessing.normalise(pixels.to(device, non_blocking=True))
         logits[part] = _called(network, weights, normalised)
-        digests[part] = torch.from_numpy(digest.astype(np.int32)).to(device)
     if ranks.size > 1:
         # Every image is zero in all processes but one.
         torch.distributed.all_reduce(logits)
-        torch.distributed.all_reduce(digests)
-    return logits.cpu(), digests.cpu().to(torch.uint8)
+    return logits.cpu()
 
 
 def _called(network: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.datasets import read_dataset
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput, nearest
+from featcache.extraction.images import check_decoder
 from featcache.feature import beside, parse_beside
 from featcache.finetuning.network import Source, batch_norms
 from featcache.probes.grids.grid import Grid, load_grid, refuse
@@ -26,6 +27,7 @@ from featcache.probes.resolve import sampled, undecided
 from featcache.probes.runs.key import RunBasis
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import Run, best, open_run, select
+from featcache.probes.runs.tuned import is_tuned
 from featcache.probes.scores.metrics import default_metric, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import chosen_split
@@ -43,6 +45,11 @@ class Configurations:
     metric: str
     chosen_on: str | None
     sets: TrainingSets
+
+    @property
+    def scored(self) -> list[str]:
+        """The roles that are scored. The training images are only if nothing else is to choose on."""
+        return [role for role in self.splits if role != "train" or self.chosen_on == "train"]
 
 
 class Records:
@@ -100,6 +107,7 @@ def prepare(
     _check_groups(grid)
     data = _read(grid, dataset, root)
     backbone, _ = source.load(data)
+    check_decoder("exact", backbone.preprocessing)
     start = _start(open_run(head_from), rule, data, backbone) if head_from is not None else None
     if rule is not None and start is None:
         raise BadInput("--select chooses the probe of --head-from, the run that the heads start from; name it too")
@@ -131,6 +139,7 @@ def _check_groups(grid: Grid) -> None:
         errors.append("search: compares probes of one pass over a store, and fine-tuning has none; leave it out")
     if grid.store:
         errors.append("store: fine-tuning reads images; leave it out")
+    errors += [f"{key}: is for probes on a store; leave it out" for key in ("refit", "folds") if key in grid.content]
     refuse(grid.path, errors)
 
 
@@ -162,6 +171,8 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"select.metric: {metric!r} does not fit {data.task} labels; use {' or '.join(metrics_of(data.task))}"
         )
+    if grid.selection.folds:
+        errors.append("select.folds: is for probes on a store; choose on val")
     chosen_on = None if grid.reports_all else grid.chosen_on or ("val" if "val" in splits else None)
     if not splits.keys() & {chosen_on, "test"}:
         errors.append(
@@ -172,7 +183,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
         resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
-        if resolved := resolved and sampled(resolved, None, group, sets, errors):
+        if resolved := resolved and sampled(resolved, None, group, sets, errors, chosen_on):
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")
@@ -239,15 +250,18 @@ def _start(run: Run, rule: str | None, data: Dataset, backbone: Backbone) -> Tra
     if summary.get("dataset") != data.name:
         raise BadInput(f"{where}: its probes are of dataset {summary.get('dataset')}, not {data.name}")
     if summary["classes"] != list(data.classes):
+        count = len(summary["classes"])
         raise BadInput(
-            f"{where}: its heads have {len(summary['classes'])} classes, {data.name} has {len(data.classes)}, or others"
-        )
-    if summary.get("weights_sha256") != backbone.weights_sha256:
-        raise BadInput(
-            f"{where}: its probes are of another backbone ({summary.get('arch')}, weights sha256 "
-            f"{summary.get('weights_sha256')}) than {backbone.arch}, weights sha256 {backbone.weights_sha256}"
+            f"{where}: its heads are for {count} classes, which are not the {len(data.classes)} of {data.name}"
         )
     chosen: Sequence[str] = select(run, rule) if rule else best(run)
     if len(chosen) != 1:
         raise BadInput(f"{where}: {len(chosen)} probes are chosen; choose one, as in --select 'best {run.metric}'")
+    # Each probe of a fine-tuned run has a backbone of its own.
+    own = summary["backbones"].get(chosen[0]) if is_tuned(summary) else summary.get("weights_sha256")
+    if own != backbone.weights_sha256:
+        raise BadInput(
+            f"{where}: probe {chosen[0]} is of another backbone (weights sha256 {own}) than {backbone.arch}, weights "
+            f"sha256 {backbone.weights_sha256}"
+        )
     return load_probe(run.path, chosen[0])

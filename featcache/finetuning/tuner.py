@@ -116,7 +116,7 @@ class Tuner:
             return True
         own = gradients(self.update.parameters)
         torch._foreach_mul_(own, 1 / self.scale)
-        if not all(bool(g.isfinite().all()) for g in own):
+        if not bool(torch.stack([g.isfinite().all() for g in own]).all()):
             self.scale, self.clean = max(self.scale / 2, 1.0), 0
             return False
         self.clean += 1

@@ -63,10 +63,9 @@ def finish_run(
     # What a probe learned from when it was trained again can no longer choose between probes.
     kept = [spec for spec in specs if not spec.fold]
     for refit, alike in itertools.groupby(kept, lambda spec: spec.refit):
-        known = {
-            role: names for role, names in splits.items() if role == "train" or role not in (refit or "").split("+")
-        }
-        scored |= score_probes(folder, list(alike), store, known, labels, device, roles, metrics, memory)
+        learned = set((refit or "").split("+")) - {"train"}
+        known = {role: own for role, own in labels.items() if role not in learned}
+        scored |= score_probes(folder, list(alike), store, splits, known, device, roles, metrics, memory)
     folds = FoldScores.of(folder, specs, sets, device, metrics, memory) if sets else None
     identity = store.manifest.identity
     facts = {name: identity[name] for name in ("arch", "weights_sha256", "preprocessing")}

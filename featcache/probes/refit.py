@@ -57,17 +57,18 @@ def chosen_refits(
     selection: tuple[str, str],
     refit: Refit,
     device: torch.device,
+    memory: float | None = None,
 ) -> list[ProbeSpec]:
     """Choose the recipes of a run that are trained again, and return their specs.
 
     A recipe is a probe apart from its seed. For each combination of the fields `refit.per`, it is the one whose seeds
     have the best mean score by the selection, (metric, role); a recipe of which a seed diverged is not chosen. Each of
     its seeds is trained again, up to the epoch that was kept of it. specs: of the probes in the folder to choose from.
+    memory: as for engine.scoring.load_predictors.
     """
     (metric, role), store = selection, sets.store
-    names = {role: sets.splits[role]}
-    labels = {role: load_labels(store, sets.splits[role])}
-    scored = score_probes(folder, specs, store, names, labels, device, (), metrics_of(store.task, metric))
+    labels, metrics = {role: load_labels(store, sets.splits[role])}, metrics_of(store.task, metric)
+    scored = score_probes(folder, specs, store, sets.splits, labels, device, (), metrics, memory)
     fields = list(dict.fromkeys(field for spec in specs for field in spec.flat()))
     columns = [field_column(name, fields, "refit.per") for name in refit.per]
     groups: dict[tuple[object, ...], dict[ProbeSpec, list[ProbeSpec]]] = {}

@@ -76,10 +76,6 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     seen: dict[str, str] = {}
     sets = TrainingSets(store, splits, device)
     for spec, group in zip(grid.specs, grid.groups, strict=True):
-        if chosen_on == "train" and spec.sample.partial:
-            errors.append(
-                f"{group.path}: select.split: train would choose by labels that the probe may not see; choose on val"
-            )
         if reason := why_not(spec.precision, device):
             errors.append(f"{group.where('precision')}: {spec.precision} {reason}")
         if spec.finetune:
@@ -87,7 +83,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
                 f"{group.where('finetune')}: trains the backbone, which a store does not hold: run featcache finetune"
             )
         resolved = _spec(spec, group, store, views, errors)
-        resolved = resolved and sampled(resolved, folds, group, sets, errors)
+        resolved = resolved and sampled(resolved, folds, group, sets, errors, chosen_on)
         if resolved and (reason := resolved.head.short_of(len(sets[resolved.sample]))):
             errors.append(f"{group.where('head')}: {reason}")
         if resolved is None:
@@ -244,9 +240,13 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
 
 
 def sampled(
-    spec: ProbeSpec, folds: int | None, group: Group, sets: TrainingSets, errors: list[str]
+    spec: ProbeSpec, folds: int | None, group: Group, sets: TrainingSets, errors: list[str], chosen_on: str | None
 ) -> ProbeSpec | None:
     """Return a spec whose subset is named by its images, or add an error and return None if none can be drawn."""
+    if chosen_on == "train" and spec.sample.partial:
+        errors.append(
+            f"{group.path}: select.split: train would choose by labels that the probe may not see; choose on val"
+        )
     field = next((name for name in ("label_fraction", "shots", "subset") if getattr(spec, name) is not None), None)
     where = field and group.where(field)
     try:

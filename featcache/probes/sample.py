@@ -96,7 +96,7 @@ def draw_rows(
     counts = positives(labels, len(classes))
     if len(few := np.flatnonzero(counts < shots)):
         least = few[counts[few].argmin()]
-        more = f", and {len(few) - 1} other classes have too few" if len(few) > 1 else ""
+        more = f"; {len(few)} classes have too few" if len(few) > 1 else ""
         raise BadInput(
             f"{shots} images of each class are asked for, and class {classes[least]!r} has {counts[least]}{more}"
         )
@@ -224,7 +224,7 @@ def _check_classes(labels: np.ndarray, rows: Rows, classes: Sequence[str], what:
     of_all, of_rows = positives(labels, len(classes)), positives(labels[rows], len(classes))
     if len(lost := np.flatnonzero((of_all > 0) & (of_rows == 0))):
         most = lost[of_all[lost].argmax()]
-        more = f" and none of {len(lost) - 1} other classes" if len(lost) > 1 else ""
+        more = f"; {len(lost)} classes are left without one" if len(lost) > 1 else ""
         raise BadInput(f"{what} holds no image of class {classes[most]!r}, which has {of_all[most]}{more}; {remedy}")
 
 

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from featcache.errors import BadInput
 from featcache.feature import parse_feature, split_beside
+from featcache.names import unwritable
 from featcache.probes.heads.head import Head
 from featcache.probes.identity import ELSE_OF_SPEC, OPTIONAL, REGISTRIES, complete_part, part_from_dict, part_to_dict
 from featcache.probes.imported import ImportedSchedule, ImportedSolver
@@ -32,6 +33,12 @@ def _feature(name: str) -> str:
             parse_feature(part, {})
     except BadInput as error:
         raise ValueError(error.message) from None
+    return name
+
+
+def _path(name: str) -> str:
+    if unwritable(name):
+        raise ValueError("is not the path of a file")
     return name
 
 
@@ -91,7 +98,7 @@ class ProbeSpec:
     ] = None
     shots: Annotated[Count | None, Field(description="images of each class to train on")] = None
     subset: Annotated[
-        Annotated[str, Field(min_length=1)] | None,
+        Annotated[str, Field(min_length=1), AfterValidator(_path)] | None,
         Field(description="file that lists the training images to train on"),
     ] = None
     draw: Annotated[

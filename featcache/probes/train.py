@@ -145,6 +145,11 @@ def train_probes(
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
             summary, others = begun
+            sets.subsets.update({name: str(entry["list"]) for name, entry in _lists(summary).items()})
+            # What may be wrong with the lists of other grids is said before anything is trained.
+            for spec in others:
+                if spec.fold:
+                    sets[spec.sample]
             buffers = summary["buffers"]
         metric, role = task.resolved.metric, task.resolved.chosen_on
         selection, run_id = (metric, None if role == FOLDS else role), identity(summary)
@@ -155,7 +160,7 @@ def train_probes(
         everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
         if refit := _refit(task.grid, summary):
             assert role is not None, "a refit is chosen on val"
-            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device)
+            refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device, memory)
             alone = (None, ranks.alone(), run_id)
             train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
             everything += refits
@@ -231,6 +236,12 @@ def chosen_split(grid: Grid, chosen_on: str | None, folds: int | None = None) ->
     return {"split": split} if split else {}
 
 
+def _lists(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {NAME#DIGEST: its entry in run.json} of the lists of images that grids of a run trained on."""
+    samples: dict[str, dict[str, Any]] = summary.get("samples", {})
+    return {name.removeprefix("subset "): entry for name, entry in samples.items() if "list" in entry}
+
+
 def _refit(grid: Grid, summary: Mapping[str, Any]) -> Refit | None:
     """Return which chosen probes of a run are trained again: what this grid says, or else an earlier one."""
     if grid.refit or "refit" not in summary:
@@ -244,11 +255,12 @@ def begin_run(
     folds: Sequence[ProbeSpec],
     planned: Buffers,
     plan: Callable[[Iterable[ProbeSpec]], Buffers],
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[ProbeSpec]] | None:
     """Start a run folder, or go on with one. Its run.json gets a key, which marks it finished, only at the very end.
 
     folds: of the grid's probes, with a fold held out. planned: how features would be read in a new run. plan: the
-    function that says so. Returns (content of run.json so far, the specs of the probes in the folder that are not of
+    function that says so. facts: further fields of run.json. Returns (content of run.json so far, the specs of the probes in the folder that are not of
     this grid), or None if this grid is finished already. Raises BadInput if the folder holds something else.
     """
     basis, specs = task.basis.to_json(), task.resolved.specs
@@ -279,7 +291,9 @@ def begin_run(
     if of_grids:
         click.echo(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores", err=True)
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
-    summary = basis | {
+    summary = {
+        **basis,
+        **(facts or {}),
         # How features are read decides the order of the rows, so a run never changes it.
         "buffers": planned | begun.get("buffers", {}),
         "grids": grids,

@@ -21,6 +21,9 @@ from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent
 
 EXPLAINED, MAPS = ATTRIBUTION
+# A mean over less than this share of the maps is marked: it is no mean over the images that others are means over.
+FEW, MARK = 0.5, "(!)"
+MARKED = f"{MARK} rests on less than half of the maps, since the others have none: do not compare it with full means."
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +51,12 @@ class Localisation:
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        """Say what each score is, in a line for people."""
-        return [
+        """Say what each score is, in a line for people, and what the mark means."""
+        lines = [
             f"{score.summary()} A map without {score.lacking} has none and is counted as empty."
             for score in self.scores
         ]
+        return [*lines, MARKED]
 
 
 def read_localisation(run: Run) -> Localisation:
@@ -121,7 +125,8 @@ def _cells(rows: Sequence[Mapping[str, Any]], column: str, uniform: str) -> list
     scored = [row for row in rows if row[column] is not None]
     levels = [row[uniform] for row in rows if row[uniform] is not None]
     mean, level = percent(*_mean_with_interval(scored, column)), percent(np.mean(levels) if levels else None)
-    return [mean, level, str(len(rows)), str(len(rows) - len(scored))]
+    mark = f" {MARK}" if len(scored) < FEW * len(rows) else ""
+    return [mean + mark, level, str(len(rows)), str(len(rows) - len(scored))]
 
 
 def explained(run: Run, name: str) -> bool:

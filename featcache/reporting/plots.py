@@ -188,10 +188,12 @@ def class_bars(run: Run, probes: Sequence[str]) -> str:
 
     probes: ids. Classes are in order of the first probe's scores. Returns a data URL.
     """
-    columns = {"probe": str, "split": str, "class": str, "ap": float, "positives": int}
+    kind = metric_kind(run.metric)
+    ap, name_of_ap = (kind.class_column, kind.title.removeprefix("m")) if kind.class_column else ("ap", "AP")
+    columns = {"probe": str, "split": str, "class": str, ap: float, "positives": int}
     table = run.table("scores_per_class.csv", **columns)
-    rows = [r for r in table if r["split"] == run.scored_on and r["ap"] is not None]
-    values = {(r["probe"], r["class"]): 100 * r["ap"] for r in rows}
+    rows = [r for r in table if r["split"] == run.scored_on and r[ap] is not None]
+    values = {(r["probe"], r["class"]): 100 * r[ap] for r in rows}
     shares = {r["class"]: 100 * r["positives"] / run.summary["rows"][run.scored_on] for r in rows}
     if lacking := [(probe, name) for probe in probes for name in shares if (probe, name) not in values]:
         raise run.damaged("scores_per_class.csv", "no {1} of {0}".format(*lacking[0]))
@@ -207,7 +209,7 @@ def class_bars(run: Run, probes: Sequence[str]) -> str:
             [shares[name] for name in names], range(len(names)), "o", color="0.2", markersize=2.5, label="positives"
         )
         axis.set_yticks(range(len(names)), map(_drawn, names))
-        axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.scored_on} AP, %")
+        axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.scored_on} {name_of_ap}, %")
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return _embed(figure, "svg")

@@ -7,7 +7,7 @@ from typing import Any
 
 from featcache.probes.runs.run import Run
 from featcache.probes.runs.tables import COSTS
-from featcache.probes.scores.metrics import metric_kind
+from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.reporting.table import heading, percent, scored
 
 # The columns of costs.csv, and those of scores.csv that a table groups by.
@@ -56,7 +56,7 @@ def svm_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         "excess",
     ]
     rows = []
-    for row in _scores(run, run.scored_on):
+    for row in (row for row in _scores(run, run.scored_on) if row["probe"] in costs and row[SHOTS] == "0"):
         kept = [one for one in costs[row["probe"]] if one["chosen"]]
         held = [one["ap"] for one in kept if one["ap"] is not None]
         rows.append([
@@ -73,25 +73,25 @@ def low_shot_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     In a run that chooses on a split, the cost with the highest mean there is the one that is reported. The deviation
     has n - 1, or n under parity, as published.
     """
-    ddof = 0 if run.summary.get("parity") else 1
+    ddof, deviation = (0, statistics.pstdev) if run.summary.get("parity") else (1, statistics.stdev)
+    scale = 100 if metric_kind(run.metric).unit() else 1
     samples = _by_draw(run, run.scored_on)
     if run.chosen_on:
-        means = {key: statistics.fmean(values) for key, values in _by_draw(run, run.chosen_on).items()}
+        means = {k: gain(run.metric, statistics.fmean(v)) for k, v in _by_draw(run, run.chosen_on).items()}
         best: dict[tuple[str, str], tuple[str, str, str]] = {}
         for key, mean in means.items():
             # Of equal ones the first.
             if key[:2] not in best or mean > means[best[key[:2]]]:
                 best[key[:2]] = key
         samples = {key: samples[key] for key in best.values()}
-    columns = ["features", "k", "samples", "mean", "min", "max", f"std (ddof {ddof})", "cost"]
+    columns = ["features", "k", "samples", f"mean {heading(run.metric)}", "min", "max", f"std (ddof {ddof})", "cost"]
     rows = []
     for (feature, shots, costs), values in samples.items():
-        deviation = _deviation(values, ddof)
-        numbers = [f"{100 * v:.2f}" for v in (statistics.fmean(values), min(values), max(values))]
-        cost = f"{float(costs):g}" if run.chosen_on else "of each class"
-        rows.append(
-            [feature, shots, str(len(values)), *numbers, "-" if deviation is None else f"{100 * deviation:.2f}", cost]
-        )
+        numbers = [statistics.fmean(values), min(values), max(values)]
+        numbers += [deviation(values)] if len(values) > ddof else []
+        cells = [f"{scale * number:.2f}" for number in numbers] + ["-"] * (4 - len(numbers))
+        cost = f"{float(costs):g}" if _is_number(costs) else "of each class"
+        rows.append([feature, shots, str(len(values)), *cells, cost])
     return columns, rows
 
 
@@ -103,23 +103,19 @@ def notes(run: Run) -> Iterator[str]:
     if run.chosen_on:
         yield "costs: for all classes together, by the mean of the samples on the images that they are scored on"
         return
-    folds: dict[int, set[str]] = {}
-    plain: set[float] = set()
-    shots = {row["probe"]: row[SHOTS] for row in run.scores}
-    several = any(len({row["cost"] for row in rows}) > 1 for rows in costs.values())
-    for probe, rows in costs.items():
-        for row in rows:
-            folds.setdefault(row["folds"], set()).add(shots[probe])
-            if row["chosen"] and row["ap"] is None:
-                plain.add(row["cost"])
-    if not several:
+    if not any(len({row["cost"] for row in rows}) > 1 for rows in costs.values()):
         return
-    yield "costs: for each class, by average precision (scikit-learn's) in stratified cross-validation; see costs.csv"
-    most = max(folds)
-    for count, where in sorted(folds.items()):
-        if count < most:
-            chosen = f"no cross-validation, cost {_span(sorted(plain))}" if count < 2 else f"{count} folds"
-            yield f"k = {', '.join(sorted(where, key=int))}: {chosen}, because each fold needs a positive"
+    shots = {row["probe"]: row[SHOTS] for row in run.scores}
+    folds: dict[int, set[str]] = {}
+    for probe, rows in costs.items():
+        folds.setdefault(rows[0]["folds"], set()).add(shots[probe])
+    plain = _span([row["cost"] for rows in costs.values() for row in rows if row["chosen"] and not row["folds"]] or [1])
+    if max(folds):
+        yield "costs: for each class, by average precision (scikit-learn's) in stratified cross-validation; see costs.csv"
+    for count, few in sorted(folds.items()):
+        if count < max(2, *folds):
+            how = f"{count} folds" if count else f"no cross-validation, cost {plain}"
+            yield f"k = {', '.join(sorted(few, key=int))}: {how}, because each fold needs a positive"
 
 
 def _scores(run: Run, role: str) -> list[Mapping[str, Any]]:
@@ -129,16 +125,16 @@ def _scores(run: Run, role: str) -> list[Mapping[str, Any]]:
 def _by_draw(run: Run, role: str) -> dict[tuple[str, str, str], list[float]]:
     """Return {(feature, shots, costs): scores of the samples}."""
     groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in _scores(run, role):
+    for row in (row for row in _scores(run, role) if int(row[SHOTS] or 0)):
         groups.setdefault((row[FEATURE], row[SHOTS], row[LIST]), []).append(row["value"])
     return groups
 
 
-def _deviation(values: Sequence[float], ddof: int) -> float | None:
-    if len(values) <= ddof:
-        return None
-    mean = statistics.fmean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - ddof))
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _span(costs: Sequence[float]) -> str:

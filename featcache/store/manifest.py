@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict
@@ -141,9 +142,9 @@ class Manifest:
         }
         options |= {name: identity.get(name) for name in ("dtype", "precision") if identity.get(name) != USUAL[name]}
         words = [f"--{name} {value}" for name, value in options.items() if value]
-        return " ".join(
-            ["featcache extract --backbone CKPT", *words, f"--features {','.join([*self.features, str(feature)])}"]
-        )
+        # The brackets of a grid mean something to a shell.
+        features = shlex.quote(",".join([*self.features, str(feature)]))
+        return " ".join(["featcache extract --backbone CKPT", *words, f"--features {features}"])
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the manifest's file."""

@@ -281,3 +281,15 @@ def test_a_list_is_no_state_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(BadInput, match=r"list\.pth holds no tensors by name \(it holds: list\)"):
         load_backbone(tmp_path / "list.pth")
+
+
+def test_safetensors_may_begin_like_a_pickle(tmp_path):
+    """The first byte is that of a length, which may be 0x80."""
+    import safetensors.torch
+
+    path, tensor = tmp_path / "w.safetensors", torch.arange(3.0)
+    for width in range(0, 256, 8):
+        path.write_bytes(safetensors.torch.save({"w": tensor}, metadata={"pad": "x" * width}))
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80" and torch.equal(read_checkpoint(path)["w"], tensor)

@@ -139,3 +139,23 @@ def test_inaturalist_annotations(tmp_path):
     path.write_text('{"images":\n [,')
     with pytest.raises(BadInput, match=r"broken JSON in .*val2018\.json, line 2"):
         read_dataset("inaturalist2018", tmp_path)
+
+
+def test_lists_name_classes_by_folders_or_numbers(tmp_path):
+    root, expected = LAYOUTS["lists"](tmp_path)
+    assert read_dataset("lists", root).classes == ("emu", "kea")
+    flat = tmp_path / "Flat"
+    for number in (1, 2):
+        save(flat / "train" / f"{number}.png", number)
+    (flat / "train.txt").write_text("1.png 3\n2.png 0\n")
+    data = read_dataset("lists", flat)
+    assert data.classes == ("0", "1", "2", "3") and list(data.splits) == ["train"]
+    assert [record.labels for record in data.splits["train"]] == [3, 0]
+    for text, message in (
+        ("1.png\n", "1.png needs a label"),
+        ("1.png -1\n", "needs a label, a number from 0"),
+        ("9.png 0\n", "image not found: 9.png"),
+    ):
+        (flat / "train.txt").write_text(text)
+        with pytest.raises(BadInput, match=message):
+            read_dataset("lists", flat)

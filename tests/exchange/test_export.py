@@ -270,6 +270,8 @@ HEADS = {
     "maxout": {"type": "bcos", "layers": 2, "hidden": 8, "max_out": 2, "norm": "none"},
     "attentive": {"type": "attentive", "heads": 4},
     "unbiased": {"type": "attentive", "heads": 1, "bias": False, "temperature": 0.5},
+    "queries": {"type": "attentive", "heads": 2, "queries": 3},
+    "normed": {"type": "bn_linear", "temperature": 2, "offset": -1.5},
 }
 
 
@@ -287,7 +289,7 @@ def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, sto
     probe = next(r["probe"] for r in every_head.scores if r["name"] == name)
     trained = load_probe(every_head.path, probe)
     opened, device = featcache.open_store(store), torch.device("cpu")
-    (predict,) = load_predictors(every_head.path, [[trained.spec]], opened, device)
+    (predict,) = load_predictors(every_head.path, [[trained.spec]], opened, every_head.summary["splits"], device)
     maps = torch.from_numpy(opened["test"]["spatial"][:5])
     cached = predict(Input.of(trained.spec).read([maps]))[0]
     preprocessing = load_backbone(checkpoint, arch="resnet18", size=64).preprocessing
@@ -307,7 +309,8 @@ def test_every_head_in_every_form_says_what_it_says_of_the_cache(every_head, sto
     tensors = content["state_dict"]
     again = safetensors.torch.load_file(export(".safetensors"))
     assert tensors.keys() == again.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
-    if name == "linear":
+    if name in ("linear", "normed"):
+        # The norm is in the layer.
         network = resnet18(num_classes=10)
         network.load_state_dict(tensors)
         with torch.inference_mode():

@@ -58,7 +58,7 @@ def words(images, backbone, recipe, run):
 def test_the_run_is_one_like_any_other(tuned, command, tmp_path):
     probes = list(dict.fromkeys(row["probe"] for row in tuned.scores))
     assert len(probes) == 2 and featcache.verify(tuned.path) == []
-    assert {row["split"] for row in tuned.scores} == {"train", "val", "test"}
+    assert {row["split"] for row in tuned.scores} == {"val", "test"}
     (row,) = [r for r in tuned.scores if (r["probe"], r["split"], r["metric"]) == (probes[0], "test", "map")]
     assert row["low"] < row["value"] < row["high"] and row["finetune.ema"] == "0.9" and row["label_fraction"] == "0.5"
     (sample,) = tuned.summary["samples"].values()
@@ -224,7 +224,8 @@ def test_bad_runs_to_start_from(images, tiny, tuned, tmp_path, store, command):
     assert code == 2 and "--select chooses the probe of --head-from" in err
     code, _, err = command(*own, "--head-from", tmp_path / "nothing")
     assert code == 2 and "not found" in err
-    # Those of a fine-tuned run belong to another backbone each.
+    code, _, err = command(*own, "--head-from", tuned.path)
+    assert code == 2 and "is of another backbone (weights sha256" in err
     code, _, err = command("train-probes", "--grid", tmp_path / "r.yaml", "--store", store, "--run", tmp_path / "x")
     assert (
         code == 2

@@ -1,6 +1,7 @@
 """What a step of fine-tuning is: an ordinary loop of torch, whatever is accumulated, averaged, scaled or killed."""
 
 import copy
+import csv
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
 
+import featcache
 from featcache.device import multiplying
 from featcache.finetuning import configuration as room
 from featcache.finetuning.drop_path import DropPath, set_drop_path
@@ -231,6 +233,41 @@ def test_a_state_holds_all_of_it(images, tmp_path, monkeypatch, tuned, optimizer
     assert stop == 6 and not made.state.exists()
     for name, tensor in made.tuner.network.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_damaged_state_is_dropped_with_a_notice(images, tmp_path, monkeypatch):
+    content = tuning.recipe()
+    expected = tuning.finetune(images, content, tmp_path / "whole")
+    (probe,) = expected.summary["backbones"]
+    monkeypatch.setattr(room, "SAVE_SECONDS", 0)
+    save = room.Configuration._save
+
+    def saved_once(self):
+        save(self)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(room.Configuration, "_save", saved_once)
+        tuning.finetune(images, content, tmp_path / "run")
+    state = tmp_path / "run" / "partial" / f"{probe}.safetensors"
+    data = state.read_bytes()
+    state.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    given = {"root": images, "arch": "tuning:network", "workers": 0, "run": tmp_path / "run"}
+    run, said = trust.quietly(lambda: featcache.finetune("random", "manifest", content, **given))
+    assert f"partial/{probe}.safetensors: its checksum does not fit its content" in said and not state.exists()
+    name = f"backbones/{probe}.safetensors"
+    assert (run.path / name).read_bytes() == (expected.path / name).read_bytes()
+
+
+def test_single_labels(images, tmp_path):
+    """A class for each image, mixed and smoothed, chosen by top-1."""
+    with open(images, newline="") as file:
+        rows = [f"{row['path']},{row['labels'].split(';')[-1]},{row['split']}" for row in csv.DictReader(file)]
+    (images.parent / "single.csv").write_text("\n".join(["path,label,split", *rows]))
+    content = tuning.recipe({"mixup": 0.8, "cutmix": 1.0}, loss={"type": ["ce", "bce"], "label_smoothing": 0.1})
+    content["probes"] += tuning.recipe({"mixup": 0.8, "mixed": "both"})["probes"]
+    run = tuning.finetune(images.parent / "single.csv", content, tmp_path / "run")
+    assert run.metric == "top1" and len(run.summary["backbones"]) == 3 and featcache.verify(run.path) == []
 
 
 def timm_scales(name, decay, weight_decay):

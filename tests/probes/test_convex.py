@@ -107,6 +107,14 @@ def test_a_fold_without_images_has_no_weights(problem):
     assert found.converged.all() and not found.weights.any() and not found.distance.any()
 
 
+def test_nothing_is_claimed_of_features_that_are_not_finite(problem):
+    features, targets, *_ = problem
+    features = features.clone()
+    features[3, 2] = torch.inf
+    found = solve(Eigenbasis(features), Columns("logistic", targets, torch.ones(1)))
+    assert not found.converged.any() and found.weights.isnan().all() and found.gradient.isnan().all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize(("loss", "bias"), [("logistic", "free"), ("squared_hinge", "penalised")])
 def test_a_gpu_finds_the_same(problem, loss, bias):

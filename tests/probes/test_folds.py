@@ -178,3 +178,19 @@ def test_what_is_chosen_by_folds_is_scored_on_test(tmp_path):
 def test_a_dry_run_counts_the_folds(store, command, tmp_path):
     plan = featcache.plan_probes(GRID, store)
     assert sum(stack.probes for stack in plan.stacks) == 20 and plan.probes == 4
+
+
+def test_a_list_of_another_grid_is_read_again_for_its_folds(store, tmp_path):
+    ids = featcache.open_store(store)["train"].ids
+    (tmp_path / "list.txt").write_text("\n".join(ids[:300]))
+    first = featcache.train_probes(
+        GRID | {"probes": [SGD | {"subset": str(tmp_path / "list.txt")}]}, store=store, run=tmp_path / "r"
+    )
+    both = featcache.train_probes(GRID | {"probes": [SGD]}, store=store, run=tmp_path / "r")
+    for row in first.scores:
+        assert both.row(row["probe"], row["metric"], row["split"])["value"] == row["value"]
+    (tmp_path / "list.txt").write_text("\n".join(ids[:301]))
+    before = len(find_probes(both.path))
+    with pytest.raises(BadInput, match="list.txt lists other images than when it was trained on; choose another --run"):
+        featcache.train_probes(GRID | {"probes": [SGD | {"seed": 1}]}, store=store, run=tmp_path / "r")
+    assert len(find_probes(both.path)) == before

@@ -82,13 +82,22 @@ def same_neighbours(found, wanted, ks, similar=True):
 def test_neighbours_are_those_of_float64(distance, exact, spread):
     """Also where similarities differ by less than a product in float32 tells, and where rows are equal."""
     rows, images = features(1500, spread=spread), features(40, seed=1, spread=spread).float()
-    search = Search(Rows(rows), distance, [Draw(None, KS, exact)], memory(1500, 24, window=256, exact=1 << 14))
-    (found,) = search(images)
+    plan = memory(1500, 24, window=256, exact=1 << 14, prepared=exact)
+    (found,) = Search(Rows(rows), distance, [Draw(None, KS, exact)], plan)(images)
     wanted = slowly(images, rows, distance, max(KS))
     # A Euclidean distance is a small difference of large numbers, unless it is asked for exactly.
     same_neighbours(found, wanted, KS, exact or distance != "euclidean")
     if exact:
         assert (found.rows.numpy() == wanted[0]).all() and (found.similarities.numpy() == wanted[1]).mean() > 0.99
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+def test_neighbours_of_a_product_in_tf32(spread):
+    """Its factors are rounded as for GPUs; then all similarities are computed again."""
+    rows, images = features(1500, spread=spread), features(40, seed=1, spread=spread).float()
+    search = Search(Rows(rows), "cosine", [Draw(None, KS)], memory(1500, 24, window=256))
+    (found,) = search._found(images, None, search._draws, tf32=True)
+    same_neighbours(found, slowly(images, rows, "cosine", max(KS)), KS)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

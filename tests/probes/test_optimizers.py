@@ -323,6 +323,18 @@ def test_lbfgs_does_not_take_rounding_for_an_optimum(problem):
     assert fit_convex(wanted, features, multi, 4)[2] == [True, False]
 
 
+def test_lbfgs_knows_a_distance_only_where_the_optimum_is_one(problem):
+    """Weight decay bounds it for a convex loss."""
+    features, multi, _ = problem
+    for loss, decay, known in (("bce", 0.1, True), ("ce", 0.1, True), ("squared_hinge", 0.1, True), ("bce", 0, False),
+                               ("focal", 0.1, False), ("asymmetric", 0.1, False)):  # fmt: skip
+        spec = lbfgs(Loss(loss), decay)
+        (fit,) = spec.optimizer.fit([spec], features, multi, 4)
+        assert fit.converged and fit.optimality.gradient <= 1
+        assert (fit.optimality.distance <= 1e-5) == known
+        assert known or math.isinf(fit.optimality.distance)
+
+
 def test_lbfgs_marks_what_is_not_finite(problem):
     features, multi, _ = problem
     features = features.clone()

@@ -201,21 +201,34 @@ def maps(scenes, checkpoint, tmp_path_factory):
     return featcache.extract(checkpoint, "voc", root=scenes, size=64, workers=0, batch_size=8, store=place)
 
 
-def test_a_refit_goes_on_to_maps_and_exports(maps, checkpoint, tmp_path, command):
-    grid = {"refit": ["train", "val"], "probes": [LINEAR | {"loss": ["bce"], "seed": 0}]}
+PARTS = {
+    "refit": {"refit": ["train", "val"], "probes": [LINEAR | {"loss": "bce", "seed": 0}]},
+    "folds": {"select": {"folds": 2}, "probes": [LINEAR | {"loss": "bce", "seed": 0, "label_fraction": 0.9}]},
+    "shots": {"probes": [LINEAR | {"loss": "bce", "seed": 0, "shots": 1, "draw": [0, 1]}]},
+}
+
+
+@pytest.mark.parametrize("grid", PARTS.values(), ids=PARTS)
+def test_what_is_chosen_goes_on_to_maps_and_exports(maps, checkpoint, tmp_path, command, grid):
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(grid))
     code, out, err = command("train-probes", "--grid", tmp_path / "g.yaml", "--store", maps, "--run", tmp_path / "r")
     assert code == 0, err
     run = featcache.open_run(tmp_path / "r")
-    (refit,) = run.sources
-    assert out.splitlines()[2].startswith(refit)
+    (chosen,) = select(run, "best map")
+    assert out.splitlines()[2].startswith(chosen) and bool(run.sources) == ("refit" in grid)
     code, out, err = command("attribute", "--run", run.path, "--limit", 3)
-    assert code == 0 and refit in out and run.sources[refit] not in out
+    assert code == 0 and chosen in out and run.sources.get(chosen, "no other") not in out
     words = ["export", "--run", run.path, "--backbone", checkpoint]
-    for name, option in (("rule", ["--select", "best map"]), ("probe", ["--probe", refit])):
+    for name, option in (("rule", ["--select", "best map"]), ("probe", ["--probe", chosen])):
         code, _, err = command(*words, *option, "--to", tmp_path / f"{name}.safetensors")
         assert code == 0, err
     assert (tmp_path / "rule.safetensors").read_bytes() == (tmp_path / "probe.safetensors").read_bytes()
-    code, _, err = command(*words, "--select", "best map", "--probe", refit, "--to", tmp_path / "x.pth")
-    assert code == 2 and "not both" in err
+    for more, message in (
+        (["--select", "best map", "--probe", chosen], "not both"),
+        (["--select", "best map per lr"], "export writes one" if "refit" not in grid else "trained again the best map"),
+    ):
+        code, _, err = command(*words, *more, "--to", tmp_path / "x.pth")
+        assert code == 2 and message in err
+    code, _, err = command("report", "--run", run.path, "--out", tmp_path / "page.html")
+    assert code == 0 and chosen in (tmp_path / "page.html").read_text(), err
     assert featcache.verify(run.path) == []

@@ -43,7 +43,8 @@ def table(path):
 
 def assert_equal(row, other):
     """The same columns and words, and the same numbers but for rounding."""
-    assert row.keys() == other.keys()
+    # Kinds that are newer than the old run have columns of their own.
+    assert row.keys() <= other.keys()
     for column, text in row.items():
         try:
             assert float(other[column]) == pytest.approx(float(text), abs=ROUNDING, nan_ok=True), column
@@ -51,9 +52,18 @@ def assert_equal(row, other):
             assert other[column] == text, column
 
 
+def steps_of_solvers(run):
+    """Return the ids of probes whose history has the steps of a solver, which may take others in every version."""
+    return {row["probe"] for row in table(run / "scores.csv") if row["optimizer.type"] == "lbfgs"}
+
+
 def assert_equal_runs(run, other):
+    exact = steps_of_solvers(run)
     for name in TABLES:
-        rows, others = table(run / name), table(other / name)
+        rows, others = (
+            [row for row in table(path / name) if name != "history.csv" or row["probe"] not in exact]
+            for path in (run, other)
+        )
         assert len(rows) == len(others), name
         for row, its in zip(rows, others, strict=True):
             assert_equal(row, its)
@@ -61,7 +71,8 @@ def assert_equal_runs(run, other):
     for name in find_probes(run):
         probe, its = load_probe(run, name), load_probe(other, name)
         assert probe.spec == its.spec and probe.weights.keys() == its.weights.keys()
-        assert probe.losses == pytest.approx(its.losses, abs=ROUNDING)
+        losses = slice(-1, None) if name in exact else slice(None)
+        assert probe.losses[losses] == pytest.approx(its.losses[losses], abs=ROUNDING)
         for key, weights in probe.weights.items():
             np.testing.assert_allclose(its.weights[key], weights, atol=ROUNDING, rtol=ROUNDING)
 

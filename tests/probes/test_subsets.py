@@ -172,6 +172,8 @@ def test_means_over_draws_and_seeds(store, tmp_path, command):
         ({"shots": 1, "label_fraction": 0.1}, "label_fraction and shots both say which images to train on: give one"),
         ({"draw": 1}, "draw is the seed of label_fraction or shots: without them there is nothing to draw"),
         ({"subset": "nowhere.txt"}, "probes[0].subset: file not found: nowhere.txt"),
+        ({"subset": "a\0b"}, "probes[0].subset: 'a\\x00b' is not the path of a file"),
+        ({"subset": "."}, "probes[0].subset: cannot read .: [Errno 21] Is a directory"),
         ({"fold": "1/5"}, "probes[0].fold: unknown field"),
         ({"refit": "train"}, "probes[0].refit: unknown field"),
     ],

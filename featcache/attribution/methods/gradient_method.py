@@ -21,6 +21,7 @@ class GradientMethod(Method):
     """
 
     runs_backbone: ClassVar[bool] = True
+    reads_maps: ClassVar[bool] = False
     rule: ClassVar[Rule] = PLAIN
 
     def combine(self, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ class SampledGradient(Method):
     """
 
     runs_backbone: ClassVar[bool] = True
+    reads_maps: ClassVar[bool] = False
 
     @property
     def count(self) -> int:

@@ -10,7 +10,7 @@ from featcache.kinds import Kind
 class LocalisationScore(Kind):
     """Base class of localisation scores, which say how well a map points at the boxes of its class.
 
-    A score is in 0..1, and higher is better. heading: its name in tables and pictures. columns: of attribution.csv,
+    A score is in 0..1, and higher is better unless its explanation says otherwise. heading: its name in tables and pictures. columns: of attribution.csv,
     that of the score and that of what a uniform map scores. lacking: what a map has not that has no score, such as
     "positive energy". The first line of a subclass's docstring is its explanation in the report.
     """

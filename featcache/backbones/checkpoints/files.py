@@ -55,7 +55,9 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
         raise BadInput(f"checkpoint not found: {path}")
     with open(path, "rb") as file:
         start = file.read(64)
-    if start[8:9] == b"{" and start[:1] != b"\x80":
+    # A pickle begins with 0x80 too, but its first eight bytes are no length that fits into the file.
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and (start[:1] != b"\x80" or length <= path.stat().st_size - 8):
         return _read_safetensors(path)
     if start[:2] == b"PK":
         return _read_zip(path)

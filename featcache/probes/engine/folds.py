@@ -29,12 +29,12 @@ def score_folds(
     """Score recipes by their folds: {id of the probe that holds no fold out: Values}.
 
     specs: of the probes that hold folds out. A value is the mean over the folds of the score on the images that the fold
-    held out. memory: as for load_predictors. Given the probes, the folds' scores are independent, since they are of different images: the variance of
+    held out. Given the probes, the folds' scores are independent, since they are of different images: the variance of
     the mean is the sum of their jackknife variances over the square of their number. A recipe of which a fold is
-    missing has no scores.
+    missing has no scores. memory: as for load_predictors.
     """
-    parts: dict[str, list[dict[str, tuple[float, ...]]]] = {}
-    counts: dict[str, int] = {}
+    # {id: {(fold, of how many): {metric: (score, standard deviation, count)}}}
+    parts: dict[str, dict[tuple[int, int], dict[str, tuple[float, ...]]]] = {}
     places = find_probes(folder)
     for sample in dict.fromkeys(spec.sample for spec in specs):
         images, labels = sets[sample], sets.held_out_labels(sample)
@@ -53,11 +53,12 @@ def score_folds(
                 for block, tally in zip(part, tallies, strict=True):
                     estimates = tally.estimates()
                     for p, spec in enumerate(block):
-                        whole = replace(spec, fold=None).id
+                        number, count = map(int, str(spec.fold).split("/"))
                         row = {m: tuple(column[p].item() for column in columns) for m, columns in estimates.items()}
-                        parts.setdefault(whole, []).append(row)
-                        counts[whole] = int(str(spec.fold).split("/")[1])
-    return {whole: _mean(rows) for whole, rows in parts.items() if len(rows) == counts[whole]}
+                        parts.setdefault(replace(spec, fold=None).id, {})[number, count] = row
+    # In the order of the folds, on which the last bit of a mean depends.
+    ordered = {whole: [rows[key] for key in sorted(rows)] for whole, rows in parts.items()}
+    return {whole: _mean(rows) for whole, rows in ordered.items() if len(rows) == next(iter(parts[whole]))[1]}
 
 
 def _mean(folds: Sequence[dict[str, tuple[float, ...]]]) -> Values:

@@ -20,7 +20,7 @@ from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
 # Bytes of the logits, and of the labels of neighbours, that are computed at a time.
-LOGITS = 64 << 20
+LOGITS = 16 << 20
 
 
 class NeighbourPredictor:
@@ -53,7 +53,8 @@ class NeighbourPredictor:
     def __call__(self, splits: Sequence[str], rows: np.ndarray | None = None) -> Iterator[Tensor]:
         """Yield the logits of a union of splits in order, float32 [P, n, C].
 
-        rows: sorted rows of the union, by default all. An image that votes is not its own neighbour. Raises BadInput for features that have no neighbours.
+        rows: sorted rows of the union, by default all. An image that votes is not its own neighbour. Raises BadInput for
+        features that have no neighbours.
         """
         labels, classes = load_labels(self._store, self._train), len(self._store.classes)
         wanted, draws = self._draws()
@@ -62,9 +63,8 @@ class NeighbourPredictor:
         training = TrainingRows(self._read, self._store, self._train, self._device, wanted, memory.held)
         self._check(training.norms, self._train, torch.arange(len(labels)) if wanted is None else wanted)
         search, done = Search(training, self._distance, draws, memory), 0
-        numbers = (
-            torch.arange(sum(len(self._store[name]) for name in splits)) if rows is None else torch.from_numpy(rows)
-        )
+        numbers = torch.arange(sum(len(self._store[name]) for name in splits))
+        numbers = numbers if rows is None else numbers[torch.from_numpy(rows)]
         own = _places(self._among_training(splits)[numbers], wanted).to(self._device)
         with tqdm(total=len(numbers), unit="image", desc="neighbours", leave=False) as progress:
             for images in self._images(splits, rows, memory.images):
@@ -95,8 +95,8 @@ class NeighbourPredictor:
 
     def _draws(self) -> tuple[Tensor | None, list[Draw]]:
         """Return the rows that any of the probes learned from, None for all, and the draws within them."""
-        some = [rows for rows in self._rows if rows is not None]
-        wanted = torch.cat(some).unique() if len(some) == len(self._rows) else None
+        partial = [rows for rows in self._rows if rows is not None]
+        wanted = torch.cat(partial).unique() if len(partial) == len(self._rows) else None
         draws = []
         for number, rows in enumerate(self._rows):
             heads = [head for head, draw in zip(self._heads, self._draw_of, strict=True) if draw == number]
@@ -149,7 +149,7 @@ class NeighbourPredictor:
         reason = "is all zero, and has no cosine" if norms[row] == 0 else "is not finite"
         ids = np.concatenate([[f"{name} {image!r}" for image in self._store[name].ids] for name in splits])
         raise BadInput(
-            f"feature {self._read.name} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
+            f"feature {self._read.feature} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
             f"neighbours ({int(bad.sum())} such images); "
             + ("take distance euclidean, or another feature" if norms[row] == 0 else "extract with --dtype float32")
         )

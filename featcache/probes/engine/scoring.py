@@ -116,28 +116,28 @@ def score_probes(
     metrics: Sequence[str],
     memory: float | None = None,
 ) -> dict[tuple[str, str], Scored]:
-    """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and splits.
+    """Score a run folder's probes: {(probe id, role): Scored}, in the order of specs and labels.
 
-    splits, labels: {role: splits of the store} and {role: labels of their images}. intervals: roles whose scores get
-    an interval. metrics: names of those to compute. memory: as for load_predictors. A probe that is not scored on the
-    images that it learns from lacks the role train.
+    splits: {role: splits of the store}. labels: {role: labels of its images} of the roles to score on. intervals: roles
+    whose scores get an interval. metrics: names of those to compute. memory: as for load_predictors. A probe that is not
+    scored on the images that it learns from lacks the role train.
     """
     scored, places = {}, find_probes(folder)
-    with tqdm(total=len(specs) * len(splits), unit="score", desc="score") as progress:
+    with tqdm(total=len(specs) * len(labels), unit="score", desc="score") as progress:
         largest = max(labels.values(), key=len)
         kept = new_tally(specs[:1], largest[:1], len(store.classes), metrics).bytes_per_image * len(largest)
         for _, group in blocks_by_input(specs, store, device):
             for part in passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
                 predictors = load_predictors(folder, part, store, splits, device, places, memory)
-                for role, names in splits.items():
+                for role in labels:
                     of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
                     blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
-                    tallies = tally_blocks(own, blocks, store, names, labels[role], device, metrics)
+                    tallies = tally_blocks(own, blocks, store, splits[role], labels[role], device, metrics)
                     for block, tally in zip(blocks, tallies, strict=True):
                         for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
                             scored[spec.id, role] = result
                     progress.update(sum(map(len, part)))
-    return {(s.id, role): scored[s.id, role] for s in specs for role in splits if (s.id, role) in scored}
+    return {(s.id, role): scored[s.id, role] for s in specs for role in labels if (s.id, role) in scored}
 
 
 def score_logits(

@@ -62,6 +62,8 @@ class Knn(Head):
         """See Part.conflict."""
         if self.weights == "inverse" and self.distance == "dot":
             return "weights inverse divide by a distance, and a dot product is none: take distance cosine or euclidean"
+        if spec.optimizer.trains:
+            return f"a knn head is not trained: say optimizer: none, not {spec.optimizer.type}"
         if self.offset != 0:
             return "a knn head has no offset"
         if spec.views:

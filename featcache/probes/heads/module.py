@@ -1,5 +1,7 @@
 """One trained head as an ordinary module."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from featcache.probes.heads.head import Head
@@ -9,10 +11,11 @@ class HeadModule(nn.Module):
     """One trained head: maps float32 [B, D, h, w] to logits [B, C].
 
     The logits are averaged over positions (or the features, with pool: before), so that GradCAM and similar methods
-    have a map. weights: {name: tensor} of the probe. Raises ValueError for weights that do not fit the head.
+    have a map. weights: {name: tensor} of the probe. link: of its loss, how logits become probabilities. Raises
+    ValueError for weights that do not fit the head.
     """
 
-    def __init__(self, head: Head, weights: dict[str, Tensor]):
+    def __init__(self, head: Head, weights: dict[str, Tensor], link: Literal["sigmoid", "softmax"] = "sigmoid"):
         super().__init__()
         unused = dict(weights)
         try:
@@ -21,7 +24,7 @@ class HeadModule(nn.Module):
             raise ValueError(f"weights do not fit the head: missing {error}") from None
         if unused:
             raise ValueError(f"weights do not fit the head: unexpected {list(unused)}")
-        self.head, self.layers = head, nn.ModuleDict(layers)
+        self.head, self.layers, self.link = head, nn.ModuleDict(layers), link
         self.eval().requires_grad_(False)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -31,3 +34,8 @@ class HeadModule(nn.Module):
         for layer in self.layers.values():
             maps = layer(maps)
         return maps.mean((2, 3)) / self.head.temperature + self.head.shift
+
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """Map float32 [B, D, h, w] to the probabilities that the head was trained to give, [B, C]."""
+        logits = self(maps)
+        return logits.softmax(1) if self.link == "softmax" else logits.sigmoid()

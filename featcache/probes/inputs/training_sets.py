@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class TrainingSets:
         if path in self._listed:
             return self._listed[path]
         rows = listed_rows(path, self.ids(("train",)), self._of("train").numpy(), self.store.classes)
-        name = f"{path.replace(chr(92), '/').rpartition('/')[2]}#{self.digest(rows)}"
+        name = f"{Path(path).name}#{self.digest(rows)}"
         self.subsets[name], self._listed[path] = path, name
         self._rows[Sample(subset=name)] = rows
         return name
@@ -82,10 +83,11 @@ class TrainingSets:
         return digest([ids[row] for row in rows.tolist()])
 
     def described(self, sample: Sample) -> dict[str, int | str]:
-        """Return what run.json says of a sample: the number of its images, and the digest of their ids."""
+        """Return what run.json says of a sample: the number of its images, the digest of their ids, and its list."""
         rows = self[sample].rows
         assert rows is not None, "all images are not described"
-        return {"images": len(rows), "ids_sha256": self.digest(rows)}
+        entry: dict[str, int | str] = {"images": len(rows), "ids_sha256": self.digest(rows)}
+        return entry | ({"list": self.subsets[sample.subset]} if sample.subset else {})
 
     def held_out_labels(self, sample: Sample) -> Tensor:
         """Return the labels of the fold that a sample holds out, on the CPU."""

@@ -123,6 +123,8 @@ def _single(
 class CeCurvature(Curvature):
     """Softmax cross-entropy with its full curvature, across classes."""
 
+    convex = True
+
     def __init__(self, function: LossFunction, labels: Tensor):
         super().__init__(function, labels, function.classes)
         self.ignored: Tensor | None = None  # [C, N]

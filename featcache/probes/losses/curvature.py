@@ -24,6 +24,8 @@ class Curvature:
     problems: how many problems the loss has. columns: of each.
     """
 
+    # Whether the loss is known to be convex, so that weight decay bounds how far the optimum is.
+    convex = False
     # Step of the differences of gradients that give the curvature, in logits.
     WIDTH = 1e-4
 
@@ -64,7 +66,7 @@ class Curvature:
 class SeparateCurvature(Curvature):
     """Base of losses that are one problem for each column. parts: what the loss knows of each image, [Q, N] each."""
 
-    columns = 1
+    convex, columns = True, 1
 
     def __init__(self, *parts: Tensor):
         self.parts = parts

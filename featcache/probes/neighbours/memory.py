@@ -40,8 +40,7 @@ class SearchMemory:
         window, exact = min(max(rows, 1), WINDOW), min(EXACT[device.type], int(room / 8))
         # A tile as it is read and as a factor, in float64 for its norms, and the norms.
         tile = min(READ_ROWS, rows) * width * 12 + 8 * rows
-        # Its features as float32, its similarities, what is sorted of them, and candidates with their numbers.
-        image = 4 * 3 * width + 4 * window + 4 * window // 4 + 60 * kept
+        image = _image_bytes(width, window, kept)
         least = tile + exact + 64 * image
         if room < least:
             raise BadInput(
@@ -58,7 +57,16 @@ class SearchMemory:
         if not held:
             # The training images are read again for every group of images: the larger, the fewer times.
             window = min(window, READ_ROWS)
-            image = 4 * 3 * width + 5 * window + 60 * kept
+            image = _image_bytes(width, window, kept)
             images = int(max(min((room - tile - exact) / 2 // image, 16 * MOST_IMAGES), 64))
         used = tile + exact + images * image + held * raw + prepared * factors
         return cls(images, window, held, prepared, exact, int(used))
+
+
+def _image_bytes(width: int, window: int, kept: int) -> int:
+    """Return roughly the bytes that an image takes.
+
+    These are its features in float32, twice, and in float64; its similarities, those of a draw, and what is sorted of
+    them; and its candidates with their numbers.
+    """
+    return 20 * width + 12 * window + 60 * kept

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from featcache.probes.inputs.input import Input, rows_within
+from featcache.store.feature_array import PIECE_BYTES
 from featcache.store.reader import Store
 
-# Rows that are read at a time where they are not kept.
+# Rows that are multiplied at a time; of maps, which are averaged, fewer are read at a time.
 READ_ROWS = 1 << 13
 
 
@@ -67,8 +68,10 @@ class TrainingRows:
     def _read_tiles(self) -> Iterator[tuple[int, Tensor]]:
         at = 0
         for first, arrays in zip(self._firsts, self._arrays, strict=False):
-            for start in range(0, len(arrays[0]), READ_ROWS):
-                rows = [array[start : start + READ_ROWS] for array in arrays]
+            fitting = PIECE_BYTES * len(arrays[0]) // sum(array.nbytes for array in arrays)
+            step = min(max(fitting, 1), READ_ROWS)
+            for start in range(0, len(arrays[0]), step):
+                rows = [array[start : start + step] for array in arrays]
                 if self._wanted is not None:
                     own = rows_within(self._wanted, first + start, first + start + len(rows[0]))
                     rows = [part[own] for part in rows]

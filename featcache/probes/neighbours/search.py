@@ -224,13 +224,13 @@ class Search:
         """Return the similarities of pairs of an image and a training row, by their numbers: float32 [n] from float64."""
         size = max(self._memory.exact // (16 * self._training.width), 1)
         parts = []
-        for some, others in zip(numbers.split(size), rows.split(size), strict=True):
-            a, b = images[some].double(), self._training.pick(others).double()
+        for mine, others in zip(numbers.split(size), rows.split(size), strict=True):
+            a, b = images[mine].double(), self._training.pick(others).double()
             if self._distance == "euclidean":
                 parts.append(-(a - b).norm(dim=1))
                 continue
             dots = (a * b).sum(1)
-            parts.append(dots / (norms[some] * self._training.norms[others]) if self._distance == "cosine" else dots)
+            parts.append(dots / (norms[mine] * self._training.norms[others]) if self._distance == "cosine" else dots)
         return torch.cat(parts).float()
 
     def _in_float64(self, images: Tensor, own: Tensor | None, draw: Draw) -> Neighbours:

@@ -344,5 +344,4 @@ def _probe(file: Any, row: Any, entry: dict[str, Any]) -> TrainedProbe:
 def _read_optimality(values: dict[str, float | None] | None) -> Optimality | None:
     if values is None:
         return None
-    distance, gradient = (math.inf if value is None else value for value in (values["distance"], values["gradient"]))
-    return Optimality(distance, gradient)
+    return Optimality(**{name: math.inf if value is None else value for name, value in values.items()})

@@ -9,16 +9,17 @@ from torch import Tensor
 from featcache.probes.heads.linear import Linear
 from featcache.probes.part import AtLeast0, Whole
 from featcache.probes.solvers.convex import Problem, fit_convex
+from featcache.probes.solvers.convex.path import COLUMN_BYTES
 from featcache.probes.solvers.solver import Fit, FullBatchSolver
 
 # Roughly how often it goes over the images for a probe, measured with weight decays of 1e-8 to 0.1.
 PASSES = 150
-# Bytes for each image: its features in both precisions, and logits, targets and the like in float64.
-ROTATED_BYTES, LOGITS_BYTES = 12, 8 * 10
+# Bytes for each number of an image's features, which are kept in both precisions.
+ROTATED_BYTES = 12
 
 
 class Lbfgs(FullBatchSolver):
-    """All images at once, to the optimum of the loss plus weight_decay / 2 |W|^2, by Newton's method; see convex.py."""
+    """All images at once, to the optimum of the loss plus weight_decay / 2 |W|^2, by Newton's method; see convex/."""
 
     type: Literal["lbfgs"] = "lbfgs"
     weight_decay: AtLeast0 = Field(0.0, description="weight decay; with ce, scikit-learn's C is 1 / (N weight_decay)")
@@ -49,7 +50,7 @@ class Lbfgs(FullBatchSolver):
 
     def image_bytes(self, width: int, classes: int) -> int:
         """See FullBatchSolver.image_bytes."""
-        return ROTATED_BYTES * width + LOGITS_BYTES * classes
+        return ROTATED_BYTES * width + COLUMN_BYTES * classes
 
 
 def _problem(spec: Whole) -> Problem:

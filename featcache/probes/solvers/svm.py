@@ -1,6 +1,6 @@
 """Linear support vector machines, one for each class, with a cost of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -9,7 +9,6 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from featcache.errors import BadInput
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.squared_hinge import SquaredHinge
 from featcache.probes.part import Count, CountOr0, Positive, Whole
@@ -27,8 +26,8 @@ COSTS: dict[str, tuple[float, ...]] = {
 ENGINES: dict[str, Callable[[Tensor, bool], Machines]] = {"newton": StackedMachines, "liblinear": Liblinear}
 # LinearSVC's default, for a class with too few positives to hold some out.
 PLAIN_COST = 1.0
-# Roughly how often it goes over the images for a probe.
-PASSES = 400
+# Roughly how often it goes over the images for a machine of each class.
+PASSES = 25
 # Bytes for each image: features in float64, twice, and in float32; and the problems of each class.
 FEATURE_BYTES, CLASS_BYTES = 20, 8 * 10
 
@@ -92,10 +91,12 @@ class Svm(FullBatchSolver):
         else:
             known, least = spec.loss.read(known), self.folds if len(self.cost_list) > 1 else 1
             needed = (1, least), (0, least)
-            why, remedy = f"each of {least} folds needs one" if least > 1 else "one is needed", "leave the class out"
-            remedy = "take fewer folds, or a single cost" if least > 1 else remedy
+            why, remedy = f"each of {least} folds needs one", "take fewer folds, or a single cost"
         for value, least in needed:
             counts = (known == value).sum(0)
+            if int(counts.min()) == 0:
+                what = "positives" if value else "negatives"
+                return f"no {what} of class {classes[int(counts.argmin())]!r} in training; train on more images"
             if int(counts.min()) < least:
                 what = f"{'positives' if value else 'negatives'} of class {classes[int(counts.argmin())]!r}"
                 asked = f", with {self.negatives} negatives for each" if self.positives and not value else ""
@@ -107,109 +108,137 @@ class Svm(FullBatchSolver):
         return "has machines that had not converged; give it more optimizer.iterations, or smaller costs"
 
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
-        """See FullBatchSolver.fit. Raises BadInput for features that are not finite, or all alike."""
+        """See FullBatchSolver.fit."""
         head = specs[0].head
-        rows = head.normalised(features.double())
-        if len(bad := (~torch.isfinite(rows).all(1)).nonzero()[:, 0]):
-            raise BadInput(
-                f"feature {specs[0].features}: training image {int(bad[0]) + 1} has values that are not finite"
-            )
-        if bool((rows == rows[:1]).all()):
-            raise BadInput(f"feature {specs[0].features} is the same for all training images: nothing can be learned")
-        shared = Trainer(ENGINES[self.engine], rows, head.bias)
-        return [_fit(spec, shared, labels, classes) for spec in specs]
+        # Probes that are trained on the same labels share what the engine prepares.
+        alike: dict[Hashable, list[int]] = {}
+        for number, spec in enumerate(specs):
+            solver = spec.optimizer
+            drawn = (solver.positives, solver.negatives, spec.seed) if solver.positives else None
+            alike.setdefault((spec.loss, drawn), []).append(number)
+        trainer, fits = _Trainer(ENGINES[self.engine], head.normalised(features.double()), head.bias), dict[int, Fit]()
+        for numbers in alike.values():
+            members = [specs[number] for number in numbers]
+            signs, draw = _signs(members[0], labels, classes)
+            trained = trainer.train(signs, [spec.optimizer for spec in members], members[0].loss, one_by_one=bool(draw))
+            fits |= {n: _fit(spec, signs, one, draw) for n, spec, one in zip(numbers, members, trained, strict=True)}
+        return [fits[number] for number in range(len(specs))]
 
     def passes(self) -> int:
         """See FullBatchSolver.passes."""
-        return PASSES
+        return PASSES * (len(self.cost_list) * self.folds + 1 if len(self.cost_list) > 1 else 1)
 
     def image_bytes(self, width: int, classes: int) -> int:
         """See FullBatchSolver.image_bytes."""
         return FEATURE_BYTES * width + CLASS_BYTES * classes * len(self.cost_list)
 
 
-class Trainer:
-    """Trains machines on some or all rows of features, float64 [N, D]. Those of all rows share what they prepare."""
+class _Trained(NamedTuple):
+    """The machines of C classes of one probe."""
+
+    ap: Tensor  # [C, P], NaN where nothing was held out
+    folds: Tensor  # int64 [C]
+    chosen: Tensor  # int64 [C]
+    weights: Tensor  # [C, D], and a column for the bias if there is one
+    converged: Tensor  # bool [C]
+    excess: Tensor  # [C], see machines.excess
+    loss: Tensor  # [C], summed over images
+
+
+class _Trainer:
+    """Trains machines on features, float64 [N, D]. Those of all images share what the engine prepares."""
 
     def __init__(self, engine: Callable[[Tensor, bool], Machines], features: Tensor, bias: bool):
         self.engine, self.features, self.bias = engine, features, bias
 
     @cached_property
-    def _machines(self) -> Machines:
+    def _of_all_images(self) -> Machines:
         return self.engine(self.features, self.bias)
 
-    def train(self, signs: Tensor, solver: Svm, positive_weight: float) -> "_Trained":
-        """Choose costs and train a machine for each class. signs: int8 [C, N], 0 for images that it does not have.
+    def train(self, signs: Tensor, solvers: Sequence[Svm], loss: SquaredHinge, one_by_one: bool) -> list[_Trained]:
+        """Return the machines of each probe. signs: int8 [C, N], of all of them.
 
-        Classes that draw a few images of their own are trained one by one, each on its images alone.
+        one_by_one: whether classes are trained one after another, each on the images that it has, since these are few.
         """
-        if not solver.positives:
-            return _train(self._machines, signs, solver, positive_weight)
+        if not one_by_one:
+            return _train(self._of_all_images, signs, solvers, loss)
         parts = []
         for sign in signs:
-            rows = sign.nonzero()[:, 0]
-            parts.append(_train(self.engine(self.features[rows], self.bias), sign[None, rows], solver, positive_weight))
-        return _Trained(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+            own = sign != 0
+            parts.append(_train(self.engine(self.features[own], self.bias), sign[None, own], solvers, loss))
+        return [
+            _Trained(*(torch.cat(fields) for fields in zip(*of_probe, strict=True)))
+            for of_probe in zip(*parts, strict=True)
+        ]
 
 
-class _Trained(NamedTuple):
-    """Machines of C classes. ap: [C, P], of each cost. folds, chosen: int64 [C]. The others as from solve and excess."""
-
-    ap: Tensor
-    folds: Tensor
-    chosen: Tensor
-    weights: Tensor  # [C, D] or [C, D + 1]
-    converged: Tensor
-    excess: Tensor
-    loss: Tensor
-
-
-def _train(machines: Machines, signs: Tensor, solver: Svm, positive_weight: float) -> _Trained:
-    """Choose a cost for each class by cross-validation, if there are several, and train its machine on all images."""
-    costs = torch.tensor(solver.cost_list, dtype=torch.float64, device=signs.device)
-    ap = torch.full((len(signs), len(costs)), torch.nan, dtype=torch.float64)
-    # Each fold needs a positive and a negative.
-    folds = min(solver.folds, int((signs > 0).sum(1).min()), int((signs < 0).sum(1).min())) if len(costs) > 1 else 0
-    if folds > 1:
-        ap = cross_validated(machines, signs, costs, folds, positive_weight, solver.iterations)
-        chosen = torch.from_numpy(ap.numpy().argmax(1))
-    else:
-        folds = 0
-        chosen = (costs / PLAIN_COST).log().abs().argmin().cpu().expand(len(signs))
-    own = costs[chosen.to(costs.device)]
-    everything = torch.ones_like(signs, dtype=torch.bool).unsqueeze(1)
-    weights, converged = machines.solve(signs, own.unsqueeze(1), everything, positive_weight, solver.iterations)
-    bounds, losses = excess(machines, signs, own, positive_weight, weights[:, 0, 0])
-    return _Trained(ap, torch.full_like(chosen, folds), chosen, weights[:, 0, 0], converged[:, 0, 0], bounds, losses)
-
-
-def _fit(spec: Whole, trainer: Trainer, labels: Tensor, classes: int) -> Fit:
-    """Train the machines of one probe."""
+def _signs(spec: Whole, labels: Tensor, classes: int) -> tuple[Tensor, str | None]:
+    """Return the labels of a probe, int8 [C, N], 1, -1, and 0 for none; and the digest of its draw, if it draws."""
     solver, draw, known = spec.optimizer, None, _matrix(labels, classes)
     if solver.positives:
         drawn = draw_few(known.cpu().numpy(), solver.positives, solver.negatives, spec.seed or 0)
         draw, known = digest_of_draw(drawn), torch.from_numpy(drawn).to(labels.device)
     else:
         known = spec.loss.read(known)
-    signs = torch.where(known < 0, 0, 2 * known - 1).to(torch.int8).t().contiguous()  # [C, N]
-    weight = spec.loss.positive_weight
-    trained = trainer.train(signs, solver, weight)
-    dim = trainer.features.shape[1]
-    weights = {"fc0.weight": trained.weights[:, :dim]} | ({"fc0.bias": trained.weights[:, dim]} if trainer.bias else {})
+    return torch.where(known < 0, 0, 2 * known - 1).to(torch.int8).t().contiguous(), draw
+
+
+def _train(machines: Machines, signs: Tensor, solvers: Sequence[Svm], loss: SquaredHinge) -> list[_Trained]:
+    """Choose a cost for each class of each probe, then train their machines on all images together."""
+    choices = [_choose(machines, signs, solver, loss.positive_weight) for solver in solvers]
+    own = torch.stack(
+        [
+            signs.new_tensor(s.cost_list, dtype=torch.float64)[place]
+            for s, (*_, place) in zip(solvers, choices, strict=True)
+        ],
+        dim=1,
+    )  # [C, probes]
+    everything = torch.ones_like(signs, dtype=torch.bool).unsqueeze(1)
+    weights, converged = machines.solve(signs, own, everything, loss.positive_weight, solvers[0].iterations)
+    trained = []
+    for p, choice in enumerate(choices):
+        found = weights[:, 0, p]
+        bounds_and_losses = excess(machines, signs, own[:, p], loss.positive_weight, found)
+        trained.append(_Trained(*choice, found, converged[:, 0, p], *bounds_and_losses))
+    return trained
+
+
+def _choose(machines: Machines, signs: Tensor, solver: Svm, positive_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first three fields of _Trained: the cost of each class by cross-validation, if there are several.
+
+    Each fold needs a positive and a negative. Where that leaves a single fold, the cost is the nearest to 1.
+    """
+    costs, classes = signs.new_tensor(solver.cost_list, dtype=torch.float64), len(signs)
+    folds = min(solver.folds, int((signs > 0).sum(1).min()), int((signs < 0).sum(1).min()))
+    if len(costs) > 1 and folds > 1:
+        ap = cross_validated(machines, signs, costs, folds, positive_weight, solver.iterations)
+        # Of equal ones numpy takes the first.
+        return ap, torch.full((classes,), folds), torch.from_numpy(ap.numpy().argmax(1))
+    nearest = (costs / PLAIN_COST).log().abs().argmin().cpu()
+    return torch.full((classes, len(costs)), torch.nan).double(), torch.zeros(classes).long(), nearest.expand(classes)
+
+
+def _fit(spec: Whole, signs: Tensor, trained: _Trained, draw: str | None) -> Fit:
+    """Return the Fit of one probe. The mean losses are those at zero and in the end."""
+    dim = trained.weights.shape[1] - spec.head.bias
+    weights = {"fc0.weight": trained.weights[:, :dim]} | (
+        {"fc0.bias": trained.weights[:, dim]} if spec.head.bias else {}
+    )
     labelled = int((signs != 0).sum())
-    at_zero = labelled + (weight - 1) * int((signs > 0).sum())
+    at_zero = labelled + (spec.loss.positive_weight - 1) * int((signs > 0).sum())
+    choice = Choice(
+        spec.optimizer.cost_list,
+        trained.ap.tolist(),
+        trained.chosen.tolist(),
+        trained.folds.tolist(),
+        trained.excess.tolist(),
+        draw,
+    )
     return Fit(
         {name: values.float().cpu().contiguous() for name, values in weights.items()},
         [at_zero / labelled, float(trained.loss.sum()) / labelled],
         bool(trained.converged.all()),
-        choice=Choice(
-            solver.cost_list,
-            trained.ap.tolist(),
-            trained.chosen.tolist(),
-            trained.folds.tolist(),
-            trained.excess.tolist(),
-            draw,
-        ),
+        choice=choice,
     )
 
 

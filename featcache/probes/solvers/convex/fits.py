@@ -14,7 +14,7 @@ from torch import Tensor
 from featcache.probes.heads.linear import Linear
 from featcache.probes.losses.loss import Loss, LossFunction
 from featcache.probes.solvers.convex.basis import Eigenbasis
-from featcache.probes.solvers.convex.newton import TOLERANCE
+from featcache.probes.solvers.convex.newton import TOLERANCE, ratio
 from featcache.probes.solvers.convex.path import Path
 from featcache.probes.solvers.solver import Fit, Optimality
 
@@ -65,11 +65,11 @@ def _fit(problems: list[Problem], basis: Eigenbasis, head: Linear, labels: Tenso
     for places, optima in path.optima(numbers, decay, steps):
         weight, bias = basis.as_weights(optima.points.flatten(0, 1))
         fields = (weight.unflatten(0, optima.points.shape[:2]), bias.unflatten(0, optima.points.shape[:2]),
-                  optima.losses.t(), optima.steps, optima.distance, optima.gradient)  # fmt: skip
+                  optima.losses.t(), optima.steps, optima.away, optima.gradient)  # fmt: skip
         rows = zip(*(field.cpu() for field in fields), strict=True)
         pieces |= {place: _Piece(*row) for place, row in zip(places.tolist(), rows, strict=True)}
     return [
-        _joined([pieces[place] for place in range(start, start + parts)], head.bias)
+        _joined([pieces[place] for place in range(start, start + parts)], head.bias, curvature.convex)
         for start in range(0, len(numbers), parts)
     ]
 
@@ -81,17 +81,18 @@ class _Piece(NamedTuple):
     bias: Tensor  # [R]
     losses: Tensor  # [T]
     steps: Tensor
-    distance: Tensor
+    away: Tensor
     gradient: Tensor
 
 
-def _joined(pieces: list[_Piece], bias: bool) -> Fit:
+def _joined(pieces: list[_Piece], bias: bool, convex: bool) -> Fit:
+    """Return the Fit of a probe. convex: whether its loss is, without which the distance is not known."""
     weight = torch.cat([piece.weight for piece in pieces])
     last = max(int(piece.steps) for piece in pieces)
     # A problem that ended early keeps its last loss.
     losses = sum(piece.losses[torch.arange(last + 1).clamp(max=int(piece.steps))] for piece in pieces)
-    away = torch.stack([piece.distance * piece.weight.norm() for piece in pieces]).norm()
-    distance = float(away / weight.norm()) if away > 0 else 0.0
+    away = torch.stack([piece.away for piece in pieces]).norm()
+    distance = float(ratio(away, weight.norm())) if convex else math.inf
     gradient = max(float(piece.gradient) for piece in pieces)
     weights = {"fc0.weight": weight.float()}
     if bias:

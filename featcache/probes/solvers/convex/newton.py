@@ -44,16 +44,22 @@ class Optima:
     """Where the search for the optima of Q problems ended.
 
     points: float64 [Q, R, K], in the eigenbasis. losses: without the decay, before and after each step, as they were
-    when a problem ended: [T, Q]. objectives: with the decay. distance: a bound on |W - W*| / |W|, infinite without decay.
+    when a problem ended: [T, Q]. objectives: with the decay. sizes: |W|. away: a bound on |W - W*|, infinite without decay.
     gradient: its norm over the largest that converges. steps: Newton steps. All [Q].
     """
 
     points: Tensor
     losses: Tensor
     objectives: Tensor
-    distance: Tensor
+    sizes: Tensor
+    away: Tensor
     gradient: Tensor
     steps: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """A bound on |W - W*| / |W|, [Q]."""
+        return ratio(self.away, self.sizes)
 
 
 class _Search(NamedTuple):
@@ -98,8 +104,8 @@ def minimise(
     endless = torch.full_like(decay, torch.inf)
     now = _Search(torch.arange(count, device=start.device), start, logits, basis.penalty(decay), loss.value(logits), least,
                   steps, endless, endless, torch.zeros_like(steps), torch.full_like(decay, INEXACT))  # fmt: skip
-    points, objectives, distance = torch.empty_like(start), torch.empty_like(decay), torch.empty_like(decay)
-    gradient, taken_by = torch.empty_like(decay), torch.empty_like(steps)
+    points, taken_by = torch.empty_like(start), torch.empty_like(steps)
+    objectives, sizes, away, gradient = (torch.empty_like(decay) for _ in range(4))
     values, losses = now.value.clone(), []
     for taken in range(int(steps.max()) + 1):
         values[now.numbers] = now.value
@@ -121,10 +127,8 @@ def minimise(
         if not going.all():
             ended = now.numbers[~going]
             points[ended], objectives[ended], taken_by[ended] = now.points[~going], objective[~going], taken
-            # At a gradient of 0 nothing is missing, even where the weights are 0.
-            distance[ended], gradient[ended] = (
-                torch.where(norm > 0, norm / size, 0.0)[~going] for size in (weight, enough)
-            )
+            sizes[ended] = (now.points * (now.penalty > 0)).flatten(1).norm(dim=1)[~going]
+            away[ended], gradient[ended] = ratio(norm, decay[now.numbers])[~going], ratio(norm, enough)[~going]
             if not going.any():
                 break
             now, loss = now.keep(going), loss.take(going.nonzero()[:, 0])
@@ -137,7 +141,12 @@ def minimise(
         now = now._replace(
             inexact=exact, points=now.points + length * step, logits=now.logits.add_(length * move), value=value
         )
-    return Optima(points, torch.stack(losses), objectives, distance, gradient, taken_by)
+    return Optima(points, torch.stack(losses), objectives, sizes, away, gradient, taken_by)
+
+
+def ratio(missing: Tensor, size: Tensor) -> Tensor:
+    """Return what is missing over a size, which is 0 where nothing is missing, even from 0."""
+    return torch.where(missing == 0, 0.0, missing / size)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class Path:
         count, directions = len(basis.features), len(basis.spread)
         room = at_most(SLICE_BYTES, basis.spread.device)
         self.at_once = max(room // (COLUMN_BYTES * loss.columns * (count + directions)), 1)
-        self.start = basis.spread.new_zeros(loss.problems, loss.columns, directions)
+        # Of features that are not finite nothing can be said.
+        zero = 0.0 if basis.finite else math.nan
+        self.start = basis.spread.new_full((loss.problems, loss.columns, directions), zero)
         numbers = torch.arange(loss.problems, device=self.start.device)
         looks = [self._look(part) for part in numbers.split(self.at_once)]
         self.steep = torch.cat([steep for steep, _ in looks])
@@ -68,10 +70,10 @@ class Path:
 
     def _station(self, decay: float) -> int:
         """Return the power of ten from which the search for a decay starts; above the first power it starts at zero."""
-        if decay >= 10.0**self.first:
+        if decay > 10.0**self.first:
             return self.first + 1
         last = self.first - POWERS + 1
-        return next((power for power in range(last, self.first) if 10.0**power > decay), self.first)
+        return next((power for power in range(last, self.first) if 10.0**power >= decay), self.first)
 
     def _down(self, points: Tensor, decay: float) -> Tensor:
         """Return all points roughly at the optima of a decay."""

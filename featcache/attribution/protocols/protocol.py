@@ -1,0 +1,18 @@
+"""What every protocol is."""
+
+from collections.abc import Sequence
+
+from featcache.attribution.batch import Source
+from featcache.attribution.targets import Target
+from featcache.kinds import Kind
+
+
+class Protocol(Kind):
+    """Base class of protocols, which say what images are explained, for which classes, and where maps should point."""
+
+    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+        """Return the images to explain and the Targets in them, in order of their rows. Raises BadInput.
+
+        source: the images of the split. limit: how many images to explain at most.
+        """
+        raise NotImplementedError
