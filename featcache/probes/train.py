@@ -120,8 +120,9 @@ def train_probes(
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
     started, ranks = time.monotonic(), join_ranks()
     chosen_device = choose_device(device, ranks.local_rank)
+    loaded = load_grid(grid, parity)
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    task, folder = _place(load_grid(grid, parity), store, run, stem, chosen_device, seed, allow_overlap)
+    task, folder = _place(loaded, store, run, stem, chosen_device, seed, allow_overlap)
     specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
     if task.resolved.notice and ranks.rank == 0:
         click.echo(f"notice: {task.resolved.notice}", err=True)
