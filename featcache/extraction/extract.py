@@ -220,7 +220,7 @@ def _finish(job: Job, parts: Sequence[Manifest]) -> str:
         known = merge([*whole_parts(folder), addition]).splits
         publish(folder, addition, {split: own for split, own in arrays.items() if split in known})
     store = read_parts(folder)
-    if len(store) > len(parts):
+    if any(part.is_addition for part in parts):
         # A manifest that was lost and is there again has additions behind it.
         others = [split for split in merge(store).splits if split not in arrays]
         restore(folder, store, arrays | {split: with_axes(Store(folder)[split].arrays()) for split in others})
