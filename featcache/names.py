@@ -1,5 +1,6 @@
 """Names that come from data, such as those of splits, features and runs, and are to name files or folders."""
 
+import re
 from collections.abc import Collection
 from typing import TypeGuard
 
@@ -8,6 +9,8 @@ from featcache.errors import BadInput, shown
 
 # What lies beside the splits of a store, in either format.
 MANIFEST, COMMITS = "manifest.json", "commits"
+# The manifest of what was added to a store later, with the beginning of its id.
+ADDITION = re.compile(r"addition-([0-9a-f]{8})\.json")
 BESIDE_SPLITS = (COMMITS, MANIFEST, "zarr.json", "index.h5")
 # File systems allow 255 bytes, and the name of a file that is being written needs some more than the final one.
 MOST_BYTES = 200
@@ -31,6 +34,8 @@ def split_name(name: object) -> str:
     """Return `name` if it can name a split, which becomes a folder of a store. Raises BadInput if it cannot."""
     if isinstance(name, str) and "@" in name:
         raise BadInput(f"split {shown(name)}: `@` is kept for the views of a split; give it another name")
+    if isinstance(name, str) and ADDITION.fullmatch(name):
+        raise BadInput(f"split {shown(name)}: the name is kept for what is added to a store; give it another name")
     return file_name(name, "split", BESIDE_SPLITS)
 
 

@@ -53,7 +53,10 @@ def _show_store(store: str) -> None:
         click.echo(": ".join(words))
     storage = f"{manifest.storage['format']}, compression {manifest.storage['compression'] or 'none'}"
     compute = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in manifest.compute.items() if v is not None)
-    click.echo(f"id: {opened.id}\nstorage: {storage}\ncompute: {compute}\n")
+    click.echo(f"id: {opened.id}\nstorage: {storage}\ncompute: {compute}")
+    for line in _growth(opened):
+        click.echo(line)
+    click.echo()
     counts = [(s, str(len(opened[s])), f"{done} of {total}") for s, (done, total) in shards.items()]
     click.echo(format_table(("split", "rows", "shards"), counts) + "\n")
     sizes = [
@@ -76,6 +79,25 @@ def _show_store(store: str) -> None:
             click.echo(f"split {split} is not whole: the same extract again finishes it")
     columns = ("feature", "split", "mean", "std", "zeros %", "max |x|", "not finite")
     click.echo(format_table(columns, _statistics_rows(opened, whole)))
+
+
+def _growth(store: "Store") -> Iterator[str]:
+    """Yield lines about what was added to a store, and what is being added."""
+    from featcache.store.additions import find_additions
+    from featcache.store.inspect import count_shards
+
+    for part in store.parts[1:]:
+        yield f"added: {', '.join(part.features)} of {', '.join(part.splits)}"
+    if len(store.parts) > 1:
+        yield f"earlier ids: {', '.join(store.ids[:-1])}"
+    for addition in find_additions(store.folder):
+        if addition.after is None:
+            counts = count_shards(store.folder, [addition]).values()
+            done, total = (sum(numbers) for numbers in zip(*counts, strict=True))
+            yield (
+                f"being added: {', '.join(addition.features)} of {', '.join(addition.splits)} ({done} of {total} shards); "
+                "the same extract again finishes it"
+            )
 
 
 def _statistics_rows(store: "Store", splits: Sequence[str]) -> list[tuple[str, ...]]:

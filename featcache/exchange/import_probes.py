@@ -24,7 +24,7 @@ from featcache.probes.finish import finish_run
 from featcache.probes.grids.fields import part_fields
 from featcache.probes.heads.head import Head
 from featcache.probes.losses import LOSSES
-from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.mend import drop_damaged, kept_files, known_store, without_summary
 from featcache.probes.runs.probe_file import Origin, find_probes, load_specs, save_probes
 from featcache.probes.runs.run import Run
 from featcache.probes.runs.run_file import PROBES, holds_run, identity, read_summary, write_summary
@@ -64,14 +64,14 @@ def import_probes(
     if loss not in PUBLISHED_LOSSES:
         words = ", ".join(PUBLISHED_LOSSES)
         raise BadInput(f"--loss: {loss!r} is not one of {words}{nearest(loss, PUBLISHED_LOSSES)}")
-    opened = open_store(store)
+    folder = local_path(run, "--run")
+    opened = known_store(open_store(store), folder)
     splits = _roles(opened)
     if offset is not None:
         try:
             offset = part_fields(Head)["offset"].read(offset)
         except ValueError as error:
             raise BadInput(f"--offset: {error}") from None
-    folder = local_path(run, "--run")
     select = {"metric": default_metric(opened.task), "split": "val" if "val" in splits else "train"}
     roles = {role: list(names) for role, names in splits.items()}
     basis: dict[str, Any] = {"store_id": opened.id, "seed": None, "splits": roles, "store": str(store)}

@@ -16,23 +16,19 @@ from featcache.datasets.record import Dataset
 from featcache.device import choose_device
 from featcache.errors import BadInput
 from featcache.extraction.fill import fill
+from featcache.extraction.growing import Growth, find_store, plan_growth
 from featcache.extraction.job import Job, lay_out, measured, plan_job
 from featcache.extraction.settings import Settings
 from featcache.names import MANIFEST
 from featcache.ranks import Alone, join_ranks
+from featcache.store.additions import find_additions, merge, read_parts
+from featcache.store.folder import Folder
+from featcache.store.growing import begin_addition, discard_if_begun, publish, restore, whole_parts
 from featcache.store.manifest import Manifest, read_manifest, split_of
 from featcache.store.reader import Store
-from featcache.store.records import changes, with_axes
+from featcache.store.records import with_axes
 from featcache.store.shard import Shard
-from featcache.store.writer import (
-    check_same,
-    check_shards,
-    check_whole,
-    create_store,
-    discard_if_empty,
-    missing_files,
-    missing_shards,
-)
+from featcache.store.writer import check_whole, create_store, discard_if_empty, missing_shards
 
 # Below this cosine a precision's features are no longer those of the network.
 TRUSTED_COSINE = 0.99
@@ -86,8 +82,9 @@ def extract(
     crop_scale: (lowest, highest) share of the image in their crops, by default that of the dataset's protocol.
     decoder: exact, or draft, which is quicker on large JPEGs and not exact.
 
-    A store that was begun is finished; if it is whole, its path is returned at once. Under torchrun the processes share
-    the work. Raises BadInput for whatever the user can mend.
+    A store that was begun is finished; if it is whole, its path is returned at once. What a store of the same backbone,
+    data and settings lacks of the features, splits and views is added to it. Under torchrun the processes share the
+    work. Raises BadInput for whatever the user can mend.
 
         path = featcache.extract("ckpt.pth", "voc", root="/data", features="pooled,spatial")
         features = featcache.open_store(path)["train"]["last:pooled"]
@@ -99,12 +96,14 @@ def extract(
         crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size,
         workers=_default_workers(ranks) if workers is None else workers, device=device, store=store, format=format, compression=compression, dtype=dtype,
     )  # fmt: skip
-    job = _prepare(settings, ranks)
-    if _is_finished(job):
-        ranks.say(f"store: {job.folder} is finished already (id {job.id[:8]}: same backbone, data and settings)")
+    job = find_store(_prepare(settings, ranks))
+    growth = plan_growth(job)
+    if growth.is_finished:
+        id = merge(growth.parts).id
+        ranks.say(f"store: {job.folder} is finished already (id {id[:8]}: same backbone, data and settings)")
     else:
-        _write(job, ranks)
-        ranks.say(f"store: {job.folder} (id {job.id[:8]})")
+        id = _write(job, growth, ranks)
+        ranks.say(f"store: {job.folder} (id {id[:8]})")
     return str(job.folder)
 
 
@@ -144,73 +143,97 @@ def _load(settings: Settings, data: Dataset) -> Backbone:
     )
 
 
-def _is_finished(job: Job) -> bool:
-    """Return whether the store is whole already. Raises BadInput if another store is in its place, or it is damaged."""
-    if MANIFEST not in job.folder.names():
-        return False
-    manifest = _begun(job)
-    if missing_shards(job.folder, manifest) or missing_files(job.folder, manifest):
-        return False
-    check_shards(job.folder, manifest)
-    return True
+def _write(job: Job, growth: Growth, ranks: Alone) -> str:
+    """Write what the store lacks, together with the other processes; return its id.
 
-
-def _begun(job: Job) -> Manifest:
-    """Return the manifest of the begun store. Raises BadInput if it is another one, and says which images differ."""
-    try:
-        return check_same(job.folder, job.identity, job.storage)
-    except BadInput as error:
-        begun, lines = Store(job.folder), [error.message]
-        for split in begun.splits:
-            pair = [i["dataset"]["splits"].get(split) for i in (begun.manifest.identity, job.identity)]
-            if split in job.arrays and pair[0] != pair[1]:
-                lines.append(f"{split}: {changes(begun[split].arrays(), job.arrays[split])}")
-        raise BadInput("; ".join(lines)) from None
-
-
-def _write(job: Job, ranks: Alone) -> None:
-    """Write what the store lacks, together with the other processes. A store that stays empty is removed."""
-    folder, planned = job.folder, lay_out(job)
+    job: what was asked for. growth: what that is for the store as it was found. A store that stays empty is removed.
+    """
+    folder = job.folder
+    # Laid out before the folder is locked, which makes it.
+    planned = [lay_out(job)] if not growth.parts else growth.additions
     with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
         try:
-            manifest, todo = _begin(job, planned, ranks) if leads else _join(job, ranks)
-            _go_on_as_begun(job, manifest, ranks)
-            _check_room(job, manifest, todo, ranks)
+            if leads and MANIFEST in folder.names() and growth.parts != whole_parts(folder):
+                # Another process has made it, or added to it, meanwhile.
+                growth = plan_growth(job)
+                planned = growth.additions
+            parts, todo = _begin(growth, planned, ranks) if leads else _join(folder, ranks)
+            job = growth.job
+            _go_on_as_begun(job, parts, ranks)
+            _check_room(job, todo, ranks)
             images = job.images()
-            fill(job, manifest, todo, images, ranks)
-            while leads and (left := ranks.left_behind(lambda: missing_shards(folder, manifest))):
+            fill(job, todo, images, ranks)
+            while leads and (left := ranks.left_behind(lambda: _missing(folder, parts))):
                 ranks.say(f"notice: no news of {len(left)} shards that other processes took; doing them here")
-                fill(job, manifest, left, images, ranks.alone())
-            if leads:
-                # The store may have been deleted or moved while it was written.
-                check_whole(folder, manifest)
+                fill(job, left, images, ranks.alone())
+            return _finish(job, parts) if leads else ""
         except BaseException:
             if ranks.size == 1:
-                discard_if_empty(folder, planned)
+                discard_if_begun(folder, growth.additions)
+                discard_if_empty(folder, (growth.parts or planned)[0])
             raise
 
 
-def _begin(job: Job, planned: Manifest, ranks: Alone) -> tuple[Manifest, list[Shard]]:
-    """Make the store, or restore what a begun one lacks; hand out and return its manifest and its missing shards."""
-    if job.settings.precision != "float32" and MANIFEST not in job.folder.names():
-        planned = measured(job, planned)
-    arrays = {split: with_axes(a) for split, a in job.views.arrays(job.arrays).items()}
-    manifest = create_store(job.folder, planned, arrays)
-    todo = missing_shards(job.folder, manifest)
-    ranks.share([(shard.split, shard.number) for shard in todo])
-    return manifest, todo
+def _missing(folder: Folder, parts: Sequence[Manifest]) -> list[Shard]:
+    return [shard for part in parts for shard in missing_shards(folder, part)]
 
 
-def _join(job: Job, ranks: Alone) -> tuple[Manifest, list[Shard]]:
-    """Wait until the leading process has made the store; return its manifest and its missing shards."""
+def _begin(growth: Growth, planned: Sequence[Manifest], ranks: Alone) -> tuple[list[Manifest], list[Shard]]:
+    """Make the store or the additions to it, or restore what is lost of them; hand out and return what is missing.
+
+    planned: the manifest of a new store, or of the additions. Returns (the manifests of all parts, missing shards).
+    """
+    job, folder = growth.job, growth.job.folder
+    arrays = {split: with_axes(own) for split, own in job.all_arrays().items()}
+    if not growth.parts:
+        if job.settings.precision != "float32" and MANIFEST not in folder.names():
+            planned = [measured(job, planned[0])]
+        parts = [create_store(folder, planned[0], arrays)]
+    else:
+        folder.sweep()
+        if job.settings.precision != "float32":
+            planned = [measured(job, addition) for addition in planned]
+        for addition in planned:
+            ranks.say(
+                f"store: adding {', '.join(addition.features)} of {', '.join(addition.splits)} to {folder}, which keeps "
+                "what it has"
+            )
+        parts = [*growth.parts, *(begin_addition(folder, addition) for addition in planned)]
+        restore(folder, growth.parts, arrays)
+    todo = _missing(folder, parts)
+    ranks.share([(shard.manifest.file_name, shard.split, shard.number) for shard in todo])
+    return parts, todo
+
+
+def _join(folder: Folder, ranks: Alone) -> tuple[list[Manifest], list[Shard]]:
+    """Wait until the leading process has made what is written; return the parts that have missing shards, and these."""
     places = ranks.shared()
-    manifest = read_manifest(job.folder)
-    return manifest, [Shard(job.folder, manifest, split, number) for split, number in places]
+    parts = {part.file_name: part for part in (read_manifest(folder), *find_additions(folder))}
+    todo = [Shard(folder, parts[name], split, number) for name, split, number in places]
+    return [part for part in parts.values() if part.file_name in {name for name, _, _ in places}], todo
 
 
-def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
+def _finish(job: Job, parts: Sequence[Manifest]) -> str:
+    """Make the additions that are whole now parts of the store, and return its id. Raises BadInput if anything is gone."""
+    folder, arrays = job.folder, {split: with_axes(own) for split, own in job.all_arrays().items()}
+    for addition in (part for part in parts if part.is_addition and part.after is None):
+        known = merge([*whole_parts(folder), addition]).splits
+        publish(folder, addition, {split: own for split, own in arrays.items() if split in known})
+    store = read_parts(folder)
+    if any(part.is_addition for part in parts):
+        # A manifest that was lost and is there again has additions behind it.
+        others = [split for split in merge(store).splits if split not in arrays]
+        restore(folder, store, arrays | {split: with_axes(Store(folder)[split].arrays()) for split in others})
+    # The store may have been deleted or moved while it was written.
+    check_whole(folder, merge(store))
+    return merge(store).id
+
+
+def _go_on_as_begun(job: Job, parts: Sequence[Manifest], ranks: Alone) -> None:
     """Take over what a begun store fixes because it can change the last bits of a feature. Raises BadInput."""
-    folder, begun = job.folder, manifest.compute
+    if not parts:
+        return
+    folder, begun = job.folder, parts[0].compute
     if begun["device"] != job.device.type:
         raise BadInput(
             f"{folder} was begun on {begun['device']}; features made on {job.device.type} differ in their last bits: "
@@ -221,27 +244,27 @@ def _go_on_as_begun(job: Job, manifest: Manifest, ranks: Alone) -> None:
     if begun["threads"] and begun["threads"] != torch.get_num_threads():
         ranks.say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that")
         torch.set_num_threads(begun["threads"])
-    if begun.get("folded"):
+    if any(part.compute.get("folded") for part in parts):
         raise BadInput(
             f"{folder} was begun by an earlier version of featcache, with batch norms folded into the convolutions, which "
             "this one does not do and whose last bits differ: choose another --store"
         )
-    if "cosine" in begun:
+    for part in (part for part in parts if "cosine" in part.compute):
         ranks.say(
-            f"precision: {manifest.identity['precision']}; on the first image every feature's cosine to float32 is at least "
-            f"{begun['cosine']:.6f}"
+            f"precision: {part.identity['precision']}; on the first image every feature's cosine to float32 is at least "
+            f"{part.compute['cosine']:.6f}"
         )
-        if begun["cosine"] < TRUSTED_COSINE:
+        if part.compute["cosine"] < TRUSTED_COSINE:
             ranks.say(
                 f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not"
             )
 
 
-def _check_room(job: Job, manifest: Manifest, todo: Sequence[Shard], ranks: Alone) -> None:
+def _check_room(job: Job, todo: Sequence[Shard], ranks: Alone) -> None:
     """Raise BadInput before hours of work that cannot be stored, and say how much of the disk the views take."""
-    row_bytes = sum(manifest.row_bytes(feature) for feature in manifest.features)
-    needed, free = row_bytes * sum(map(len, todo)), job.folder.free_bytes()
-    views = row_bytes * sum(len(shard) for shard in todo if split_of(shard.split) != shard.split)
+    sizes = [len(shard) * sum(map(shard.manifest.row_bytes, shard.manifest.features)) for shard in todo]
+    needed, free = sum(sizes), job.folder.free_bytes()
+    views = sum(size for shard, size in zip(todo, sizes, strict=True) if split_of(shard.split) != shard.split)
     if views:
         ranks.say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views")
     if free is not None and job.storage["compression"] is None and needed > free:

@@ -13,21 +13,25 @@ from featcache.errors import BadInput
 from featcache.extraction.images import Images, image_batches
 from featcache.extraction.job import Job
 from featcache.ranks import Alone
-from featcache.store.manifest import Manifest
+from featcache.store.manifest import feature_of
 from featcache.store.shard import Shard
 from featcache.store.writer import put_shard
 
 
-def fill(job: Job, manifest: Manifest, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
-    """Compute and write shards as the processes draw them.
+def fill(job: Job, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
+    """Compute and write shards, each with the features of its manifest, as the processes draw them.
 
     Worker processes decode images, this thread runs the backbone, and another one writes.
     """
+    if not todo:
+        return
+    # All parts of a store have the same.
+    batch_size = todo[0].manifest.compute["batch_size"]
     job.model.to(job.device)
     drawn: deque[Shard] = deque()
-    batches = _batches(ranks.draw(todo), drawn, manifest.compute["batch_size"])
+    batches = _batches(ranks.draw(todo), drawn, batch_size)
     side, on_gpu = job.model.preprocessing.size, job.device.type == "cuda"
-    memory = torch.empty(manifest.compute["batch_size"], side, side, 3, device=job.device)
+    memory = torch.empty(batch_size, side, side, 3, device=job.device)
     progress = tqdm(total=sum(map(len, todo)), unit="img", desc="extract", disable=ranks.rank != 0)
     rows: _Rows | None = None
     writing: Future[None] | None = None
@@ -37,7 +41,7 @@ def fill(job: Job, manifest: Manifest, todo: Sequence[Shard], images: Images, ra
                 rows = _Rows(drawn.popleft(), job, images)
             with running(job.settings.precision, job.device):
                 normalised = job.model.preprocessing.normalise(pixels.to(job.device, non_blocking=True), memory)
-                rows.add(job.model(normalised, job.features), digests)
+                rows.add(job.model(normalised, rows.features), digests)
             progress.update(ranks.count(len(pixels)) - progress.n)
             if rows.are_complete:
                 if writing:
@@ -61,14 +65,15 @@ def _batches(shards: Iterator[Shard], drawn: deque[Shard], size: int) -> Iterato
 
 
 class _Rows:
-    """The rows of a shard while its batches come in. ids: of all its rows."""
+    """The rows of a shard while its batches come in. ids: of all its rows. features: those of its manifest."""
 
     def __init__(self, shard: Shard, job: Job, images: Images) -> None:
         self.shard = shard
         self.ids = [record.id for record in images.records(shard.split, *shard.rows)]
         self._precision = job.settings.precision
         self._dtype: torch.dtype = getattr(torch, job.settings.dtype)
-        shapes = {str(f): shard.manifest.features[str(f)]["shape"] for f in job.features}
+        shapes = {name: spec["shape"] for name, spec in shard.manifest.features.items()}
+        self.features = [feature_of(name) for name in shapes]
         self._features = {name: torch.empty((len(shard), *row), dtype=self._dtype) for name, row in shapes.items()}
         self._digests: list[np.ndarray] = []
         self._count = 0

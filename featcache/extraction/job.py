@@ -1,5 +1,6 @@
 """A job: what an extraction's settings amount to, once the dataset is read and the backbone loaded."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from featcache.extraction.images import DECODERS, Images, check_decoder, image_b
 from featcache.extraction.settings import Settings
 from featcache.extraction.views import Views, plan_views
 from featcache.feature import Feature, parse_features
+from featcache.names import MANIFEST
+from featcache.store.additions import merge
 from featcache.store.dtype import STORED
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import Manifest, Storage, identity_hash, plan
+from featcache.store.growing import whole_parts
+from featcache.store.manifest import Manifest, Storage, feature_of, identity_hash, plan, split_of
 from featcache.store.reader import Store
 from featcache.store.records import record_arrays
+from featcache.store.writer import missing_files
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +51,26 @@ class Job:
         """The id of the store."""
         return identity_hash(self.identity)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all splits and views, in order."""
+        return [*self.data.splits, *self.views.names()]
+
+    def all_arrays(self) -> dict[str, Mapping[str, np.ndarray]]:
+        """Return the small arrays of all splits and views: those that the store has, as it has them."""
+        arrays = self.views.arrays(self.arrays)
+        if MANIFEST not in self.folder.names():
+            return arrays
+        parts = whole_parts(self.folder)
+        if missing_files(self.folder, merge(parts)):
+            return arrays
+        store = Store(self.folder, parts)
+        return {name: store[name].arrays() if name in store.manifest.splits else own for name, own in arrays.items()}
+
     def images(self, with_views: bool = True) -> Images:
-        """Return the images of all splits and, once the store has their crops, of all views."""
-        names = self.views.names() if with_views else ()
-        crops = {name: Store(self.folder)[name].augmentation for name in names}
+        """Return the images of all splits and views."""
+        names, arrays = (self.views.names(), self.all_arrays()) if with_views else ((), {})
+        crops = {name: arrays[name]["augmentation"] for name in names}
         return Images(self.data, self.model.preprocessing, DECODERS[self.settings.decoder], crops)
 
 
@@ -93,13 +114,21 @@ def _default_place(data: Dataset, model: Backbone, identity: dict[str, Any], for
     return Path("features") / f"{name}{FORMATS[format].SUFFIX}"
 
 
-def lay_out(job: Job) -> Manifest:
-    """Return the manifest of the job's store, whose `files` are still empty."""
-    rows = {split: len(records) for split, records in job.data.splits.items()}
+def lay_out(
+    job: Job,
+    identity: dict[str, Any] | None = None,
+    features: Iterable[Feature] | None = None,
+    names: Iterable[str] | None = None,
+) -> Manifest:
+    """Return the manifest of the job's store, or of an addition to it, whose `files` are still empty.
+
+    identity, features, names: of an addition, with the names of its splits and views.
+    """
+    shapes = row_shapes(job)
     return plan(
-        identity=job.identity,
-        rows=rows | {name: rows[split] for name, (split, _) in job.views.names().items()},
-        shapes=_row_shapes(job),
+        identity=identity or job.identity,
+        rows={name: len(job.data.splits[split_of(name)]) for name in names or job.names},
+        shapes={feature: shapes[feature] for feature in features or job.features},
         dtype=job.settings.dtype,
         aliases=job.model.aliases,
         classes=job.data.classes,
@@ -113,7 +142,7 @@ def lay_out(job: Job) -> Manifest:
     )
 
 
-def _row_shapes(job: Job) -> dict[Feature, tuple[int, ...]]:
+def row_shapes(job: Job) -> dict[Feature, tuple[int, ...]]:
     """Return the shape of one row of each feature, found by running the backbone on a black image."""
     preprocessing = job.model.preprocessing
     black = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
@@ -127,5 +156,5 @@ def measured(job: Job, manifest: Manifest) -> Manifest:
     images = job.images(with_views=False)
     ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
     image = job.model.to(job.device).preprocessing.normalise(image.to(job.device))
-    cosine = cosine_to_float32(job.model, image, job.features, job.settings.precision)
+    cosine = cosine_to_float32(job.model, image, list(map(feature_of, manifest.features)), job.settings.precision)
     return replace(manifest, compute=manifest.compute | {"cosine": cosine})

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from featcache.store.folder import Folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -32,7 +34,7 @@ class Settings:
     batch_size: int
     workers: int
     device: str | torch.device | None
-    store: str | os.PathLike[str] | None
+    store: str | os.PathLike[str] | Folder | None
     format: str | None
     compression: str | None
     dtype: str

@@ -24,7 +24,7 @@ from featcache.probes.grids.selection import NOTHING, Refit
 from featcache.probes.refit import as_refits, chosen_refits, why_no_refit
 from featcache.probes.resolve import Resolved, resolve, undecided
 from featcache.probes.runs.key import RunBasis
-from featcache.probes.runs.mend import drop_damaged, kept_files, without_summary
+from featcache.probes.runs.mend import drop_damaged, kept_files, known_store, without_summary
 from featcache.probes.runs.probe_file import Place, find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import (
@@ -120,14 +120,14 @@ def train_probes(
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
     started, ranks = time.monotonic(), join_ranks()
     chosen_device = choose_device(device, ranks.local_rank)
-    task = _prepare(load_grid(grid, parity), store, chosen_device, seed, allow_overlap)
+    loaded = load_grid(grid, parity)
+    stem = "grid" if isinstance(grid, dict) else Path(grid).stem
+    task, folder = _place(loaded, store, run, stem, chosen_device, seed, allow_overlap)
     specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
     if task.resolved.notice and ranks.rank == 0:
         click.echo(f"notice: {task.resolved.notice}", err=True)
     if search and ranks.size > 1:
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
-    stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
     sets, refit = task.resolved.sets, task.grid.refit
     folds = [fold for spec in specs for fold in spec.with_folds(task.resolved.folds or 0)]
 
@@ -179,17 +179,41 @@ def train_probes(
         )
 
 
-def _prepare(
-    grid: Grid, store: str | PathLike[str] | None, device: torch.device, seed: int, allow_overlap: bool
-) -> Task:
-    """Fit a grid to its store and identify it in its run. Raises BadInput."""
+def _place(
+    grid: Grid,
+    store: str | PathLike[str] | None,
+    run: str | PathLike[str] | None,
+    stem: str,
+    device: torch.device,
+    seed: int,
+    allow_overlap: bool,
+) -> tuple[Task, Path]:
+    """Return the Task of a grid, and its run folder. stem: what the name of a new folder begins with. Raises BadInput."""
     source = store or grid.store
     if source is None:
         raise BadInput("no store: give --store, or write store: PATH into the grid")
     opened = open_store(source)
+    if run is not None:
+        folder = local_path(run, "--run")
+        return _prepare(grid, known_store(opened, folder), str(source), device, seed, allow_overlap), folder
+    # A run from before the store grew has the store's id of then in its name.
+    for id in opened.ids[:-1]:
+        try:
+            task = _prepare(grid, opened.known_as(id), str(source), device, seed, allow_overlap)
+        except BadInput:
+            continue
+        folder = local_path(Path("runs") / f"{stem}-{task.key[:8]}", "--run")
+        if holds_run(folder):
+            return task, folder
+    task = _prepare(grid, opened, str(source), device, seed, allow_overlap)
+    return task, local_path(Path("runs") / f"{stem}-{task.key[:8]}", "--run")
+
+
+def _prepare(grid: Grid, opened: Store, source: str, device: torch.device, seed: int, allow_overlap: bool) -> Task:
+    """Fit a grid to its store and identify it in its run. source: path of the store. Raises BadInput."""
     resolved = resolve(grid, opened, device, allow_overlap)
     content = grid.content | {
-        "store": str(source),
+        "store": source,
         "splits": {role: list(names) for role, names in resolved.splits.items()},
         "select": {"metric": resolved.metric} | chosen_split(grid, resolved.chosen_on, resolved.folds),
         **({"allow_overlap": True} if resolved.overlaps else {}),
@@ -202,7 +226,7 @@ def _prepare(
     select = {key: value for key, value in content["select"].items() if value != NOTHING}
     select |= {"split": FOLDS, "folds": str(resolved.folds)} if resolved.folds else {}
     basis = RunBasis(opened.id, seed, content["splits"], select, search, grid.parity)
-    return Task(grid, opened, str(source), resolved, content, basis, basis.key(content["probes"], grid.rules))
+    return Task(grid, opened, source, resolved, content, basis, basis.key(content["probes"], grid.rules))
 
 
 def chosen_split(grid: Grid, chosen_on: str | None, folds: int | None = None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from tqdm import tqdm
 from featcache.arguments import NAME, takes
 from featcache.errors import BadInput
 from featcache.names import MANIFEST
+from featcache.store.additions import part_of
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import FORMATS, choose_format
-from featcache.store.manifest import stored_as
-from featcache.store.marker import digests_of, read_marker
+from featcache.store.manifest import Manifest, feature_of, plan, stored_as
 from featcache.store.reader import Store, open_store
 from featcache.store.records import with_axes
 from featcache.store.shard import Shard
@@ -43,7 +43,7 @@ def convert(
     format = choose_format(format, out)
     target = _target(source, store, format, out)
     FORMATS[format].check_place(target, compression)
-    manifest = stored_as(source.manifest, format, compression)
+    manifest = stored_as(_at_once(source), format, compression)
     if MANIFEST in target.names():
         check_same(target, manifest.identity, manifest.storage)
     with target.locked(f"waiting: another process is writing {target}"):
@@ -73,16 +73,37 @@ def _target(source: Store, store: str | os.PathLike[str], format: str, out: str 
     return target
 
 
+def _at_once(source: Store) -> Manifest:
+    """Return the manifest of a store; of one that has grown, that of the same store extracted at once."""
+    manifest = source.manifest
+    if len(source.parts) == 1:
+        return manifest
+    (dtype,) = {spec["dtype"] for spec in manifest.features.values()}
+    return plan(
+        identity=manifest.identity,
+        rows={split: geometry["rows"] for split, geometry in manifest.splits.items()},
+        shapes={feature_of(name): tuple(spec["shape"]) for name, spec in manifest.features.items()},
+        dtype=dtype,
+        aliases=manifest.aliases,
+        classes=manifest.classes,
+        task=manifest.task,
+        compute=manifest.compute,
+        storage=manifest.storage,
+    )
+
+
 def _copy(source: Store, shard: Shard) -> None:
     """Copy a shard of the new store from the old one. Raises BadInput if the rows of either do not fit its marker."""
-    original = Shard(source.folder, source.manifest, shard.split, shard.number)
     first, end = shard.rows
-    features = {name: _rows(original, name) for name in shard.manifest.features}
-    put_shard(shard, source[shard.split].ids[first:end], features, digests_of(read_marker(original)))
+    features = {
+        name: _rows(source.folder, part_of(source.parts, shard.split, name), shard, name)
+        for name in shard.manifest.features
+    }
+    put_shard(shard, source[shard.split].ids[first:end], features, source[shard.split].digests_of_rows(first, end))
     for name in shard.manifest.features:
-        _rows(shard, name)
+        _rows(shard.folder, shard.manifest, shard, name)
 
 
-def _rows(shard: Shard, feature: str) -> np.ndarray:
-    """Read a shard's rows of a feature, as they are stored. Raises BadInput if they do not fit the marker."""
-    return open_source(shard.folder, shard.manifest, shard.split, feature).take_range(*shard.rows)
+def _rows(folder: Folder, manifest: Manifest, shard: Shard, feature: str) -> np.ndarray:
+    """Read the rows of a shard from a store, as they are stored. Raises BadInput if they do not fit its markers."""
+    return open_source(folder, manifest, shard.split, feature).take_range(*shard.rows)

@@ -1,7 +1,7 @@
 """The two formats of a store. Each is a module with the functions of `Format`."""
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -21,7 +21,9 @@ class Format(Protocol):
 
     def shard_name(self, split: str, feature: str, number: int, axes: int) -> str: ...
 
-    def metadata_files(self, manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict[str, bytes]: ...
+    def metadata_files(
+        self, manifest: Manifest, arrays: Mapping[str, AxedArrays], parts: Sequence[Manifest] = ()
+    ) -> dict[str, bytes]: ...
 
     def write_shard(
         self, file: BinaryIO, rows: np.ndarray, spec: FeatureSpec, shard_rows: int, compression: str | None

@@ -6,12 +6,13 @@ Readers map the dataset's bytes at the offset that the marker gives.
 
 import io
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from featcache.errors import BadInput
+from featcache.store.additions import part_of
 from featcache.store.dtype import STORED, hole
 from featcache.store.folder import Folder
 from featcache.store.manifest import FeatureSpec, Manifest, feature_of
@@ -34,10 +35,13 @@ def shard_name(split: str, feature: str, number: int, axes: int) -> str:
     return f"{split}/{feature_of(feature).folder}/{number:06d}.h5"
 
 
-def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict[str, bytes]:
+def metadata_files(
+    manifest: Manifest, arrays: Mapping[str, AxedArrays], parts: Sequence[Manifest] = ()
+) -> dict[str, bytes]:
     """Return {"index.h5": bytes}: the small arrays, and each feature as a virtual dataset over its shards.
 
-    arrays: the small arrays of each split and view.
+    arrays: the small arrays of each split and view. parts: those of the store, if it has grown; manifest is then all of
+    them merged.
     """
     import h5py
 
@@ -50,7 +54,7 @@ def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict
             for name, (array, axes) in arrays[split].items():
                 _name_axes(group, group.create_dataset(name, data=array), axes)
             for name in manifest.features:
-                _add_virtual(group, manifest, split, name)
+                _add_virtual(group, part_of(parts or [manifest], split, name), split, name)
     return {INDEX: buffer.getvalue()}
 
 

@@ -1,11 +1,14 @@
 """`featcache inspect`: what a store is a store of, how whole it is, and what its features look like."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from featcache.store.feature_array import FeatureArray
+from featcache.store.folder import Folder
+from featcache.store.manifest import Manifest
 from featcache.store.marker import committed
 from featcache.store.reader import Store
 
@@ -28,8 +31,17 @@ class Statistics:
 def describe(store: str | os.PathLike[str]) -> tuple[Store, dict[str, tuple[int, int]]]:
     """Open a store, whole or not, and count its shards: (Store, {split or view: (committed, all)})."""
     opened = Store(store)
-    manifest = opened.manifest
-    return opened, {s: (len(committed(opened.folder, manifest, s)), manifest.shards(s)) for s in manifest.splits}
+    return opened, count_shards(opened.folder, opened.parts)
+
+
+def count_shards(folder: Folder, parts: Sequence[Manifest]) -> dict[str, tuple[int, int]]:
+    """Count the shards of some parts of a store: {split or view: (committed, all)}."""
+    counts: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for split in part.splits:
+            done, total = counts.get(split, (0, 0))
+            counts[split] = done + len(committed(folder, part, split)), total + part.shards(split)
+    return counts
 
 
 def statistics(array: FeatureArray, progress: tqdm | None = None) -> Statistics:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict
@@ -68,6 +67,10 @@ class Manifest:
     them, see view_name. features: by name. aliases: layer names for people to module paths. classes, task: those of the
     dataset. compute: {device, threads, batch_size, ...} of the extraction, fixed for the store because they can change
     the last bits of a feature. files: all files but the shards and markers, by name.
+
+    What is added to a store later has a manifest of its own, an addition: its features and splits are those whose shards
+    it names, and its identity has a field `adds`. after: the id of the store to which it was added; None until it is
+    whole, and in a store's first manifest. See featcache.store.additions.
     """
 
     identity: dict[str, Any]
@@ -79,6 +82,7 @@ class Manifest:
     compute: dict[str, Any]
     storage: Storage
     files: dict[str, FileEntry]
+    after: str | None = None
 
     def __repr__(self) -> str:
         return f"Manifest(id {self.id[:8]}, {', '.join(self.features)})"
@@ -87,6 +91,21 @@ class Manifest:
     def id(self) -> str:
         """sha256 (hex) of the identity, independent of the order of its keys."""
         return identity_hash(self.identity)
+
+    @property
+    def is_addition(self) -> bool:
+        """Whether this is the manifest of an addition."""
+        return "adds" in self.identity
+
+    @property
+    def mark(self) -> str:
+        """What the names of an addition's manifest and markers have in them; empty for a store's first manifest."""
+        return f"-{self.id[:8]}" if self.is_addition else ""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the manifest's file in the store."""
+        return f"addition{self.mark}.json" if self.is_addition else MANIFEST
 
     def shards(self, split: str) -> int:
         """Return the number of shards of a split."""
@@ -114,7 +133,7 @@ class Manifest:
         return feature
 
     def _extract_with(self, feature: Feature) -> str:
-        """Return the command that makes a store like this one with a further feature, as far as the identity says it."""
+        """Return the command that adds a further feature to a store like this one, as far as the identity says it."""
         identity = self.identity
         options = {"arch": identity.get("arch"), "dataset": identity.get("dataset", {}).get("name")}
         options |= {
@@ -128,8 +147,11 @@ class Manifest:
         return " ".join(["featcache extract --backbone CKPT", *words, f"--features {features}"])
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of manifest.json."""
-        return seal({"format": FORMAT, "version": VERSION, "id": self.id} | asdict(self))
+        """Return the bytes of the manifest's file."""
+        content = asdict(self)
+        if not self.is_addition:
+            del content["after"]
+        return seal({"format": FORMAT, "version": VERSION, "id": self.id} | content)
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -166,7 +188,7 @@ def plan(
     splits: dict[str, Geometry] = {
         split: {"rows": count, "shard_rows": min(full, -(-count // unit) * unit)} for split, count in rows.items()
     }
-    check_names(splits, features)
+    check_names(splits, features, identity["dataset"]["splits"] if "adds" in identity else ())
     return Manifest(identity, splits, features, dict(aliases), list(classes), task, compute, storage, {})
 
 
@@ -193,9 +215,14 @@ def read_manifest(place: object) -> Manifest:
     return parse_manifest(data, folder)
 
 
-def parse_manifest(data: bytes, folder: Folder) -> Manifest:
-    """Turn the bytes of a manifest.json into a Manifest. Raises BadInput for damage and for other versions."""
-    where = f"{folder}/{MANIFEST}"
+def parse_manifest(data: bytes, folder: Folder, name: str = MANIFEST) -> Manifest:
+    """Turn the bytes of a manifest into a Manifest. Raises BadInput for damage and for other versions.
+
+    name: of its file, which is manifest.json, or that of an addition.
+    """
+    where, known = f"{folder}/{name}", [field.name for field in fields(Manifest)]
+    if name == MANIFEST:
+        known.remove("after")
     try:
         content = unseal(data)
     except ValueError as error:
@@ -206,30 +233,18 @@ def parse_manifest(data: bytes, folder: Folder) -> Manifest:
         raise BadInput(
             f"store {folder} has format version {shown(content.get('version'))}; this featcache reads version {VERSION}"
         )
-    if content.keys() != {"format", "version", "id"} | {field.name for field in fields(Manifest)}:
+    if content.keys() != {"format", "version", "id", *known}:
         raise BadInput(f"damaged manifest {where}: its fields are not those of version {VERSION}")
     try:
         check_fields(content)
     except BadInput as error:
         raise BadInput(f"manifest {where} is not one that featcache wrote: {error.message}") from None
-    manifest = Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
+    manifest = Manifest(**{field: content[field] for field in known})
     if manifest.id != content["id"]:
         raise BadInput(f"damaged manifest {where}: its identity does not hash to its id")
+    if manifest.file_name != name:
+        raise BadInput(f"damaged manifest {where}: it is that of {manifest.file_name}; {remedy(folder)}")
     return manifest
-
-
-def read_file(folder: Folder, manifest: Manifest, name: str) -> bytes:
-    """Return the bytes of a file that the manifest names. Raises BadInput if it is gone or damaged."""
-    entry = manifest.files.get(name)
-    if entry is None:
-        raise BadInput(f"the manifest of store {folder} does not name {shown(name)}")
-    try:
-        data = folder.read(name)
-    except FileNotFoundError:
-        raise BadInput(f"missing file {folder}/{name}; {remedy(folder)}") from None
-    if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
-        raise BadInput(f"damaged file {folder}/{name}; {remedy(folder)}")
-    return data
 
 
 def remedy(folder: Folder) -> str:

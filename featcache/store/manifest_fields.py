@@ -24,6 +24,12 @@ def check_fields(content: dict[str, Any]) -> None:
     _dict(content["identity"].get("preprocessing", {}), "identity.preprocessing")
     dataset = _dict(content["identity"].get("dataset", {}), "identity.dataset")
     _dict(dataset.get("splits", {}), "identity.dataset.splits")
+    for field in ("features", "adds"):
+        _texts(content["identity"].get(field, []), f"identity.{field}")
+    if "views" in content["identity"]:
+        views = _dict(content["identity"]["views"], "identity.views")
+        _whole(views.get("count"), "identity.views.count", 1, MOST_SHARDS)
+        _texts(views.get("splits"), "identity.views.splits")
     _check_features(content["features"])
     for split, geometry in _dict(content["splits"], "splits").items():
         where = f"split {shown(split)}"
@@ -34,13 +40,14 @@ def check_fields(content: dict[str, Any]) -> None:
             raise BadInput(f"{where} has more than {MOST_SHARDS} shards")
         if any(size % feature["chunk_rows"] for feature in content["features"].values()):
             raise BadInput(f"the shards of {where} are not whole chunks")
-    check_names(content["splits"], content["features"])
+    adds = "adds" in content["identity"]
+    check_names(content["splits"], content["features"], dataset.get("splits", {}) if adds else ())
+    after = content.get("after")
+    if after is not None and not (isinstance(after, str) and re.fullmatch("[0-9a-f]{64}", after)):
+        raise BadInput(f"after is {shown(after)}, not the id of a store")
     for alias, layer in _dict(content["aliases"], "aliases").items():
         _text(layer, f"alias {shown(alias)}")
-    if not isinstance(content["classes"], list):
-        raise BadInput(f"classes is {shown(content['classes'])}, not a list")
-    for name in content["classes"]:
-        _text(name, "a class")
+    _texts(content["classes"], "classes")
     if content["task"] not in TASKS:
         raise BadInput(f"task is {shown(content['task'])}, not one of {', '.join(TASKS)}")
     _check_compute(_dict(content["compute"], "compute"))
@@ -56,12 +63,15 @@ def check_fields(content: dict[str, Any]) -> None:
             raise BadInput(f"file {shown(name)} belongs to no split")
 
 
-def check_names(splits: Collection[str], features: Iterable[str]) -> None:
-    """Check the names of splits, views and features, which become folders. Raises BadInput."""
+def check_names(splits: Collection[str], features: Iterable[str], others: Collection[str] = ()) -> None:
+    """Check the names of splits, views and features, which become folders. Raises BadInput.
+
+    others: names of splits that are not there themselves, but may have views.
+    """
     for split in splits:
         base, at, view = split.partition("@")
         split_name(base)
-        if at and (base not in splits or not re.fullmatch("[1-9][0-9]{0,5}", view)):
+        if at and (base not in (*splits, *others) or not re.fullmatch("[1-9][0-9]{0,5}", view)):
             raise BadInput(f"split {shown(split)}: `@` is kept for the views of a split; give it another name")
     _told_apart(splits, "splits")
     for name in features:
@@ -122,6 +132,13 @@ def _whole(value: object, where: str, least: int, most: int) -> int:
 def _text(value: object, where: str) -> None:
     if not isinstance(value, str):
         raise BadInput(f"{where} is {shown(value)}, not text")
+
+
+def _texts(value: object, where: str) -> None:
+    if not isinstance(value, list):
+        raise BadInput(f"{where} is {shown(value)}, not a list")
+    for text in value:
+        _text(text, f"an entry of {where}")
 
 
 def _dict(value: object, where: str) -> dict[str, Any]:

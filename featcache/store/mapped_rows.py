@@ -1,4 +1,4 @@
-"""Rows of several mapped shards, picked as quickly as from one array."""
+"""Rows of mapped shards: a chunk, a run of rows, or rows picked from several shards as quickly as from one array."""
 
 from collections.abc import Mapping
 
@@ -45,3 +45,29 @@ class MappedRows:
     def take(self, places: np.ndarray) -> np.ndarray:
         """Copy the rows that lie in some places, int64 [n]: [n, ...]."""
         return self._window[places].view(self._dtype).reshape(len(places), *self._row)
+
+
+def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
+    """Return the rows of a chunk, given by its number, of a shard of so many rows.
+
+    view: of the shard, [blocks, rows of a block, ...]. step: chunk_rows.
+    """
+    block, start = divmod(number * step, view.shape[1])
+    return view[block, start : start + min(step, rows - number * step)]
+
+
+def copy_rows(view: np.ndarray, start: int, out: np.ndarray) -> None:
+    """Copy the rows of a shard from `start` on into out, [n, ...]. view: [blocks, rows of a block, ...]."""
+    row, block_rows = 0, view.shape[1]
+    while row < len(out):
+        block, within = divmod(start + row, block_rows)
+        whole = (len(out) - row) // block_rows
+        if within == 0 and whole:
+            # All whole blocks in one strided copy.
+            count = whole * block_rows
+            target = out[row : row + count].reshape(whole, *view.shape[1:])
+            np.copyto(target, view[block : block + whole])
+        else:
+            count = min(len(out) - row, block_rows - within)
+            out[row : row + count] = view[block, within : within + count]
+        row += count

@@ -76,7 +76,7 @@ def write_marker(
 def committed(folder: Folder, manifest: Manifest, split: str) -> set[int]:
     """Return the numbers of the shards of a split that have a marker, whatever it says."""
     names = folder.names(f"{COMMITS}/{split}")
-    return {number for number in range(manifest.shards(split)) if f"{number:06d}.json" in names}
+    return {number for number in range(manifest.shards(split)) if f"{number:06d}{manifest.mark}.json" in names}
 
 
 def find_marker(shard: Shard) -> Marker | None:

@@ -1,16 +1,20 @@
 """Opening a store: its splits, their features and records."""
 
 import os
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from featcache.errors import BadInput, nearest
+from featcache.store.additions import ids_of_parts, merge, part_of, read_file, read_parts
 from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
-from featcache.store.manifest import read_file, read_manifest, remedy, split_of, view_name
+from featcache.store.manifest import Manifest, remedy, split_of, view_name
 from featcache.store.marker import committed, digests_of, ids_sha256, read_marker
 from featcache.store.records import RECORD_ARRAYS, VIEW_ARRAYS, ids_of, wrong_with
 from featcache.store.shard import Shard
@@ -28,11 +32,11 @@ def open_store(path: str | os.PathLike[str]) -> "Store":
         features, labels = store["train"]["last:pooled"][:], store["train"].labels  # [N, 2048], [N, 20]
     """
     store = Store(path)
-    for split in store.manifest.splits:
-        total, done = store.manifest.shards(split), committed(store.folder, store.manifest, split)
+    for part, split in [(manifest, split) for manifest in store.parts for split in manifest.splits]:
+        total, done = part.shards(split), committed(store.folder, part, split)
         if len(done) < total:
             missing = min(set(range(total)) - done)
-            first, end = store.manifest.rows_of(split, missing)
+            first, end = part.rows_of(split, missing)
             raise BadInput(
                 f"store {path} is incomplete: split {split} lacks {total - len(done)} of {total} shards, "
                 f"the first is shard {missing} (rows {first} to {end - 1}); run the same extract again to finish it"
@@ -46,16 +50,19 @@ def open_store(path: str | os.PathLike[str]) -> "Store":
 class Store:
     """A store, whole or not; open_store opens a finished one.
 
-    Attributes: path (as given), folder, manifest, id, classes, task. Index it by the name of a split, see Split.
+    Attributes: path (as given), folder, manifest (of all that it holds), parts (the manifests of its first extraction
+    and of each addition), id, classes, task. Index it by the name of a split, see Split.
 
         store.splits, store.classes  # ("train", "val", "test"), ("aeroplane", ...)
         store["train"]["layer4:pooled"]  # a FeatureArray
     """
 
-    def __init__(self, path: str | os.PathLike[str] | Folder) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Folder, parts: Sequence[Manifest] = ()) -> None:
+        """parts: those to read, by default all."""
         self.folder = open_folder(path)
         self.path = str(self.folder)
-        self.manifest = read_manifest(self.folder)
+        self.parts = parts or read_parts(self.folder)
+        self.manifest = merge(self.parts)
         self.id = self.manifest.id
         self.classes = tuple(self.manifest.classes)
         self.task = self.manifest.task
@@ -64,6 +71,24 @@ class Store:
     def __repr__(self) -> str:
         rows = ", ".join(f"{split} {len(self[split])}" for split in self.splits)
         return f"Store({self.path!r}, id {self.id[:8]}, {rows} images)"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All ids that the store has had while it grew, the present one last."""
+        return ids_of_parts(self.parts)
+
+    def known_as(self, id: str) -> "Store":
+        """Return the store as it is known by one of its ids: with the splits and views of then, and all features.
+
+        What a run of then has read is determined by that id, and so is any other feature of those splits: it is of the
+        same backbone and the same images.
+        """
+        then = merge(self.parts[: self.ids.index(id) + 1])
+        store = copy(self)
+        store.id = id
+        store._splits = {split: Split(store, split) for split in then.splits}
+        store.manifest = replace(self.manifest, splits=then.splits)
+        return store
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -93,6 +118,8 @@ class Split:
         self.name = name
         # By feature, which of its chunks are known to fit their checksums; all arrays of a feature share this.
         self._checked: dict[str, Checked] = {}
+        # By the id of a part, see _ids_of_shards.
+        self._ids_sha256: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process checks again what it reads.
@@ -105,20 +132,18 @@ class Split:
         return self.store.manifest.splits[self.name]["rows"]
 
     def __getitem__(self, name: object) -> FeatureArray:
-        manifest = self.store.manifest
-        feature = manifest.feature(name)
+        feature = self.store.manifest.feature(name)
+        part = part_of(self.store.parts, self.name, str(feature))
         checked = self._checked.setdefault(str(feature), {})
-        return FeatureArray(self.store.folder, manifest, self.name, feature, self._ids_sha256, checked)
+        return FeatureArray(self.store.folder, part, self.name, feature, self._ids_of_shards(part), checked)
 
-    @cached_property
-    def _ids_sha256(self) -> list[str]:
-        """ids_sha256 of each shard, as its marker must have it."""
-        ids = self._array("ids")
-        return [ids_sha256(ids[first:end]) for first, end in (shard.rows for shard in self._shards())]
-
-    def _shards(self) -> list[Shard]:
-        folder, manifest = self.store.folder, self.store.manifest
-        return [Shard(folder, manifest, self.name, number) for number in range(manifest.shards(self.name))]
+    def _ids_of_shards(self, part: Manifest) -> list[str]:
+        """Return ids_sha256 of each shard of a part of the store, as its marker must have it."""
+        if part.id not in self._ids_sha256:
+            ids = self._array("ids")
+            bounds = (part.rows_of(self.name, number) for number in range(part.shards(self.name)))
+            self._ids_sha256[part.id] = [ids_sha256(ids[first:end]) for first, end in bounds]
+        return self._ids_sha256[part.id]
 
     @property
     def views(self) -> int:
@@ -167,9 +192,18 @@ class Split:
     @cached_property
     def digests(self) -> np.ndarray | None:
         """Digests of the image files, uint8 [N, 16], see featcache.digest; None if a shard was written without them."""
-        digests = [digests_of(marker) for marker in self.store.folder.each(read_marker, self._shards())]
-        known = [part for part in digests if part is not None]
-        return np.concatenate(known) if len(known) == len(digests) else None
+        return self.digests_of_rows(0, len(self))
+
+    def digests_of_rows(self, first: int, end: int) -> np.ndarray | None:
+        """Return the digests of some rows, uint8 [n, 16], as `digests` does."""
+        part = next(part for part in self.store.parts if self.name in part.splits)
+        shard_rows = part.splits[self.name]["shard_rows"]
+        numbers = range(first // shard_rows, -(-end // shard_rows))
+        shards = [Shard(self.store.folder, part, self.name, number) for number in numbers]
+        digests = [digests_of(marker) for marker in self.store.folder.each(read_marker, shards)]
+        known = [own for own in digests if own is not None]
+        start = numbers.start * shard_rows
+        return np.concatenate(known)[first - start : end - start] if known and len(known) == len(digests) else None
 
     @cached_property
     def labels(self) -> np.ndarray:

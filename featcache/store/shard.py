@@ -42,7 +42,7 @@ class Shard:
     @property
     def marker_name(self) -> str:
         """Name of the shard's marker within the store."""
-        return f"{COMMITS}/{self.split}/{self.number:06d}.json"
+        return f"{COMMITS}/{self.split}/{self.number:06d}{self.manifest.mark}.json"
 
     def file_name(self, feature: str) -> str:
         """Return the name of the file that holds the shard's rows of a feature, within the store."""

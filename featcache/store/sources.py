@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import BadInput
+from featcache.store.additions import read_file
 from featcache.store.dtype import STORED, hole
 from featcache.store.folder import Folder, LocalFolder
 from featcache.store.formats import Format, format_of
-from featcache.store.manifest import Manifest, feature_of, read_file, remedy
-from featcache.store.mapped_rows import MappedRows
+from featcache.store.manifest import Manifest, feature_of, remedy
+from featcache.store.mapped_rows import MappedRows, chunk_of, copy_rows
 from featcache.store.marker import ShardFile, read_marker
 from featcache.store.shard import Shard
 from featcache.store.zarr_format import crc_of
@@ -47,15 +48,6 @@ def open_source(
     """
     source = DecodedShards if folder.remote or manifest.storage["compression"] else MappedShards
     return source(folder, manifest, split, str(feature), ids, {} if checked is None else checked)
-
-
-def chunk_of(view: np.ndarray, number: int, step: int, rows: int) -> np.ndarray:
-    """Return the rows of a chunk, given by its number, of a shard of so many rows.
-
-    view: of the shard, [blocks, rows of a block, ...]. step: chunk_rows.
-    """
-    block, start = divmod(number * step, view.shape[1])
-    return view[block, start : start + min(step, rows - number * step)]
 
 
 class _Shards:
@@ -231,11 +223,11 @@ class MappedShards(_Shards):
             low, high = max(start, base), min(stop, end)
             view, target = self.view(shard), out[low - start : high - start]
             if target.nbytes < ASIDE_BYTES or all(self._known(shard)):
-                _copy(view, low - base, target)
+                copy_rows(view, low - base, target)
                 self._check(shard, low, high, target)
             else:
                 # The copy waits for memory; this thread computes checksums meanwhile.
-                copy = Thread(target=_copy, args=(view, low - base, target))
+                copy = Thread(target=copy_rows, args=(view, low - base, target))
                 copy.start()
                 try:
                     self._check(shard, low, high)
@@ -311,23 +303,6 @@ class MappedShards(_Shards):
                 if not all(self._known(shard)):
                     self._check(shard, *self.manifest.rows_of(self.split, shard))
         return rows
-
-
-def _copy(view: np.ndarray, start: int, out: np.ndarray) -> None:
-    """Copy the rows of a shard from `start` on into out, [n, ...]. view: [blocks, rows of a block, ...]."""
-    row, block_rows = 0, view.shape[1]
-    while row < len(out):
-        block, within = divmod(start + row, block_rows)
-        whole = (len(out) - row) // block_rows
-        if within == 0 and whole:
-            # All whole blocks in one strided copy.
-            count = whole * block_rows
-            target = out[row : row + count].reshape(whole, *view.shape[1:])
-            np.copyto(target, view[block : block + whole])
-        else:
-            count = min(len(out) - row, block_rows - within)
-            out[row : row + count] = view[block, within : within + count]
-        row += count
 
 
 class DecodedShards(_Shards):

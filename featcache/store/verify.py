@@ -1,6 +1,7 @@
 """`featcache verify`: every byte of a store against its checksums; `--repair` drops what is damaged."""
 
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from featcache.errors import BadInput
-from featcache.names import COMMITS, MANIFEST
+from featcache.names import ADDITION, COMMITS, MANIFEST
+from featcache.store.additions import fits, merge, order_parts, read_file
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
-from featcache.store.manifest import FORMAT, Manifest, parse_manifest, read_file, read_manifest
-from featcache.store.marker import LOCK, ShardFile, find_marker, ids_sha256
+from featcache.store.manifest import FORMAT, Manifest, parse_manifest, read_manifest
+from featcache.store.mapped_rows import chunk_of
+from featcache.store.marker import LOCK, ShardFile, committed, find_marker, ids_sha256
 from featcache.store.sealed import unseal
 from featcache.store.shard import Shard
-from featcache.store.sources import chunk_of
 from featcache.store.zarr_format import bad_chunks, crc_of
 
 
@@ -42,12 +44,19 @@ def verify(store: str | os.PathLike[str] | Folder, repair: bool = False) -> list
             print(finding.where, finding.what)
     """
     folder = open_folder(store)
-    manifest = _check_manifest(folder)
-    if isinstance(manifest, Finding):
+    first = _check_manifest(folder)
+    if isinstance(first, Finding):
         if repair:
             folder.delete(MANIFEST)
-        return [manifest]
-    findings = [*_check_files(folder, manifest, repair)]
+        return [first]
+    additions, findings = _check_additions(folder, repair)
+    try:
+        parts = order_parts(folder, first, additions)
+    except BadInput as error:
+        findings.append(Finding(MANIFEST, error.message))
+        parts = [first]
+    manifest = merge(parts)
+    findings += _check_files(folder, manifest, additions, repair)
     ids_are_whole = not findings
     if "lock" in folder.names(COMMITS) and folder.size(LOCK) is None:
         if repair:
@@ -57,9 +66,31 @@ def verify(store: str | os.PathLike[str] | Folder, repair: bool = False) -> list
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for split in manifest.splits:
             ids = _read_ids(folder, manifest, split) if ids_are_whole else None
-            for number in range(manifest.shards(split)):
-                findings += _check_shard(Shard(folder, manifest, split, number), ids, repair, progress)
+            for part in (part for part in parts if split in part.splits):
+                for number in range(part.shards(split)):
+                    findings += _check_shard(Shard(folder, part, split, number), ids, repair, progress)
+        for addition in (addition for addition in additions if addition.after is None):
+            for split in addition.splits:
+                for number in sorted(committed(folder, addition, split)):
+                    findings += _check_shard(Shard(folder, addition, split, number), None, repair, progress)
     return findings
+
+
+def _check_additions(folder: Folder, repair: bool) -> tuple[list[Manifest], list[Finding]]:
+    """Return the additions of a store, whole or not, and what is wrong with the manifests of others."""
+    additions, findings = [], []
+    for name in sorted(filter(ADDITION.fullmatch, folder.names())):
+        try:
+            additions.append(parse_manifest(folder.read(name), folder, name))
+        except (FileNotFoundError, BadInput) as error:
+            if repair:
+                folder.delete(name)
+            findings.append(Finding(name, error.message if isinstance(error, BadInput) else "it is no file"))
+    known = {addition.mark for addition in additions} | {f"-{finding.where[9:17]}" for finding in findings}
+    marks = {name[6:-5] for split in folder.names(COMMITS) for name in folder.names(f"{COMMITS}/{split}")}
+    for mark in sorted(mark for mark in marks - known if ADDITION.fullmatch(f"addition{mark}.json")):
+        findings.append(Finding(f"addition{mark}.json", "missing; the same extract again makes it anew"))
+    return additions, findings
 
 
 def _check_manifest(folder: Folder) -> Manifest | Finding:
@@ -89,10 +120,10 @@ def _is_sealed(folder: Folder) -> bool:
 
 
 def _other_store(folder: Folder, manifest: Manifest) -> str | None:
-    """Return the id of another store if all markers are of that one; None otherwise."""
+    """Return the id of another store if all markers are of that one; None otherwise. Those of additions do not count."""
     ids = set()
     for split in sorted(folder.names(COMMITS) - {"lock"}):
-        for name in sorted(folder.names(f"{COMMITS}/{split}")):
+        for name in sorted(filter(re.compile("[0-9]{6}.json").fullmatch, folder.names(f"{COMMITS}/{split}"))):
             try:
                 ids.add(unseal(folder.read(f"{COMMITS}/{split}/{name}")).get("store"))
             except (FileNotFoundError, ValueError, BadInput):
@@ -112,9 +143,10 @@ def _read_ids(folder: Folder, manifest: Manifest, split: str) -> np.ndarray | No
     return ids if ids.ndim == 2 and ids.dtype == np.uint8 else None
 
 
-def _check_files(folder: Folder, manifest: Manifest, repair: bool) -> Iterator[Finding]:
-    """Check the files beside the shards."""
-    for name, entry in manifest.files.items():
+def _check_files(folder: Folder, manifest: Manifest, additions: Sequence[Manifest], repair: bool) -> Iterator[Finding]:
+    """Check the files beside the shards. A file may be that of an addition which is about to become whole."""
+    beginning = [addition for addition in additions if addition.after is None]
+    for name in manifest.files:
         try:
             data = folder.read(name)
         except (FileNotFoundError, BadInput) as error:
@@ -123,7 +155,7 @@ def _check_files(folder: Folder, manifest: Manifest, repair: bool) -> Iterator[F
                 folder.delete(name)
             yield Finding(name, error.message if isinstance(error, BadInput) else "missing")
             continue
-        if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
+        if not any(fits(data, named, name) for named in (manifest, *beginning)):
             if repair:
                 folder.delete(name)
             yield Finding(name, "its bytes do not fit the manifest's checksum")

@@ -3,7 +3,7 @@
 import io
 import mmap
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -12,6 +12,7 @@ import numpy as np
 from featcache.atomic import PARTIAL
 from featcache.errors import BadInput
 from featcache.names import COMMITS, MANIFEST
+from featcache.store.additions import fits, merge, read_file, read_parts
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
 from featcache.store.manifest import (
@@ -19,7 +20,6 @@ from featcache.store.manifest import (
     Storage,
     difference,
     identity_hash,
-    read_file,
     read_manifest,
     remedy,
 )
@@ -55,18 +55,23 @@ def create_store(place: object, manifest: Manifest, arrays: Mapping[str, AxedArr
         manifest = replace(manifest, files={n: {"bytes": len(d), "crc32": zlib.crc32(d)} for n, d in files.items()})
         with folder.writing(MANIFEST) as file:
             file.write(manifest.to_bytes())
-    for name in lacking:
-        if name not in files or zlib.crc32(files[name]) != manifest.files[name]["crc32"]:
+    write_files(folder, manifest, files, lacking)
+    if COMMITS in entries and MANIFEST not in entries:
+        # Without a manifest nobody could check the shards.
+        verify(folder, repair=True)
+    return manifest
+
+
+def write_files(folder: Folder, manifest: Manifest, files: Mapping[str, bytes], names: Iterable[str]) -> None:
+    """Write some of a manifest's files. files: {name: bytes}. Raises BadInput if they are not those that it names."""
+    for name in names:
+        if name not in files or not fits(files[name], manifest, name):
             raise BadInput(
                 f"{folder}/{name} is lost, and this version of {manifest.storage['format']} writes it otherwise: "
                 "extract into another store"
             )
         with folder.writing(name) as file:
             file.write(files[name])
-    if COMMITS in entries and MANIFEST not in entries:
-        # Without a manifest nobody could check the shards.
-        verify(folder, repair=True)
-    return manifest
 
 
 def _begun(folder: Folder, planned: Manifest) -> Manifest:
@@ -113,15 +118,17 @@ def check_whole(folder: Folder, manifest: Manifest) -> None:
     Of the files of shards only the length is compared: their bytes are when they are read. Raises BadInput for the
     first thing that is gone or has changed.
     """
-    if read_manifest(folder).to_bytes() != manifest.to_bytes():
+    parts = read_parts(folder)
+    if merge(parts).to_bytes() != manifest.to_bytes():
         raise BadInput(f"{folder}/{MANIFEST} was replaced by another one; {remedy(folder)}")
     for name in missing_files(folder, manifest):
         raise BadInput(f"{folder}/{name} is gone or damaged; {remedy(folder)}")
-    check_shards(folder, manifest)
+    for part in parts:
+        check_shards(folder, part)
 
 
 def check_shards(folder: Folder, manifest: Manifest) -> None:
-    """Check that every shard has its marker and its files, of the right lengths. Raises BadInput for the first."""
+    """Check that every shard of a part of a store has its marker and its files, of the right lengths. Raises BadInput for the first."""
 
     def wrong_with(shard: Shard) -> str | None:
         marker = find_marker(shard)

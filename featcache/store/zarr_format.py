@@ -7,13 +7,14 @@ the index (offset and length of every inner chunk, uint64) and the crc32c of the
 import json
 import mmap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 
 from featcache.errors import BadInput
+from featcache.store.additions import part_of
 from featcache.store.dtype import STORED, hole
 from featcache.store.folder import Folder
 from featcache.store.manifest import FeatureSpec, Manifest, feature_of
@@ -35,10 +36,13 @@ def shard_name(split: str, feature: str, number: int, axes: int) -> str:
     return "/".join([split, feature_of(feature).folder, "c", str(number), *["0"] * (axes - 1)])
 
 
-def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict[str, bytes]:
+def metadata_files(
+    manifest: Manifest, arrays: Mapping[str, AxedArrays], parts: Sequence[Manifest] = ()
+) -> dict[str, bytes]:
     """Return {name: bytes} of all Zarr metadata and of the small arrays.
 
-    arrays: the small arrays of each split and view.
+    arrays: the small arrays of each split and view. parts: those of the store, if it has grown; manifest is then all of
+    them merged.
     """
     import zarr
     from zarr.codecs import Crc32cCodec
@@ -46,7 +50,7 @@ def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict
     files: dict[str, Any] = {}
     attributes = {"id": manifest.id, "classes": manifest.classes, "identity": manifest.identity}
     root = zarr.create_group(zarr.storage.MemoryStore(files), attributes={"featcache": attributes})
-    for split, geometry in manifest.splits.items():
+    for split in manifest.splits:
         group = root.create_group(split)
         for name, (array, axes) in arrays[split].items():
             # A chunk may not be empty, an array may.
@@ -62,11 +66,12 @@ def metadata_files(manifest: Manifest, arrays: Mapping[str, AxedArrays]) -> dict
             )
         for name, spec in manifest.features.items():
             feature, row = feature_of(name), tuple(spec["shape"])
+            part = part_of(parts or [manifest], split, name)
             group.create_array(
                 feature.folder,
-                shape=(geometry["rows"], *row),
-                shards=(geometry["shard_rows"], *row),
-                chunks=(spec["chunk_rows"], *row),
+                shape=(part.splits[split]["rows"], *row),
+                shards=(part.splits[split]["shard_rows"], *row),
+                chunks=(part.features[name]["chunk_rows"], *row),
                 dtype=STORED[spec["dtype"]],
                 fill_value=hole(spec["dtype"]),
                 compressors=[*_zarr_codecs(manifest.storage["compression"], spec["dtype"]), Crc32cCodec()],

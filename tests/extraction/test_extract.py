@@ -75,8 +75,9 @@ def test_another_identity_is_refused_with_the_field(scenes, checkpoint, tmp_path
     before = tree_hash(path)
     code, _, err = command("extract", *options(scenes, checkpoint, path, split="val", dtype="float32"))
     assert code == 2 and 'dtype: "float16" -> "float32"' in err
-    code, _, err = command("extract", *options(scenes, checkpoint, path, split="test"))
-    assert code == 2 and "dataset.splits.test" in err
+    assert "with another --store, or with none, writes a new one" in err
+    code, _, err = command("extract", *options(scenes, checkpoint, path, split="test", size=32))
+    assert code == 2 and "preprocessing.size: 64 -> 32" in err and "dataset.splits" not in err
     assert tree_hash(path) == before
 
 

@@ -184,7 +184,6 @@ def test_identity_names_views_only_where_there_are_some(viewed, store, scenes, c
     code, _, err = command("extract", *view_options(scenes, checkpoint, viewed))
     assert code == 0 and "is finished already" in err
     for change, named in (
-        ({"views": 2}, "views.count: 3 -> 2"),
         ({"seed": 1}, "views.seed: 0 -> 1"),
         ({"crop-scale": "0.08,1"}, "views.scale: [0.7, 1.0] -> [0.08, 1.0]"),
         ({"decoder": "draft"}, 'decoder: null -> "pillow-draft"'),

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from featcache.datasets import Dataset, Record
 from featcache.feature import Feature
 from featcache.store import manifest as manifest_module
+from featcache.store.additions import addition, merge
 from featcache.store.folder import open_folder
 from featcache.store.formats import choose_format
+from featcache.store.growing import begin_addition, publish, restore, whole_parts
 from featcache.store.manifest import plan
+from featcache.store.reader import Store
 from featcache.store.records import record_arrays, with_axes
 from featcache.store.shard import Shard
-from featcache.store.writer import create_store, put_shard
+from featcache.store.writer import create_store, missing_shards, put_shard
 
 ROWS = 23
 # What indexes an array [ROWS, 3, ...].
@@ -145,3 +148,36 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, row):
         return torch.from_numpy(self.array[row])
+
+
+def grow_store(path):
+    """Add layer3:pooled, a random feature, to a store of write_store, as `extract` adds it; go on if it was begun."""
+    folder = open_folder(path)
+    parts = whole_parts(folder)
+    store, feature = merge(parts), Feature("layer3", "pooled")
+    if str(feature) in store.features:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module, "CHUNK_ROWS", 2)
+        patch.setattr(manifest_module, "SHARD_BYTES", 32)
+        planned = plan(
+            addition(store.identity, [str(feature)], ["train"], {}),
+            {"train": store.splits["train"]["rows"]},
+            {feature: (5,)},
+            "float16",
+            store.aliases,
+            store.classes,
+            store.task,
+            store.compute,
+            store.storage,
+        )
+    folder.sweep()
+    begun = begin_addition(folder, planned)
+    split = Store(folder)["train"]
+    arrays = {"train": with_axes(split.arrays())}
+    restore(folder, parts, arrays)
+    values = np.random.default_rng(1).normal(size=(len(split), 5)).astype(np.float16)
+    for shard in missing_shards(folder, begun):
+        first, end = shard.rows
+        put_shard(shard, split.ids[first:end], {str(feature): values[first:end]})
+    publish(folder, begun, arrays)

@@ -18,14 +18,17 @@ from featcache.probes.runs.run_file import (
     SEALED_FILE,
     Summary,
     checksum,
+    holds_run,
     identity,
     maker,
     read_file,
+    read_summary,
 )
 from featcache.probes.runs.tables import find_table, tables_of
 from featcache.probes.runs.tuned import BACKBONES, IMAGES, LOGITS, is_tuned, tuned_damage
 from featcache.probes.scores.metrics import metrics_of, task_of
 from featcache.store.folder import open_folder
+from featcache.store.reader import Store
 
 
 def damage(folder: str | Path, summary: Summary | None) -> Iterator[tuple[str, str]]:
@@ -116,6 +119,19 @@ def without_summary(folder: str | Path, basis: Mapping[str, Any], reason: str) -
         )
         open_folder(folder).delete(FILE)
     return {"buffers": buffers} if origins else {}
+
+
+def known_store(store: Store, folder: str | Path) -> Store:
+    """Return a store as the run in a folder knows it: it may have grown since. If there is no such run, it is as it is."""
+    if len(store.ids) == 1 or not holds_run(folder):
+        return store
+    try:
+        id = read_summary(folder).get("store_id")
+    except BadInput:
+        damaged = {path for path, _ in check_files(folder, None)}
+        origins = [read_origin(path) for path in _files(folder) if path not in damaged]
+        id = next((origin[0].store_id for origin in origins if origin), None)
+    return store.known_as(id) if id in store.ids else store
 
 
 def kept_files(folder: str | Path, summary: Summary, own: str | None = None) -> dict[str, dict[str, int]]:

@@ -189,19 +189,22 @@ def _check_fields(row: Mapping[str, str]) -> None:
 
 
 def store_of(run: Run, path: str | os.PathLike[str] | None = None) -> Store:
-    """Open the store that a run was made from. path: where it is, if it was moved. Raises BadInput for another store."""
+    """Open the store that a run was made from, as the run knows it: it may have grown since.
+
+    path: where it is, if it was moved. Raises BadInput for another store.
+    """
     if is_tuned(run.summary):
         raise BadInput(
             f"run {run.path} was fine-tuned on images and has no store; extract with one of its backbones, {BACKBONES}/ID"
             ".safetensors, and train probes on that"
         )
-    store = open_store(path or _recorded_store(run))
-    if store.id != run.summary["store_id"]:
+    store, id = open_store(path or _recorded_store(run)), run.summary["store_id"]
+    if id not in store.ids:
         raise BadInput(
             f"store {store.path} (id {store.id[:8]}) is not the one of run {run.path} "
             f"(id {run.summary['store_id'][:8]})"
         )
-    return store
+    return store.known_as(id)
 
 
 def _recorded_store(run: Run) -> str | os.PathLike[str]:
