@@ -20,10 +20,18 @@ from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.store.manifest import difference
-from featcache.store.reader import Split
+from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
+
+
+def width_of(store: Store, feature: Feature) -> int:
+    """Return how many channels the map of a layer has. The store may hold only means of the map."""
+    held = store.manifest.features
+    names = (str(Feature(feature.layer, kind)) for kind in ("spatial", "pooled", "patch_mean"))
+    width: int = next(held[name]["shape"][0] for name in names if name in held)
+    return width
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +102,8 @@ class Source:
         return self.preprocessing.normalise(pictures.to(self.device))
 
     def channels(self, feature: Feature) -> int:
-        """Return how many channels a map of the store has."""
-        return self.split.store.manifest.features[str(feature)]["shape"][0]
+        """Return how many channels a layer's map has."""
+        return width_of(self.split.store, feature)
 
     @cached_property
     def at_once(self) -> int:

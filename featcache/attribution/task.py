@@ -9,7 +9,7 @@ from os import PathLike
 import torch
 
 import featcache
-from featcache.attribution.batch import Source, open_network
+from featcache.attribution.batch import Source, open_network, width_of
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
@@ -180,7 +180,7 @@ def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, r
         spec, feature = probe.spec, _map_of(probe.spec, store)
         weights = {"": probe.weights}
         if random is not None:
-            channels = store.manifest.features[str(feature)]["shape"][0]
+            channels = width_of(store, feature)
             generator = torch.Generator().manual_seed(random % 2**63)
             weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
         for note, own in weights.items():

@@ -247,7 +247,7 @@ from folders import tree_hash
 from stores import write_store
 from featcache.store.verify import verify
 
-root, suffix, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+root, suffix, mode, stride = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
 
 def write(path):
     write_store(path, rows=9)
@@ -280,7 +280,7 @@ whole = root / f"whole.{suffix}"
 assert in_child(whole, 0) == 0
 expected, n = tree_hash(whole), 0
 while True:
-    n += 1
+    n += stride
     path = root / f"{n}.{suffix}"
     code = in_child(path, n)
     if code == 3:
@@ -299,8 +299,10 @@ print(n)
 
 @pytest.mark.parametrize("suffix", ["zarr", "hdf5"])
 @pytest.mark.parametrize("mode", ["kill", "error"])
-def test_a_fault_at_every_file_operation(tmp_path, suffix, mode):
-    words = [sys.executable, "-c", FAULTS, str(SUPPORT), str(tmp_path), suffix, mode]
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_fault_at_every_file_operation(tmp_path, suffix, mode, stride):
+    """At every third, and in the slow test at all."""
+    words = [sys.executable, "-c", FAULTS, str(SUPPORT), str(tmp_path), suffix, mode, str(stride)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30

@@ -399,7 +399,7 @@ def test_attribution_decodes_as_the_store_was_decoded(scenes, checkpoint, tmp_pa
     assert store.manifest.identity["decoder"] == "pillow-draft"
     run = featcache.train_probes({"probes": [GROUP]}, store=tmp_path / "s.zarr", run=tmp_path / "r")
     featcache.attribute(
-        run.path, rule="best map", methods=["input_x_gradient"], limit=2,
+        run.path, rule="best map", methods=["input_x_gradient"], limit=2, sanity=True,
         backbone=checkpoint, dataset="voc", root=root,
     )  # fmt: skip
     with np.load(tmp_path / "r/attribution.npz") as kept:

@@ -333,7 +333,7 @@ def test_recipes_of_a_resnet_train(resnet_store, tmp_path, recipe):
 @pytest.mark.process
 @pytest.mark.parametrize(
     "recipe",
-    ["openmixup/imagenet_mae", "dino/linear", "dinov2/linear", "dinov2/logistic", "i_jepa/linear", "capi/grid",
+    ["openmixup/imagenet_mae", "dino/linear", "dinov2/linear", pytest.param("dinov2/logistic", marks=pytest.mark.slow), "i_jepa/linear", "capi/grid",
      "attentive/grid", "attentive/v_jepa", "attentive/efficient"],
 )  # fmt: skip
 def test_recipes_of_a_vit_train(vit_store, tmp_path, recipe):
