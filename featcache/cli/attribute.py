@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.cli.options import backbone_options, dataset_options, device_option
+from featcache.cli.options import backbone_options, dataset_options, device_option, memory_option
 
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
@@ -41,26 +41,15 @@ if TYPE_CHECKING:
 @click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
-@click.option(
-    "--memory",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GB",
-    help="Memory for what passes through the backbone keep.  [default: 2]",
-)
+@memory_option("Memory for what passes through the backbone keep.  [default: 2]")
 @click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
 @click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
-def attribute(
-    methods: str | None, scores: str | None, memory: float | None, device: str | None, dry_run: bool, **options: Any
-) -> None:
+def attribute(methods: str | None, scores: str | None, device: str | None, dry_run: bool, **options: Any) -> None:
     """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
 
     If it was interrupted, the same command again goes on from there. Under torchrun the processes share the images.
     """
-    options |= {
-        "methods": _names(methods),
-        "scores": _names(scores),
-        "memory": None if memory is None else memory * 1e9,
-    }
+    options |= {"methods": _names(methods), "scores": _names(scores)}
     if dry_run:
         from featcache.attribution.plan import plan_attribution
         from featcache.attribution.task import prepare

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import device_option
+from featcache.cli.options import device_option, memory_option
 
 
 def _several(kind: Callable[[str], Any], what: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -65,14 +65,9 @@ def _several(kind: Callable[[str], Any], what: str) -> Callable[[click.Context, 
 @click.option("--metric", metavar="NAME", help="To choose by.  [default: top1, or map for several labels]")
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/grid-ID]")
 @device_option
-@click.option(
-    "--memory",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GB",
-    help="Memory for features and similarities.  [default: half of what is free]",
-)
+@memory_option("Memory for features and similarities.  [default: half of what is free]")
 @click.option("--allow-overlap", is_flag=True, help="Go on although two roles share images; the run says how many.")
-def knn(train: str | None, val: str | None, test: str | None, memory: float | None, **options: Any) -> None:
+def knn(train: str | None, val: str | None, test: str | None, **options: Any) -> None:
     """Score k-nearest-neighbour classifiers on cached features.
 
     Every k, temperature and draw comes from one search. The result is a run like that of train-probes: report, compare
@@ -83,6 +78,6 @@ def knn(train: str | None, val: str | None, test: str | None, memory: float | No
 
     given = {"train": train, "val": val, "test": test}
     splits = {role: names.split(",") for role, names in given.items() if names}
-    finished = run(splits=splits or None, memory=None if memory is None else memory * 1e9, **options)
+    finished = run(splits=splits or None, **options)
     if finished is not None:
         print_scores(finished)

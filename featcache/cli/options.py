@@ -112,6 +112,18 @@ split_option = click.option(
     help="Splits.  [default: all that the dataset's protocol needs]",
 )
 
+
+def memory_option(help: str) -> Option:
+    """Add --memory, which is in GB and reaches the command in bytes."""
+    return click.option(
+        "--memory",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="GB",
+        callback=lambda _context, _option, value: None if value is None else value * 1e9,
+        help=help,
+    )
+
+
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import device_option
+from featcache.cli.options import device_option, memory_option
 
 
 def _whole_numbers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
@@ -59,13 +59,8 @@ def _costs(context: click.Context, option: click.Parameter, text: str) -> Any:
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/grid-ID]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the first draw of --low-shot.")
-@click.option(
-    "--memory",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GB",
-    help="Memory for features.  [default: half of what is free]",
-)
-def svm(low_shot: bool, memory: float | None, **options: Any) -> None:
+@memory_option("Memory for features.  [default: half of what is free]")
+def svm(low_shot: bool, **options: Any) -> None:
     """Train linear support vector machines on cached features, as VOC07 SVM and low-shot SVM protocols do.
 
     Each class has a machine of its own, and chooses its cost by cross-validation. The grid is in the run folder.
@@ -74,7 +69,7 @@ def svm(low_shot: bool, memory: float | None, **options: Any) -> None:
     from featcache.reporting.svm import low_shot_rows, notes, svm_rows
     from featcache.reporting.table import format_table
 
-    run = train(low_shot=low_shot, memory=None if memory is None else memory * 1e9, **options)
+    run = train(low_shot=low_shot, **options)
     if run is None:
         return
     click.echo(format_table(*(low_shot_rows(run) if low_shot else svm_rows(run))))

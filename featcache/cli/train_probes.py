@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.cli.options import device_option
+from featcache.cli.options import device_option, memory_option
 
 if TYPE_CHECKING:
     from featcache.probes.plan import Plan
@@ -17,30 +17,24 @@ if TYPE_CHECKING:
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/GRID-ID]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Draws the order of the mini-batches.")
-@click.option(
-    "--memory",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GB",
-    help="Memory for features; what needs more is streamed from the store.  [default: half of what is free]",
-)
+@memory_option("Memory for features; what needs more is streamed from the store.  [default: half of what is free]")
 @click.option("--parity", metavar="NAME", help="A profile of the grid, such as how-to-probe: the published protocol.")
 @click.option("--allow-overlap", is_flag=True, help="Train although two roles share images; the run says how many.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained, with memory and time; write nothing.")
-def train_probes(dry_run: bool, run: str | None, seed: int, memory: float | None, **options: Any) -> None:
+def train_probes(dry_run: bool, run: str | None, seed: int, **options: Any) -> None:
     """Train and score a whole grid of probes on cached features.
 
     If it was interrupted, the same command again goes on from there, and trains only what is missing. Under torchrun
     the processes share the work.
     """
-    memory = None if memory is None else memory * 1e9
     if dry_run:
         from featcache.probes.plan import plan_probes
 
-        _print_plan(plan_probes(memory=memory, **options))
+        _print_plan(plan_probes(**options))
         return
     from featcache.probes.train import train_probes as train
 
-    finished = train(run=run, seed=seed, memory=memory, **options)
+    finished = train(run=run, seed=seed, **options)
     if finished is not None:
         print_scores(finished)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -174,8 +175,6 @@ class Tuner:
 
     def restore(self, path: Path) -> None:
         """Go on from a state. Raises BadInput if it is not one of this configuration."""
-        import safetensors.torch
-
         try:
             unseal(path)
             content, saved = read_content(path), safetensors.torch.load_file(path)

@@ -66,9 +66,10 @@ def knn(
     store: path. features: one or several, see docs/backbones.md; a map is averaged over its positions. k, temperature,
     distance: in place of those that `weights`, a name of WEIGHTINGS, stands for; several values give several probes.
     shots: few-shot, the number of training images of each class, drawn `tries` times with the seeds `seed`, `seed` + 1,
-    ...; k is then at most that number, and that number itself, as in DINOv2. leave_one_out: choose k and the like on the training images, each without itself, rather than on val. splits:
-    {role: splits of the store} for train, val and test; without val nothing is chosen, and all are reported. metric: to choose by. run, device, memory, allow_overlap: as
-    for train_probes.
+    ...; k is then at most that number, and that number itself, as in DINOv2. leave_one_out: choose k and the like on the
+    training images, each without itself, rather than on val. splits: {role: splits of the store} for train, val and
+    test; without val nothing is chosen, and all are reported. metric: to choose by. run, device, memory, allow_overlap:
+    as for train_probes.
 
     Returns the Run, as train_probes does of the same grid, which knn_grid() returns. Raises BadInput.
 

@@ -10,7 +10,6 @@ one by one on a part of the maps, since each takes equally long.
 import argparse
 import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from featcache.probes.heads.module import HeadModule
 # What the benchmarks share with the tests.
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from explaining import batch_of
+from timing import seconds
 
 SIZE, CLASSES = 224, 20
 LAYER = Feature("layer4", "spatial")
@@ -45,16 +45,6 @@ class Whole(nn.Module):
         t = self.trunk
         x = t.maxpool(t.relu(t.bn1(t.conv1(images.contiguous(memory_format=torch.channels_last)))))
         return self.head(t.layer4(t.layer3(t.layer2(t.layer1(x)))))
-
-
-def seconds(run):
-    """Run once and return the time that it took."""
-    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    finish()
-    started = time.perf_counter()
-    run()
-    finish()
-    return time.perf_counter() - started
 
 
 def explain(method, heads, batch):

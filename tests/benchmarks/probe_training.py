@@ -33,6 +33,7 @@ from featcache.probes.spec import ProbeSpec
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from loop import train_block
 from parts import Head, Loss, Optimizer, Schedule
+from timing import seconds
 
 DIM = 2048
 # So that what is done once a probe, such as drawing its weights, weighs about as little as in a whole training.
@@ -41,17 +42,13 @@ EPOCHS = 4
 
 def in_turn(runs, repeats):
     """Run the functions in turn, so that a change of the machine's pace meets all; return median seconds."""
-    seconds = {name: [] for name in runs}
-    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    taken = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            finish()
-            started = time.perf_counter()
-            run()
-            finish()
+            each = seconds(run)
             if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                taken[name].append(each)
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def gemm(device):

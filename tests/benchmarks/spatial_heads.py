@@ -12,7 +12,6 @@ counts.
 import argparse
 import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from featcache.probes.spec import ProbeSpec
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from loop import train_block
 from parts import Head, Loss, Optimizer, Schedule
+from timing import seconds
 
 DIM = 2048
 
@@ -35,16 +35,6 @@ def operations(head, rows, positions, classes):
     last = wide if head.type == "bcos" else rows
     products = 2 * wide * DIM * head.hidden + 3 * (head.layers - 2) * wide * head.hidden**2
     return 2 * (products + 3 * last * head.hidden * classes)
-
-
-def seconds(run):
-    """Run once and return the time that it took."""
-    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    finish()
-    started = time.perf_counter()
-    run()
-    finish()
-    return time.perf_counter() - started
 
 
 def main():

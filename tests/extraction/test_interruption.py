@@ -240,9 +240,10 @@ def test_a_read_only_disk(scenes, checkpoint, small_disk):
 
 # Dies, or gets an error, at the Nth thing that is done to the file system below the store.
 FAULTS = """
-import os, signal, sys
+import signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from faults import NOT_REACHED, in_child
 from folders import tree_hash
 from stores import write_store
 from featcache.store.verify import verify
@@ -252,38 +253,14 @@ root, suffix, mode, stride = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sy
 def write(path):
     write_store(path, rows=9)
 
-def in_child(path, nth):
-    child = os.fork()
-    if child == 0:
-        count = [0]
-        def hook(event, arguments):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(path) in str(arguments[0]):
-                count[0] += 1
-                if count[0] == nth:
-                    if mode == "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    raise OSError(5, "Input/output error", str(arguments[0]))
-        if nth:
-            sys.addaudithook(hook)
-        try:
-            write(path)
-        except OSError as error:
-            os._exit(5 if error.errno == 5 else 6)
-        except BaseException:
-            import traceback; traceback.print_exc()
-            os._exit(7)
-        # 3: the fault was never reached.
-        os._exit(3 if nth and count[0] < nth else 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
 whole = root / f"whole.{suffix}"
-assert in_child(whole, 0) == 0
+assert in_child(write, whole, 0, mode) == 0
 expected, n = tree_hash(whole), 0
 while True:
     n += stride
     path = root / f"{n}.{suffix}"
-    code = in_child(path, n)
-    if code == 3:
+    code = in_child(write, path, n, mode)
+    if code == NOT_REACHED:
         break
     # An error that the folder exists already, for one, may be overcome.
     assert code in ((-signal.SIGKILL,) if mode == "kill" else (5, 0)), (n, code)
@@ -291,7 +268,7 @@ while True:
         assert all("missing" in f.what for f in verify(path)), n
     if mode == "error":
         assert not list(path.rglob("*.partial")), n
-    assert in_child(path, 0) == 0
+    assert in_child(write, path, 0, mode) == 0
     assert tree_hash(path) == expected, n
 print(n)
 """

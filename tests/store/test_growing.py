@@ -86,11 +86,12 @@ def test_an_addition_of_another_store_is_refused(grown, tmp_path):
 
 # Dies, or gets an error, at the Nth thing that is done to the file system below a store that grows.
 FAULTS = """
-import os, signal, sys
+import signal, sys
 sys.path.insert(0, sys.argv[1])
 import shutil
 from pathlib import Path
 import numpy as np
+from faults import NOT_REACHED, in_child
 from folders import tree_hash
 from stores import grow_store, write_store
 from featcache.errors import BadInput
@@ -101,41 +102,16 @@ root, suffix, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 small = root / f"small.{suffix}"
 before = write_store(small, rows=9)
 
-def in_child(path, nth):
-    child = os.fork()
-    if child == 0:
-        count = [0]
-        def hook(event, arguments):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(path) in str(arguments[0]):
-                count[0] += 1
-                if count[0] == nth:
-                    if mode == "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    raise OSError(5, "Input/output error", str(arguments[0]))
-        if nth:
-            sys.addaudithook(hook)
-        try:
-            grow_store(path)
-        except OSError as error:
-            os._exit(5 if error.errno == 5 else 6)
-        except BadInput:
-            os._exit(5)
-        except BaseException:
-            import traceback; traceback.print_exc()
-            os._exit(7)
-        os._exit(3 if nth and count[0] < nth else 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
 whole = root / f"whole.{suffix}"
 shutil.copytree(small, whole)
-assert in_child(whole, 0) == 0
+assert in_child(grow_store, whole, 0, mode) == 0
 expected, n = tree_hash(whole), 0
 while True:
     n += 1
     path = root / f"{n}.{suffix}"
     shutil.copytree(small, path)
-    code = in_child(path, n)
-    if code == 3:
+    code = in_child(grow_store, path, n, mode, (BadInput,))
+    if code == NOT_REACHED:
         break
     assert code in ((-signal.SIGKILL,) if mode == "kill" else (5, 0)), (n, code)
     store = open_store(path)
@@ -143,7 +119,7 @@ while True:
         assert np.array_equal(store["train"][name][:], rows), n
     assert len(store.parts) == 1 or len(store["train"]["layer3:pooled"][:]) == 9
     assert verify(path) == [], n
-    assert in_child(path, 0) == 0
+    assert in_child(grow_store, path, 0, mode) == 0
     assert tree_hash(path) == expected, n
     shutil.rmtree(path)
 print(n)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from featcache.errors import BadInput
 from featcache.feature import Feature, beside
-from featcache.probes.heads.head import Gradient, Head
+from featcache.probes.heads.attention_stack import AttentionStack
+from featcache.probes.heads.head import Head
 from featcache.probes.heads.layered import drawn_layer, plain_convolution, taken
 
 
@@ -83,33 +84,26 @@ class Attentive(Head):
         return None
 
 
-class AttentiveStack:
-    """P attentive heads of one shape that see the same features [B, D] or maps [B, D, S].
+class AttentiveStack(AttentionStack):
+    """P attentive heads of one shape.
 
     With few queries the cheap order of products is another one: each query goes back through the keys' weights, and the
     values' weights act on the weighted mean of the positions, so that no position needs its keys and values.
     """
 
     def __init__(self, head: Attentive, weights: dict[str, Tensor]):
-        self.head, self.weights = head, weights
-        self.parameters = list(self.weights.values())
+        super().__init__(head, head.bias, weights)
+        self.attentive = head
 
-    def forward(self, features: Tensor, training: bool = False) -> Tensor:
-        """Map features to logits [B, P, C]; with training, on an autograd graph."""
-        maps = features.unsqueeze(2) if features.ndim == 2 else features
-        with torch.set_grad_enabled(training):
-            for parameter in self.parameters:
-                parameter.requires_grad_(training)
-            pooled = self._attend(maps)  # [P, B, D]
-            logits = pooled @ self.weights["fc0.weight"].transpose(1, 2)
-            if self.head.bias:
-                logits = logits + self.weights["fc0.bias"].unsqueeze(1)
-            return (logits / self.head.temperature + self.head.shift).transpose(0, 1)
-
-    def _attend(self, maps: Tensor) -> Tensor:
+    def attend(self, maps: Tensor) -> Tensor:
         """Return the answers to the queries side by side, [P, B, Q D]."""
         w = {name.removeprefix("attention."): w for name, w in self.weights.items() if name.startswith("attention.")}
-        (batch, dim, _), probes, heads, queries = maps.shape, len(w["token"]), self.head.heads, self.head.queries
+        (batch, dim, _), probes, heads, queries = (
+            maps.shape,
+            len(w["token"]),
+            self.attentive.heads,
+            self.attentive.queries,
+        )
         token = w["token"].view(probes, queries, dim)
         query = token @ w["query.weight"].transpose(1, 2) + w["query.bias"].unsqueeze(1)  # [P, Q, D]
         by_head = (probes, heads, dim // heads, dim)
@@ -122,10 +116,6 @@ class AttentiveStack:
         values = (values + w["value.bias"].view(probes, 1, 1, dim)).flatten(1, 2)  # [P, B Q, D]
         answers = values @ w["out.weight"].transpose(1, 2) + w["out.bias"].unsqueeze(1)
         return answers.view(probes, batch, queries * dim)
-
-    def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
-        """Return the parameters' gradients."""
-        return list(torch.autograd.grad(logits, self.parameters, gradient))
 
 
 class AttentivePooling(nn.Module):

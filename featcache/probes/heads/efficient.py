@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from featcache.feature import Feature, beside
-from featcache.probes.heads.head import Gradient, Head
+from featcache.probes.heads.attention_stack import AttentionStack
+from featcache.probes.heads.head import Head
 from featcache.probes.heads.layered import drawn_layer, plain_convolution, taken
 
 
@@ -75,36 +76,23 @@ class Efficient(Head):
         return None
 
 
-class EfficientStack:
-    """P heads of one shape that see the same features [B, D] or maps [B, D, S]. See Stack.
+class EfficientStack(AttentionStack):
+    """P heads of one shape.
 
     The values' weights act on the weighted means of the positions, so that no position needs its values.
     """
 
     def __init__(self, head: Efficient, weights: dict[str, Tensor]):
-        self.head, self.weights = head, weights
-        self.parameters = list(self.weights.values())
+        super().__init__(head, head.bias, weights)
 
-    def forward(self, features: Tensor, training: bool = False) -> Tensor:
-        """Map features to logits [B, P, C]; with training, on an autograd graph."""
-        maps = features.unsqueeze(2) if features.ndim == 2 else features
-        with torch.set_grad_enabled(training):
-            for parameter in self.parameters:
-                parameter.requires_grad_(training)
-            token, value = self.weights["attention.token"], self.weights["attention.value.weight"]
-            probes, queries, dim = token.shape
-            scores = (token.flatten(0, 1) / math.sqrt(dim)) @ maps  # [B, P Q, S]
-            means = (scores.softmax(2) @ maps.transpose(1, 2)).view(-1, probes, queries, dim)
-            slices = value.view(probes, queries, -1, dim)
-            pooled = torch.einsum("bpqd,pqed->pbqe", means, slices).flatten(2)  # [P, B, D / shrink]
-            logits = pooled @ self.weights["fc0.weight"].transpose(1, 2)
-            if self.head.bias:
-                logits = logits + self.weights["fc0.bias"].unsqueeze(1)
-            return (logits / self.head.temperature + self.head.shift).transpose(0, 1)
-
-    def backward(self, features: Tensor, logits: Tensor, gradient: Tensor) -> list[Gradient]:
-        """Return the parameters' gradients."""
-        return list(torch.autograd.grad(logits, self.parameters, gradient))
+    def attend(self, maps: Tensor) -> Tensor:
+        """See AttentionStack.attend. The slices of the queries are side by side, [P, B, D / shrink]."""
+        token, value = self.weights["attention.token"], self.weights["attention.value.weight"]
+        probes, queries, dim = token.shape
+        scores = (token.flatten(0, 1) / math.sqrt(dim)) @ maps  # [B, P Q, S]
+        means = (scores.softmax(2) @ maps.transpose(1, 2)).view(-1, probes, queries, dim)
+        slices = value.view(probes, queries, -1, dim)
+        return torch.einsum("bpqd,pqed->pbqe", means, slices).flatten(2)
 
 
 class EfficientPooling(nn.Module):

@@ -81,12 +81,12 @@ class LossFunction:
 
 def occurrences(labels: Tensor, classes: int) -> Tensor:
     """Return how many images have each class, float64 [C]."""
-    return (_one_hot(labels, classes) > 0).sum(0).double()
+    return (one_hot(labels, classes) > 0).sum(0).double()
 
 
 def absences(labels: Tensor, classes: int) -> Tensor:
     """Return how many images lack each class, not counting difficult ones, float64 [C]."""
-    return (_one_hot(labels, classes) == 0).sum(0).double()
+    return (one_hot(labels, classes) == 0).sum(0).double()
 
 
 def usable(weights: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ def usable(weights: Tensor) -> Tensor:
     return torch.where(torch.isfinite(weights) & (weights > 0), weights, 1.0)
 
 
-def _one_hot(labels: Tensor, classes: int) -> Tensor:
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return labels as [N, C], those of single-label data int64 [N] as 1 and 0."""
     return F.one_hot(labels, classes) if labels.ndim == 1 else labels
 
 

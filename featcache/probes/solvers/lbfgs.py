@@ -31,11 +31,7 @@ class Lbfgs(FullBatchSolver):
         """See Part.conflict."""
         if not isinstance(spec.head, Linear):
             return f"optimizer lbfgs trains linear heads, not {spec.head.type}"
-        if spec.views:
-            return "optimizer lbfgs trains on the images as they are: say views: 0"
-        if spec.keep != "last" or spec.patience:
-            return "optimizer lbfgs has no epochs to choose from: leave out keep and patience"
-        return None
+        return super().conflict(spec)
 
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """See FullBatchSolver.fit."""

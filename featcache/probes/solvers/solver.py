@@ -117,6 +117,14 @@ class FullBatchSolver(Solver):
     full_batch: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("float32", "tf32")
 
+    def conflict(self, spec: Whole) -> str | None:
+        """See Part.conflict."""
+        if spec.views:
+            return f"optimizer {self.type} trains on the images as they are: say views: 0"
+        if spec.keep != "last" or spec.patience:
+            return f"optimizer {self.type} has no epochs to choose from: leave out keep and patience"
+        return None
+
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """Train probes that share features and head, and return a Fit of each.
 

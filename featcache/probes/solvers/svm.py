@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from featcache.probes.heads.linear import Linear
+from featcache.probes.losses.loss import one_hot
 from featcache.probes.losses.squared_hinge import SquaredHinge
 from featcache.probes.part import Count, CountOr0, Positive, Whole
 from featcache.probes.solvers.liblinear import Liblinear
@@ -75,15 +75,11 @@ class Svm(FullBatchSolver):
             return f"optimizer svm minimises squared_hinge, not {spec.loss.type}"
         if spec.head.temperature != 1 or spec.head.offset != 0:
             return "optimizer svm trains heads without temperature and offset"
-        if spec.views:
-            return "optimizer svm trains on the images as they are: say views: 0"
-        if spec.keep != "last" or spec.patience:
-            return "optimizer svm has no epochs to choose from: leave out keep and patience"
-        return None
+        return super().conflict(spec)
 
     def unfit(self, spec: Whole, labels: Tensor, classes: Sequence[str]) -> str | None:
         """See FullBatchSolver.unfit: every class needs positives and negatives, in every fold or draw."""
-        known = _matrix(labels, len(classes))
+        known = one_hot(labels, len(classes)).to(torch.int8)
         if self.positives:
             # Labels of -1 are never drawn, whatever the loss makes of them.
             needed = (1, self.positives), (0, self.positives * self.negatives)
@@ -174,7 +170,7 @@ class _Trainer:
 
 def _signs(spec: Whole, labels: Tensor, classes: int) -> tuple[Tensor, str | None]:
     """Return the labels of a probe, int8 [C, N], 1, -1, and 0 for none; and the digest of its draw, if it draws."""
-    solver, draw, known = spec.optimizer, None, _matrix(labels, classes)
+    solver, draw, known = spec.optimizer, None, one_hot(labels, classes).to(torch.int8)
     if solver.positives:
         drawn = draw_few(known.cpu().numpy(), solver.positives, solver.negatives, spec.seed or 0)
         draw, known = digest_of_draw(drawn), torch.from_numpy(drawn).to(labels.device)
@@ -240,8 +236,3 @@ def _fit(spec: Whole, signs: Tensor, trained: _Trained, draw: str | None) -> Fit
         bool(trained.converged.all()),
         choice=choice,
     )
-
-
-def _matrix(labels: Tensor, classes: int) -> Tensor:
-    """Return labels as int8 [N, C], those of single-label data as one-hot."""
-    return labels if labels.ndim == 2 else F.one_hot(labels, classes).to(torch.int8)
