@@ -3,20 +3,21 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import torch
 
 import featcache
-from featcache.attribution.batch import Source, open_network, width_of
+from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records, width_of
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
 from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
-from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
-from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.protocols.protocol import Protocol
+from featcache.attribution.scores import SCORES
+from featcache.attribution.scores.score import Score
 from featcache.attribution.targets import Target
 from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
@@ -26,14 +27,17 @@ from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
+from featcache.ranks import say_once
 from featcache.store.reader import Store
 
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
 # of a map, and a killed attribution goes on with the same.
 MEMORY = 2e9
-# The note of a head with random weights, for a sanity check (Adebayo et al., NeurIPS 2018): a score that it reaches too
-# is not the probe's merit.
-RANDOM_HEAD = "random head"
+# The notes of a head with random weights, and of the probe's own head on a backbone with random weights, for sanity
+# checks (Adebayo et al., NeurIPS 2018): a score that they reach too is not the probe's merit.
+RANDOM_HEAD, RANDOM_BACKBONE = "random head", "random backbone"
+# The column of attribution.csv that says how many pixels of the input the objects of a class have.
+REGION = "region_pixels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +61,16 @@ class Explained:
 class Task:
     """An attribution: what is explained, how, and from what.
 
-    pieces: the targets, by images. kept: rows of the split whose maps the report shows. settings: what results depend
-    on besides the run, its probes and its store.
+    source: of the images as the store has them; randomised: the same for a backbone with random weights, None without
+    a sanity check or the images. pieces: the targets, by images. kept: rows of the split whose maps the report shows.
     """
 
     run: Run
     explained: Sequence[Explained]
     methods: Sequence[Method]
-    scores: Sequence[LocalisationScore]
+    scores: Sequence[Score]
     source: Source
+    randomised: Source | None
     pieces: Sequence[Sequence[Target]]
     kept: Sequence[int]
 
@@ -73,15 +78,20 @@ class Task:
     def columns(self) -> list[str]:
         """The columns of attribution.csv that hold numbers."""
         extra = (column for method in self.methods for column in method.columns)
-        return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra)]
+        return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra), REGION]
 
-    @property
-    def work(self) -> Work:
-        """How much there is to do."""
+    def by_source(self) -> list[tuple[Source, list[int]]]:
+        """Return the sources of maps, each with the numbers of the probes that are explained from it."""
+        drawn = [number for number, one in enumerate(self.explained) if one.note == RANDOM_BACKBONE]
+        own = [number for number in range(len(self.explained)) if number not in drawn]
+        return [(self.source, own), *([(self.randomised, drawn)] if self.randomised else [])]
+
+    def work(self, probes: int) -> Work:
+        """Return how much there is to do for so many probes."""
         source, images = self.source, {target.row for piece in self.pieces for target in piece}
         channels = tuple(source.channels(feature) for feature in source.features)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
-        return Work(len(images), pairs, len(self.explained), size, channels)
+        return Work(len(images), pairs, probes, size, channels)
 
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
@@ -103,9 +113,11 @@ class Task:
             "kept": list(self.kept),
             "memory": source.memory,
             "device": source.device.type,
-            "backbone": source.network and source.backbone.weights_sha256,
+            "backbones": [one and one.network and one.backbone.weights_sha256 for one in (source, self.randomised)],
         }
         digest.update(json.dumps(settings).encode())
+        for target in (target for piece in self.pieces for target in piece):
+            digest.update(target.packed)
         for one in self.explained:
             for tensor in one.head.state_dict().values():
                 digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -137,19 +149,24 @@ def prepare(
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
     finished = open_run(run)
-    words, score_words = DEFAULT_METHODS if methods is None else methods, DEFAULT_SCORES if scores is None else scores
+    words = DEFAULT_METHODS if methods is None else methods
     chosen = list(dict.fromkeys(parse_kind(METHODS, word, "--method") for word in words))
-    chosen_scores = list(dict.fromkeys(parse_kind(LOCALISATION_SCORES, word, "--score") for word in score_words))
-    if len({score.type for score in chosen_scores}) < len(chosen_scores):
-        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
+    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
+    chosen_scores = _scores(posed, posed.scores if scores is None else scores)
     opened = store_of(finished, store)
-    explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None)
+    drawn = sanity and dataset is not None
+    explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None, drawn)
     preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
     data = opened[split or _scored_split(finished)]
-    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
+    records = None if dataset is None else open_records(data, dataset, root)
     network = None
     if backbone is not None:
-        network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
+        if records is None:
+            raise BadInput("--backbone needs --dataset and --root too, for the images")
+        network = open_network(data, preprocessing, device, records, backbone, arch, weights_key, seed)
+    for score in chosen_scores:
+        if score.runs_backbone and network is None:
+            raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
     for method in chosen:
         if method.runs_backbone and network is None:
             raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
@@ -159,10 +176,39 @@ def prepare(
                 f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
             )
     features = tuple(dict.fromkeys(one.feature for one in explained))
-    images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    taken = MEMORY if memory is None else memory
+    images = Source(data, preprocessing, device, network, features, taken, records=records)
     source, targets = posed.pose(images, limit)
+    randomised = _randomised(images, source, seed) if drawn else None
+    if sanity and not drawn:
+        say_once(
+            "notice: --sanity shows random heads alone; random backbones need the images: give --dataset and --root"
+        )
     kept = sorted({target.row for target in targets})[:examples]
-    return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
+    return Task(finished, explained, chosen, chosen_scores, source, randomised, list(in_pieces(targets)), kept)
+
+
+def _randomised(images: Source, posed: Source, seed: int) -> Source:
+    """Return a source of the posed images whose maps are those of a backbone with random weights. images: the split's."""
+    assert images.records is not None, "a backbone needs the images"
+    drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
+    picture = (posed.network or drawn).picture
+    return replace(posed, network=Network(drawn.backbone, picture), stored=False)
+
+
+def _scores(protocol: Protocol, words: Sequence[str]) -> list[Score]:
+    """Read the scores to take. Raises BadInput if one stands there twice, or looks at what the protocol does not have."""
+    scores = list(dict.fromkeys(parse_kind(SCORES, word, "--score") for word in words))
+    if len({score.type for score in scores}) < len(scores):
+        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
+    for score in scores:
+        if score.regions and protocol.region not in score.regions:
+            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
+            raise BadInput(
+                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
+                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
+            )
+    return scores
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
@@ -170,10 +216,13 @@ def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[st
     return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
 
 
-def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None) -> list[Explained]:
+def _load(
+    run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None, drawn: bool
+) -> list[Explained]:
     """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into.
 
-    random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads.
+    random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads. drawn:
+    whether its own head on a backbone with random weights does so too.
     """
     files, explained = find_probes(run.path), []
     for probe in (probe for name in probes for probe in load_probes(run.path, [name], files)):
@@ -183,6 +232,8 @@ def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, r
             channels = width_of(store, feature)
             generator = torch.Generator().manual_seed(random % 2**63)
             weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
+        if drawn:
+            weights[RANDOM_BACKBONE] = probe.weights
         for note, own in weights.items():
             explained.append(Explained(spec.id, HeadModule(spec.head, own, spec.loss.link).to(device), feature, note))
     return explained

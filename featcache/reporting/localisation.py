@@ -12,8 +12,9 @@ import torch
 
 from featcache.attribution.methods import METHODS
 from featcache.attribution.results import IDENTITY
-from featcache.attribution.scores import LOCALISATION_SCORES
-from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.scores import SCORES
+from featcache.attribution.scores.score import Score
+from featcache.attribution.task import REGION
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import ATTRIBUTION
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
@@ -34,7 +35,7 @@ class Localisation:
     a map has no score.
     """
 
-    scores: Sequence[type[LocalisationScore]]
+    scores: Sequence[type[Score]]
     rows: Sequence[dict[str, Any]]
 
     @cached_property
@@ -67,7 +68,7 @@ def read_localisation(run: Run) -> Localisation:
     """
     table = run.table(EXPLAINED, probe=str, method=str, id=str)
     names = list(table[0]) if table else []
-    scores = [score for score in LOCALISATION_SCORES.values() if set(score.columns) <= set(names)]
+    scores = [score for score in SCORES.values() if set(score.columns) <= set(names)]
     if table and not scores:
         raise run.damaged(EXPLAINED, "it has no columns of a localisation score")
     columns = [column for score in scores for column in score.columns]
@@ -83,7 +84,7 @@ def read_localisation(run: Run) -> Localisation:
             f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
             err=True,
         )
-    reported = {column for method in METHODS.values() for column in method.columns}
+    reported = {REGION, *(column for method in METHODS.values() for column in method.columns)}
     unknown = [name for name in names if name not in (*IDENTITY, *columns, *reported)]
     if unknown:
         click.echo(

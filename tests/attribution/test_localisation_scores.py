@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import featcache
-from featcache.attribution.scores import LOCALISATION_SCORES
+from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.box_iou import BoxIoU
 from featcache.attribution.scores.compactness import Compactness
 from featcache.attribution.scores.complexity import Complexity
@@ -60,7 +60,7 @@ def test_complexity_is_the_entropy():
     assert Complexity().measure(half, masks[:1]).item() == pytest.approx(7 / 8)
 
 
-@pytest.mark.parametrize("score", LOCALISATION_SCORES.values())
+@pytest.mark.parametrize("score", SCORES.values())
 def test_every_score_has_its_level_of_chance_and_none_of_an_empty_map(score):
     maps, masks = maps_and_masks()
     made = score.model_validate({})
