@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
+from typing import TypeVar
 
 import torch
 
@@ -18,17 +18,20 @@ from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
+from featcache.attribution.settings import Settings
 from featcache.attribution.targets import Target
 from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
+from featcache.datasets import Record
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_beside
+from featcache.kinds import Kind, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
 from featcache.ranks import say_once
-from featcache.store.reader import Store
+from featcache.store.reader import Split, Store
 
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
 # of a map, and a killed attribution goes on with the same.
@@ -38,6 +41,8 @@ MEMORY = 2e9
 RANDOM_HEAD, RANDOM_BACKBONE = "random head", "random backbone"
 # The column of attribution.csv that says how many pixels of the input the objects of a class have.
 REGION = "region_pixels"
+
+K = TypeVar("K", bound=Kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,68 +129,72 @@ class Task:
         return digest.hexdigest()
 
 
-def prepare(
-    run: str | PathLike,
-    device: torch.device,
-    store: str | PathLike | None = None,
-    probes: Sequence[str] | None = None,
-    rule: str | None = None,
-    methods: Sequence[str] | None = None,
-    split: str | None = None,
-    backbone: str | PathLike | None = None,
-    arch: str | None = None,
-    weights_key: str | None = None,
-    dataset: str | None = None,
-    root: str | PathLike | None = None,
-    limit: int | None = None,
-    examples: int = 6,
-    seed: int = 0,
-    scores: Sequence[str] | None = None,
-    memory: float | None = None,
-    sanity: bool = False,
-    protocol: str | None = None,
-) -> Task:
-    """Find, load and check what an attribution needs. Takes the arguments of attribute. Raises BadInput."""
+def prepare(settings: Settings, device: torch.device) -> Task:
+    """Find, load and check what an attribution needs. Raises BadInput."""
+    memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
-    finished = open_run(run)
-    words = DEFAULT_METHODS if methods is None else methods
-    chosen = list(dict.fromkeys(parse_kind(METHODS, word, "--method") for word in words))
-    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
-    chosen_scores = _scores(posed, posed.scores if scores is None else scores)
-    opened = store_of(finished, store)
-    drawn = sanity and dataset is not None
-    explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None, drawn)
-    preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
-    data = opened[split or _scored_split(finished)]
-    records = None if dataset is None else open_records(data, dataset, root)
-    network = None
-    if backbone is not None:
-        if records is None:
-            raise BadInput("--backbone needs --dataset and --root too, for the images")
-        network = open_network(data, preprocessing, device, records, backbone, arch, weights_key, seed)
-    for score in chosen_scores:
+    run = open_run(settings.run)
+    methods = _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")
+    protocol = parse_kind(PROTOCOLS, settings.protocol or DEFAULT_PROTOCOL, "--protocol")
+    scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
+    _check_scores(scores, protocol)
+    store = store_of(run, settings.store)
+    drawn = settings.sanity and settings.dataset is not None
+    chosen = _chosen(run, settings.probes, settings.rule)
+    explained = _load(run, store, chosen, device, settings.seed if settings.sanity else None, drawn)
+    preprocessing = Preprocessing(**store.manifest.identity["preprocessing"])
+    data = store[settings.split or _scored_split(run)]
+    records = None if settings.dataset is None else open_records(data, settings.dataset, settings.root)
+    network = _network(settings, data, preprocessing, device, records)
+    for method in methods:
+        _check_fit(method, network)
+    for score in scores:
         if score.runs_backbone and network is None:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
-    for method in chosen:
-        if method.runs_backbone and network is None:
-            raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
-        if network is not None and (reason := method.misfit(network.backbone)):
-            fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
-            raise BadInput(
-                f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
-            )
-    features = tuple(dict.fromkeys(one.feature for one in explained))
-    taken = MEMORY if memory is None else memory
+    features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
     images = Source(data, preprocessing, device, network, features, taken, records=records)
-    source, targets = posed.pose(images, limit)
-    randomised = _randomised(images, source, seed) if drawn else None
-    if sanity and not drawn:
-        say_once(
-            "notice: --sanity shows random heads alone; random backbones need the images: give --dataset and --root"
-        )
-    kept = sorted({target.row for target in targets})[:examples]
-    return Task(finished, explained, chosen, chosen_scores, source, randomised, list(in_pieces(targets)), kept)
+    source, targets = protocol.pose(images, settings.limit)
+    randomised = _randomised(images, source, settings.seed) if drawn else None
+    if settings.sanity and not drawn:
+        say_once("notice: --sanity shows random heads alone; random backbones need the images: --dataset and --root")
+    kept = sorted({target.row for target in targets})[: settings.examples]
+    return Task(run, explained, methods, scores, source, randomised, list(in_pieces(targets)), kept)
+
+
+def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
+    """Return the kinds that words name, each once."""
+    return list(dict.fromkeys(parse_kind(kinds, word, option) for word in (default if words is None else words)))
+
+
+def _check_scores(scores: Sequence[Score], protocol: Protocol) -> None:
+    """Raise BadInput if a score stands there twice, or looks at what the protocol does not have."""
+    if len({score.type for score in scores}) < len(scores):
+        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
+    for score in scores:
+        if score.regions and protocol.region not in score.regions:
+            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
+            raise BadInput(
+                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
+                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
+            )
+
+
+def _network(
+    settings: Settings,
+    split: Split,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    records: Sequence[Record] | None,
+) -> Network | None:
+    """Load the backbone, if one was named."""
+    if settings.backbone is None:
+        return None
+    if records is None:
+        raise BadInput("--backbone needs --dataset and --root too, for the images")
+    return open_network(
+        split, preprocessing, device, records, settings.backbone, settings.arch, settings.weights_key, settings.seed
+    )
 
 
 def _randomised(images: Source, posed: Source, seed: int) -> Source:
@@ -196,19 +205,15 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
     return replace(posed, network=Network(drawn.backbone, picture), stored=False)
 
 
-def _scores(protocol: Protocol, words: Sequence[str]) -> list[Score]:
-    """Read the scores to take. Raises BadInput if one stands there twice, or looks at what the protocol does not have."""
-    scores = list(dict.fromkeys(parse_kind(SCORES, word, "--score") for word in words))
-    if len({score.type for score in scores}) < len(scores):
-        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
-    for score in scores:
-        if score.regions and protocol.region not in score.regions:
-            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
-            raise BadInput(
-                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
-                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
-            )
-    return scores
+def _check_fit(method: Method, network: Network | None) -> None:
+    """Raise BadInput if a method lacks the backbone that it runs, or cannot explain it."""
+    if method.runs_backbone and network is None:
+        raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
+    if network is not None and (reason := method.misfit(network.backbone)):
+        fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
+        raise BadInput(
+            f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
+        )
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
