@@ -1,5 +1,6 @@
 """`featcache compare --localisation`: whether the maps of one probe, or of one method, score better than those of another."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ MAP = IDENTITY[2:]
 # A probe and a method, which make one side's maps.
 Side = tuple[str, str]
 MapRow = dict[str, Any]
+NEITHER = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LocalisationComparison:
     """Two sides, each a probe and a method, on one score, over the maps for which both have it.
 
     score: its heading. maps: how many they are; empty: how many more both sides were asked for, of which at least one
-    has no score. scores, chance: the means of both sides, and of uniform maps. The difference is first - second, with
+    has no score. scores, chance: the means of both sides, and of uniform maps; NaN as all that follows if maps is 0. The difference is first - second, with
     its 95% interval and p value; see jackknife.paired_test.
     """
 
@@ -73,19 +75,19 @@ def compare_localisation(
                 f"{' of '.join(one[::-1])} and {' of '.join(other[::-1])} have no map of the same image and class"
             )
         for score in (score for score in tables[0].scores if score in tables[1].scores):
-            compared = _compare(score, [first[key] for key in common], [second[key] for key in common])
-            result += [LocalisationComparison((one, other), score.heading, *compared)] if compared else []
+            rows = [first[key] for key in common], [second[key] for key in common]
+            result.append(LocalisationComparison((one, other), score.heading, *_compare(score, *rows)))
     if not result:
-        raise BadInput("the runs have no score in common that both sides have on the same maps; attribute them alike")
+        raise BadInput(f"{' and '.join(str(run.path) for run in opened)} have no score of maps in common")
     return result
 
 
-def _compare(score: type[Score], first: Sequence[MapRow], second: Sequence[MapRow]) -> tuple[Any, ...] | None:
-    """Return the fields of a LocalisationComparison from `maps` on, for rows of the same maps; None if none is left."""
+def _compare(score: type[Score], first: Sequence[MapRow], second: Sequence[MapRow]) -> tuple[Any, ...]:
+    """Return the fields of a LocalisationComparison from `maps` on, for rows of the same maps."""
     column, level = score.columns
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a[column] is not None and b[column] is not None]
     if not pairs:
-        return None
+        return 0, len(first), NEITHER, NEITHER, *(math.nan,) * 4
     sides = list(zip(*pairs, strict=True))
     means = [mean_with_influences(side, column) for side in sides]
     chance = [mean_with_influences(side, level)[0].item() for side in sides]
@@ -165,5 +167,11 @@ def comparison_rows(comparisons: Sequence[LocalisationComparison]) -> tuple[list
         few = f" {MARK}" if c.maps < FEW * (c.maps + c.empty) else ""
         levels = " / ".join(dict.fromkeys(percent(level) for level in c.chance))
         rows.append([f"{c.score} %", *([c.sides[0][1]] if by_method else []), *(percent(value) for value in c.scores)])
-        rows[-1] += [levels, percent(c.difference, c.low, c.high) + few, f"{c.p:.3f}", str(c.maps), str(c.empty)]
+        rows[-1] += [
+            levels,
+            percent(c.difference, c.low, c.high) + few,
+            "-" if math.isnan(c.p) else f"{c.p:.3f}",
+            str(c.maps),
+            str(c.empty),
+        ]
     return columns, rows

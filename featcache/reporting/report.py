@@ -18,7 +18,7 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
+from featcache.reporting.localisation import EXPLAINED, MAPS, by_class, by_size, explained, read_localisation, table_of
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
@@ -144,5 +144,7 @@ def _localisation(run: Run, plots: ModuleType) -> dict[str, Any]:
                 picture = plots.heatmaps(run, dict(kept), localisation)
         except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
             raise run.damaged(MAPS, error) from None
-    notes = localisation.notes()
-    return {"name": run.path.name, "columns": columns, "rows": rows, "notes": notes, "picture": picture}
+    sizes = by_size(run, localisation)
+    groups = [*([("by size of the objects", *sizes)] if sizes else []), ("by class", *by_class(run, localisation))]
+    page = {"name": run.path.name, "columns": columns, "rows": rows, "groups": groups, "picture": picture}
+    return page | {"notes": localisation.notes()}

@@ -127,34 +127,6 @@ def test_against_a_loop(score, backbone, images, heads):
     torch.testing.assert_close(values, levels, rtol=0, atol=1e-6)
 
 
-def test_pixel_flipping_of_quantus(backbone, images, heads):
-    """Deletion with Quantus's own loop: its order is ours where no two values are equal."""
-    quantus = pytest.importorskip("quantus")
-    head, feature = heads[0]
-    batch = batch_of(backbone, feature, images, [[1], [0], [3]])
-    maps = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    steps = 8
-    values, _ = Deletion(steps=steps).judge(batch, [(head, feature)])(maps, 0)
-
-    class Probabilities(torch.nn.Module):
-        def forward(self, given):
-            return head.probabilities(backbone(given, [feature])[str(feature)])
-
-    flipping = quantus.PixelFlipping(
-        features_in_step=SIZE**2 // steps, perturb_baseline=0.0, abs=False, normalise=False,
-        return_auc_per_sample=False, disable_warnings=True,
-    )  # fmt: skip
-    curves = flipping(
-        model=Probabilities().eval(), x_batch=images.numpy(), y_batch=np.array([1, 0, 3]), a_batch=maps[:, None].numpy(),
-        device="cpu", channel_first=True,
-    )  # fmt: skip
-    with torch.no_grad():
-        first = Probabilities()(images)[range(3), [1, 0, 3]].numpy()
-    for value, start, curve in zip(values.tolist(), first, curves, strict=True):
-        assert len(curve) == steps
-        assert value == pytest.approx(np.trapezoid([start, *curve], dx=1 / steps), abs=1e-5)
-
-
 def test_faithfulness_from_the_command_line(run, words, store, command):
     """Every labelled class is explained by default; what a dry run counts is what it takes; the report shows it."""
     line = [*words, "--method", "gradcam,gradient", "--protocol", "faithfulness", "--limit", 3]

@@ -152,7 +152,9 @@ def test_coco_from_images_to_scores(checkpoint, command, tmp_path):
     images, ring = {}, {"counts": [0, 300, 900], "size": [30, 40]}
     for number in range(1, 5):
         polygon = [[2, 3, 22, 3, 22, 13, 2, 13]]
-        images[number] = [{"category_id": 1, "bbox": [2, 3, 20, 10], "area": 200, "iscrowd": 0, "segmentation": polygon}]
+        images[number] = [
+            {"category_id": 1, "bbox": [2, 3, 20, 10], "area": 200, "iscrowd": 0, "segmentation": polygon}
+        ]
     images[4].append({"category_id": 18, "bbox": [0, 0, 10, 30], "area": 300, "iscrowd": 1, "segmentation": ring})
     images[5] = [{"category_id": 18, "bbox": [0, 0, 10, 30], "area": 300, "iscrowd": 0, "segmentation": []}]
     write_coco(tmp_path, {100 + number: own for number, own in images.items()}, name="train2014")
@@ -175,12 +177,20 @@ def test_coco_from_images_to_scores(checkpoint, command, tmp_path):
     [
         ([], "--protocol masks reads the data set's segmentation: give --dataset and --root"),
         (["--split", "val", "DATA"], "no image of split val has a segmentation mask"),
-        (["--score", "box_iou", "DATA"], "--score box_iou looks at boxes, and --protocol masks has masks; scores that fit"),
-        (["--score", "insertion", "DATA"], "--score insertion runs the backbone: give --backbone, --dataset and --root"),
+        (
+            ["--score", "box_iou", "DATA"],
+            "--score box_iou looks at boxes, and --protocol masks has masks; scores that fit",
+        ),
+        (
+            ["--score", "insertion", "DATA"],
+            "--score insertion runs the backbone: give --backbone, --dataset and --root",
+        ),
     ],
 )
 def test_what_masks_cannot_do(run, segmented, command, words, message):
-    data = [part for word in words for part in (["--dataset", "voc", "--root", segmented] if word == "DATA" else [word])]
+    data = [
+        part for word in words for part in (["--dataset", "voc", "--root", segmented] if word == "DATA" else [word])
+    ]
     code, _, err = command("attribute", "--run", run, "--protocol", "masks", *data)
     assert code == 2 and message in err.splitlines()[-1], err
 
