@@ -140,7 +140,7 @@ def _check_groups(grid: Grid) -> None:
     if grid.store:
         errors.append("store: fine-tuning reads images; leave it out")
     errors += [f"{key}: is for probes on a store; leave it out" for key in ("refit", "folds") if key in grid.content]
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
 
 
 def _read(grid: Grid, dataset: str, root: str | os.PathLike[str] | None) -> Dataset:
@@ -178,7 +178,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"splits: no images to score on: name val or test (dataset {data.name} has {', '.join(data.splits)})"
         )
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     # It reads nothing of a store but classes, ids and labels.
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
@@ -187,7 +187,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     return Configurations(specs, splits, metric, chosen_on, sets)
 
 

@@ -189,7 +189,7 @@ def test_errors_name_the_path(content, message):
 def test_all_errors_at_once():
     with pytest.raises(BadInput) as caught:
         parse_grid(grid(epochs=0, loss="x", optimizer={"type": "sgd", "lr": -1}))
-    assert caught.value.message.startswith("grid grid has 3 errors:")
+    assert caught.value.message.startswith("grid has 3 errors:")
     assert len(caught.value.message.split("\n")) == 4
 
 
@@ -513,7 +513,7 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
         checked = parse_grid(content)
     except BadInput as error:
         head, *lines = error.message.split("\n  ")
-        for line in lines or [head.removeprefix("grid grid: ")]:
+        for line in lines or [head.removeprefix("grid: ")]:
             assert re.match(
                 r"(store|splits|select|search|probes|exclude|profiles|parity|include|type|lr|from|random|x|3|None)\b",
                 line,

@@ -31,13 +31,13 @@ INTERVALS = ("val", "test")
 class Grid:
     """A grid that was read and checked.
 
-    path: of its file. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
+    title: what messages call it. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
     for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
     selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with
     included files, groups that start from others and the profile's splits filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
-    path: PathOrStr
+    title: str
     specs: tuple[ProbeSpec, ...]
     groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
@@ -50,7 +50,7 @@ class Grid:
     refit: Refit | None = None
 
     def __repr__(self) -> str:
-        return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
+        return f"Grid({self.title!r}, {len(self.specs)} probes)"
 
     @property
     def metric(self) -> str | None:
@@ -96,14 +96,16 @@ def read_grid(path: PathOrStr, parity: str | None = None) -> Grid:
     return parse_grid(read_content(path), path, parity)
 
 
-def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None) -> Grid:
+def parse_grid(content: Any, path: PathOrStr = "", parity: str | None = None, title: str | None = None) -> Grid:
     """Turn the content of a grid (dicts and lists, as YAML has them) into a Grid. Raises BadInput.
 
     path: of the file, to which `include` is relative. parity: name of the profile to apply, by default the grid's own.
+    title: what messages call the grid, by default `grid`, with the path if there is one.
     """
+    title = title or f"grid {path}".rstrip()
     if not isinstance(content, dict):
-        raise BadInput(f"grid {path}: expected fields such as store, splits, select and probes at the top")
-    check_size(content, path)
+        raise BadInput(f"{title}: expected fields such as store, splits, select and probes at the top")
+    check_size(content, title)
     errors: list[str] = []
     written = assemble(content, path, TOP, errors)
     content = written.content
@@ -131,21 +133,21 @@ def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None
         others = changed(specs, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
             profiled = others, roles
-    refuse(path, errors)
+    refuse(title, errors)
     if parity is not None:
         own = content["profiles"][parity].get("splits", {})
         content |= {"parity": parity, "splits": content.get("splits", {}) | own}
         specs, splits = profiled
-    return Grid(path, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
+    return Grid(title, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
 
 
-def refuse(path: PathOrStr, errors: list[str]) -> None:
+def refuse(title: str, errors: list[str]) -> None:
     """Raise BadInput that lists the errors of a grid, each once, if there are any."""
     errors = list(dict.fromkeys(errors))
     if len(errors) == 1:
-        raise BadInput(f"grid {path}: {errors[0]}")
+        raise BadInput(f"{title}: {errors[0]}")
     if errors:
-        raise BadInput(f"grid {path} has {len(errors)} errors:", *errors)
+        raise BadInput(f"{title} has {len(errors)} errors:", *errors)
 
 
 def _profiles(value: Any, parity: Any, path: str, errors: list[str]) -> dict[str, dict[str, Any]]:

@@ -118,17 +118,17 @@ def assemble(content: dict[Any, Any], path: str | PathLike[str], known: Collecti
     return Written(whole, groups, raw.origins, raw.exclude)
 
 
-def check_size(content: Any, path: str | PathLike[str]) -> None:
+def check_size(content: Any, title: str) -> None:
     """Raise BadInput if a grid refers to itself, if aliases blow it up, or if it has text that cannot be written."""
 
     def count(value: Any, within: frozenset[int]) -> int:
         # Half a surrogate pair can be in no file; what may hold a zero byte, each field says.
         if isinstance(value, str) and "\0" not in value and (reason := unwritable(value)):
-            raise BadInput(f"grid {path}: it holds {shown(value)}, {reason}")
+            raise BadInput(f"{title}: it holds {shown(value)}, {reason}")
         if not isinstance(value, (dict, list)):
             return 1
         if id(value) in within:
-            raise BadInput(f"grid {path}: an alias refers to what it stands in")
+            raise BadInput(f"{title}: an alias refers to what it stands in")
         if id(value) not in sizes:
             inside = within | {id(value)}
             parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -138,9 +138,9 @@ def check_size(content: Any, path: str | PathLike[str]) -> None:
     sizes: dict[int, int] = {}
     try:
         if count(content, frozenset()) > MOST_NODES:
-            raise BadInput(f"grid {path}: more than {MOST_NODES:,} values")
+            raise BadInput(f"{title}: more than {MOST_NODES:,} values")
     except RecursionError:
-        raise BadInput(f"grid {path}: nested too deeply") from None
+        raise BadInput(f"{title}: nested too deeply") from None
 
 
 def _add(
@@ -194,7 +194,7 @@ def _included(name: Any, file: Path, where: str, chain: tuple[Path, ...], errors
         content = read_content(path)
         if not isinstance(content, dict):
             raise BadInput(f"grid {path}: expected fields such as probes at the top")
-        check_size(content, path)
+        check_size(content, f"grid {path}")
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None
