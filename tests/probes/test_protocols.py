@@ -217,32 +217,35 @@ def test_every_recipe_is_named_in_the_page_and_every_named_one_exists():
     assert [recipe for recipe in RECIPES if recipe.partition("/")[2] not in text] == []
 
 
-# Fine-tuning. rate, wd: of the backbone; decay: of the rate, layer by layer; warm: epochs; clip: of the gradient.
+# Fine-tuning, as OpenMixup's files evaluate. rate, wd: of the backbone; decay: of the rate, layer by layer; warm: epochs;
+# final: the smallest rate by the largest; clip: of the gradient; augment: RandAugment's magnitude of 30, where theirs is of 10.
 TUNED = """
-recipe                    optim  rate    wd    decay  warm  epochs  batch  drop  clip  ema      loss  mixup
-rsb_a3                    lamb   0.008   0.02  1      5     100     2048   0     0     0        bce   0.1
-r50_rsb_a2                lamb   0.005   0.02  1      5     300     2048   0.05  0     0.9999   bce   0.1
-r101_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.1   0     0        bce   0.1
-r152_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.15  0     0        bce   0.1
-r200_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.2   0     0        bce   0.1
-convnext_t_spark          adamw  0.0004  0.01  0.7    5     400     4096   0.1   0     0.9999   ce    0.8
-convnext_s_spark          adamw  0.004   0.05  1      5     300     4096   0.4   0     0.9999   ce    0.8
-convnext_b_spark          adamw  0.004   0.05  1      5     300     4096   0.5   0     0.9999   ce    0.8
-r50                       adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0
-r50_swin_192              adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0.8
-r50_swin_224              adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0.8
-swin_192                  adamw  0.005   0.05  0.9    20    100     2048   0     5     0        ce    0.8
-swin_224                  adamw  0.005   0.05  0.9    20    100     2048   0     5     0        ce    0.8
-vit_base_mae              adamw  0.004   0.05  0.65   5     100     1024   0.1   5     0        ce    0.8
-vit_large_mae             adamw  0.002   0.05  0.65   5     100     1024   0.1   5     0        ce    0.8
-vit_huge_mae              adamw  0.002   0.05  0.65   5     50      1024   0.3   5     0        ce    0.8
-vit_base_simmim           adamw  0.01    0.05  0.65   20    100     1024   0     0     0.99996  ce    0.8
-vit_large_simmim_ep100    adamw  0.01    0.05  0.65   20    100     1024   0     0     0.99996  ce    0.8
-vit_large_simmim_ep150    adamw  0.01    0.05  0.65   20    150     1024   0     0     0.99996  ce    0.8
-vit_small_simmim_ep100    adamw  0.01    0.05  0.65   20    100     1024   0     0     0        ce    0.8
-vit_small_simmim_ep200    adamw  0.01    0.05  0.65   20    200     1024   0     0     0        ce    0.8
-vit_base_cae              adamw  0.008   0.05  0.65   5     100     1024   0     0     0        ce    0.8
-beit_base                 adamw  0.004   0.05  0.65   5     100     1024   0     0     0        ce    0.8
+recipe                  optim  rate    wd    decay  warm  final     epochs  batch  drop  clip  ema      loss  mixup  augment  erase  amp   norm   repeats
+rsb_a3                  lamb   0.008   0.02  1      5     0.000125  100     2048   0     0     0        bce   0.1    18       0      fp16  sync   1
+convnext_t_rsb_a3       lamb   0.008   0.02  1      5     0.000125  100     2048   0.1   0     0        bce   0.1    18       0      fp16  train  1
+r50_rsb_a2              lamb   0.005   0.02  1      5     0.0002    300     2048   0.05  0     0.9999   bce   0.1    21       0      fp16  sync   3
+r101_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.1   0     0        bce   0.1    21       0      fp16  sync   3
+r152_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.15  0     0        bce   0.1    21       0      fp16  sync   3
+r200_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.2   0     0        bce   0.1    21       0      fp16  sync   3
+convnext_t_spark        adamw  0.0004  0.01  0.7    5     0.0025    400     4096   0.1   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+convnext_s_spark        adamw  0.004   0.05  1      5     0.00025   300     4096   0.4   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+convnext_b_spark        adamw  0.004   0.05  1      5     0.00025   300     4096   0.5   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+r50                     adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0      0        0      fp16  train  1
+r50_swin_192            adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0.8    27       0.25   fp16  train  1
+r50_swin_224            adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0.8    27       0.25   fp16  train  1
+swin_192                adamw  0.005   0.05  0.9    20    0.0002    100     2048   0.1   5     0        ce    0.8    27       0.25   none  train  1
+swin_224                adamw  0.005   0.05  0.9    20    0.0002    100     2048   0.1   5     0        ce    0.8    27       0.25   none  train  1
+vit_base_mae            adamw  0.004   0.05  0.65   5     0.00025   100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_large_mae           adamw  0.002   0.05  0.65   5     0.0005    100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_huge_mae            adamw  0.002   0.05  0.65   5     0.0005    50      1024   0.3   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_base_simmim         adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  1
+vit_large_simmim_ep100  adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  3
+vit_large_simmim_ep150  adamw  0.01    0.05  0.65   20    0.0001    150     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  3
+vit_small_simmim_ep100  adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_small_simmim_ep200  adamw  0.01    0.05  0.65   20    0.0001    200     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_base_cae            adamw  0.008   0.05  0.65   5     0.000125  100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+deit_small_swin         adamw  0.008   0.05  0.65   5     0.000125  100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+beit_base               adamw  0.004   0.05  0.65   5     0.00025   100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
 """
 TUNED_NAMES, *TUNED_ROWS = [line.split() for line in TUNED.strip().splitlines()]
 TUNING = {row[0]: dict(zip(TUNED_NAMES[1:], row[1:], strict=True)) for row in TUNED_ROWS}
@@ -254,11 +257,22 @@ def test_a_recipe_of_fine_tuning_is_the_published_one(recipe):
     optimizer, tuning = spec.optimizer, spec.finetune
     assert {
         "optim": optimizer.type, "rate": f"{optimizer.lr:g}", "wd": f"{optimizer.weight_decay:g}",
-        "decay": f"{tuning.layer_decay:g}", "warm": f"{spec.schedule.warmup_epochs:g}", "epochs": str(spec.epochs),
-        "batch": str(spec.batch_size), "drop": f"{tuning.drop_path:g}", "clip": f"{optimizer.clip:g}",
-        "ema": f"{tuning.ema:g}", "loss": spec.loss.type, "mixup": f"{tuning.mixup:g}",
+        "decay": f"{tuning.layer_decay:g}", "warm": f"{spec.schedule.warmup_epochs:g}", "final": f"{spec.schedule.final:g}",
+        "epochs": str(spec.epochs), "batch": str(spec.batch_size), "drop": f"{tuning.drop_path:g}",
+        "clip": f"{optimizer.clip:g}", "ema": f"{tuning.ema:g}", "loss": spec.loss.type, "mixup": f"{tuning.mixup:g}",
+        "augment": str(tuning.randaugment), "erase": f"{tuning.erasing:g}", "amp": tuning.amp, "norm": tuning.norm,
+        "repeats": str(tuning.repeats),
     } == TUNING[recipe]  # fmt: skip
     assert spec.schedule.type == "cosine" and not tuning.decay_all and optimizer.lr_base == 0
+    assert (tuning.cutmix > 0) == (tuning.mixup > 0) and tuning.color_jitter == 0
+    assert (tuning.randaugment_p, tuning.randaugment_ops) == ((0.5, 2) if tuning.randaugment else (1, 2))
+    assert spec.loss.type == "bce" or spec.loss.label_smoothing == (0.1 if tuning.mixup else 0)
+
+
+@pytest.mark.parametrize("recipe", [name for name in TUNING if "rsb" in name])
+def test_resnet_strikes_back_takes_both_labels_as_present_and_openmixup_their_shares(recipe):
+    path = PIPELINES / f"openmixup/finetune_{recipe}.yaml"
+    assert [read_grid(path, parity).specs[0].finetune.mixed for parity in (None, "openmixup")] == ["both", "shares"]
 
 
 def test_every_recipe_of_fine_tuning_is_in_the_table():
