@@ -166,6 +166,9 @@ ERRORS = [
     (grid() | {"exclude": [{"loss": {"tpye": "ce"}}]}, "exclude[0].loss.tpye: unknown field; did you mean 'type'?"),
     (grid() | {"parity": "x"}, "parity: the grid has no profile 'x' (it has none)"),
     (grid() | {"profiles": {"p": {"chagne": []}}}, "profiles.p.chagne: unknown field; did you mean 'change'?"),
+    (grid() | {"profiles": {"p": {"exclude": [{"loss": "ce"}]}}}, "profiles.p.exclude[0]: drops no probe"),
+    (grid() | {"profiles": {"p": {"exclude": {"loss": "ce"}}}}, "profiles.p.exclude: expected a list of at least one rule"),
+    (grid() | {"profiles": {"p": {"select": {"split": "vla"}}}}, "profiles.p.select.split: 'vla' is not one of"),
     (grid() | {"profiles": {"p": {"splits": {"train": "test"}}}}, "profiles.p.splits.test: 'test' is in splits.train too"),
     (grid() | {"profiles": {"p": {"change": [{"where": {"loss": "ce"}, "set": {"epochs": 3}}]}}}, "profiles.p.change[0].where: no probe has these values"),
     (grid() | {"profiles": {"p": {"change": [{"set": {"epochs": 0}}]}}}, "profiles.p.change[0].set.epochs: 0 is not a whole number"),
@@ -427,6 +430,14 @@ def test_profiles():
         ("linear", 0, "none", 0, 2, "sgd"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "adam"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "sgd"),
     ]  # fmt: skip
     assert parse_grid(parity.content).specs == parity.specs, "the content says which profile it is under"
+    content["profiles"]["some"] = {
+        "exclude": [{"loss": "ce"}],
+        "select": {"split": "none"},
+        "change": [{"set": {"epochs": 1}}],
+    }
+    some = parse_grid(content, parity="some")
+    assert {spec.loss.type for spec in some.specs} == {"bce"} and len(some.groups) == len(some.specs) == 2
+    assert some.reports_all and not default.reports_all and parse_grid(some.content).reports_all
     assert parse_grid(parity.content).splits == parity.splits
     assert parse_grid(default.content).specs == default.specs
 

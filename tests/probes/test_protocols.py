@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 
 import click
 import pytest
@@ -25,6 +26,7 @@ RECIPES = sorted(
     path.relative_to(PIPELINES).as_posix() for folder in FOLDERS for path in (PIPELINES / folder).glob("*.yaml")
 )
 LINEAR = [name for name in RECIPES if not re.search("finetune_|semi_|svm|knn", name)]
+BRACKETS = str.maketrans("", "", "[]")
 POOLS = "feat1:grid(10,10,4) feat2:grid(16,8,0) feat3:grid(13,5,0) feat4:grid(8,3,0) feat5:grid(6,1,0)"
 
 # What was published, one row for each recipe. rate: at the batch size, after any scaling; of the biases' and the norms'
@@ -78,9 +80,11 @@ def grid_of(recipe):
 
 
 def commands_of(recipe):
-    """The command lines in the comment at the top of a recipe, without `featcache`."""
+    """The command lines in the comment at the top of a recipe, without `featcache` and the brackets of what may be left out."""
     lines = (PIPELINES / f"{recipe}.yaml").read_text().splitlines()
-    return [shlex.split(line.lstrip("# "))[1:] for line in lines if line.startswith("#   featcache ")]
+    return [
+        shlex.split(line.lstrip("# ").translate(BRACKETS))[1:] for line in lines if line.startswith("#   featcache ")
+    ]
 
 
 def option(words, name):
@@ -140,6 +144,46 @@ def test_a_recipe_is_the_published_configuration(recipe):
     assert (option(extract, "--short-side"), option(extract, "--size")) == (row["short"], row["size"])
     assert row["short"] == "-" or option(extract, "--interpolation") == "bicubic"
     assert option(train, "--store") == option(extract, "--store")
+
+
+# What --parity openmixup makes of OpenMixup's files: the batch with which dist_train_linear.sh starts them on 8 GPUs, and the
+# features that theirs have.
+LAUNCHED = """
+imagenet_linear_step       512   last:pooled
+imagenet100_linear_step    512   last:pooled
+imagenet_mhead             512   FOUR
+place205_mhead             512   FOUR
+inaturalist2018_mhead      512   FOUR
+cifar10_r18_linear_cos     512   last:pooled
+cifar10_r18_linear_step    512   last:pooled
+cifar10_r50_linear_cos     512   last:pooled
+cifar100_r18_linear_cos    512   last:pooled
+cifar100_r18_linear_step   512   last:pooled
+cifar100_r50_linear_cos    512   last:pooled
+cifar100_deit_small_linear 1024  last:cls
+stl10_r50_linear_cos       512   last:pooled
+stl10_r50_linear_step      512   last:pooled
+stl10_deit_small_linear    1024  last:cls
+"""
+PARITY = {name: (int(batch), names) for name, batch, names in (line.split() for line in LAUNCHED.strip().splitlines())}
+
+
+@pytest.mark.parametrize("recipe", PARITY)
+def test_parity_is_what_the_published_command_starts(recipe):
+    """Nothing else differs from the recipe's default profile."""
+    path, (batch, names) = PIPELINES / f"openmixup/{recipe}.yaml", PARITY[recipe]
+    default, parity = read_grid(path), read_grid(path, "openmixup")
+    features = POOLS.split()[1:] if names == "FOUR" else [names]
+    assert [spec.features for spec in parity.specs] == features and len(parity.groups) == len(parity.specs)
+    kept = [spec for spec in default.specs if spec.features in features]
+    assert list(parity.specs) == [replace(spec, batch_size=batch) for spec in kept]
+    assert parity.splits == default.splits and batch == 2 * default.specs[0].batch_size
+
+
+def test_all_linear_recipes_that_are_launched_otherwise_have_a_profile():
+    """The files for 8 GPUs, and MMSelfSup's, are launched as they are named."""
+    profiled = {name for name in TABLE if "profiles" in grid_of(name).content}
+    assert profiled == {f"openmixup/{name}" for name in PARITY}
 
 
 def test_every_recipe_is_in_the_table():
@@ -281,7 +325,11 @@ def test_every_recipe_of_fine_tuning_is_in_the_table():
 
 @pytest.mark.parametrize(("recipe", "decay"), [("semi_imagenet_1percent", 5e-4), ("semi_imagenet_10percent", 1e-4)])
 def test_semi_supervised_recipes_are_the_published_nine(recipe, decay):
-    specs = grid_of(f"openmixup/{recipe}").specs
+    grid, parity = (read_grid(PIPELINES / f"openmixup/{recipe}.yaml", name) for name in (None, "openmixup"))
+    specs = grid.specs
+    assert grid.specs == parity.specs and grid.reports_all and grid.splits["test"] == ("val",)
+    assert not parity.reports_all and parity.chosen_on == "val" and parity.splits["val"] == parity.splits["test"]
+    assert {(s.finetune.norm, s.finetune.decay_all, s.optimizer.momentum) for s in specs} == {("sync", True, 0.9)}
     assert {(s.optimizer.lr, s.finetune.head_lr) for s in specs} == {
         (r, h) for r in (0.1, 0.01, 0.001) for h in (1, 10, 100)
     }

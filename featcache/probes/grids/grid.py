@@ -10,7 +10,7 @@ from featcache.arguments import is_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.expand import all_specs, sections
 from featcache.probes.grids.fields import check_known
-from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
+from featcache.probes.grids.grid_file import Group, assemble, check_size, items, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.grids.search import SEARCHES, Halving
 from featcache.probes.grids.selection import NOTHING, Refit, Selection, read_refit, read_selection
@@ -23,6 +23,8 @@ TOP = (
     "store", "splits", "select", "refit", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
     "profiles",
 )  # fmt: skip
+# What a profile may have.
+PROFILE = ("splits", "select", "exclude", "change")
 # The roles that get intervals by default. Scores on the training images say little about other images.
 INTERVALS = ("val", "test")
 
@@ -34,7 +36,7 @@ class Grid:
     title: what messages call it. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
     for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
     selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with
-    included files, groups that start from others and the profile's splits filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
+    included files, groups that start from others, and the profile's splits and selection filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
     title: str
@@ -130,14 +132,17 @@ def parse_grid(content: Any, path: PathOrStr = "", parity: str | None = None, ti
     for name, profile in _profiles(content.get("profiles", {}), parity, at["profiles"], errors).items():
         where = f"{at['profiles']}.{name}"
         roles = _splits([written_splits, (profile.get("splits", {}), f"{where}.splits")], True, errors)
-        others = changed(specs, profile.get("change", []), f"{where}.change", errors)
+        choice = read_selection(profile["select"], roles, f"{where}.select", errors) if "select" in profile else None
+        kept = without(specs, items(profile, "exclude", "rule", f"{where}.", errors), errors)
+        others = changed(kept, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
-            profiled = others, roles
+            profiled = others, tuple(group_of[spec] for spec in kept), roles, choice or selection
     refuse(title, errors)
     if parity is not None:
-        own = content["profiles"][parity].get("splits", {})
-        content |= {"parity": parity, "splits": content.get("splits", {}) | own}
-        specs, splits = profiled
+        own = content["profiles"][parity]
+        content |= {"parity": parity, "splits": content.get("splits", {}) | own.get("splits", {})}
+        content |= {"select": own["select"]} if "select" in own else {}
+        specs, groups, splits, selection = profiled
     return Grid(title, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
 
 
@@ -153,16 +158,16 @@ def refuse(title: str, errors: list[str]) -> None:
 def _profiles(value: Any, parity: Any, path: str, errors: list[str]) -> dict[str, dict[str, Any]]:
     """Return {name: profile} of the profiles that are dicts, and add errors for the others."""
     if not isinstance(value, dict):
-        errors.append(f"{path}: expected names of profiles, each with splits or change")
+        errors.append(f"{path}: expected names of profiles, each with {', '.join(PROFILE)}")
         return {}
     if parity is not None and parity not in list(value):
         known = f"it has {', '.join(map(str, value))}" if value else "it has none"
         errors.append(f"parity: the grid has no profile {shown(parity)}{nearest(parity, value)} ({known})")
     for name, profile in value.items():
         if not isinstance(profile, dict) or not isinstance(name, str):
-            errors.append(f"{path}.{name}: expected the name of a profile, with splits or change")
+            errors.append(f"{path}.{name}: expected the name of a profile, with {', '.join(PROFILE)}")
         else:
-            check_known(profile, ("splits", "change"), f"{path}.{name}.", errors)
+            check_known(profile, PROFILE, f"{path}.{name}.", errors)
     return {n: profile for n, profile in value.items() if isinstance(profile, dict)}
 
 

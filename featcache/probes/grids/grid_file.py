@@ -161,8 +161,8 @@ def _add(
         if key in known and key not in ("include", "probes", "exclude") and key not in result.content:
             result.content[key] = value
             result.origins[key] = prefix
-    result.groups.extend(Group(value, where) for where, value in _items(content, "probes", "group", prefix, errors))
-    result.exclude.extend(_items(content, "exclude", "rule", prefix, errors))
+    result.groups.extend(Group(value, where) for where, value in items(content, "probes", "group", prefix, errors))
+    result.exclude.extend(items(content, "exclude", "rule", prefix, errors))
     names = content.get("include", [])
     for number, name in enumerate(names if isinstance(names, list) else [names]):
         where = f"{prefix}include" + f"[{number}]" * (names is not name)
@@ -172,8 +172,8 @@ def _add(
             _add(inner, path, f"{name}: ", (*chain, path.resolve()), known, result, errors)
 
 
-def _items(content: dict[Any, Any], key: str, what: str, prefix: str, errors: list[str]) -> list[tuple[str, Any]]:
-    """Return [(path, item)] of a list at the top of a file."""
+def items(content: dict[Any, Any], key: str, what: str, prefix: str, errors: list[str]) -> list[tuple[str, Any]]:
+    """Return [(path, item)] of a list in a field, [] without one. what: an item. prefix: of the field's path."""
     value = content.get(key, [])
     if not isinstance(value, list) or (key in content and not value):
         errors.append(f"{prefix}{key}: expected a list of at least one {what}")
