@@ -11,7 +11,7 @@ import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
 from featcache.attribution.passes import Passes
-from featcache.attribution.targets import Target
+from featcache.attribution.targets import Target, box_mask
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
@@ -86,6 +86,11 @@ class Source:
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
 
+    def mask_of(self, target: Target) -> torch.Tensor:
+        """Return the pixels of the boxes of a target's class that are not difficult: bool [S, S]."""
+        boxes, classes, difficult = self.boxes_of(target.row)
+        return box_mask(boxes[(classes == target.label) & ~difficult], self.preprocessing.size)
+
     @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
@@ -155,8 +160,8 @@ class Batch:
 
     @cached_property
     def masks(self) -> torch.Tensor:
-        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
-        return torch.stack([target.mask for target in self.targets])
+        """bool [T, S, S]: the pixels of the boxes of each pair's class."""
+        return torch.stack([self.source.mask_of(target) for target in self.targets]).to(self.source.device)
 
     @property
     def size(self) -> int:
@@ -206,18 +211,18 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        alike.setdefault(len(own), []).append(own)
+        # Without a backbone there are no passes that could be in vain.
+        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
     pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
-        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        held = probes if source.network else 1
+        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
+        at_once = min(at_once, source.at_once) if source.network else at_once
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 
