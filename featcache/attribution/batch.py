@@ -11,7 +11,7 @@ import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
 from featcache.attribution.passes import Passes
-from featcache.attribution.targets import Target, box_mask
+from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
@@ -86,11 +86,6 @@ class Source:
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
 
-    def mask_of(self, target: Target) -> torch.Tensor:
-        """Return the pixels of the boxes of a target's class that are not difficult: bool [S, S]."""
-        boxes, classes, difficult = self.boxes_of(target.row)
-        return box_mask(boxes[(classes == target.label) & ~difficult], self.preprocessing.size)
-
     @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
@@ -160,8 +155,8 @@ class Batch:
 
     @cached_property
     def masks(self) -> torch.Tensor:
-        """bool [T, S, S]: the pixels of the boxes of each pair's class."""
-        return torch.stack([self.source.mask_of(target) for target in self.targets]).to(self.source.device)
+        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
+        return torch.stack([target.mask for target in self.targets])
 
     @property
     def size(self) -> int:

@@ -14,8 +14,6 @@ from featcache.attribution.task import Task
 from featcache.errors import BadInput
 
 NOTHING = float("nan")
-# Values of maps that are scored at a time: few, so that what scores make of them stays in the processor's cache.
-AT_ONCE = 2**19
 
 
 def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], None]) -> Piece:
@@ -28,15 +26,14 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
     pictures = torch.zeros(*shape, len(shown), source.preprocessing.size, source.preprocessing.size)
     for batch in batches_of(targets, source, len(task.explained)):
         rows = torch.tensor([place[target.row, target.label] for target in batch.targets])
-        levels = [torch.cat([score.uniform(masks) for masks in _parts(batch.masks)]) for score in task.scores]
+        levels = [score.uniform(batch.masks) for score in task.scores]
         for method, probe, explanation in _explanations(task, batch):
-            maps, own = explanation.maps, cells[method, probe]
+            maps, own = explanation.maps.cpu(), cells[method, probe]
             _check(task, batch, method, probe, maps)
             for score, level in zip(task.scores, levels, strict=True):
-                both = zip(_parts(maps), _parts(batch.masks), strict=True)
-                measured = torch.cat([score.measure(*part) for part in both])
+                measured = score.measure_all(maps, batch.masks)
                 for name, values in zip(score.columns, (measured, level), strict=True):
-                    own[rows, columns[name]] = values.double().cpu()
+                    own[rows, columns[name]] = values.double()
             for name, values in explanation.cells.items():
                 own[rows, columns[name]] = values.double().cpu()
             for number, at in enumerate(rows.tolist()):
@@ -45,11 +42,6 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
             tell(len(maps))
     taken = Passes(source.passes.forward - before.forward, source.passes.backward - before.backward)
     return Piece(cells, pictures, taken)
-
-
-def _parts(maps: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Cut maps [N, S, S] into parts that are scored at a time."""
-    return maps.split(max(1, AT_ONCE // maps[0].numel()))
 
 
 def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanation]]:

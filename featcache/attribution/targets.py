@@ -1,7 +1,7 @@
-"""What is explained: the classes that have a box in an image, and the pixels of boxes."""
+"""What is explained: the classes that have a box in an image, and the pixels of their boxes."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,15 +11,17 @@ from featcache.errors import BadInput
 from featcache.store.reader import Split
 
 
-class Target(NamedTuple):
-    """A class to explain in an image: the row of the image in its split, and the number of the class.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A class to explain in an image.
 
-    The pixels that its map should point at are many and quickly made, so that they are made when they are needed:
-    see Source.mask_of.
+    row: of the image in its split. label: the number of the class. mask: bool [S, S], the pixels of its boxes, of
+    which there is at least one.
     """
 
     row: int
     label: int
+    mask: torch.Tensor
 
 
 def box_mask(boxes: Iterable, size: int) -> torch.Tensor:
@@ -46,8 +48,8 @@ def find_targets(split: Split, preprocessing: Preprocessing, limit: int | None =
     images = 0
     for row, (boxes, classes, difficult) in enumerate(split.boxes):
         boxes, _ = preprocessing.map_boxes(boxes, *split.sizes[row].tolist())
-        own = {int(c): boxes[(classes == c) & ~difficult] for c in classes[~difficult]}
-        visible = [Target(row, c) for c in sorted(own) if box_mask(own[c], preprocessing.size).any()]
+        masks = {int(c): box_mask(boxes[(classes == c) & ~difficult], preprocessing.size) for c in classes[~difficult]}
+        visible = [Target(row, label, masks[label]) for label in sorted(masks) if masks[label].any()]
         if visible and (limit is None or images < limit):
             images += 1
             targets += visible

@@ -14,7 +14,7 @@ def batch_of(backbone, feature, images, classes):
     # So few that what is made of an image goes through the backbone in several parts.
     vars(source)["at_once"] = 4
     vars(source)["channels"] = lambda feature: backbone(images[:1], [feature])[str(feature)].shape[1]
-    targets = [Target(image, label) for image, own in enumerate(classes) for label in own]
+    targets = [Target(image, label, None) for image, own in enumerate(classes) for label in own]
     batch = Batch(targets, source)
     vars(batch)["inputs"] = images.detach()
     return batch

@@ -44,11 +44,21 @@ class GridPG(Protocol):
                 f"{split.name} has images of {len(rows)}; take a smaller side"
             )
         chance, grids, targets = random.Random(self.seed), list[tuple[int, ...]](), list[Target]()
+        cells = _cells(self.side, source.preprocessing.size)
         for number in range(min(self.grids, limit or self.grids)):
             classes = chance.sample(sorted(rows), self.side**2)
             grids.append(tuple(chance.choice(rows[label]) for label in classes))
-            targets += [Target(number, label) for label in classes]
+            targets += [Target(number, label, cell) for label, cell in zip(classes, cells, strict=True)]
         return _laid_out(source, self.side, grids), targets
+
+
+def _cells(side: int, size: int) -> list[torch.Tensor]:
+    """Return the pixels of each cell, row by row: bool [side * size, side * size]."""
+    cells = torch.zeros(side, side, side * size, side * size, dtype=torch.bool)
+    for y in range(side):
+        for x in range(side):
+            cells[y, x, y * size : (y + 1) * size, x * size : (x + 1) * size] = True
+    return list(cells.flatten(0, 1))
 
 
 def _laid_out(source: Source, side: int, grids: Sequence[tuple[int, ...]]) -> "GridSource":

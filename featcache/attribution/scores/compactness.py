@@ -22,7 +22,7 @@ class Compactness(LocalisationScore):
         """Return sum((2 i - n - 1) a_i) / (n sum(a_i)) over the n values in order."""
         values = maps.flatten(1).double().clamp(min=0).sort(1).values
         count = values.shape[1]
-        ranks = 2 * torch.arange(1, count + 1, dtype=torch.float64, device=maps.device) - count - 1
+        ranks = 2 * torch.arange(1, count + 1, dtype=torch.float64) - count - 1
         return values @ ranks / (count * values.sum(1))
 
     def uniform(self, masks: torch.Tensor) -> torch.Tensor:
