@@ -206,18 +206,18 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        alike.setdefault(len(own), []).append(own)
+        # Without a backbone there are no passes that could be in vain.
+        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
     pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
-        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        held = probes if source.network else 1
+        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
+        at_once = min(at_once, source.at_once) if source.network else at_once
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 
