@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
+from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
@@ -18,6 +19,7 @@ from featcache.backbones.load import RANDOM, load_backbone
 from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
@@ -56,7 +58,8 @@ class Source:
 
     features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
     counts what goes through the backbone. records: the split as its data set has it, where that was named. stored:
-    whether the store has the features of these images. note: stands behind the split in tables.
+    whether the store has the features of these images. note: stands behind the split in tables. masked: the features of
+    masked variants of the images, where a store has them.
     """
 
     split: Split
@@ -69,6 +72,7 @@ class Source:
     records: Sequence[Record] | None = None
     stored: bool = True
     note: str = ""
+    masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -215,18 +219,18 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        alike.setdefault(len(own), []).append(own)
+        # Without a backbone there are no passes that could be in vain.
+        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
     pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
-        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        held = probes if source.network else 1
+        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
+        at_once = min(at_once, source.at_once) if source.network else at_once
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.task import Task
-from featcache.attribution.words import written
+from featcache.words import written
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """What is explained: the classes that are in an image, and the pixels of their objects."""
 
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.store.reader import Split
@@ -51,20 +51,6 @@ def _unpack(packed: tuple[bytes, int] | None) -> torch.Tensor | None:
     data, size = packed
     bits = np.unpackbits(np.frombuffer(zlib.decompress(data), np.uint8), count=size * size)
     return torch.from_numpy(bits.astype(bool)).view(size, size)
-
-
-def box_mask(boxes: Iterable, size: int) -> torch.Tensor:
-    """Return bool [size, size]: the pixels whose centre lies in the union of the boxes.
-
-    boxes: [M, 4] as x0, y0, x1, y1 in pixels of the map, see Preprocessing.map_boxes.
-    """
-    centres = np.arange(size) + 0.5
-    mask = np.zeros((size, size), dtype=bool)
-    for x0, y0, x1, y1 in boxes:
-        columns = (centres >= x0) & (centres < x1)
-        rows = (centres >= y0) & (centres < y1)
-        mask |= rows[:, None] & columns[None, :]
-    return torch.from_numpy(mask)
 
 
 def find_targets(split: Split, preprocessing: Preprocessing, limit: int | None = None) -> list[Target]:

@@ -20,7 +20,6 @@ from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
 from featcache.attribution.settings import Settings
 from featcache.attribution.targets import Target
-from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import Record
 from featcache.errors import BadInput, shown
@@ -32,6 +31,7 @@ from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
 from featcache.ranks import say_once
 from featcache.store.reader import Split, Store
+from featcache.words import parse_kind
 
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
 # of a map, and a killed attribution goes on with the same.
@@ -202,7 +202,7 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
     assert images.records is not None, "a backbone needs the images"
     drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
     picture = (posed.network or drawn).picture
-    return replace(posed, network=Network(drawn.backbone, picture), stored=False)
+    return replace(posed, network=Network(drawn.backbone, picture), stored=False, masked={})
 
 
 def _check_fit(method: Method, network: Network | None) -> None:

@@ -15,7 +15,8 @@ from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.scores.epg import EPG
 from featcache.attribution.scores.mask_iou import MaskIoU
 from featcache.attribution.scores.pointing_game import PointingGame
-from featcache.attribution.targets import Target, box_mask
+from featcache.attribution.targets import Target
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import read_dataset
 from featcache.probes.heads.module import HeadModule

@@ -74,8 +74,8 @@ def _laid_out(source: Source, side: int, grids: Sequence[tuple[int, ...]]) -> "G
     # No image is resized to the size of a grid, so its rule does not matter.
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
-    # The store knows nothing of grids.
-    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "stored": False}
+    # No store knows anything of grids.
+    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "stored": False, "masked": {}}
     laid_out = GridSource(**given, grids=tuple(grids), side=side)
     try:
         with torch.no_grad():
