@@ -53,7 +53,8 @@ def attribute(
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
-    backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
+    backbone="random" and of random heads. sanity: explain a head with random weights beside each
+    probe, and where `dataset` is given its own head on a backbone with random weights. protocol: of
     PROTOCOLS, such as "gridpg:side=2". memory: bytes for what forward passes keep, 2e9 by default.
 
     Writes attribution.csv (a row for each probe, method, image and class) and attribution.npz into the run; returns the
