@@ -36,10 +36,15 @@ def width_of(store: Store, feature: Feature) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A backbone and the images that it made a split of. picture: from a row of the split to uint8 [3, S, S]."""
+    """A backbone and the images that it made a split of.
+
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row.
+    """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
 
 
 class Boxed(NamedTuple):
@@ -55,7 +60,7 @@ class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
     features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone.
+    counts what goes through the backbone. stored: whether the store has the features of these images.
     """
 
     split: Split
@@ -65,11 +70,12 @@ class Source:
     features: tuple[Feature, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    stored: bool = True
 
     @property
-    def stored(self) -> bool:
-        """Whether the store has the features of these images."""
-        return True
+    def facts(self) -> dict[str, int]:
+        """What is to be known of how the images were chosen, besides the words of the protocol."""
+        return {}
 
     @property
     def name(self) -> str:
@@ -253,4 +259,8 @@ def open_network(
     model.preprocessing = preprocessing
     decoder = identity.get("decoder", DECODERS["exact"])
     records = data.splits[split.name]
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))
+
+    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
+        return lambda row: load_input(records[row], rule, decoder)
+
+    return Network(model.to(device), prepared(preprocessing), prepared)

@@ -18,7 +18,7 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
+from featcache.reporting.localisation import MAPS, explained, read_localisation, table_of
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
@@ -69,7 +69,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
             if task_of(run.metrics) == "multi-label"
         ],
         "reliability": plots.reliability(opened, _pictured),
-        "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
+        "localisation": [_localisation(run, plots) for run in opened if explained(run, run.attribution_table)],
         "costs": [_costs(run) for run in opened if read_costs(run)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],

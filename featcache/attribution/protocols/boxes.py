@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from featcache.attribution.batch import Source
+from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target, find_targets
 
@@ -13,6 +14,8 @@ class Boxes(Protocol):
 
     type: Literal["boxes"] = "boxes"
 
-    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+    def pose(
+        self, source: Source, limit: int | None, explained: Sequence[Explained]
+    ) -> tuple[Source, Sequence[Target]]:
         """See Protocol.pose."""
         return source, find_targets(source.split, source.preprocessing, limit)

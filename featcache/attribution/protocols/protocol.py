@@ -3,16 +3,26 @@
 from collections.abc import Sequence
 
 from featcache.attribution.batch import Source
+from featcache.attribution.explained import Explained
 from featcache.attribution.targets import Target
+from featcache.attribution.words import written
 from featcache.kinds import Kind
 
 
 class Protocol(Kind):
     """Base class of protocols, which say what images are explained, for which classes, and where maps should point."""
 
-    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+    @property
+    def label(self) -> str:
+        """Its name in tables: its word, and the fields that are not at their defaults, such as gridpg:side=2."""
+        return written(self)
+
+    def pose(
+        self, source: Source, limit: int | None, explained: Sequence[Explained]
+    ) -> tuple[Source, Sequence[Target]]:
         """Return the images to explain and the Targets in them, in order of their rows. Raises BadInput.
 
-        source: the images of the split. limit: how many images to explain at most.
+        source: the images of the split. limit: how many images to explain at most. explained: the probes, by which a
+        protocol may choose images.
         """
         raise NotImplementedError
