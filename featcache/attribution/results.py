@@ -17,7 +17,6 @@ from featcache.attribution.batch import Source
 from featcache.attribution.pieces import Piece
 from featcache.attribution.saved_maps import checksums
 from featcache.attribution.task import Task
-from featcache.attribution.words import written
 from featcache.errors import BadInput, nearest
 from featcache.probes.runs.run_file import (
     ATTRIBUTION,
@@ -30,6 +29,7 @@ from featcache.probes.runs.run_file import (
 )
 from featcache.probes.runs.tables import import_parquet
 from featcache.store.folder import open_folder
+from featcache.words import written
 
 # Which map a row of attribution.csv is about; the columns of the scores follow.
 IDENTITY = ("probe", "method", "split", "id", "class")

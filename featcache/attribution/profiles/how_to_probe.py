@@ -110,7 +110,7 @@ class HowToProbe(Profile):
             return _gini(maps)
         if isinstance(score, Complexity) and "smoothing" in self.quirks:
             return _entropy(maps)
-        return score.measure(maps, masks)
+        return score.measure_all(maps, masks)
 
     def _smoothed(self, maps: torch.Tensor, window: int) -> torch.Tensor:
         """Return the positive part of smoothed maps, float64 [N, S, S]."""

@@ -30,5 +30,5 @@ class Profile:
     def measure(
         self, score: LocalisationScore, method: Method, protocol: Protocol, maps: torch.Tensor, masks: torch.Tensor
     ) -> torch.Tensor:
-        """Score the maps [N, S, S] of a method against masks [N, S, S], as LocalisationScore.measure does."""
-        return score.measure(maps, masks)
+        """Score the maps [N, S, S] of a method against masks [N, S, S], as LocalisationScore.measure_all does."""
+        return score.measure_all(maps, masks)

@@ -11,7 +11,8 @@ from featcache.attribution.batch import Network, Source
 from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.boxes import Boxes
 from featcache.attribution.protocols.gridpg import GridPG
-from featcache.attribution.targets import Target, box_mask
+from featcache.attribution.targets import Target
+from featcache.backbones.input.box_mask import box_mask
 from featcache.errors import BadInput
 from featcache.probes.heads.bcos import Bcos
 
@@ -75,7 +76,7 @@ class PublishedBoxes(Boxes):
                 "--dataset and --root"
             )
         other = Network(network.backbone, network.prepared(own), network.prepared)
-        return replace(source, preprocessing=own, network=other, stored=False)
+        return replace(source, preprocessing=own, network=other, masked={}, stored=False)
 
     def _mask(self, source: Source, row: int, boxes: np.ndarray) -> torch.Tensor:
         """Return the mask of the union of boxes [M, 4] of an image: bool [S, S]."""

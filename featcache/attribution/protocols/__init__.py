@@ -6,11 +6,11 @@ import numpy as np
 from featcache.attribution.protocols.boxes import Boxes
 from featcache.attribution.protocols.gridpg import GridPG
 from featcache.attribution.protocols.protocol import Protocol
-from featcache.attribution.words import written
 from featcache.errors import BadInput
 from featcache.kinds import Registry
 from featcache.ranks import first_to_say
 from featcache.store.reader import Split
+from featcache.words import written
 
 PROTOCOLS: Registry[Protocol] = Registry(Protocol, "featcache.attribution_protocols", "protocol", [Boxes, GridPG])
 

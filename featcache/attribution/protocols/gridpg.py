@@ -114,7 +114,7 @@ def _laid_out(
     # No image is resized to the size of a grid, so its rule does not matter.
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
-    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "stored": False}
+    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "masked": {}, "stored": False}
     laid_out = GridSource(**given, grids=tuple(grids), side=side)
     try:
         with torch.no_grad():

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from featcache.attribution.batch import Source
 from featcache.attribution.explained import Explained
 from featcache.attribution.targets import Target
-from featcache.attribution.words import written
 from featcache.kinds import Kind
+from featcache.words import written
 
 
 class Protocol(Kind):
