@@ -38,10 +38,15 @@ def width_of(store: Store, feature: Feature) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A backbone and the images that it made a split of. picture: from a row of the split to uint8 [3, S, S]."""
+    """A backbone and the images that it made a split of.
+
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row.
+    """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
 
 
 class Boxed(NamedTuple):
@@ -73,6 +78,11 @@ class Source:
     stored: bool = True
     note: str = ""
     masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What is to be known of how the images were chosen, besides the words of the protocol."""
+        return {}
 
     @property
     def name(self) -> str:
@@ -283,7 +293,11 @@ def _network(
 ) -> Network:
     model.preprocessing = preprocessing
     decoder = split.store.manifest.identity.get("decoder", DECODERS["exact"])
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))
+
+    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
+        return lambda row: load_input(records[row], rule, decoder)
+
+    return Network(model.to(device), prepared(preprocessing), prepared)
 
 
 def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

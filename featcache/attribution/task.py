@@ -10,11 +10,14 @@ import torch
 
 import featcache
 from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records, width_of
+from featcache.attribution.explained import Explained
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
-from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
+from featcache.attribution.profiles import profile_named
+from featcache.attribution.profiles.profile import Profile
+from featcache.attribution.protocols import PROTOCOLS, default_protocol
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
@@ -26,6 +29,7 @@ from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_beside
 from featcache.kinds import Kind, Registry
 from featcache.probes.heads.module import HeadModule
+from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
@@ -46,38 +50,29 @@ K = TypeVar("K", bound=Kind)
 
 
 @dataclass(frozen=True, eq=False)
-class Explained:
-    """A probe to explain: its id, its head as a module, and the map that its head reads.
-
-    note: stands behind the method in tables where the head is not the probe's own, as for a sanity check.
-    """
-
-    probe: str
-    head: HeadModule
-    feature: Feature
-    note: str = ""
-
-    def named(self, method: Method) -> str:
-        """Return what a method on this head is called in tables."""
-        return f"{method.label} ({self.note})" if self.note else method.label
-
-
-@dataclass(frozen=True, eq=False)
 class Task:
     """An attribution: what is explained, how, and from what.
 
-    source: of the images as the store has them; randomised: the same for a backbone with random weights, None without
-    a sanity check or the images. pieces: the targets, by images. kept: rows of the split whose maps the report shows.
+    protocol: the one that chose the targets. settings: what was asked for. source: of the images as the store has them;
+    randomised: the same for a backbone with random weights, None without a sanity check or the images. pieces: the
+    targets, by images. kept: rows of the split whose maps the report shows.
     """
 
     run: Run
     explained: Sequence[Explained]
     methods: Sequence[Method]
     scores: Sequence[Score]
+    protocol: Protocol
     source: Source
     randomised: Source | None
     pieces: Sequence[Sequence[Target]]
     kept: Sequence[int]
+    settings: Settings
+
+    @property
+    def profile(self) -> Profile:
+        """How methods, protocols and scores are used."""
+        return profile_named(self.settings.parity)
 
     @property
     def columns(self) -> list[str]:
@@ -114,6 +109,8 @@ class Task:
             "probes": [(one.probe, one.note) for one in self.explained],
             "methods": [method.model_dump() for method in self.methods],
             "scores": [score.model_dump() for score in self.scores],
+            "protocol": [self.settings.parity, self.protocol.model_dump(mode="json")],
+            "save_maps": self.settings.save_maps,
             "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
             "kept": list(self.kept),
             "memory": source.memory,
@@ -134,11 +131,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
-    run = open_run(settings.run)
-    methods = _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")
-    protocol = parse_kind(PROTOCOLS, settings.protocol or DEFAULT_PROTOCOL, "--protocol")
-    scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
-    _check_scores(scores, protocol)
+    run, profile = open_run(settings.run), profile_named(settings.parity)
+    methods = [profile.method(each) for each in _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")]
     store = store_of(run, settings.store)
     drawn = settings.sanity and settings.dataset is not None
     chosen = _chosen(run, settings.probes, settings.rule)
@@ -147,6 +141,13 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     data = store[settings.split or _scored_split(run)]
     records = None if settings.dataset is None else open_records(data, settings.dataset, settings.root)
     network = _network(settings, data, preprocessing, device, records)
+    if settings.protocol is None:
+        protocol = default_protocol(data, network is not None)
+    else:
+        protocol = parse_kind(PROTOCOLS, settings.protocol, "--protocol")
+    protocol = profile.protocol(protocol)
+    scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
+    _check_scores(scores, protocol)
     for method in methods:
         _check_fit(method, network)
     for score in scores:
@@ -154,12 +155,12 @@ def prepare(settings: Settings, device: torch.device) -> Task:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
     features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
     images = Source(data, preprocessing, device, network, features, taken, records=records)
-    source, targets = protocol.pose(images, settings.limit)
+    source, targets = protocol.pose(images, settings.limit, explained)
     randomised = _randomised(images, source, settings.seed) if drawn else None
     if settings.sanity and not drawn:
         say_once("notice: --sanity shows random heads alone; random backbones need the images: --dataset and --root")
     kept = sorted({target.row for target in targets})[: settings.examples]
-    return Task(run, explained, methods, scores, source, randomised, list(in_pieces(targets)), kept)
+    return Task(run, explained, methods, scores, protocol, source, randomised, list(in_pieces(targets)), kept, settings)
 
 
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
@@ -240,7 +241,8 @@ def _load(
         if drawn:
             weights[RANDOM_BACKBONE] = probe.weights
         for note, own in weights.items():
-            explained.append(Explained(spec.id, HeadModule(spec.head, own, spec.loss.link).to(device), feature, note))
+            head = HeadModule(spec.head, own, spec.loss.link).to(device)
+            explained.append(Explained(spec.id, head, feature, Input.of(spec), note))
     return explained
 
 

@@ -1,8 +1,9 @@
 """Localisation scores per probe and method, from a run's attribution.csv."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -17,12 +18,11 @@ from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
 from featcache.attribution.task import REGION
 from featcache.probes.runs.run import Run, open_run
-from featcache.probes.runs.run_file import ATTRIBUTION
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
 from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent
 
-EXPLAINED, MAPS = ATTRIBUTION
+MAPS, FACTS = "attribution.npz", "attribution.json"
 # A mean over less than this share of the maps is marked: it is no mean over the images that others are means over.
 FEW, MARK = 0.5, "(!)"
 # How large the objects of a class are together, with the bound of each size in pixels of the input: COCO's bounds. A
@@ -36,11 +36,12 @@ class Localisation:
     """What attribution.csv says of the probes of a run.
 
     scores: those that it has columns of. rows: as in the file, with the values of the scores as floats, None where
-    a map has no score.
+    a map has no score. facts: the content of attribution.json, empty for a run of an earlier version.
     """
 
     scores: Sequence[type[Score]]
     rows: Sequence[dict[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def _by_identity(self) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -61,7 +62,19 @@ class Localisation:
             f"{score.summary()} A map without {score.lacking} has none and is counted as empty."
             for score in self.scores
         ]
-        return [*lines, MARKED]
+        return [*lines, MARKED, *self.settings()]
+
+    def settings(self) -> list[str]:
+        """Say how the numbers were made, in a line for people, where that is known."""
+        facts = self.facts
+        if not facts:
+            return []
+        line = f"protocol {facts['protocol']}, parity {facts['parity'] or 'none'}"
+        if "grids" in facts:
+            line += f", {facts['grids']} grids of {facts['drawn_from_images']:,} images of {facts['drawn_from_classes']} classes"
+        line += f", {facts['pairs']:,} pairs in {facts['images']:,} images of {facts['split']} (set {facts['set']})"
+        line += f"; methods {', '.join(facts['methods'])}; scores {', '.join(facts['scores'])}; seed {facts['seed']}"
+        return [f"{line}; featcache {facts['version']} on {facts['device']}"]
 
 
 def read_localisation(run: Run) -> Localisation:
@@ -70,34 +83,46 @@ def read_localisation(run: Run) -> Localisation:
     Maps of probes that the run does not have any more are left out, and so are the columns of scores that are not
     installed; a notice names them.
     """
-    table = run.table(EXPLAINED, probe=str, method=str, id=str)
-    names = list(table[0]) if table else []
-    scores = [score for score in SCORES.values() if set(score.columns) <= set(names)]
+    name = run.attribution_table
+    table = run.table(name, probe=str, method=str, id=str)
+    columns_held = list(table[0]) if table else []
+    scores = [score for score in SCORES.values() if set(score.columns) <= set(columns_held)]
     if table and not scores:
-        raise run.damaged(EXPLAINED, "it has no columns of a localisation score")
+        raise run.damaged(name, "it has no columns of a localisation score")
     columns = [column for score in scores for column in score.columns]
     try:
-        numbers = [*columns, *([REGION] if REGION in names else [])]
+        numbers = [*columns, *([REGION] if REGION in columns_held else [])]
         rows = [row | {c: float(row[c]) if row[c] else None for c in numbers} for row in table]
     except ValueError as error:
-        raise run.damaged(EXPLAINED, error) from None
+        raise run.damaged(name, error) from None
     probes = {row["probe"] for row in run.scores}
     gone = list(dict.fromkeys(row["probe"] for row in rows if row["probe"] not in probes))
     if gone:
         click.echo(
-            f"notice: {EXPLAINED} of run {run.path} has {len(gone)} probes that the run does not have "
+            f"notice: {name} of run {run.path} has {len(gone)} probes that the run does not have "
             f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
             err=True,
         )
     reported = {REGION, *(column for method in METHODS.values() for column in method.columns)}
-    unknown = [name for name in names if name not in (*IDENTITY, *columns, *reported)]
+    unknown = [column for column in columns_held if column not in (*IDENTITY, *columns, *reported)]
     if unknown:
         click.echo(
-            f"notice: {EXPLAINED} of run {run.path} has columns of localisation scores that are not installed "
+            f"notice: {name} of run {run.path} has columns of localisation scores that are not installed "
             f"({', '.join(unknown)}); they are left out",
             err=True,
         )
-    return Localisation(scores, [row for row in rows if row["probe"] in probes])
+    return Localisation(scores, [row for row in rows if row["probe"] in probes], read_facts(run))
+
+
+def read_facts(run: Run) -> dict[str, Any]:
+    """Return the content of attribution.json, empty where an earlier version attributed. Raises BadInput for damage."""
+    if FACTS not in run.summary.get("files", ()):
+        return {}
+    try:
+        facts: dict[str, Any] = json.loads(run.read(FACTS))
+    except ValueError as error:
+        raise run.damaged(FACTS, error) from None
+    return facts
 
 
 def localisation_rows(folder: str | PathLike) -> tuple[list[str], list[list[str]]]:

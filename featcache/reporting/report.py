@@ -13,7 +13,6 @@ from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
 from featcache.reporting.localisation import (
-    EXPLAINED,
     Localisation,
     by_class,
     by_size,
@@ -56,7 +55,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         different = metrics if len(metrics) > 1 else kinds
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
-    places = [(run, read_localisation(run)) for run in opened if explained(run, EXPLAINED)]
+    places = [(run, read_localisation(run)) for run in opened if explained(run, run.attribution_table)]
     sheets = embedded([read_sheets(run, localisation) for run, localisation in places])
     page = {
         "metric": metric_kind(metric).title,

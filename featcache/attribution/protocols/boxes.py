@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from featcache.attribution.batch import Source
+from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target, find_targets
 
@@ -14,6 +15,8 @@ class Boxes(Protocol):
     type: Literal["boxes"] = "boxes"
     region: ClassVar[str] = "boxes"
 
-    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+    def pose(
+        self, source: Source, limit: int | None, explained: Sequence[Explained]
+    ) -> tuple[Source, Sequence[Target]]:
         """See Protocol.pose."""
         return source, find_targets(source.split, source.preprocessing, limit)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from featcache.attribution.batch import Source
+from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.scores.deletion import Deletion
 from featcache.attribution.scores.insertion import Insertion
@@ -22,7 +23,9 @@ class Faithfulness(Protocol):
     type: Literal["faithfulness"] = "faithfulness"
     scores: ClassVar[tuple[str, ...]] = (Insertion.word(), Deletion.word())
 
-    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+    def pose(
+        self, source: Source, limit: int | None, explained: Sequence[Explained]
+    ) -> tuple[Source, Sequence[Target]]:
         """See Protocol.pose. Raises BadInput if no image has a label."""
         labels = source.split.labels  # [N, C] of 1, 0 and -1, or [N]
         given = [[int(own)] if labels.ndim == 1 else np.flatnonzero(own == 1).tolist() for own in labels]

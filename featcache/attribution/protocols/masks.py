@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from featcache.attribution.batch import Source
+from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target
 from featcache.datasets.record import Record
@@ -23,7 +24,9 @@ class Masks(Protocol):
     type: Literal["masks"] = "masks"
     region: ClassVar[str] = "masks"
 
-    def pose(self, source: Source, limit: int | None) -> tuple[Source, Sequence[Target]]:
+    def pose(
+        self, source: Source, limit: int | None, explained: Sequence[Explained]
+    ) -> tuple[Source, Sequence[Target]]:
         """See Protocol.pose. Raises BadInput without the data set, and where none of its images has masks."""
         split = source.split
         if source.records is None:
