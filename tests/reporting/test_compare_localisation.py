@@ -91,7 +91,7 @@ def test_the_test_is_paired(explained, probes):
 def test_two_methods_of_one_probe_and_two_runs(explained, probes, network, command, tmp_path):
     words = ["compare", "--localisation", "--run", explained.path]
     code, out, err = command(*words, "--probe", probes[0], "--method", "gradient", "--method", "input_x_gradient")
-    assert code == 0 and out.splitlines()[0].split()[1:3] == ["gradient", "input_x_gradient"], err
+    assert code == 0 and out.splitlines()[0].split()[2:4] == ["gradient", "input_x_gradient"], err
     # Another run was explained on fewer images: those that both have are compared.
     shutil.copytree(explained.path, tmp_path / "r")
     featcache.attribute(tmp_path / "r", probes=probes[:1], methods=["gradient"], limit=8, **network)
