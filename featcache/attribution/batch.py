@@ -11,6 +11,7 @@ import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
 from featcache.attribution.passes import Passes
+from featcache.attribution.reading import Reading
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
@@ -20,18 +21,10 @@ from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.feature import Feature
 from featcache.store.manifest import difference
-from featcache.store.reader import Split, Store
+from featcache.store.reader import Split
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
-
-
-def width_of(store: Store, feature: Feature) -> int:
-    """Return how many channels the map of a layer has. The store may hold only means of the map."""
-    held = store.manifest.features
-    names = (str(Feature(feature.layer, kind)) for kind in ("spatial", "pooled", "patch_mean"))
-    width: int = next(held[name]["shape"][0] for name in names if name in held)
-    return width
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +47,7 @@ class Boxed(NamedTuple):
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
-    features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
+    readings: what the explained probes read. memory: bytes that may be taken for forward passes. passes:
     counts what goes through the backbone.
     """
 
@@ -62,7 +55,7 @@ class Source:
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    features: tuple[Feature, ...]
+    readings: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
 
@@ -101,14 +94,19 @@ class Source:
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
-    def channels(self, feature: Feature) -> int:
-        """Return how many channels a layer's map has."""
-        return width_of(self.split.store, feature)
+    @cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """The features that the explained probes read, each once."""
+        return tuple(dict.fromkeys(feature for reading in self.readings for feature in reading.features))
+
+    def channels(self, feature: Reading) -> int:
+        """Return how many channels a head's map has."""
+        return feature.width(self.split.store)
 
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
-        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, self.blank())))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.readings, self.blank())))
 
     @property
     def _network(self) -> Network:
@@ -127,7 +125,7 @@ class Batch:
     targets: Sequence[Target]
     source: Source
     _forwards: dict[Rule, Forward] = field(default_factory=dict)
-    _cached: dict[Feature, torch.Tensor] = field(default_factory=dict)
+    _cached: dict[Reading, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -163,19 +161,20 @@ class Batch:
         """Side of the backbone's input, and so of a map, in pixels."""
         return self.source.preprocessing.size
 
-    def cached(self, feature: Feature) -> torch.Tensor:
-        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged.
+    def cached(self, feature: Reading) -> torch.Tensor:
+        """Read what heads read of the images from the store, once: float32 [B, D, h, w].
 
-        The maps of images that are in no store are computed, once for all features.
+        What is in no store is computed, once for all heads. Raises BadInput if the store is damaged.
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
                 maps = self.backbone(self.inputs, self.source.features)
             self.source.passes.forward += len(self.inputs)
-            self._cached.update({each: maps[str(each)] for each in self.source.features})
+            self._cached.update({each: each.join(maps) for each in self.source.readings})
         elif feature not in self._cached:
-            rows = self.source.split[str(feature)].take(self.rows, check=True)
-            self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
+            arrays = {str(each): self.source.split[str(each)] for each in feature.features}
+            rows = {name: torch.from_numpy(array.take(self.rows, check=True)) for name, array in arrays.items()}
+            self._cached[feature] = feature.join(rows).float().to(self.source.device)
         return self._cached[feature]
 
     @cached_property
@@ -196,7 +195,7 @@ class Batch:
         """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
         if rule not in self._forwards:
             self.release()
-            self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
+            self._forwards[rule] = Forward(self.backbone, self.source.readings, self.inputs, self.source.passes, rule)
         return self._forwards[rule]
 
 

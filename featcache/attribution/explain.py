@@ -52,7 +52,7 @@ def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanat
     """
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
-        for feature in task.source.features:
+        for feature in task.source.readings:
             alike = [number for number, one in enumerate(task.explained) if one.feature == feature]
             heads = [task.explained[number].head for number in alike]
             for probe, maps in zip(alike, group[0].explain_together(group, heads, feature, batch), strict=True):

@@ -9,23 +9,23 @@ from os import PathLike
 import torch
 
 import featcache
-from featcache.attribution.batch import Source, open_network, width_of
+from featcache.attribution.batch import Source, open_network
+from featcache.attribution.fit import check_methods
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
 from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
 from featcache.attribution.targets import Target
 from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
-from featcache.feature import Feature, parse_beside
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
-from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
 
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
@@ -38,14 +38,14 @@ RANDOM_HEAD = "random head"
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """A probe to explain: its id, its head as a module, and the map that its head reads.
+    """A probe to explain: its id, its head as a module, and what its head reads.
 
     note: stands behind the method in tables where the head is not the probe's own, as for a sanity check.
     """
 
     probe: str
     head: HeadModule
-    feature: Feature
+    feature: Reading
     note: str = ""
 
     def named(self, method: Method) -> str:
@@ -79,7 +79,7 @@ class Task:
     def work(self) -> Work:
         """How much there is to do."""
         source, images = self.source, {target.row for piece in self.pieces for target in piece}
-        channels = tuple(source.channels(feature) for feature in source.features)
+        channels = tuple(source.channels(feature) for feature in source.readings)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, len(self.explained), size, channels)
 
@@ -150,16 +150,11 @@ def prepare(
     network = None
     if backbone is not None:
         network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
-    for method in chosen:
-        if method.runs_backbone and network is None:
-            raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
-        if network is not None and (reason := method.misfit(network.backbone)):
-            fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
-            raise BadInput(
-                f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
-            )
-    features = tuple(dict.fromkeys(one.feature for one in explained))
-    images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
+    check_methods(
+        chosen, [(one.probe, one.head.head, one.feature) for one in explained], network.backbone if network else None
+    )
+    readings = tuple(dict.fromkeys(one.feature for one in explained))
+    images = Source(data, preprocessing, device, network, readings, MEMORY if memory is None else memory)
     source, targets = posed.pose(images, limit)
     kept = sorted({target.row for target in targets})[:examples]
     return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
@@ -171,35 +166,21 @@ def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[st
 
 
 def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None) -> list[Explained]:
-    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into.
+    """Load probes onto a device. Raises BadInput if one is damaged, or the store does not have what it reads.
 
     random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads.
     """
     files, explained = find_probes(run.path), []
     for probe in (probe for name in probes for probe in load_probes(run.path, [name], files)):
-        spec, feature = probe.spec, _map_of(probe.spec, store)
+        spec, feature = probe.spec, Reading.of(probe.spec, store)
         weights = {"": probe.weights}
         if random is not None:
-            channels = width_of(store, feature)
+            channels = feature.width(store)
             generator = torch.Generator().manual_seed(random % 2**63)
             weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
         for note, own in weights.items():
             explained.append(Explained(spec.id, HeadModule(spec.head, own, spec.loss.link).to(device), feature, note))
     return explained
-
-
-def _map_of(spec: ProbeSpec, store: Store) -> Feature:
-    """Return the map that a probe's feature is the mean of. Raises BadInput if the probe reads anything else."""
-    first, *others = parse_beside(spec.features, store.manifest.aliases)
-    if others:
-        raise BadInput(
-            f"probe {spec.id} saw {spec.features} side by side: there is no one map to point into; attribute probes that "
-            "read one feature"
-        )
-    feature = store.manifest.feature(first)
-    if feature.kind not in ("pooled", "patch_mean", "spatial"):
-        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
-    return Feature(feature.layer, "spatial")
 
 
 def _scored_split(run: Run) -> str:
