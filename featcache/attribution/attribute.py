@@ -12,6 +12,7 @@ from featcache.attribution.explain import explain_piece
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
 from featcache.attribution.results import rows_of, write_results
+from featcache.attribution.settings import Settings
 from featcache.attribution.task import Task, prepare
 from featcache.device import choose_device, multiplying
 from featcache.ranks import Alone, join_ranks
@@ -63,11 +64,12 @@ def attribute(
         featcache.report("runs/voc")
     """
     ranks = join_ranks()
-    chosen_device = choose_device(device, ranks.local_rank)
-    task = prepare(
-        run, chosen_device, store, probes, rule, methods, split, backbone, arch, weights_key, dataset, root, limit,
-        examples, seed, scores, memory, sanity, protocol,
+    settings = Settings(
+        run=run, store=store, probes=probes, rule=rule, methods=methods, scores=scores, protocol=protocol, split=split,
+        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, examples=examples,
+        seed=seed, memory=memory, sanity=sanity,
     )  # fmt: skip
+    task = prepare(settings, choose_device(device, ranks.local_rank))
     pieces = Pieces(task.run.path, task.key(), len(task.pieces))
     folder = LocalFolder(pieces.folder)
     with ranks.leading(folder.locked(f"waiting: another process is attributing into {task.run.path}")) as leads:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from typing import TypeVar
 
 import torch
 
@@ -19,10 +19,12 @@ from featcache.attribution.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from featcache.attribution.reading import Reading
 from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.settings import Settings
 from featcache.attribution.targets import Target
 from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
+from featcache.kinds import Kind, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
@@ -34,6 +36,8 @@ MEMORY = 2e9
 # The note of a head with random weights, for a sanity check (Adebayo et al., NeurIPS 2018): a score that it reaches too
 # is not the probe's merit.
 RANDOM_HEAD = "random head"
+
+K = TypeVar("K", bound=Kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,7 @@ class Explained:
 class Task:
     """An attribution: what is explained, how, and from what.
 
-    pieces: the targets, by images. kept: rows of the split whose maps the report shows. settings: what results depend
-    on besides the run, its probes and its store.
+    pieces: the targets, by images. kept: rows of the split whose maps the report shows.
     """
 
     run: Run
@@ -112,52 +115,40 @@ class Task:
         return digest.hexdigest()
 
 
-def prepare(
-    run: str | PathLike,
-    device: torch.device,
-    store: str | PathLike | None = None,
-    probes: Sequence[str] | None = None,
-    rule: str | None = None,
-    methods: Sequence[str] | None = None,
-    split: str | None = None,
-    backbone: str | PathLike | None = None,
-    arch: str | None = None,
-    weights_key: str | None = None,
-    dataset: str | None = None,
-    root: str | PathLike | None = None,
-    limit: int | None = None,
-    examples: int = 6,
-    seed: int = 0,
-    scores: Sequence[str] | None = None,
-    memory: float | None = None,
-    sanity: bool = False,
-    protocol: str | None = None,
-) -> Task:
-    """Find, load and check what an attribution needs. Takes the arguments of attribute. Raises BadInput."""
+def prepare(settings: Settings, device: torch.device) -> Task:
+    """Find, load and check what an attribution needs. Raises BadInput."""
+    memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
-    finished = open_run(run)
-    words, score_words = DEFAULT_METHODS if methods is None else methods, DEFAULT_SCORES if scores is None else scores
-    chosen = list(dict.fromkeys(parse_kind(METHODS, word, "--method") for word in words))
-    chosen_scores = list(dict.fromkeys(parse_kind(LOCALISATION_SCORES, word, "--score") for word in score_words))
-    if len({score.type for score in chosen_scores}) < len(chosen_scores):
+    run = open_run(settings.run)
+    methods = _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")
+    scores = _parsed(LOCALISATION_SCORES, settings.scores, DEFAULT_SCORES, "--score")
+    if len({score.type for score in scores}) < len(scores):
         raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
-    opened = store_of(finished, store)
-    explained = _load(finished, opened, _chosen(finished, probes, rule), device, seed if sanity else None)
-    preprocessing = Preprocessing(**opened.manifest.identity["preprocessing"])
-    data = opened[split or _scored_split(finished)]
-    posed = parse_kind(PROTOCOLS, protocol or DEFAULT_PROTOCOL, "--protocol")
+    store = store_of(run, settings.store)
+    chosen = _chosen(run, settings.probes, settings.rule)
+    explained = _load(run, store, chosen, device, settings.seed if settings.sanity else None)
+    preprocessing = Preprocessing(**store.manifest.identity["preprocessing"])
+    data = store[settings.split or _scored_split(run)]
+    protocol = parse_kind(PROTOCOLS, settings.protocol or DEFAULT_PROTOCOL, "--protocol")
     network = None
-    if backbone is not None:
-        network = open_network(data, preprocessing, device, backbone, arch, weights_key, dataset, root, seed)
-    check_methods(
-        chosen, [(one.probe, one.head.head, one.feature) for one in explained], network.backbone if network else None
-    )
+    if settings.backbone is not None:
+        network = open_network(
+            data, preprocessing, device, settings.backbone, settings.arch, settings.weights_key, settings.dataset,
+            settings.root, settings.seed,
+        )  # fmt: skip
+    heads = [(one.probe, one.head.head, one.feature) for one in explained]
+    check_methods(methods, heads, network.backbone if network else None)
     readings = tuple(dict.fromkeys(one.feature for one in explained))
     images = Source(data, preprocessing, device, network, readings, MEMORY if memory is None else memory)
-    source, targets = posed.pose(images, limit)
-    kept = sorted({target.row for target in targets})[:examples]
-    return Task(finished, explained, chosen, chosen_scores, source, list(in_pieces(targets)), kept)
+    source, targets = protocol.pose(images, settings.limit)
+    kept = sorted({target.row for target in targets})[: settings.examples]
+    return Task(run, explained, methods, scores, source, list(in_pieces(targets)), kept)
+
+
+def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
+    """Return the kinds that words name, each once."""
+    return list(dict.fromkeys(parse_kind(kinds, word, option) for word in (default if words is None else words)))
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:

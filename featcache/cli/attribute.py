@@ -52,10 +52,11 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
     options |= {"methods": _names(methods), "scores": _names(scores)}
     if dry_run:
         from featcache.attribution.plan import plan_attribution
+        from featcache.attribution.settings import Settings
         from featcache.attribution.task import prepare
         from featcache.device import choose_device
 
-        _print_plan(plan_attribution(prepare(device=choose_device(device), **options)))
+        _print_plan(plan_attribution(prepare(Settings(**options), choose_device(device))))
         return
     from featcache.attribution.attribute import attribute as run
     from featcache.reporting.localisation import MARK, MARKED, localisation_rows

@@ -71,10 +71,10 @@ class LRP(LayerRules):
 
     def _composite(self, relevance: Any, batch: Batch) -> Any:
         if self.composite == "plus_flat":
-            return relevance.flat_composite(self.epsilon)
+            return relevance.flat_composite()
         normalise = batch.source.preprocessing.normalise
         pixel = torch.ones(1, 3, 1, 1, dtype=torch.uint8, device=batch.source.device)
-        return relevance.box_composite(normalise(0 * pixel), normalise(255 * pixel), self.gamma, self.epsilon)
+        return relevance.box_composite(normalise(0 * pixel), normalise(255 * pixel), self.gamma)
 
     def _head_rule(self, relevance: Any) -> Any:
         if self.head == "epsilon":
