@@ -29,10 +29,14 @@ KEPT = 2 / 3
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A backbone and the images that it made a split of. picture: from a row of the split to uint8 [3, S, S]."""
+    """A backbone and the images that it made a split of.
+
+    picture: from a row of the split to uint8 [3, S, S]. at_size: loads the backbone for images of other sides.
+    """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    at_size: Callable[[int], Backbone]
 
 
 class Boxed(NamedTuple):
@@ -240,7 +244,11 @@ def open_network(
         raise BadInput("--backbone needs --dataset and --root too, for the images")
     store = split.store
     identity = store.manifest.identity
-    model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
+
+    def at_size(size: int) -> Backbone:
+        return load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=size).to(device)
+
+    model = at_size(preprocessing.size)
     data = read_dataset(dataset, root, [split.name])
     named = f"dataset {split.name}"
     given = {"arch": model.arch, "weights_sha256": model.weights_sha256, named: data.fingerprint(split.name)}
@@ -252,4 +260,4 @@ def open_network(
     model.preprocessing = preprocessing
     decoder = identity.get("decoder", DECODERS["exact"])
     records = data.splits[split.name]
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))
+    return Network(model, lambda row: load_input(records[row], preprocessing, decoder), at_size)

@@ -72,8 +72,9 @@ class _MergeNorms(MergeBatchNorm):  # type: ignore[misc]  # zennit has no types
         for module in root_module.modules():
             if isinstance(module, nn.BatchNorm2d) and previous is not None:
                 merge = self.copy()
-                merge.register((previous,), module)
-                module.running_var.data.sub_(module.eps)
+                norm: Any = module
+                merge.register((previous,), norm)
+                norm.running_var.data.sub_(norm.eps)
                 merges.append(merge)
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 previous = module if isinstance(module, nn.Conv2d) else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from featcache.attribution.batch import Boxed, Network, Source
+from featcache.attribution.batch import Boxed, Source
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target
 from featcache.errors import BadInput
@@ -62,7 +62,10 @@ def _cells(side: int, size: int) -> list[torch.Tensor]:
 
 
 def _laid_out(source: Source, side: int, grids: Sequence[tuple[int, ...]]) -> "GridSource":
-    """Return the source of the grids of some images. Raises BadInput if the backbone takes images of one size alone."""
+    """Return the source of the grids of some images. Raises BadInput if the backbone takes no images of their size.
+
+    A backbone with position embeddings is loaded anew, with positions resized as its family does.
+    """
     network, size = source.network, source.preprocessing.size
     assert network is not None, "grids need a backbone"
 
@@ -73,15 +76,16 @@ def _laid_out(source: Source, side: int, grids: Sequence[tuple[int, ...]]) -> "G
     # No image is resized to the size of a grid, so its rule does not matter.
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
-    given |= {"preprocessing": larger, "network": Network(network.backbone, picture)}
-    laid_out = GridSource(**given, grids=tuple(grids), side=side)
     try:
+        backbone = network.at_size(side * size) if network.backbone.architecture.fit else network.backbone
+        given |= {"preprocessing": larger, "network": replace(network, backbone=backbone, picture=picture)}
+        laid_out = GridSource(**given, grids=tuple(grids), side=side)
         with torch.no_grad():
-            network.backbone(laid_out.blank(), source.features)
+            backbone(laid_out.blank(), source.features)
     except (RuntimeError, ValueError, AssertionError, BadInput):
         raise BadInput(
             f"--protocol gridpg: {network.backbone.arch} takes no images of {side * size} pixels, as a grid of {side} x "
-            f"{side} has; it needs a convolutional backbone"
+            f"{side} has; it needs a backbone of convolutions, or one whose position embeddings can be resized"
         ) from None
     return laid_out
 
