@@ -73,13 +73,13 @@ def _explanations(task: Task, batch: Batch, probes: Sequence[int]) -> Iterator[t
     """
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
-        for feature in task.source.features:
-            alike = [number for number in probes if task.explained[number].feature == feature]
+        for reading in task.source.readings:
+            alike = [number for number in probes if task.explained[number].feature == reading]
             if not alike:
                 continue
             heads = [task.explained[number].head for number in alike]
             with task.profile.explaining(heads, task.source):
-                for probe, maps in zip(alike, group[0].explain_together(group, heads, feature, batch), strict=True):
+                for probe, maps in zip(alike, group[0].explain_together(group, heads, reading, batch), strict=True):
                     for number, made in zip(numbers, maps, strict=True):
                         yield number, probe, made if isinstance(made, Explanation) else Explanation(made)
 

@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 
 import featcache
-from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records, width_of
+from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
 from featcache.attribution.explained import Explained
+from featcache.attribution.fit import check_methods
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
@@ -19,6 +20,7 @@ from featcache.attribution.profiles import profile_named
 from featcache.attribution.profiles.profile import Profile
 from featcache.attribution.protocols import PROTOCOLS, default_protocol
 from featcache.attribution.protocols.protocol import Protocol
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
 from featcache.attribution.settings import Settings
@@ -26,13 +28,11 @@ from featcache.attribution.targets import Target
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import Record
 from featcache.errors import BadInput, shown
-from featcache.feature import Feature, parse_beside
 from featcache.kinds import Kind, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
-from featcache.probes.spec import ProbeSpec
 from featcache.ranks import say_once
 from featcache.store.reader import Split, Store
 from featcache.words import parse_kind
@@ -89,7 +89,7 @@ class Task:
     def work(self, probes: int) -> Work:
         """Return how much there is to do for so many probes."""
         source, images = self.source, {target.row for piece in self.pieces for target in piece}
-        channels = tuple(source.channels(feature) for feature in source.features)
+        channels = tuple(source.channels(feature) for feature in source.readings)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, probes, size, channels)
 
@@ -148,13 +148,13 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     protocol = profile.protocol(protocol)
     scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
     _check_scores(scores, protocol)
-    for method in methods:
-        _check_fit(method, network)
+    heads = [(one.probe, one.head.head, one.feature) for one in explained]
+    check_methods(methods, heads, network.backbone if network else None)
     for score in scores:
         if score.runs_backbone and network is None:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
-    features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
-    images = Source(data, preprocessing, device, network, features, taken, records=records)
+    readings, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
+    images = Source(data, preprocessing, device, network, readings, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
     randomised = _randomised(images, source, settings.seed) if drawn else None
     if settings.sanity and not drawn:
@@ -202,19 +202,11 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
     """Return a source of the posed images whose maps are those of a backbone with random weights. images: the split's."""
     assert images.records is not None, "a backbone needs the images"
     drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
-    picture = (posed.network or drawn).picture
-    return replace(posed, network=Network(drawn.backbone, picture), stored=False, masked={})
-
-
-def _check_fit(method: Method, network: Network | None) -> None:
-    """Raise BadInput if a method lacks the backbone that it runs, or cannot explain it."""
-    if method.runs_backbone and network is None:
-        raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
-    if network is not None and (reason := method.misfit(network.backbone)):
-        fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
-        raise BadInput(
-            f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
-        )
+    backbone, size = drawn.backbone, posed.preprocessing.size
+    if size != images.preprocessing.size and backbone.architecture.fit:
+        backbone = drawn.at_size(size)
+    own = replace(drawn, backbone=backbone, picture=(posed.network or drawn).picture)
+    return replace(posed, network=own, stored=False, masked={})
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
@@ -225,17 +217,17 @@ def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[st
 def _load(
     run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None, drawn: bool
 ) -> list[Explained]:
-    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into.
+    """Load probes onto a device. Raises BadInput if one is damaged, or the store does not have what it reads.
 
     random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads. drawn:
     whether its own head on a backbone with random weights does so too.
     """
     files, explained = find_probes(run.path), []
     for probe in (probe for name in probes for probe in load_probes(run.path, [name], files)):
-        spec, feature = probe.spec, _map_of(probe.spec, store)
+        spec, feature = probe.spec, Reading.of(probe.spec, store)
         weights = {"": probe.weights}
         if random is not None:
-            channels = width_of(store, feature)
+            channels = feature.width(store)
             generator = torch.Generator().manual_seed(random % 2**63)
             weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
         if drawn:
@@ -244,20 +236,6 @@ def _load(
             head = HeadModule(spec.head, own, spec.loss.link).to(device)
             explained.append(Explained(spec.id, head, feature, Input.of(spec), note))
     return explained
-
-
-def _map_of(spec: ProbeSpec, store: Store) -> Feature:
-    """Return the map that a probe's feature is the mean of. Raises BadInput if the probe reads anything else."""
-    first, *others = parse_beside(spec.features, store.manifest.aliases)
-    if others:
-        raise BadInput(
-            f"probe {spec.id} saw {spec.features} side by side: there is no one map to point into; attribute probes that "
-            "read one feature"
-        )
-    feature = store.manifest.feature(first)
-    if feature.kind not in ("pooled", "patch_mean", "spatial"):
-        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
-    return Feature(feature.layer, "spatial")
 
 
 def _scored_split(run: Run) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.input_x_gradient import InputXGradient as SharedInputXGradient
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores.epg import EPG
 from featcache.backbones.load import load_backbone
 from featcache.device import choose_device
@@ -31,7 +32,7 @@ from explaining import batch_of
 from timing import seconds
 
 SIZE, CLASSES = 224, 20
-LAYER = Feature("layer4", "spatial")
+LAYER = Reading((Feature("layer4", "spatial"),))
 
 
 class Whole(nn.Module):

@@ -9,7 +9,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.forward import PLAIN, Rule
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -41,14 +41,14 @@ class GradientMethod(Method):
         """Both for each map."""
         return Passes(work.pairs * work.probes, work.pairs * work.probes)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another."""
         for (maps,) in self.explain_together([self], heads, feature, batch):
             yield maps
 
     @classmethod
     def explain_together(
-        cls, methods: Sequence["GradientMethod"], heads: Sequence[HeadModule], feature: Feature, batch: Batch
+        cls, methods: Sequence["GradientMethod"], heads: Sequence[HeadModule], feature: Reading, batch: Batch
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield the maps of all methods, head by head. A backward pass explains a class of every image."""
         forward, classes = batch.forward(methods[0].rule), batch.by_image

@@ -35,6 +35,15 @@ class HeadModule(nn.Module):
             maps = layer(maps)
         return maps.mean((2, 3)) / self.head.temperature + self.head.shift
 
+    def position_logits(self, maps: Tensor) -> Tensor:
+        """Map float32 [B, D, h, w] to the logits of each position without the offset, [B, C, h, w].
+
+        The head must not bring positions together before its last layer.
+        """
+        for layer in self.layers.values():
+            maps = layer(maps)
+        return maps / self.head.temperature
+
     def probabilities(self, maps: Tensor) -> Tensor:
         """Map float32 [B, D, h, w] to the probabilities that the head was trained to give, [B, C]."""
         logits = self(maps)
