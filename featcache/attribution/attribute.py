@@ -58,10 +58,11 @@ def attribute(
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
-    backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
-    PROTOCOLS, such as "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward
-    passes keep, 2e9 by default. parity: "how-to-probe" evaluates as published. save_maps: keep all maps, in
-    attribution.zarr. format: of the table, csv or parquet.
+    backbone="random" and of what a sanity check needs. sanity: explain a head with random weights beside each probe, and
+    where `dataset` is given its own head on a backbone with random weights. protocol: of PROTOCOLS, such as
+    "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward passes keep, 2e9
+    by default. parity: "how-to-probe" evaluates as published. save_maps: keep all maps, in attribution.zarr. format: of
+    the table, csv or parquet.
 
     Writes attribution.csv (a row for each probe, method, image and class), attribution.json (how it was made) and
     attribution.npz (the maps that the report shows) into the run; returns the rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes

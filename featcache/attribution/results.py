@@ -125,6 +125,7 @@ def facts_of(task: Task) -> dict[str, Any]:
         "preprocessing": source.preprocessing.describe(),
         "seed": settings.seed,
         "random_heads": any(one.note for one in task.explained),
+        "random_backbone": task.randomised.backbone.weights_sha256 if task.randomised else None,
         "device": source.device.type,
         "version": featcache.__version__,
     }

@@ -9,9 +9,6 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
 
-# Rows of the table up to which sizes are printed below it; the report has them all.
-MOST_SIZED = 12
-
 
 @click.command()
 @click.option("--run", required=True, type=click.Path(), help="Folder of a finished run.")
@@ -29,12 +26,15 @@ MOST_SIZED = 12
     metavar="M,...",
     help="How to explain, with fields as in NAME:FIELD=VALUE; docs/attribution.md lists them.  [default: gradcam]",
 )
-@click.option("--score", "scores", metavar="S,...", help="How well maps point at the boxes.  [default: epg]")
+@click.option(
+    "--score", "scores", metavar="S,...",
+    help="How good maps are; docs/attribution.md lists scores.  [default: epg; faithfulness: insertion,deletion]",
+)  # fmt: skip
 @click.option(
     "--protocol",
     metavar="P",
-    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes, or "
-    "gridpg where there are none]",
+    help="What is explained: boxes, masks (needs the data set), gridpg with fields as in gridpg:side=2, or faithfulness "
+    "(both need the backbone).  [default: boxes, or gridpg where there are none]",
 )
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
@@ -46,7 +46,7 @@ MOST_SIZED = 12
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
 @memory_option("Memory for what passes through the backbone keep.  [default: 2]")
-@click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
+@click.option("--sanity", is_flag=True, help="Explain random heads and backbones beside each probe.")
 @click.option(
     "--parity",
     metavar="PROFILE",
@@ -71,7 +71,7 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         return
     from featcache.attribution.attribute import attribute as run
     from featcache.probes.runs.run import open_run
-    from featcache.reporting.localisation import MARK, MARKED, by_size, read_localisation, table_of
+    from featcache.reporting.localisation import MARK, MARKED, read_localisation, table_of
     from featcache.reporting.table import format_table
 
     if run(device=device, **options) is not None:
@@ -79,10 +79,6 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         localisation = read_localisation(finished)
         columns, rows = table_of(finished, localisation)
         click.echo(format_table(columns, rows))
-        sizes = by_size(finished, localisation)
-        if sizes and len(rows) <= MOST_SIZED:
-            click.echo()
-            click.echo(format_table(*sizes))
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
         for line in localisation.settings():
