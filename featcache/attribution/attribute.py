@@ -54,7 +54,7 @@ def attribute(
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
     (see featcache.probes.runs.run.select), and without a rule the best of each loss by the run's own metric, or
-    all where nothing was chosen. methods, scores: names of METHODS and LOCALISATION_SCORES (docs/attribution.md), a
+    all where nothing was chosen. methods, scores: names of METHODS and SCORES (docs/attribution.md), a
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of

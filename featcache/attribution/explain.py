@@ -12,7 +12,7 @@ from featcache.attribution.passes import Passes
 from featcache.attribution.pieces import Piece
 from featcache.attribution.saved_maps import in_half_precision
 from featcache.attribution.targets import Target
-from featcache.attribution.task import Task
+from featcache.attribution.task import REGION, Task
 from featcache.errors import BadInput
 
 NOTHING = float("nan")
@@ -33,16 +33,18 @@ def explain_piece(
     cells = torch.full((*shape, len(targets), len(columns)), NOTHING, dtype=torch.float64)
     pictures = torch.zeros(*shape, len(shown), source.preprocessing.size, source.preprocessing.size)
     scales = None if saved is None else torch.zeros(*shape, len(targets))
-    for batch in batches_of(targets, source, len(task.explained)):
+    cells[..., columns[REGION]] = torch.tensor([target.pixels for target in targets], dtype=torch.float64)
+    for batch, probes in _batches(task, targets):
         rows = torch.tensor([place[target.row, target.label] for target in batch.targets])
-        levels = [score.uniform(batch.masks) for score in task.scores]
-        for method, probe, explanation in _explanations(task, batch):
+        heads = [(task.explained[probe].head, task.explained[probe].feature) for probe in probes]
+        judges = [score.judge(batch, heads) for score in task.scores]
+        for method, probe, explanation in _explanations(task, batch, probes):
             maps, own = explanation.maps.cpu(), cells[method, probe]
             _check(task, batch, method, probe, maps)
-            for score, level in zip(task.scores, levels, strict=True):
-                measured = task.profile.measure(score, task.methods[method], task.protocol, maps, batch.masks)
-                for name, values in zip(score.columns, (measured, level), strict=True):
-                    own[rows, columns[name]] = values.double()
+            for score, judge in zip(task.scores, judges, strict=True):
+                scored = task.profile.scored(score, task.methods[method], task.protocol, batch, judge)
+                for name, values in zip(score.columns, scored(maps, probes.index(probe)), strict=True):
+                    own[rows, columns[name]] = values
             for name, values in explanation.cells.items():
                 own[rows, columns[name]] = values.double().cpu()
             for number, at in enumerate(rows.tolist()):
@@ -56,8 +58,15 @@ def explain_piece(
     return Piece(cells, pictures, taken, scales)
 
 
-def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanation]]:
-    """Yield (number of a method, number of a probe, what the method makes of the batch).
+def _batches(task: Task, targets: Sequence[Target]) -> Iterator[tuple[Batch, Sequence[int]]]:
+    """Yield (a Batch of the targets, numbers of the probes to explain in it), for each of the task's sources."""
+    for source, probes in task.by_source():
+        for batch in batches_of(targets, source, len(probes)):
+            yield batch, probes
+
+
+def _explanations(task: Task, batch: Batch, probes: Sequence[int]) -> Iterator[tuple[int, int, Explanation]]:
+    """Yield (number of a method, number of one of these probes, what the method makes of the batch).
 
     Methods that share passes through the backbone come together, and so do heads that read the same map. Of their maps
     only those of one head are held at a time.
@@ -65,7 +74,9 @@ def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanat
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
         for feature in task.source.features:
-            alike = [number for number, one in enumerate(task.explained) if one.feature == feature]
+            alike = [number for number in probes if task.explained[number].feature == feature]
+            if not alike:
+                continue
             heads = [task.explained[number].head for number in alike]
             with task.profile.explaining(heads, task.source):
                 for probe, maps in zip(alike, group[0].explain_together(group, heads, feature, batch), strict=True):

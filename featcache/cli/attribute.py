@@ -9,6 +9,9 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
 
+# Rows of the table up to which sizes are printed below it; the report has them all.
+MOST_SIZED = 12
+
 
 @click.command()
 @click.option("--run", required=True, type=click.Path(), help="Folder of a finished run.")
@@ -68,7 +71,7 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         return
     from featcache.attribution.attribute import attribute as run
     from featcache.probes.runs.run import open_run
-    from featcache.reporting.localisation import MARK, MARKED, read_localisation, table_of
+    from featcache.reporting.localisation import MARK, MARKED, by_size, read_localisation, table_of
     from featcache.reporting.table import format_table
 
     if run(device=device, **options) is not None:
@@ -76,6 +79,10 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         localisation = read_localisation(finished)
         columns, rows = table_of(finished, localisation)
         click.echo(format_table(columns, rows))
+        sizes = by_size(finished, localisation)
+        if sizes and len(rows) <= MOST_SIZED:
+            click.echo()
+            click.echo(format_table(*sizes))
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
         for line in localisation.settings():

@@ -110,7 +110,10 @@ def table(columns, scores, protocol, losses=("bce", "ce")):
                         texts.append("")
                         continue
                     kind = profile.method(METHODS[method]())
-                    values = profile.measure(score, kind, protocol, maps[method, loss], own)
+                    if isinstance(profile, HowToProbe):
+                        values = profile.measure(score, kind, protocol, maps[method, loss], own)
+                    else:
+                        values = score.measure_all(maps[method, loss], own)
                     value, empty = 100 * float(values.nanmean()), int(values.isnan().sum())
                     note = f" ({empty} empty)" if empty else ""
                     outer = name in ("default", "all")

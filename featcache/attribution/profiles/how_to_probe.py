@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from featcache.attribution.batch import Source
+from featcache.attribution.batch import Batch, Source
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
@@ -31,6 +31,7 @@ from featcache.attribution.scores.compactness import Compactness
 from featcache.attribution.scores.complexity import Complexity
 from featcache.attribution.scores.epg import EPG
 from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.scores.score import Judge, Score
 from featcache.errors import BadInput
 from featcache.probes.heads.module import HeadModule
 
@@ -94,10 +95,20 @@ class HowToProbe(Profile):
         left = "head" in self.quirks and backbone is not None and has_explanation_mode(backbone)
         return _explaining(heads if left else ())
 
+    def scored(self, score: Score, method: Method, protocol: Protocol, batch: Batch, judge: Judge) -> Judge:
+        """Return what scores maps as published; scores that are not part of the published evaluation are the default's."""
+        if not isinstance(score, LocalisationScore):
+            return judge
+
+        def published(maps: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.measure(score, method, protocol, maps, batch.masks).double(), judge(maps, head)[1]
+
+        return published
+
     def measure(
         self, score: LocalisationScore, method: Method, protocol: Protocol, maps: torch.Tensor, masks: torch.Tensor
     ) -> torch.Tensor:
-        """Score maps as published; scores that are not part of the published evaluation are the default's."""
+        """Score maps [N, S, S] of a method against masks [N, S, S], as published where there is a difference."""
         grids = isinstance(protocol, GridPG)
         settings = next((own for kind, own in SETTINGS.items() if isinstance(method, kind)), OTHERS)
         if isinstance(score, EPG):

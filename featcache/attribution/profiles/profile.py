@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
-
-from featcache.attribution.batch import Source
+from featcache.attribution.batch import Batch, Source
 from featcache.attribution.methods.method import Method
 from featcache.attribution.protocols.protocol import Protocol
-from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.scores.score import Judge, Score
 from featcache.probes.heads.module import HeadModule
 
 
@@ -27,8 +25,6 @@ class Profile:
         """Return the context in which any method explains heads on the images of a source."""
         return nullcontext()
 
-    def measure(
-        self, score: LocalisationScore, method: Method, protocol: Protocol, maps: torch.Tensor, masks: torch.Tensor
-    ) -> torch.Tensor:
-        """Score the maps [N, S, S] of a method against masks [N, S, S], as LocalisationScore.measure_all does."""
-        return score.measure_all(maps, masks)
+    def scored(self, score: Score, method: Method, protocol: Protocol, batch: Batch, judge: Judge) -> Judge:
+        """Return what scores the maps of a method in the place of a score's own Judge of a batch."""
+        return judge

@@ -4,7 +4,9 @@ import click
 import numpy as np
 
 from featcache.attribution.protocols.boxes import Boxes
+from featcache.attribution.protocols.faithfulness import Faithfulness
 from featcache.attribution.protocols.gridpg import GridPG
+from featcache.attribution.protocols.masks import Masks
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.errors import BadInput
 from featcache.kinds import Registry
@@ -12,7 +14,9 @@ from featcache.ranks import first_to_say
 from featcache.store.reader import Split
 from featcache.words import written
 
-PROTOCOLS: Registry[Protocol] = Registry(Protocol, "featcache.attribution_protocols", "protocol", [Boxes, GridPG])
+PROTOCOLS: Registry[Protocol] = Registry(
+    Protocol, "featcache.attribution_protocols", "protocol", [Boxes, Masks, GridPG, Faithfulness]
+)
 
 
 def default_protocol(split: Split, runs_backbone: bool) -> Protocol:

@@ -1,7 +1,7 @@
 """Images as they are, with the boxes of their objects."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from featcache.attribution.batch import Source
 from featcache.attribution.explained import Explained
@@ -13,6 +13,7 @@ class Boxes(Protocol):
     """Every class that has a box which is not difficult is explained, and maps should point into its boxes."""
 
     type: Literal["boxes"] = "boxes"
+    region: ClassVar[str] = "boxes"
 
     def pose(
         self, source: Source, limit: int | None, explained: Sequence[Explained]

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class GridPG(Protocol):
     """
 
     type: Literal["gridpg"] = "gridpg"
+    region: ClassVar[str] = "boxes"
     side: Annotated[int, Field(ge=2, le=10)] = Field(3, description="images along a side")
     grids: Annotated[int, Field(ge=1, le=1_000_000)] = Field(500, description="how many grids")
     seed: int = Field(0, description="draws classes and images")
@@ -114,7 +115,8 @@ def _laid_out(
     # No image is resized to the size of a grid, so its rule does not matter.
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
-    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "masked": {}, "stored": False}
+    # No store knows anything of grids.
+    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "stored": False, "masked": {}}
     laid_out = GridSource(**given, grids=tuple(grids), side=side)
     try:
         with torch.no_grad():

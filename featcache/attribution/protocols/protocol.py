@@ -1,16 +1,25 @@
 """What every protocol is."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from featcache.attribution.batch import Source
 from featcache.attribution.explained import Explained
+from featcache.attribution.scores.epg import EPG
 from featcache.attribution.targets import Target
 from featcache.kinds import Kind
 from featcache.words import written
 
 
 class Protocol(Kind):
-    """Base class of protocols, which say what images are explained, for which classes, and where maps should point."""
+    """Base class of protocols, which say what images are explained, for which classes, and where maps should point.
+
+    region: what the masks of its Targets are, "boxes", "masks" (of segmentation), or "" for none. scores: those that
+    are taken by default.
+    """
+
+    region: ClassVar[str] = ""
+    scores: ClassVar[tuple[str, ...]] = (EPG.word(),)
 
     @property
     def label(self) -> str:
