@@ -73,7 +73,7 @@ class Localisation:
         if "grids" in facts:
             line += f", {facts['grids']} grids of {facts['drawn_from_images']:,} images of {facts['drawn_from_classes']} classes"
         line += f", {facts['pairs']:,} pairs in {facts['images']:,} images of {facts['split']} (set {facts['set']})"
-        line += f"; methods {', '.join(facts['methods'])}; scores {', '.join(facts['scores'])}; seed {facts['seed']}"
+        line += f"; scores {', '.join(facts['scores'])}; seed {facts['seed']}"
         return [f"{line}; featcache {facts['version']} on {facts['device']}"]
 
 
