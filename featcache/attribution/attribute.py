@@ -7,7 +7,7 @@ from typing import Any
 from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
-from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, takes, whole
+from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
@@ -22,7 +22,7 @@ from featcache.store.folder import LocalFolder
 @multiplying("float32")
 @takes(
     store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
-    root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
+    root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME, masks=PATHS,
 )  # fmt: skip
 def attribute(
     run: str | PathLike,
@@ -44,6 +44,7 @@ def attribute(
     memory: float | None = None,
     sanity: bool = False,
     protocol: str | None = None,
+    masks: str | PathLike | Sequence[str | PathLike] | None = None,
 ) -> list[dict[str, Any]] | None:
     """Explain every class that has a box which is not difficult, or what else `protocol` says, and score the maps.
 
@@ -54,7 +55,8 @@ def attribute(
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
     backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
-    PROTOCOLS, such as "gridpg:side=2". memory: bytes for what forward passes keep, 2e9 by default.
+    PROTOCOLS, such as "gridpg:side=2". masks: stores of masked images, see extract; by default those beside the run's
+    store that fit. memory: bytes for what forward passes keep, 2e9 by default.
 
     Writes attribution.csv (a row for each probe, method, image and class) and attribution.npz into the run; returns the
     rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
@@ -66,7 +68,7 @@ def attribute(
     ranks = join_ranks()
     settings = Settings(
         run=run, store=store, probes=probes, rule=rule, methods=methods, scores=scores, protocol=protocol, split=split,
-        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, examples=examples,
+        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, masks=masks, examples=examples,
         seed=seed, memory=memory, sanity=sanity,
     )  # fmt: skip
     task = prepare(settings, choose_device(device, ranks.local_rank))

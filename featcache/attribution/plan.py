@@ -41,7 +41,7 @@ def plan_attribution(task: Task) -> AttributionPlan:
     shared = tuple(
         Shared(
             tuple(method.label for method in group),
-            group[0].passes(work),
+            group[0].passes(task.work_of(group[0])),
             total(method.passes_alone(work) for method in group),
         )
         for group in task.sharing()

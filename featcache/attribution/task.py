@@ -3,14 +3,18 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import click
 import torch
 
 import featcache
-from featcache.attribution.batch import Network, Source, open_network, width_of
+from featcache.arguments import listed
+from featcache.attribution.batch import Source, open_network, width_of
+from featcache.attribution.mask_stores import find_masked, through_backbone
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
+from featcache.attribution.methods.masked import Masked
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
 from featcache.attribution.pieces import in_pieces
@@ -27,6 +31,7 @@ from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
+from featcache.ranks import first_to_say
 from featcache.store.reader import Store
 from featcache.words import parse_kind
 
@@ -86,6 +91,12 @@ class Task:
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, len(self.explained), size, channels)
 
+    def work_of(self, method: Method) -> Work:
+        """Return the work that is left for the backbone where a store has the features of a method's masked images."""
+        left = {one.feature for one in through_backbone(method, self.explained, self.source.masked)}
+        channels = tuple(self.source.channels(feature) for feature in self.source.features if feature in left)
+        return self.work._replace(channels=channels)
+
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
         groups: dict[object, list[Method]] = {}
@@ -106,6 +117,7 @@ class Task:
             "kept": list(self.kept),
             "memory": source.memory,
             "device": source.device.type,
+            "masks": {masking.type: store.split.store.id for masking, store in source.masked.items()},
             "backbone": source.network and source.backbone.weights_sha256,
         }
         digest.update(json.dumps(settings).encode())
@@ -137,11 +149,12 @@ def prepare(settings: Settings, device: torch.device) -> Task:
             data, preprocessing, device, settings.backbone, settings.arch, settings.weights_key, settings.dataset,
             settings.root, settings.seed,
         )  # fmt: skip
-    for method in methods:
-        _check_fit(method, network)
     features = tuple(dict.fromkeys(one.feature for one in explained))
     images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
     source, targets = protocol.pose(images, settings.limit)
+    source = replace(source, masked=find_masked(methods, source, targets, listed(settings.masks or ())))
+    for method in methods:
+        _check_fit(method, explained, source)
     kept = sorted({target.row for target in targets})[: settings.examples]
     return Task(run, explained, methods, scores, source, list(in_pieces(targets)), kept)
 
@@ -151,10 +164,25 @@ def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[s
     return list(dict.fromkeys(parse_kind(kinds, word, option) for word in (default if words is None else words)))
 
 
-def _check_fit(method: Method, network: Network | None) -> None:
+def _check_fit(method: Method, explained: Sequence[Explained], source: Source) -> None:
     """Raise BadInput if a method lacks the backbone that it runs, or cannot explain it."""
-    if method.runs_backbone and network is None:
-        raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
+    network = source.network
+    left = through_backbone(method, explained, source.masked) if method.runs_backbone else []
+    if left and network is None:
+        if len(left) < len(explained) or isinstance(method, Masked) and method.masking in source.masked:
+            raise BadInput(
+                f"--method {method.type}: probe {left[0].probe} reads {left[0].feature} by its positions, which the store of "
+                "masked images lacks: give --backbone, --dataset and --root, or extract its masks with --features spatial"
+            )
+        masks = f", or --masks, a store of extract --masks {method.type}" if isinstance(method, Masked) else ""
+        raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root{masks}")
+    if 0 < len(left) < len(explained):
+        line = (
+            f"notice: --method {method.type}: {len(left)} of {len(explained)} heads read their map by its positions, which "
+            "the store of masked images lacks, and go through the backbone"
+        )
+        if first_to_say(line):
+            click.echo(line, err=True)
     if network is not None and (reason := method.misfit(network.backbone)):
         fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
         raise BadInput(
