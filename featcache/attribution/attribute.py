@@ -7,7 +7,7 @@ from typing import Any
 from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
-from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, takes, whole
+from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
@@ -24,7 +24,7 @@ from featcache.store.folder import LocalFolder
 @takes(
     store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
-    parity=NAME, save_maps=FLAG, format=NAME,
+    parity=NAME, masks=PATHS, save_maps=FLAG, format=NAME,
 )  # fmt: skip
 def attribute(
     run: str | PathLike,
@@ -47,6 +47,7 @@ def attribute(
     sanity: bool = False,
     protocol: str | None = None,
     parity: str | None = None,
+    masks: str | PathLike | Sequence[str | PathLike] | None = None,
     save_maps: bool = False,
     format: str = "csv",
 ) -> list[dict[str, Any]] | None:
@@ -61,8 +62,9 @@ def attribute(
     backbone="random" and of what a sanity check needs. sanity: explain a head with random weights beside each probe, and
     where `dataset` is given its own head on a backbone with random weights. protocol: of PROTOCOLS, such as
     "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward passes keep, 2e9
-    by default. parity: "how-to-probe" evaluates as published. save_maps: keep all maps, in attribution.zarr. format: of
-    the table, csv or parquet.
+    by default. parity: "how-to-probe" evaluates as published. masks: stores of masked images, see extract; by default
+    those beside the run's store that fit. save_maps: keep all maps, in attribution.zarr. format: of the table, csv or
+    parquet.
 
     Writes attribution.csv (a row for each probe, method, image and class), attribution.json (how it was made) and
     attribution.npz (the maps that the report shows) into the run; returns the rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
@@ -76,7 +78,7 @@ def attribute(
     settings = Settings(
         run=run, store=store, probes=probes, rule=rule, methods=methods, scores=scores, protocol=protocol, split=split,
         backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, examples=examples,
-        seed=seed, memory=memory, sanity=sanity, parity=parity, save_maps=save_maps, format=format,
+        seed=seed, memory=memory, sanity=sanity, parity=parity, masks=masks, save_maps=save_maps, format=format,
     )  # fmt: skip
     task = prepare(settings, choose_device(device, ranks.local_rank))
     if save_maps:

@@ -42,7 +42,7 @@ def plan_attribution(task: Task) -> AttributionPlan:
     shared = [
         Shared(
             tuple(method.label for method in group),
-            total(group[0].passes(work) for _, work in works),
+            total(group[0].passes(task.left(group[0], source, work)) for source, work in works),
             total(method.passes_alone(work) for _, work in works for method in group),
         )
         for group in task.sharing()

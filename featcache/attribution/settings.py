@@ -23,6 +23,7 @@ class Settings:
     dataset: str | None
     root: str | PathLike[str] | None
     limit: int | None
+    masks: str | PathLike[str] | Sequence[str | PathLike[str]] | None
     examples: int
     seed: int
     memory: float | None

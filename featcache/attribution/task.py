@@ -9,9 +9,11 @@ from typing import TypeVar
 import torch
 
 import featcache
+from featcache.arguments import listed
 from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
 from featcache.attribution.explained import Explained
 from featcache.attribution.fit import check_methods
+from featcache.attribution.mask_stores import find_masked, through_backbone
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
@@ -93,6 +95,13 @@ class Task:
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, probes, size, channels)
 
+    def left(self, method: Method, source: Source, work: Work) -> Work:
+        """Return what is left for the backbone of work where a store has the features of a method's masked images."""
+        probes = next(probes for own, probes in self.by_source() if own is source)
+        heads = through_backbone(method, [self.explained[number] for number in probes], source.masked)
+        left = {one.feature for one in heads}
+        return work._replace(channels=tuple(source.channels(reading) for reading in source.readings if reading in left))
+
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
         groups: dict[object, list[Method]] = {}
@@ -116,6 +125,7 @@ class Task:
             "memory": source.memory,
             "device": source.device.type,
             "backbones": [one and one.network and one.backbone.weights_sha256 for one in (source, self.randomised)],
+            "masks": {masking.type: store.split.store.id for masking, store in source.masked.items()},
         }
         digest.update(json.dumps(settings).encode())
         for target in (target for piece in self.pieces for target in piece):
@@ -148,14 +158,14 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     protocol = profile.protocol(protocol)
     scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
     _check_scores(scores, protocol)
-    heads = [(one.probe, one.head.head, one.feature) for one in explained]
-    check_methods(methods, heads, network.backbone if network else None)
     for score in scores:
         if score.runs_backbone and network is None:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
     readings, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
     images = Source(data, preprocessing, device, network, readings, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
+    source = replace(source, masked=find_masked(methods, source, targets, listed(settings.masks or ())))
+    check_methods(methods, explained, source)
     randomised = _randomised(images, source, settings.seed) if drawn else None
     if settings.sanity and not drawn:
         say_once("notice: --sanity shows random heads alone; random backbones need the images: --dataset and --root")

@@ -42,6 +42,14 @@ if TYPE_CHECKING:
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]"
 )
+@click.option(
+    "--masks",
+    multiple=True,
+    type=click.Path(),
+    metavar="STORE",
+    help="Store of extract --masks, from which rise and others read the masked images' features; may be repeated.  "
+    "[default: those beside the run's store that fit]",
+)
 @click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")

@@ -94,7 +94,7 @@ def compare_localisation(
 def _links(runs: Sequence[Run], probes: Sequence[str]) -> list[str]:
     """Return how the logits of each probe become probabilities."""
     places = zip([*runs] * (3 - len(runs)), probes, strict=False)
-    return [load_specs(run.path, [probe], find_probes(run.path))[0].loss.link for run, probe in places]
+    return [next(load_specs(run.path, [probe], find_probes(run.path))).loss.link for run, probe in places]
 
 
 def _check_alike(runs: Sequence[Run], tables: Sequence[Localisation]) -> None:

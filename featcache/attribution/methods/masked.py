@@ -58,6 +58,9 @@ class Masked(Masking, Perturbation):
             for number, row in enumerate(batch.rows):
                 own = batch.images == number
                 scores = block.probabilities(row, batch.classes[own])
-                made = self.recall(store.note(row, self), batch.source.id_of(row))
+                try:
+                    made = self.recall(store.note(row, self), batch.source.id_of(row))
+                except ValueError as error:
+                    raise store.damaged(row, error) from None
                 maps[:, own] = self.maps(size, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
             yield from maps
