@@ -24,6 +24,9 @@ from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
+# Bytes of a head's maps where no backbone runs, so that many images need not be together: the system then hands out the
+# same memory for one head after another.
+FEW = 8e6
 
 
 def width_of(store: Store, feature: Feature) -> int:
@@ -209,17 +212,29 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
+    pixels = 4 * source.preprocessing.size**2
+    if source.network is None:
+        most = int(min(source.memory / 2, FEW) / pixels)
+        yield from (Batch(own, source) for own in _filled(list(rows.values()), most))
+        return
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        # Without a backbone there are no passes that could be in vain.
-        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
-    pixels = 4 * source.preprocessing.size**2
+        alike.setdefault(len(own), []).append(own)
     for count, images in sorted(alike.items()):
-        held = probes if source.network else 1
-        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
-        at_once = min(at_once, source.at_once) if source.network else at_once
+        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
+
+
+def _filled(images: Sequence[Sequence[Target]], most: int) -> Iterator[list[Target]]:
+    """Yield the targets of images together, at most `most` or those of one image."""
+    together: list[Target] = []
+    for own in images:
+        if together and len(together) + len(own) > most:
+            yield together
+            together = []
+        together += own
+    yield together
 
 
 def open_network(

@@ -7,7 +7,7 @@ import torch
 from featcache.kinds import Kind
 
 # Values of maps that are scored at a time: few, so that what a score makes of them stays in the processor's cache.
-AT_ONCE = 2**19
+AT_ONCE = 2**18
 
 
 class LocalisationScore(Kind):
