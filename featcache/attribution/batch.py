@@ -1,6 +1,6 @@
 """What attribution methods are given: pairs of an image and a class, and what their maps are computed from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
+from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
@@ -18,6 +19,7 @@ from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
@@ -58,7 +60,7 @@ class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
     features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone.
+    counts what goes through the backbone. masked: the features of masked variants of the images, where a store has them.
     """
 
     split: Split
@@ -68,6 +70,7 @@ class Source:
     features: tuple[Feature, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
     def stored(self) -> bool:
