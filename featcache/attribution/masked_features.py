@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.attribution.forward import slopes
 from featcache.errors import BadInput
 from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
@@ -83,7 +82,7 @@ class Block:
             own = [n for n, head in enumerate(heads) if head.head.commutes and head.link == link]
             if own:
                 blank = torch.zeros(1, width, 1, 1, device=store.device)
-                weights = torch.stack([slopes(heads[n], width) for n in own])
+                weights = torch.stack([heads[n].slopes(width) for n in own])
                 self._affine[link] = own, weights, torch.stack([heads[n](blank)[0] for n in own])
 
     def __len__(self) -> int:
