@@ -16,9 +16,9 @@ from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
-from featcache.datasets import read_dataset
+from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
-from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.images import DECODERS, read_input
 from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
 from featcache.store.manifest import difference
@@ -269,6 +269,23 @@ def open_network(
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
     model.preprocessing = preprocessing
-    decoder = identity.get("decoder", DECODERS["exact"])
-    records = data.splits[split.name]
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))
+    return Network(model.to(device), _pictures(split, data.splits[split.name], preprocessing))
+
+
+def _pictures(split: Split, records: Sequence[Record], preprocessing: Preprocessing) -> Callable[[int], torch.Tensor]:
+    """Return a function from a row of the split to its image, uint8 [3, S, S]. It raises BadInput for a changed file.
+
+    The fingerprint of a data set has the sizes of its files, and the store the digests of what is in them.
+    """
+    decoder, digests = split.store.manifest.identity.get("decoder", DECODERS["exact"]), split.digests
+
+    def picture(row: int) -> torch.Tensor:
+        pixels, digest = read_input(records[row], preprocessing, decoder, None)
+        if digests is not None and digest != digests[row].tobytes():
+            raise BadInput(
+                f"image {records[row].image} is not the file that store {split.store.path} was made of: bring that back, or "
+                "extract into a new store"
+            )
+        return pixels
+
+    return picture

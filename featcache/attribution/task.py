@@ -129,8 +129,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     chosen = _chosen(run, settings.probes, settings.rule)
     explained = _load(run, store, chosen, device, settings.seed if settings.sanity else None)
     preprocessing = Preprocessing(**store.manifest.identity["preprocessing"])
-    data = store[settings.split or _scored_split(run)]
-    protocol = parse_kind(PROTOCOLS, settings.protocol or DEFAULT_PROTOCOL, "--protocol")
+    data = store[_scored_split(run) if settings.split is None else settings.split]
+    protocol = parse_kind(PROTOCOLS, DEFAULT_PROTOCOL if settings.protocol is None else settings.protocol, "--protocol")
     network = None
     if settings.backbone is not None:
         network = open_network(
@@ -164,7 +164,7 @@ def _check_fit(method: Method, network: Network | None) -> None:
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
     """Return the ids of the probes to explain, each once."""
-    return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
+    return list(dict.fromkeys(probes or (best(run, "loss") if rule is None else select(run, rule))))
 
 
 def _load(run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None) -> list[Explained]:

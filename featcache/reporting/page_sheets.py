@@ -83,8 +83,12 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
     rows = []
     for probe, name in sheet.probes.items():
         panels = [(method, sheet.panels.get((probe, method))) for method in sheet.methods]
-        rows.append((name, [p and shown(p.pixels, f"{m} of {name}, for {about}; {p.caption}", p.caption) for m, p in panels]))
-    photograph = None if sheet.picture is None else shown(sheet.picture, f"image {sheet.id}, with boxes of {sheet.label}")
+        rows.append(
+            (name, [p and shown(p.pixels, f"{m} of {name}, for {about}; {p.caption}", p.caption) for m, p in panels])
+        )
+    photograph = (
+        None if sheet.picture is None else shown(sheet.picture, f"image {sheet.id}, with boxes of {sheet.label}")
+    )
     width = min(side, WIDE if sheet.size > GRID else WIDTH)
     return PageSheet(sheet.title, sheet.reason, width, photograph, sheet.methods, rows)
 
