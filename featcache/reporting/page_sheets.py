@@ -84,7 +84,13 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
     for probe, name in sheet.probes.items():
         panels = [(method, sheet.panels.get((probe, method))) for method in sheet.methods]
         rows.append(
-            (name, [p and shown(p.pixels, f"{m} of {name}, for {about}; {p.caption}", p.caption) for m, p in panels])
+            (
+                name,
+                [
+                    shown(p.pixels, f"{m} of {name}, for {about}; {p.caption}", p.caption) if p else None
+                    for m, p in panels
+                ],
+            )
         )
     photograph = (
         None if sheet.picture is None else shown(sheet.picture, f"image {sheet.id}, with boxes of {sheet.label}")

@@ -12,7 +12,14 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, Localisation, explained, read_localisation, table_of
+from featcache.reporting.localisation import (
+    Localisation,
+    by_class,
+    by_size,
+    explained,
+    read_localisation,
+    table_of,
+)
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
@@ -48,7 +55,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         different = metrics if len(metrics) > 1 else kinds
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
-    places = [(run, read_localisation(run)) for run in opened if explained(run, EXPLAINED)]
+    places = [(run, read_localisation(run)) for run in opened if explained(run, run.attribution_table)]
     sheets = embedded([read_sheets(run, localisation) for run, localisation in places])
     page = {
         "metric": metric_kind(metric).title,
@@ -137,4 +144,6 @@ def _costs(run: Run) -> dict[str, Any]:
 def _localisation(run: Run, localisation: Localisation) -> dict[str, Any]:
     """The table of the page's section on a run's maps, and explanations."""
     columns, rows = table_of(run, localisation)
-    return {"name": run.path.name, "columns": columns, "rows": rows, "notes": localisation.notes()}
+    sizes = by_size(run, localisation)
+    groups = [*([("by size of the objects", *sizes)] if sizes else []), ("by class", *by_class(run, localisation))]
+    return {"name": run.path.name, "columns": columns, "rows": rows, "groups": groups, "notes": localisation.notes()}
