@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
 from featcache.backbones.backbone import Backbone
 from featcache.feature import Feature
@@ -39,7 +40,7 @@ class Forward:
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
-        with torch.enable_grad(), rule.apply(backbone):
+        with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
             self.maps = backbone(self.inputs, features)
         passes.forward += len(inputs)
 
