@@ -19,7 +19,7 @@ from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import RANDOM, load_backbone
 from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
-from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.images import DECODERS, read_input
 from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
 from featcache.store.manifest import difference
@@ -27,6 +27,9 @@ from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
+# Bytes of a head's maps where no backbone runs, so that many images need not be together: the system then hands out the
+# same memory for one head after another.
+FEW = 8e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,17 +235,29 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
+    pixels = 4 * source.preprocessing.size**2
+    if source.network is None:
+        most = int(min(source.memory / 2, FEW) / pixels)
+        yield from (Batch(own, source) for own in _filled(list(rows.values()), most))
+        return
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        # Without a backbone there are no passes that could be in vain.
-        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
-    pixels = 4 * source.preprocessing.size**2
+        alike.setdefault(len(own), []).append(own)
     for count, images in sorted(alike.items()):
-        held = probes if source.network else 1
-        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
-        at_once = min(at_once, source.at_once) if source.network else at_once
+        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
+
+
+def _filled(images: Sequence[Sequence[Target]], most: int) -> Iterator[list[Target]]:
+    """Yield the targets of images together, at most `most` or those of one image."""
+    together: list[Target] = []
+    for own in images:
+        if together and len(together) + len(own) > most:
+            yield together
+            together = []
+        together += own
+    yield together
 
 
 def open_records(split: Split, dataset: str, root: str | PathLike | None) -> Sequence[Record]:
@@ -304,12 +319,27 @@ def _network(
     records: Sequence[Record],
 ) -> Network:
     model.preprocessing = preprocessing
-    decoder = split.store.manifest.identity.get("decoder", DECODERS["exact"])
-
-    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
-        return lambda row: load_input(records[row], rule, decoder)
-
+    prepared = partial(_pictures, split, records)
     return Network(model, prepared(preprocessing), at_size, prepared)
+
+
+def _pictures(split: Split, records: Sequence[Record], preprocessing: Preprocessing) -> Callable[[int], torch.Tensor]:
+    """Return a function from a row of the split to its image, uint8 [3, S, S]. It raises BadInput for a changed file.
+
+    The fingerprint of a data set has the sizes of its files, and the store the digests of what is in them.
+    """
+    decoder, digests = split.store.manifest.identity.get("decoder", DECODERS["exact"]), split.digests
+
+    def picture(row: int) -> torch.Tensor:
+        pixels, digest = read_input(records[row], preprocessing, decoder, None)
+        if digests is not None and digest != digests[row].tobytes():
+            raise BadInput(
+                f"image {records[row].image} is not the file that store {split.store.path} was made of: bring that back, or "
+                "extract into a new store"
+            )
+        return pixels
+
+    return picture
 
 
 def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

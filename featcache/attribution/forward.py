@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
 from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
@@ -39,7 +40,7 @@ class Forward:
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
-        with torch.enable_grad(), rule.apply(backbone):
+        with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
             features = dict.fromkeys(feature for reading in readings for feature in reading.features)
             outputs = backbone(self.inputs, tuple(features))
             self.maps = {reading: reading.join(outputs) for reading in readings}
@@ -65,9 +66,9 @@ def logit_gradients(
 ) -> Iterator[torch.Tensor]:
     """Yield the gradient [B, D, h, w] of logits with respect to maps [B, D, h, w], for each column of classes [B, K]."""
     if head.head.commutes:
-        area = maps.shape[2] * maps.shape[3]
+        weights, area = head.slopes(maps.shape[1]), maps.shape[2] * maps.shape[3]
         for column in classes.unbind(1):
-            yield (slopes(head, maps.shape[1], column) / area)[:, :, None, None].expand(maps.shape)
+            yield (weights[column] / area)[:, :, None, None].expand(maps.shape)
         return
     maps = maps.detach().requires_grad_()
     with torch.enable_grad(), rule.apply(head):
@@ -75,18 +76,6 @@ def logit_gradients(
         for column in classes.unbind(1):
             chosen = logits.gather(1, column[:, None]).sum()
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
-
-
-def slopes(head: HeadModule, channels: int, classes: torch.Tensor) -> torch.Tensor:
-    """Return the gradient [K, D] of logits of a head that commutes with the mean, and so is affine.
-
-    classes: int64 [K], of which logits.
-    """
-    points = next(head.parameters()).new_zeros(len(classes), channels, 1, 1).requires_grad_()
-    with torch.enable_grad():
-        logits = head(points).gather(1, classes[:, None])
-        (gradient,) = torch.autograd.grad(logits.sum(), points)
-    return gradient[:, :, 0, 0]
 
 
 def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:

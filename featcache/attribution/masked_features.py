@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.attribution.forward import slopes
 from featcache.attribution.reading import Reading
 from featcache.errors import BadInput
 from featcache.extraction.masks.masking import Masking
@@ -93,8 +92,7 @@ class Block:
             if own:
                 blank = torch.zeros(1, width, 1, 1, device=store.device)
                 biases = torch.stack([heads[n](blank)[0] for n in own])
-                every = torch.arange(biases.shape[1], device=store.device)
-                self._affine[link] = own, torch.stack([slopes(heads[n], width, every) for n in own]), biases
+                self._affine[link] = own, torch.stack([heads[n].slopes(width) for n in own]), biases
 
     def __len__(self) -> int:
         return len(self._heads)

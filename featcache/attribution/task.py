@@ -148,7 +148,7 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     chosen = _chosen(run, settings.probes, settings.rule)
     explained = _load(run, store, chosen, device, settings.seed if settings.sanity else None, drawn)
     preprocessing = Preprocessing(**store.manifest.identity["preprocessing"])
-    data = store[settings.split or _scored_split(run)]
+    data = store[_scored_split(run) if settings.split is None else settings.split]
     records = None if settings.dataset is None else open_records(data, settings.dataset, settings.root)
     network = _network(settings, data, preprocessing, device, records)
     if settings.protocol is None:
@@ -221,7 +221,7 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
     """Return the ids of the probes to explain, each once."""
-    return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
+    return list(dict.fromkeys(probes or (best(run, "loss") if rule is None else select(run, rule))))
 
 
 def _load(

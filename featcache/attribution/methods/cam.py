@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from featcache.attribution.batch import Batch
-from featcache.attribution.forward import logit_gradients, slopes
+from featcache.attribution.forward import logit_gradients
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.reading import Reading
@@ -65,7 +65,7 @@ class CAM(Method):
         """Return [classes, B, h, w] for each affine head, in one product, or None where weights are not fixed."""
         if not heads:
             return []
-        weights = self.fixed_weights(torch.stack([slopes(head, maps.shape[1], labels) for head in heads]))
+        weights = self.fixed_weights(torch.stack([head.slopes(maps.shape[1])[labels] for head in heads]))
         if weights is None:
             return [None] * len(heads)
         images, channels, height, width = maps.shape
@@ -76,7 +76,7 @@ class CAM(Method):
 def upsample(maps: torch.Tensor, size: int) -> torch.Tensor:
     """Enlarge maps [N, h, w] to [N, size, size], bilinearly as captum does.
 
-    Two products take a quarter of the time of torch's interpolation of maps that have one channel.
+    Two products take a quarter of the time of torch's interpolation, which is slow with one channel.
     """
     down, across = (_enlarging(side, size).to(maps) for side in maps.shape[1:])
     return down @ maps @ across.t()

@@ -11,7 +11,7 @@ from featcache.attribution.scores.score import Judge, Score
 from featcache.probes.heads.module import HeadModule
 
 # Values of maps that are scored at a time: few, so that what a score makes of them stays in the processor's cache.
-AT_ONCE = 2**19
+AT_ONCE = 2**18
 
 
 class LocalisationScore(Score):
