@@ -158,6 +158,11 @@ class Batch:
         """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
         return torch.stack([target.mask for target in self.targets])
 
+    @cached_property
+    def pictured(self) -> list[int]:
+        """The numbers of the pairs whose maps are kept for pictures."""
+        return [number for number, target in enumerate(self.targets) if target.pictured]
+
     @property
     def size(self) -> int:
         """Side of the backbone's input, and so of a map, in pixels."""
@@ -177,6 +182,15 @@ class Batch:
             rows = self.source.split[str(feature)].take(self.rows, check=True)
             self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
         return self._cached[feature]
+
+    def at_hand(self, feature: Feature) -> torch.Tensor | None:
+        """Return the images' maps [B, D, h, w] if that takes no pass through the backbone, else None."""
+        if feature not in self._cached:
+            for forward in self._forwards.values():
+                return forward.maps[str(feature)].detach()
+            if not self.source.stored or str(feature) not in self.source.split.store.manifest.features:
+                return None
+        return self.cached(feature)
 
     @cached_property
     def inputs(self) -> torch.Tensor:

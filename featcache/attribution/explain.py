@@ -10,7 +10,7 @@ from featcache.attribution.methods.method import Explanation, Method
 from featcache.attribution.passes import Passes
 from featcache.attribution.pieces import Piece
 from featcache.attribution.targets import Target
-from featcache.attribution.task import Task
+from featcache.attribution.task import Explained, Task
 from featcache.errors import BadInput
 
 NOTHING = float("nan")
@@ -20,7 +20,9 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
     """Explain the targets of a piece, and score the maps. tell: is called with the number of new maps. Raises BadInput."""
     source, before = task.source, replace(task.source.passes)
     place = {(target.row, target.label): number for number, target in enumerate(targets)}
-    shown = [number for number, target in enumerate(targets) if target.row in task.kept]
+    shown = {number: at for at, number in enumerate(n for n, target in enumerate(targets) if target.pictured)}
+    colours: dict[tuple[int, int, int], torch.Tensor] = {}
+    predictions = torch.full((len(task.explained), len(targets), 3), NOTHING, dtype=torch.float64)
     shape, columns = (len(task.methods), len(task.explained)), {name: n for n, name in enumerate(task.columns)}
     cells = torch.full((*shape, len(targets), len(columns)), NOTHING, dtype=torch.float64)
     pictures = torch.zeros(*shape, len(shown), source.preprocessing.size, source.preprocessing.size)
@@ -29,6 +31,8 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
         levels = [score.uniform(batch.masks) for score in task.scores]
         for method, probe, explanation in _explanations(task, batch):
             maps, own = explanation.maps.cpu(), cells[method, probe]
+            if (batch.pictured or task.examples.by_prediction) and predictions[probe, rows].isnan().all():
+                predictions[probe, rows] = _predictions(task.explained[probe], batch)
             _check(task, batch, method, probe, maps)
             for score, level in zip(task.scores, levels, strict=True):
                 measured = score.measure(maps, batch.masks)
@@ -38,10 +42,28 @@ def explain_piece(task: Task, targets: Sequence[Target], tell: Callable[[int], N
                 own[rows, columns[name]] = values.double().cpu()
             for number, at in enumerate(rows.tolist()):
                 if at in shown:
-                    pictures[method, probe, shown.index(at)] = maps[number]
+                    pictures[method, probe, shown[at]] = maps[number]
+                if number in explanation.colours:
+                    colours[method, probe, shown[at]] = explanation.colours[number]
             tell(len(maps))
     taken = Passes(source.passes.forward - before.forward, source.passes.backward - before.backward)
-    return Piece(cells, pictures, taken)
+    size = pictures.shape[-1]
+    coloured = torch.tensor(list(colours), dtype=torch.int64).view(-1, 3)
+    drawn = torch.stack(list(colours.values())) if colours else torch.empty(0, size, size, 4, dtype=torch.uint8)
+    return Piece(cells, pictures, taken, predictions, drawn, coloured)
+
+
+@torch.no_grad()
+def _predictions(one: Explained, batch: Batch) -> torch.Tensor:
+    """Return what a probe says of each pair's class, if its maps are at hand: float64 [T, 3], see Piece."""
+    maps = batch.at_hand(one.feature)
+    if maps is None:
+        return torch.full((len(batch.targets), 3), NOTHING, dtype=torch.float64)
+    logits = one.head(maps)
+    probabilities = one.head.of_logits(logits)
+    chosen, single = (batch.images, batch.classes), batch.source.split.labels.ndim == 1
+    right = logits.argmax(1)[batch.images] == batch.classes if single else probabilities[chosen] >= 0.5
+    return torch.stack([logits[chosen], probabilities[chosen], right.float()], 1).double().cpu()
 
 
 def _explanations(task: Task, batch: Batch) -> Iterator[tuple[int, int, Explanation]]:

@@ -15,6 +15,8 @@ from featcache.probes.runs.sealed_tensors import unseal, write_sealed
 FOLDER = "attribution.partial"
 # Images of a piece.
 IMAGES = 16
+# The fields of a Piece that are tensors.
+TENSORS = ("cells", "maps", "predictions", "colours", "coloured")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +24,17 @@ class Piece:
     """The results of a piece, for M methods, P probes and T targets.
 
     cells: float64 [M, P, T, columns], what attribution.csv holds beside the identities. maps: float32 [M, P, K, S, S]
-    of the K targets that the report shows. passes: what it took.
+    of the K targets that are pictured. passes: what it took. predictions: float64 [P, T, 3], what each probe says of the class: logit,
+    probability, and 1 if that is right, else 0; NaN where it was not computed. colours: uint8 [n, S, S, 4], maps in colour with
+    opacity. coloured: int64 [n, 3], the method, probe and pictured target of each.
     """
 
     cells: torch.Tensor
     maps: torch.Tensor
     passes: Passes
+    predictions: torch.Tensor
+    colours: torch.Tensor
+    coloured: torch.Tensor
 
 
 def in_pieces(targets: Sequence[Target]) -> Iterator[list[Target]]:
@@ -50,7 +57,7 @@ class Pieces:
     def write(self, number: int, piece: Piece) -> None:
         """Write a piece, whole or not at all."""
         passes = [piece.passes.forward, piece.passes.backward]
-        tensors = {"cells": piece.cells.contiguous(), "maps": piece.maps.contiguous()}
+        tensors = {name: getattr(piece, name).contiguous() for name in TENSORS}
         write_sealed(self._path(number), tensors, {"key": self.key, "passes": passes})
 
     def read(self, number: int) -> Piece:
@@ -59,7 +66,7 @@ class Pieces:
         if content.get("key") != self.key:
             raise ValueError("it is of another attribution")
         tensors = safetensors.torch.load_file(self._path(number))
-        return Piece(tensors["cells"], tensors["maps"], Passes(*content["passes"]))
+        return Piece(passes=Passes(*content["passes"]), **{name: tensors[name] for name in TENSORS})
 
     def drop_others(self) -> None:
         """Delete whatever is not one of these pieces, whole: other settings, damage, what a killed process left."""

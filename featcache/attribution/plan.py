@@ -18,10 +18,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class AttributionPlan:
-    """What an attribution takes, with the number of its maps."""
+    """What an attribution takes, with the number of its maps.
+
+    again: how many images at most are explained a second time, for pictures that rules choose.
+    """
 
     work: Work
     maps: int
+    again: int
     shared: tuple[Shared, ...]
 
     @property
@@ -48,7 +52,8 @@ def plan_attribution(task: Task) -> AttributionPlan:
     )
     if not task.source.stored and any(method.reads_maps for method in task.methods):
         shared = (Shared(("maps that no store has",), Passes(work.images), Passes()), *shared)
-    return AttributionPlan(work, work.pairs * work.probes * len(task.methods), shared)
+    again = sum(rule.most for rule in task.examples.rules)
+    return AttributionPlan(work, work.pairs * work.probes * len(task.methods), again, shared)
 
 
 def total(passes: Iterable[Passes]) -> Passes:

@@ -23,7 +23,8 @@ class Settings:
     dataset: str | None
     root: str | PathLike[str] | None
     limit: int | None
-    examples: int
+    images: Sequence[str] | None
+    examples: int | str | Sequence[str]
     seed: int
     memory: float | None
     sanity: bool

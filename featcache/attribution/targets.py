@@ -16,12 +16,13 @@ class Target:
     """A class to explain in an image.
 
     row: of the image in its split. label: the number of the class. mask: bool [S, S], the pixels of its boxes, of
-    which there is at least one.
+    which there is at least one. pictured: whether its maps are kept for pictures.
     """
 
     row: int
     label: int
     mask: torch.Tensor
+    pictured: bool = False
 
 
 def box_mask(boxes: Iterable, size: int) -> torch.Tensor:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 import featcache
 from featcache.attribution.batch import Network, Source, open_network, width_of
+from featcache.attribution.examples import Examples, only, parse_examples
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
@@ -61,7 +62,7 @@ class Explained:
 class Task:
     """An attribution: what is explained, how, and from what.
 
-    pieces: the targets, by images. kept: rows of the split whose maps the report shows.
+    pieces: the targets, by images. examples: whose maps the report shows, besides those that are pictured already.
     """
 
     run: Run
@@ -70,13 +71,19 @@ class Task:
     scores: Sequence[LocalisationScore]
     source: Source
     pieces: Sequence[Sequence[Target]]
-    kept: Sequence[int]
+    examples: Examples
 
     @property
     def columns(self) -> list[str]:
         """The columns of attribution.csv that hold numbers."""
         extra = (column for method in self.methods for column in method.columns)
         return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra)]
+
+    def identity(self, method: int, probe: int, target: Target) -> tuple[str, ...]:
+        """Return what names a map in tables: probe, method, split, image and class, in the order of IDENTITY."""
+        one, source = self.explained[probe], self.source
+        name = one.named(self.methods[method])
+        return (one.probe, name, source.name, source.id_of(target.row), source.split.store.classes[target.label])
 
     @property
     def work(self) -> Work:
@@ -103,7 +110,8 @@ class Task:
             "methods": [method.model_dump() for method in self.methods],
             "scores": [score.model_dump() for score in self.scores],
             "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
-            "kept": list(self.kept),
+            "pictured": [target.pictured for piece in self.pieces for target in piece],
+            "predicted": self.examples.by_prediction,
             "memory": source.memory,
             "device": source.device.type,
             "backbone": source.network and source.backbone.weights_sha256,
@@ -120,6 +128,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
+    if settings.images is not None and settings.limit is not None:
+        raise BadInput("--images names the images, and --limit takes the first; give one of them")
     run = open_run(settings.run)
     methods = _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")
     scores = _parsed(LOCALISATION_SCORES, settings.scores, DEFAULT_SCORES, "--score")
@@ -142,8 +152,13 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     features = tuple(dict.fromkeys(one.feature for one in explained))
     images = Source(data, preprocessing, device, network, features, MEMORY if memory is None else memory)
     source, targets = protocol.pose(images, settings.limit)
-    kept = sorted({target.row for target in targets})[: settings.examples]
-    return Task(run, explained, methods, scores, source, list(in_pieces(targets)), kept)
+    examples = parse_examples(settings.examples)
+    if settings.images is not None:
+        targets = only(settings.images, source, targets)
+        examples = examples._replace(first=len(targets))
+    kept = sorted({target.row for target in targets})[: examples.first]
+    targets = [replace(target, pictured=target.row in kept) for target in targets]
+    return Task(run, explained, methods, scores, source, list(in_pieces(targets)), examples)
 
 
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:

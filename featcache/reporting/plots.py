@@ -76,7 +76,12 @@ def _panels(count: int, width: float, height: float, name: str) -> tuple[Figure,
     rows = -(-count // MOST_BESIDE)
     columns = -(-count // rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), sharey=True, squeeze=False, gridspec_kw={"hspace": 0.45}
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={"hspace": 0.45},
     )
     for axis in axes[:, 0]:
         axis.set_ylabel(name)

@@ -17,11 +17,17 @@ from featcache.probes.heads.module import HeadModule
 class Explanation:
     """The maps of one head, and what else a method says of them.
 
-    maps: float32 [T, S, S]. cells: {one of the method's `columns`: T values, NaN where there is none}.
+    maps: float32 [T, S, S]. cells: {one of the method's `columns`: T values, NaN where there is none}. colours: {number
+    of a pictured pair: its map in colours of its own, with opacity, uint8 [S, S, 4]}, of methods that have them.
     """
 
-    def __init__(self, maps: torch.Tensor, cells: dict[str, torch.Tensor] | None = None) -> None:
-        self.maps, self.cells = maps, cells or {}
+    def __init__(
+        self,
+        maps: torch.Tensor,
+        cells: dict[str, torch.Tensor] | None = None,
+        colours: dict[int, torch.Tensor] | None = None,
+    ) -> None:
+        self.maps, self.cells, self.colours = maps, cells or {}, colours or {}
 
 
 class Method(Kind):
