@@ -1,6 +1,6 @@
 """What attribution methods are given: pairs of an image and a class, and what their maps are computed from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
+from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
@@ -18,6 +19,7 @@ from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
@@ -55,7 +57,7 @@ class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
     features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone.
+    counts what goes through the backbone. masked: the features of masked variants of the images, where a store has them.
     """
 
     split: Split
@@ -65,6 +67,7 @@ class Source:
     features: tuple[Feature, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
     def stored(self) -> bool:
@@ -220,18 +223,18 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        alike.setdefault(len(own), []).append(own)
+        # Without a backbone there are no passes that could be in vain.
+        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
     pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
-        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        held = probes if source.network else 1
+        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
+        at_once = min(at_once, source.at_once) if source.network else at_once
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 

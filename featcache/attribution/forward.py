@@ -63,9 +63,9 @@ def logit_gradients(
 ) -> Iterator[torch.Tensor]:
     """Yield the gradient [B, D, h, w] of logits with respect to maps [B, D, h, w], for each column of classes [B, K]."""
     if head.head.commutes:
-        weights, area = slopes(head, maps.shape[1]), maps.shape[2] * maps.shape[3]
+        area = maps.shape[2] * maps.shape[3]
         for column in classes.unbind(1):
-            yield (weights[column] / area)[:, :, None, None].expand(maps.shape)
+            yield (slopes(head, maps.shape[1], column) / area)[:, :, None, None].expand(maps.shape)
         return
     maps = maps.detach().requires_grad_()
     with torch.enable_grad(), rule.apply(head):
@@ -75,14 +75,15 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def slopes(head: HeadModule, channels: int) -> torch.Tensor:
-    """Return the gradient [classes, D] of the logits of a head that commutes with the mean, and so is affine."""
-    weights = next(head.parameters())
-    zeros = weights.new_zeros(1, channels, 1, 1)
-    count = head(zeros).shape[1]
-    points = zeros.repeat(count, 1, 1, 1).requires_grad_()
+def slopes(head: HeadModule, channels: int, classes: torch.Tensor) -> torch.Tensor:
+    """Return the gradient [K, D] of logits of a head that commutes with the mean, and so is affine.
+
+    classes: int64 [K], of which logits.
+    """
+    points = next(head.parameters()).new_zeros(len(classes), channels, 1, 1).requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(head(points).diagonal().sum(), points)
+        logits = head(points).gather(1, classes[:, None])
+        (gradient,) = torch.autograd.grad(logits.sum(), points)
     return gradient[:, :, 0, 0]
 
 

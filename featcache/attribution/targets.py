@@ -1,11 +1,10 @@
 """What is explained: the classes that have a box in an image, and the pixels of their boxes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput
 from featcache.store.reader import Split
@@ -23,20 +22,6 @@ class Target:
     label: int
     mask: torch.Tensor
     pictured: bool = False
-
-
-def box_mask(boxes: Iterable, size: int) -> torch.Tensor:
-    """Return bool [size, size]: the pixels whose centre lies in the union of the boxes.
-
-    boxes: [M, 4] as x0, y0, x1, y1 in pixels of the map, see Preprocessing.map_boxes.
-    """
-    centres = np.arange(size) + 0.5
-    mask = np.zeros((size, size), dtype=bool)
-    for x0, y0, x1, y1 in boxes:
-        columns = (centres >= x0) & (centres < x1)
-        rows = (centres >= y0) & (centres < y1)
-        mask |= rows[:, None] & columns[None, :]
-    return torch.from_numpy(mask)
 
 
 def find_targets(split: Split, preprocessing: Preprocessing, limit: int | None = None) -> list[Target]:

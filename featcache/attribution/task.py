@@ -20,7 +20,6 @@ from featcache.attribution.scores import DEFAULT_SCORES, LOCALISATION_SCORES
 from featcache.attribution.scores.localisation_score import LocalisationScore
 from featcache.attribution.settings import Settings
 from featcache.attribution.targets import Target
-from featcache.attribution.words import parse_kind
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.errors import BadInput, shown
 from featcache.feature import Feature, parse_beside
@@ -30,6 +29,7 @@ from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
 from featcache.probes.spec import ProbeSpec
 from featcache.store.reader import Store
+from featcache.words import parse_kind
 
 # Bytes for forward passes by default. It does not depend on what is free: the sizes of batches can change the last bits
 # of a map, and a killed attribution goes on with the same.

@@ -18,7 +18,7 @@ from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.scores.epg import EPG
-from featcache.attribution.targets import box_mask
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset

@@ -13,6 +13,7 @@ def batch_of(backbone, feature, images, classes):
     source = Source(None, preprocessing, images.device, Network(backbone, None), (feature,), 2e9)
     # So few that what is made of an image goes through the backbone in several parts.
     vars(source)["at_once"] = 4
+    vars(source)["id_of"] = str
     vars(source)["channels"] = lambda feature: backbone(images[:1], [feature])[str(feature)].shape[1]
     targets = [Target(image, label, None) for image, own in enumerate(classes) for label in own]
     batch = Batch(targets, source)

@@ -8,6 +8,7 @@ from featcache.attribution.methods.gradient import Gradient
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.methods.intgrad import IntegratedGradients
+from featcache.attribution.methods.kernel_shap import KernelSHAP
 from featcache.attribution.methods.layercam import LayerCAM
 from featcache.attribution.methods.lime import LIME
 from featcache.attribution.methods.method import Method
@@ -23,7 +24,7 @@ METHODS: Registry[Method] = Registry(
     "method",
     [
         GradCAM, GradCAMPlusPlus, LayerCAM, Gradient, InputXGradient, GuidedBackprop, SmoothGrad, IntegratedGradients,
-        BcosContributions, CachedOcclusion, Occlusion, RISE, LIME, ScoreCAM,
+        BcosContributions, CachedOcclusion, Occlusion, RISE, LIME, KernelSHAP, ScoreCAM,
     ],
 )  # fmt: skip
 DEFAULT_METHODS = (GradCAM.word(),)

@@ -7,11 +7,11 @@ import torch
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.passes import Passes, Work
-from featcache.attribution.words import written
 from featcache.backbones.backbone import Backbone
 from featcache.feature import Feature
 from featcache.kinds import Kind
 from featcache.probes.heads.module import HeadModule
+from featcache.words import written
 
 
 class Explanation:
