@@ -1,5 +1,7 @@
 """`featcache attribute`."""
 
+import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,7 +82,7 @@ def attribute(
         _print_plan(plan_attribution(prepare(Settings(**options), choose_device(device))))
         return
     from featcache.attribution.attribute import attribute as run
-    from featcache.reporting.localisation import MARK, MARKED, localisation_rows
+    from featcache.reporting.localisation import MARK, MARKED, localisation_rows, narrow_tables
     from featcache.reporting.table import format_table
 
     drawn = pictures is not None or images is not None or not options["examples"].isdigit()
@@ -89,7 +91,10 @@ def attribute(
         from featcache.reporting.pictures import write_pictures
     if run(device=device, **options) is not None:
         columns, rows = localisation_rows(options["run"])
-        click.echo(format_table(columns, rows))
+        table = format_table(columns, rows)
+        if sys.stdout.isatty() and len(table.partition("\n")[0]) > shutil.get_terminal_size().columns:
+            table = "\n\n".join(format_table(*part) for part in narrow_tables(columns, rows))
+        click.echo(table)
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
         if drawn:

@@ -1,10 +1,11 @@
 """Localisation scores per probe and method, from a run's attribution.csv."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -103,17 +104,59 @@ def localisation_rows(folder: str | PathLike) -> tuple[list[str], list[list[str]
     return table_of(run, read_localisation(run))
 
 
-def table_of(run: Run, localisation: Localisation) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows of strings) of a run's Localisation, as localisation_rows does."""
+class Mean(NamedTuple):
+    """A score of a method's maps for a probe: its mean with a 95% interval over images, and what it rests on.
+
+    All three are NaN where no map has a score. uniform: the mean of what a uniform map scores. few: whether less than
+    half of the maps have a score.
+    """
+
+    mean: float
+    low: float
+    high: float
+    uniform: float
+    few: bool
+
+
+def means_of(localisation: Localisation, score: type[LocalisationScore]) -> dict[tuple[str, str], Mean]:
+    """Return the Mean of each probe and method, in the order of the table."""
+    column, uniform = score.columns
+    means = {}
+    for key, rows in _grouped(localisation).items():
+        scored = [row for row in rows if row[column] is not None]
+        levels = [row[uniform] for row in rows if row[uniform] is not None]
+        level = float(np.mean(levels)) if levels else math.nan
+        means[key] = Mean(*_mean_with_interval(scored, column), level, len(scored) < FEW * len(rows))
+    return means
+
+
+def _grouped(localisation: Localisation) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the rows of each probe and method, in order."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in localisation.rows:
         groups.setdefault((row["probe"], row["method"]), []).append(row)
+    return groups
+
+
+def narrow_tables(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Split the table of localisation_rows for a narrow terminal: what the probes are, then a table for each score."""
+    method = columns.index("method")
+    probes = dict.fromkeys(tuple(row[:method]) for row in rows)
+    tables = [(list(columns[:method]), [list(probe) for probe in probes])]
+    for start in range(method + 1, len(columns), 4):
+        own = slice(start, start + 4)
+        tables.append((["probe", "method", *columns[own]], [[row[0], row[method], *row[own]] for row in rows]))
+    return tables
+
+
+def table_of(run: Run, localisation: Localisation) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows of strings) of a run's Localisation, as localisation_rows does."""
     texts, specs = naming(run), {row["probe"]: row for row in run.scores}
     columns = ["probe", *texts, "method"]
     for score in localisation.scores:
         columns += [f"{score.heading} %", "uniform map %", "maps", "empty"]
     rows = []
-    for (probe, method), members in groups.items():
+    for (probe, method), members in _grouped(localisation).items():
         rows.append([probe, *(text(specs[probe]) for text in texts.values()), method])
         for score in localisation.scores:
             rows[-1] += _cells(members, *score.columns)
@@ -142,14 +185,15 @@ def explained(run: Run, name: str) -> bool:
     return False
 
 
-def _mean_with_interval(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float | None, ...]:
-    """Mean of a column, with its 95% interval over images, which may have several maps each; (None,) without rows."""
+def _mean_with_interval(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float, float]:
+    """Return the mean of a column, with its 95% interval over images, which may have several maps each; NaN without rows."""
     if not rows:
-        return (None,)
+        return math.nan, math.nan, math.nan
     images = {i: n for n, i in enumerate(dict.fromkeys(row["id"] for row in rows))}
     at = torch.tensor([images[row["id"]] for row in rows])
     values = torch.tensor([row[column] for row in rows], dtype=torch.float64)
     sums, maps = (torch.zeros(len(images)).double().index_add_(0, at, v) for v in (values, torch.ones_like(values)))
     mean = sums.sum() / maps.sum()
     deviation = deviations(influences(mean, (sums.sum() - sums) / (maps.sum() - maps)))
-    return tuple(end.item() for end in (mean, *fraction_interval(mean, deviation, mean.new_tensor(len(images)))))
+    low, high = fraction_interval(mean, deviation, mean.new_tensor(len(images)))
+    return mean.item(), low.item(), high.item()

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from featcache.arguments import PATH, PATHS, listed, takes
@@ -12,13 +13,15 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, Localisation, explained, read_localisation, table_of
+from featcache.reporting.localisation import EXPLAINED, Localisation, explained, means_of, read_localisation, table_of
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
 
 # Probes whose costs and classes are shown in full.
 MOST_COST_TABLES, MOST_PICTURED = 12, 12
+# A longer table of localisation scores is folded.
+MOST_TABLE_ROWS = 24
 
 
 @takes(runs=PATHS, out=PATH)
@@ -68,7 +71,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         ],
         "reliability": plots.reliability(opened, _pictured),
         "localisation": [
-            _localisation(run, localisation) | {"sheets": own, "left_out": left_out}
+            _localisation(run, localisation, plots) | {"sheets": own, "left_out": left_out}
             for (run, localisation), (own, left_out) in zip(places, sheets, strict=True)
         ],
         "key": embedded_key(),
@@ -134,7 +137,14 @@ def _costs(run: Run) -> dict[str, Any]:
     return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 
-def _localisation(run: Run, localisation: Localisation) -> dict[str, Any]:
-    """The table of the page's section on a run's maps, and explanations."""
+def _localisation(run: Run, localisation: Localisation, plots: ModuleType) -> dict[str, Any]:
+    """Return what the page's section on a run's maps shows besides sheets: a plot, a table, and explanations."""
     columns, rows = table_of(run, localisation)
-    return {"name": run.path.name, "columns": columns, "rows": rows, "notes": localisation.notes()}
+    score = localisation.scores[0] if localisation.rows else None
+    plot = plots.localisation_means(run, means_of(localisation, score), score) if score else None
+    return {"plot": plot, "heading": score and score.heading, "folded": len(rows) > MOST_TABLE_ROWS} | {
+        "name": run.path.name,
+        "columns": columns,
+        "rows": rows,
+        "notes": localisation.notes(),
+    }
