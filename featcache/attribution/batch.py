@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from featcache.attribution.passes import Passes
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
-from featcache.backbones.load import load_backbone
-from featcache.datasets import read_dataset
+from featcache.backbones.load import RANDOM, load_backbone
+from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
 from featcache.extraction.masks.masking import Masking
@@ -38,10 +38,15 @@ def width_of(store: Store, feature: Feature) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A backbone and the images that it made a split of. picture: from a row of the split to uint8 [3, S, S]."""
+    """A backbone and the images that it made a split of.
+
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row.
+    """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
 
 
 class Boxed(NamedTuple):
@@ -57,7 +62,9 @@ class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
     features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone. masked: the features of masked variants of the images, where a store has them.
+    counts what goes through the backbone. records: the split as its data set has it, where that was named. stored:
+    whether the store has the features of these images. note: stands behind the split in tables. masked: the features of
+    masked variants of the images, where a store has them.
     """
 
     split: Split
@@ -67,17 +74,20 @@ class Source:
     features: tuple[Feature, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    records: Sequence[Record] | None = None
+    stored: bool = True
+    note: str = ""
     masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
-    def stored(self) -> bool:
-        """Whether the store has the features of these images."""
-        return True
+    def facts(self) -> dict[str, int]:
+        """What is to be known of how the images were chosen, besides the words of the protocol."""
+        return {}
 
     @property
     def name(self) -> str:
         """What the images are called in tables."""
-        return self.split.name
+        return f"{self.split.name}, {self.note}" if self.note else self.split.name
 
     def id_of(self, row: int) -> str:
         """Return the id of an image."""
@@ -88,6 +98,15 @@ class Source:
         boxes, classes, difficult = self.split.boxes[row]
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
+
+    def picture(self, row: int) -> torch.Tensor | None:
+        """Return an image as the backbone sees it, uint8 [3, S, S], or None where the data set was not named."""
+        if self.network is not None:
+            return self.network.picture(row)
+        if self.records is None:
+            return None
+        decoder = self.split.store.manifest.identity.get("decoder", DECODERS["exact"])
+        return load_input(self.records[row], self.preprocessing, decoder)
 
     @property
     def backbone(self) -> Backbone:
@@ -158,8 +177,18 @@ class Batch:
 
     @cached_property
     def masks(self) -> torch.Tensor:
-        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
-        return torch.stack([target.mask for target in self.targets])
+        """bool [T, S, S]: the pixels of the objects of each pair's class, on the CPU; none where they are not known."""
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if (mask := target.mask) is None else mask for target in self.targets])
+
+    @cached_property
+    def void(self) -> torch.Tensor | None:
+        """bool [T, S, S]: the pixels that do not count, on the CPU. None where all of every pair do."""
+        given = [target.void for target in self.targets]
+        if all(void is None for void in given):
+            return None
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if void is None else void for void in given])
 
     @cached_property
     def pictured(self) -> list[int]:
@@ -239,35 +268,63 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 
 
+def open_records(split: Split, dataset: str, root: str | PathLike | None) -> Sequence[Record]:
+    """Read the data set that a split of a store was made of. Raises BadInput if it is another one now."""
+    store, named = split.store, f"dataset {split.name}"
+    data = read_dataset(dataset, root, [split.name])
+    stored = {named: store.manifest.identity["dataset"]["splits"].get(split.name)}
+    _check_made_of(store, stored, {named: data.fingerprint(split.name)})
+    return data.splits[split.name]
+
+
 def open_network(
     split: Split,
     preprocessing: Preprocessing,
     device: torch.device,
+    records: Sequence[Record],
     backbone: str | PathLike,
     arch: str | None,
     weights_key: str | None,
-    dataset: str | None,
-    root: str | PathLike | None,
     seed: int,
 ) -> Network:
-    """Load the backbone and the images of a split, and prepare images as the store says.
+    """Load the backbone that a split's features were made by, to prepare images as the store says.
 
-    Arguments from `backbone` on as attribute's. Raises BadInput unless both are those that the store was made of.
+    records: the split's images. Other arguments as attribute's. Raises BadInput for another backbone.
     """
-    if dataset is None:
-        raise BadInput("--backbone needs --dataset and --root too, for the images")
-    store = split.store
-    identity = store.manifest.identity
+    identity = split.store.manifest.identity
     model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
-    data = read_dataset(dataset, root, [split.name])
-    named = f"dataset {split.name}"
-    given = {"arch": model.arch, "weights_sha256": model.weights_sha256, named: data.fingerprint(split.name)}
     stored = {key: identity[key] for key in ("arch", "weights_sha256")}
-    stored[named] = identity["dataset"]["splits"].get(split.name)
+    _check_made_of(split.store, stored, {"arch": model.arch, "weights_sha256": model.weights_sha256})
+    return _network(model, split, preprocessing, device, records)
+
+
+def open_random_network(
+    split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record], seed: int
+) -> Network:
+    """Draw a backbone like the one that a split's features were made by, with other weights. Raises BadInput."""
+    identity = split.store.manifest.identity
+    for drawn in (seed, seed + 1):
+        model = load_backbone(RANDOM, arch=identity["arch"], seed=drawn, size=preprocessing.size)
+        # The store's own backbone may be random, and of this seed.
+        if model.weights_sha256 != identity["weights_sha256"]:
+            break
+    return _network(model, split, preprocessing, device, records)
+
+
+def _network(
+    model: Backbone, split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record]
+) -> Network:
+    model.preprocessing = preprocessing
+    decoder = split.store.manifest.identity.get("decoder", DECODERS["exact"])
+
+    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
+        return lambda row: load_input(records[row], rule, decoder)
+
+    return Network(model.to(device), prepared(preprocessing), prepared)
+
+
+def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise BadInput unless a store was made of what is given."""
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    model.preprocessing = preprocessing
-    decoder = identity.get("decoder", DECODERS["exact"])
-    records = data.splits[split.name]
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))

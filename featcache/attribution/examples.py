@@ -100,8 +100,8 @@ def only(images: Iterable[str], source: Source, targets: Sequence[Target]) -> li
     for id in wanted:
         if rows[id] not in explained:
             raise BadInput(
-                f"--images {shown(id)}: nothing is explained in this image: no class has a box in what the backbone sees "
-                "of it, or all its boxes are difficult"
+                f"--images {shown(id)}: nothing is explained in this image: it shows no object that is not difficult where "
+                "the backbone looks"
             )
     chosen = {rows[id] for id in wanted}
     return [target for target in targets if target.row in chosen]

@@ -83,8 +83,9 @@ class Block:
             own = [n for n, head in enumerate(heads) if head.head.commutes and head.link == link]
             if own:
                 blank = torch.zeros(1, width, 1, 1, device=store.device)
-                weights = torch.stack([slopes(heads[n], width) for n in own])
-                self._affine[link] = own, weights, torch.stack([heads[n](blank)[0] for n in own])
+                biases = torch.stack([heads[n](blank)[0] for n in own])
+                every = torch.arange(biases.shape[1], device=store.device)
+                self._affine[link] = own, torch.stack([slopes(heads[n], width, every) for n in own]), biases
 
     def __len__(self) -> int:
         return len(self._heads)

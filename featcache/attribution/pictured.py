@@ -61,7 +61,7 @@ def pictured_by_rule(task: Task, pieces: Sequence[Piece], first: Pictured) -> tu
         for number, reason in choose(task.examples.rules, targets, measured).items()
     }
     known = {(target.row, target.label) for target in first.targets}
-    more = [replace(t, pictured=True) for t in targets if (t.row, t.label) in chosen.keys() - known]
+    more = [t.as_pictured() for t in targets if (t.row, t.label) in chosen.keys() - known]
     parts = [first.piece]
     if more:
         piece = explain_piece(task, more, lambda count: None)
@@ -129,9 +129,9 @@ def arrays_of(task: Task, pictured: Pictured) -> dict[str, np.ndarray]:
         "colours": piece.colours.numpy(),
         "coloured": np.array([at[tuple(place)] for place in piece.coloured.tolist()], int),
     }
-    if source.network:
-        pictures = [source.network.picture(row).permute(1, 2, 0).numpy() for row in kept]
-        arrays["images"] = np.stack(pictures) if pictures else np.empty(0)
+    pictures = [picture.permute(1, 2, 0).numpy() for row in kept if (picture := source.picture(row)) is not None]
+    if pictures:
+        arrays["images"] = np.stack(pictures)
     return arrays
 
 

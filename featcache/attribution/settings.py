@@ -28,3 +28,6 @@ class Settings:
     seed: int
     memory: float | None
     sanity: bool
+    parity: str | None
+    save_maps: bool
+    format: str

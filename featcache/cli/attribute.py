@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,9 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
+
+# Rows of the table up to which sizes are printed below it; the report has them all.
+MOST_SIZED = 12
 
 
 @click.command()
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
 @click.option(
     "--protocol",
     metavar="P",
-    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes]",
+    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes, or "
+    "gridpg where there are none]",
 )
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
@@ -58,6 +63,13 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
 @memory_option("Memory for what passes through the backbone keep.  [default: 2]")
 @click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
+@click.option(
+    "--parity",
+    metavar="PROFILE",
+    help="how-to-probe evaluates as published, quirks included; docs/attribution.md lists them.  [default: corrected]",
+)
+@click.option("--save-maps", is_flag=True, help="Keep all maps, as float16 in RUN/attribution.zarr.")
+@click.option("--to", "format", type=click.Choice(["csv", "parquet"]), default="csv", help="Format of the table.")
 @click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
 def attribute(
     methods: str | None,
@@ -82,24 +94,40 @@ def attribute(
         _print_plan(plan_attribution(prepare(Settings(**options), choose_device(device))))
         return
     from featcache.attribution.attribute import attribute as run
-    from featcache.reporting.localisation import MARK, MARKED, localisation_rows, narrow_tables
-    from featcache.reporting.table import format_table
+    from featcache.probes.runs.run import open_run
+    from featcache.reporting.localisation import MARK, MARKED, by_size, read_localisation, table_of
 
     drawn = pictures is not None or images is not None or not options["examples"].isdigit()
     if drawn:
         # It says before all the work if a package is missing.
         from featcache.reporting.pictures import write_pictures
     if run(device=device, **options) is not None:
-        columns, rows = localisation_rows(options["run"])
-        table = format_table(columns, rows)
-        if sys.stdout.isatty() and len(table.partition("\n")[0]) > shutil.get_terminal_size().columns:
-            table = "\n\n".join(format_table(*part) for part in narrow_tables(columns, rows))
-        click.echo(table)
+        finished = open_run(options["run"])
+        localisation = read_localisation(finished)
+        columns, rows = table_of(finished, localisation)
+        click.echo(_fitted(columns, rows))
+        sizes = by_size(finished, localisation)
+        if sizes and len(rows) <= MOST_SIZED:
+            click.echo()
+            click.echo(_fitted(*sizes))
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
+        for line in localisation.settings():
+            click.echo(line)
         if drawn:
             paths = write_pictures(options["run"], pictures)
             click.echo(f"pictures: {len(paths)} sheets in {paths[0].parent}" if paths else "pictures: none were kept")
+
+
+def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table of scores; on a terminal that is too narrow for it, as several."""
+    from featcache.reporting.localisation import narrow_tables
+    from featcache.reporting.table import format_table
+
+    table = format_table(columns, rows)
+    if sys.stdout.isatty() and len(table.partition("\n")[0]) > shutil.get_terminal_size().columns:
+        return "\n\n".join(format_table(*part) for part in narrow_tables(columns, rows))
+    return table
 
 
 def _print_plan(plan: "AttributionPlan") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.attribution.scores.localisation_score import LocalisationScore
+from featcache.attribution.scores.score import Score
 from featcache.errors import BadInput, printable, without_middle
 from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
@@ -197,7 +197,7 @@ def _legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> None:
     figure.legend(list(entries.values()), list(entries), title=title, frameon=False, **place)
 
 
-def localisation_means(run: Run, means: Mapping[tuple[str, str], Mean], score: type[LocalisationScore]) -> str | None:
+def localisation_means(run: Run, means: Mapping[tuple[str, str], Mean], score: type[Score]) -> str | None:
     """Plot a localisation score with its interval: a panel for each method, a row for each probe, dotted for a uniform map.
 
     A mean that rests on less than half of the maps is hollow. Only the first MOST_ROWS probes are drawn. Returns a data URL,

@@ -13,7 +13,15 @@ from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, Localisation, explained, means_of, read_localisation, table_of
+from featcache.reporting.localisation import (
+    Localisation,
+    by_class,
+    by_size,
+    explained,
+    means_of,
+    read_localisation,
+    table_of,
+)
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
@@ -51,7 +59,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         different = metrics if len(metrics) > 1 else kinds
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
-    places = [(run, read_localisation(run)) for run in opened if explained(run, EXPLAINED)]
+    places = [(run, read_localisation(run)) for run in opened if explained(run, run.attribution_table)]
     sheets = embedded([read_sheets(run, localisation) for run, localisation in places])
     page = {
         "metric": metric_kind(metric).title,
@@ -138,13 +146,18 @@ def _costs(run: Run) -> dict[str, Any]:
 
 
 def _localisation(run: Run, localisation: Localisation, plots: ModuleType) -> dict[str, Any]:
-    """Return what the page's section on a run's maps shows besides sheets: a plot, a table, and explanations."""
+    """Return what the page's section on a run's maps shows besides sheets: a plot, tables, and explanations."""
     columns, rows = table_of(run, localisation)
+    sizes = by_size(run, localisation)
+    groups = [*([("by size of the objects", *sizes)] if sizes else []), ("by class", *by_class(run, localisation))]
     score = localisation.scores[0] if localisation.rows else None
-    plot = plots.localisation_means(run, means_of(localisation, score), score) if score else None
-    return {"plot": plot, "heading": score and score.heading, "folded": len(rows) > MOST_TABLE_ROWS} | {
+    return {
         "name": run.path.name,
+        "plot": score and plots.localisation_means(run, means_of(localisation, score), score),
+        "heading": score and score.heading,
         "columns": columns,
         "rows": rows,
+        "folded": len(rows) > MOST_TABLE_ROWS,
+        "groups": groups,
         "notes": localisation.notes(),
     }

@@ -172,9 +172,16 @@ def test_images_by_name_become_sheets(run, trained, scenes, command, tmp_path):
     code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert code == 0 and all(f"<strong>{i}: {c}</strong>" in page for i, c in pairs), err
-    # The same command with other images leaves no sheet of before.
-    code, out, _ = command(*words[:-1], ids[0], "--pictures", tmp_path / "p")
-    assert code == 0 and 0 < len(list((tmp_path / "p").iterdir())) < len(pairs)
+    # The same command with other images leaves no sheet of before. With the data set, photographs are below the maps.
+    data = ["--dataset", "voc", "--root", scenes]
+    code, out, err = command(*words[:-1], ids[0], *data, "--sanity", "--pictures", tmp_path / "p")
+    assert code == 0 and 0 < len(list((tmp_path / "p").iterdir())) < len(pairs), err
+    (sheet, *_), images = (
+        read_sheets(featcache.open_run(run), read_localisation(featcache.open_run(run))),
+        np.load(run / "attribution.npz")["images"],
+    )
+    assert images.shape == (1, 64, 64, 3) and (sheet.picture == images[0]).all()
+    assert sheet.methods[:3] == ["gradcam", "gradcam (random head)", "gradcam (random backbone)"]
 
 
 def test_captions_say_what_the_probe_says(run, trained):

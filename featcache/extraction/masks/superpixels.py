@@ -70,7 +70,7 @@ class Superpixels(Masking):
         assert note is not None, "superpixels are noted"
         labels = note[0].long()
         if not torch.equal(labels.to(note), note[0]) or not torch.equal(
-            labels.unique(), torch.arange(labels.max() + 1)
+            labels.unique(), torch.arange(int(labels.max()) + 1)
         ):
             raise ValueError("its superpixels are not numbered from 0")
         return Segmented(labels, None, self._kept(labels, id))
