@@ -95,7 +95,7 @@ def attribute(
         maps = write_maps(task, pieces, finished, facts_of(task)) if task.settings.save_maps else None
         pictured, notices = pictured_first(task, finished), list[str]()
         if task.examples.rules:
-            pictured, notices = pictured_by_rule(task, finished, pictured)
+            pictured, notices = pictured_by_rule(task, finished, pieces, pictured)
         write_results(task, rows, arrays_of(task, pictured), maps)
         folder.delete_all()
     for notice in notices:

@@ -39,11 +39,6 @@ class Examples(NamedTuple):
     first: int
     rules: tuple[Rule, ...] = ()
 
-    @property
-    def by_prediction(self) -> bool:
-        """Whether what probes predict has to be known of all images."""
-        return any(rule.word in (RIGHT, WRONG) for rule in self.rules)
-
 
 class Measured(NamedTuple):
     """What rules look at, of one probe, for each of T targets.

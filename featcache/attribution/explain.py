@@ -43,7 +43,7 @@ def explain_piece(
         judges = [score.judge(batch, heads) for score in task.scores]
         for method, probe, explanation in _explanations(task, batch, probes):
             maps, own = explanation.maps.cpu(), cells[method, probe]
-            if (batch.pictured or task.examples.by_prediction) and predictions[probe, rows].isnan().all():
+            if (batch.pictured or task.examples.rules) and predictions[probe, rows].isnan().all():
                 predictions[probe, rows] = _predictions(task.explained[probe], batch)
             _check(task, batch, method, probe, maps)
             for score, judge in zip(task.scores, judges, strict=True):

@@ -11,8 +11,9 @@ from featcache.attribution.batch import Source
 from featcache.attribution.examples import Measured, choose, missing
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.passes import Passes
-from featcache.attribution.pieces import Piece
+from featcache.attribution.pieces import Piece, Pieces
 from featcache.attribution.results import IDENTITY
+from featcache.attribution.saved_maps import read_map
 from featcache.attribution.targets import Target
 from featcache.attribution.task import Task
 
@@ -49,8 +50,8 @@ def pictured_first(task: Task, pieces: Sequence[Piece]) -> Pictured:
     return Pictured(targets, _joined(parts), [""] * done, range(done))
 
 
-def pictured_by_rule(task: Task, pieces: Sequence[Piece], first: Pictured) -> tuple[Pictured, list[str]]:
-    """Choose further targets by the rules of the task, and explain them again, for their maps.
+def pictured_by_rule(task: Task, pieces: Sequence[Piece], files: Pieces, first: Pictured) -> tuple[Pictured, list[str]]:
+    """Choose further targets by the rules of the task, and explain them again for their maps, unless these are saved.
 
     first: what is kept already. Returns both together, and lines for people.
     """
@@ -64,13 +65,33 @@ def pictured_by_rule(task: Task, pieces: Sequence[Piece], first: Pictured) -> tu
     more = [t.as_pictured() for t in targets if (t.row, t.label) in chosen.keys() - known]
     parts = [first.piece]
     if more:
-        piece = explain_piece(task, more, lambda count: None)
+        saved = task.settings.save_maps and not any(method.coloured for method in task.methods)
+        piece = _saved(task, pieces, files, more) if saved else explain_piece(task, more, lambda count: None)
         parts.append(replace(piece, coloured=piece.coloured + torch.tensor([0, 0, len(first.targets)])))
     both = [*first.targets, *more]
     reasons = [chosen.get((target.row, target.label), "") for target in both]
     places = {pair: place for place, pair in enumerate(chosen)}
     order = sorted(range(len(both)), key=lambda number: places.get((both[number].row, both[number].label), -1))
     return Pictured(both, _joined(parts), reasons, order), missing(task.examples.rules, targets, measured)
+
+
+def _saved(task: Task, pieces: Sequence[Piece], files: Pieces, targets: Sequence[Target]) -> Piece:
+    """Return the results of targets whose maps are saved, without a pass."""
+    wanted, size = {(target.row, target.label) for target in targets}, task.source.preprocessing.size
+    parts = []
+    for number, (own, piece) in enumerate(zip(task.pieces, pieces, strict=True)):
+        for at in (at for at, target in enumerate(own) if (target.row, target.label) in wanted):
+            part = replace(
+                piece,
+                cells=piece.cells[:, :, at : at + 1],
+                maps=read_map(files, number, piece, at)[:, :, None],
+                predictions=piece.predictions[:, at : at + 1],
+                colours=torch.empty(0, size, size, 4, dtype=torch.uint8),
+                coloured=torch.empty(0, 3, dtype=torch.int64),
+                passes=Passes(),
+            )
+            parts.append(part)
+    return _joined(parts)
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:

@@ -120,7 +120,7 @@ class Task:
             "save_maps": self.settings.save_maps,
             "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
             "pictured": [target.pictured for piece in self.pieces for target in piece],
-            "predicted": self.examples.by_prediction,
+            "predicted": bool(self.examples.rules),
             "memory": source.memory,
             "device": source.device.type,
             "backbones": [one and one.network and one.backbone.weights_sha256 for one in (source, self.randomised)],

@@ -1,6 +1,7 @@
 """Pictures of maps: their pixels, sheets as files and on the page, and which images are chosen for them."""
 
 import csv
+import re
 import shutil
 
 import numpy as np
@@ -211,6 +212,11 @@ def test_captions_say_what_the_probe_says(run, trained):
     )
 
 
+def passes(text):
+    """How many forward passes of an image a command says it took."""
+    return re.search(r"through the backbone: (\d+) forward", text).group(1)
+
+
 def test_examples_by_rule_are_the_extremes_of_the_table(run, scenes, checkpoint, command, tmp_path):
     """Their maps are explained again, the passes are counted, and the pictures say why and by which probe."""
     backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
@@ -242,6 +248,13 @@ def test_examples_by_rule_are_the_extremes_of_the_table(run, scenes, checkpoint,
     for panel, values in zip(kept["panels"], kept["maps"], strict=True):
         row = next(r for r in rows if [r[c] for c in ("probe", "method", "split", "id", "class")] == list(panel[:5]))
         assert float(panel[5]) == pytest.approx(float(row["epg"]), abs=1e-4) and np.abs(values).max() > 0
+    # With saved maps, those are shown, and nothing is explained again.
+    code, out, saved = command(*line, *backbone, "--save-maps")
+    again = np.load(run / "attribution.npz")
+    assert code == 0 and int(passes(saved)) < int(passes(err)), saved
+    assert (again["panels"] == kept["panels"]).all() and (again["reasons"] == kept["reasons"]).all()
+    peaks = np.abs(kept["maps"]).max((1, 2), keepdims=True)
+    assert again["maps"] / peaks == pytest.approx(kept["maps"] / peaks, abs=1e-3)
     page = featcache.report(run, tmp_path / "page.html").read_text()
     assert f"highest EPG ({100 * scores[highest]:.0f}%) of input_x_gradient maps of probe {first}" in page
 

@@ -24,6 +24,7 @@ class BcosContributions(GradientMethod):
     type: Literal["bcos"] = "bcos"
     paper: ClassVar[str] = "Boehle et al., CVPR 2022; TPAMI 2024"
     rule: ClassVar[Rule] = EXPLANATION_MODE
+    coloured: ClassVar[bool] = True
 
     def misfit(self, backbone: Backbone) -> str | None:
         """Other networks are not linear in this sense."""
@@ -33,7 +34,7 @@ class BcosContributions(GradientMethod):
         """Multiply, and sum over the six channels."""
         return (inputs * gradients).sum(1)
 
-    def colour(self, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    def colour(self, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Draw the weights of a pixel as the colour that they look for (Boehle et al., CVPR 2022).
 
         Of a channel x and its complement 1 - x, the share of x in their positive weights is the brightness. Opacity is

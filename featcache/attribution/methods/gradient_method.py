@@ -28,9 +28,9 @@ class GradientMethod(Method):
         """Make maps [B, S, S] of images and gradients, both [B, C, S, S]."""
         raise NotImplementedError
 
-    def colour(self, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
-        """Make a picture uint8 [S, S, 4] of an image and a gradient, both [C, S, S]; None for methods without colours."""
-        return None
+    def colour(self, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Make a picture uint8 [S, S, 4] of an image and a gradient, both [C, S, S], if the method is coloured."""
+        raise NotImplementedError
 
     @property
     def shared(self) -> Hashable:
@@ -66,11 +66,8 @@ class GradientMethod(Method):
                 gradients = forward.gradient(feature, cotangent)
                 for method, own in zip(methods, made, strict=True):
                     own.maps[number::each] = method.combine(inputs, gradients)
-                    for pair in batch.pictured:
-                        image, own_number = divmod(pair, each)
-                        if (
-                            own_number == number
-                            and (colour := method.colour(inputs[image], gradients[image])) is not None
-                        ):
-                            own.colours[pair] = colour.cpu()
+                    for pair in batch.pictured if method.coloured else ():
+                        image, place = divmod(pair, each)
+                        if place == number:
+                            own.colours[pair] = method.colour(inputs[image], gradients[image]).cpu()
             yield tuple(made)

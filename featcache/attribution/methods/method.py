@@ -34,13 +34,14 @@ class Method(Kind):
     """Base class of attribution methods, which say how much each pixel of an image speaks for a class.
 
     runs_backbone: whether the method needs the backbone and the images, besides the cached map that every head reads.
-    reads_maps: whether it reads that map. paper: where it was published. columns: of attribution.csv, which it fills beside the scores.
+    reads_maps: whether it reads that map. paper: where it was published. columns: of attribution.csv, which it fills beside the scores. coloured: whether its Explanations have colours.
     """
 
     runs_backbone: ClassVar[bool] = False
     reads_maps: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
+    coloured: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
