@@ -96,6 +96,14 @@ class Source:
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
 
+    def picture(self, row: int) -> torch.Tensor | None:
+        """Return an image as the backbone sees it, uint8 [3, S, S], or None where the data set was not named."""
+        if self.network is not None:
+            return self.network.picture(row)
+        if self.records is None:
+            return None
+        return _pictures(self.split, self.records, self.preprocessing)(row)
+
     @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
@@ -183,6 +191,11 @@ class Batch:
         none = torch.zeros(self.size, self.size, dtype=torch.bool)
         return torch.stack([none if void is None else void for void in given])
 
+    @cached_property
+    def pictured(self) -> list[int]:
+        """The numbers of the pairs whose maps are kept for pictures."""
+        return [number for number, target in enumerate(self.targets) if target.pictured]
+
     @property
     def size(self) -> int:
         """Side of the backbone's input, and so of a map, in pixels."""
@@ -203,6 +216,16 @@ class Batch:
             rows = {name: torch.from_numpy(array.take(self.rows, check=True)) for name, array in arrays.items()}
             self._cached[feature] = feature.join(rows).float().to(self.source.device)
         return self._cached[feature]
+
+    def at_hand(self, reading: Reading) -> torch.Tensor | None:
+        """Return what heads read of the images, [B, D, h, w], if that takes no pass through the backbone, else None."""
+        if reading not in self._cached:
+            for forward in self._forwards.values():
+                return forward.maps[reading].detach()
+            held = self.source.split.store.manifest.features
+            if not self.source.stored or any(str(feature) not in held for feature in reading.features):
+                return None
+        return self.cached(reading)
 
     @cached_property
     def inputs(self) -> torch.Tensor:

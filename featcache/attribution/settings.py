@@ -24,7 +24,8 @@ class Settings:
     root: str | PathLike[str] | None
     limit: int | None
     masks: str | PathLike[str] | Sequence[str | PathLike[str]] | None
-    examples: int
+    images: Sequence[str] | None
+    examples: int | str | Sequence[str]
     seed: int
     memory: float | None
     sanity: bool

@@ -11,6 +11,7 @@ import torch
 import featcache
 from featcache.arguments import listed
 from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
+from featcache.attribution.examples import Examples, only, parse_examples
 from featcache.attribution.explained import Explained
 from featcache.attribution.fit import check_methods
 from featcache.attribution.mask_stores import find_masked, through_backbone
@@ -57,7 +58,7 @@ class Task:
 
     protocol: the one that chose the targets. settings: what was asked for. source: of the images as the store has them;
     randomised: the same for a backbone with random weights, None without a sanity check or the images. pieces: the
-    targets, by images. kept: rows of the split whose maps the report shows.
+    targets, by images. examples: whose maps are kept for pictures, besides those of the targets that say so.
     """
 
     run: Run
@@ -68,7 +69,7 @@ class Task:
     source: Source
     randomised: Source | None
     pieces: Sequence[Sequence[Target]]
-    kept: Sequence[int]
+    examples: Examples
     settings: Settings
 
     @property
@@ -81,6 +82,12 @@ class Task:
         """The columns of attribution.csv that hold numbers."""
         extra = (column for method in self.methods for column in method.columns)
         return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra), REGION]
+
+    def identity(self, method: int, probe: int, target: Target) -> tuple[str, ...]:
+        """Return what names a map in tables: probe, method, split, image and class, in the order of IDENTITY."""
+        one, source = self.explained[probe], self.source
+        name = one.named(self.methods[method])
+        return (one.probe, name, source.name, source.id_of(target.row), source.split.store.classes[target.label])
 
     def by_source(self) -> list[tuple[Source, list[int]]]:
         """Return the sources of maps, each with the numbers of the probes that are explained from it."""
@@ -121,7 +128,8 @@ class Task:
             "protocol": [self.settings.parity, self.protocol.model_dump(mode="json")],
             "save_maps": self.settings.save_maps,
             "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
-            "kept": list(self.kept),
+            "pictured": [target.pictured for piece in self.pieces for target in piece],
+            "predicted": bool(self.examples.rules),
             "memory": source.memory,
             "device": source.device.type,
             "backbones": [one and one.network and one.backbone.weights_sha256 for one in (source, self.randomised)],
@@ -141,6 +149,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
+    if settings.images is not None and settings.limit is not None:
+        raise BadInput("--images names the images, and --limit takes the first; give one of them")
     run, profile = open_run(settings.run), profile_named(settings.parity)
     methods = [profile.method(each) for each in _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")]
     store = store_of(run, settings.store)
@@ -169,8 +179,14 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     randomised = _randomised(images, source, settings.seed) if drawn else None
     if settings.sanity and not drawn:
         say_once("notice: --sanity shows random heads alone; random backbones need the images: --dataset and --root")
-    kept = sorted({target.row for target in targets})[: settings.examples]
-    return Task(run, explained, methods, scores, protocol, source, randomised, list(in_pieces(targets)), kept, settings)
+    examples = parse_examples(settings.examples)
+    if settings.images is not None:
+        targets = only(settings.images, source, targets)
+        examples = examples._replace(first=len(targets))
+    kept = set(sorted({target.row for target in targets})[: examples.first])
+    targets = [target.as_pictured() if target.row in kept else target for target in targets]
+    pieces = list(in_pieces(targets))
+    return Task(run, explained, methods, scores, protocol, source, randomised, pieces, examples, settings)
 
 
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:

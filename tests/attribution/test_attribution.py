@@ -206,7 +206,10 @@ def test_both_methods_and_the_report(run, scenes, checkpoint, command, tmp_path)
     code, out, _ = command("report", "--run", tmp_path / "r", "--run", run.path, "--out", tmp_path / "page.html")
     assert code == 0 and str(tmp_path / "page.html") in out
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64") == 1 and page.count("data:image/svg+xml;base64") == 4
+    sheets = len(kept["maps"]) // 4
+    assert page.count("data:image/jpeg;base64") == 1 + sheets * 5, "the key; a photograph and four maps of each class"
+    assert page.count("data:image/svg+xml;base64") == 4 and page.count("<img") == page.count('alt="')
+    assert "left out" not in page and "more images and classes" not in page
     assert "chance" in page and "EPG" in page and run.summary["store_id"] in page
     for outside in ("http://", "https://", 'src="/'):
         assert outside not in page, "self-contained"

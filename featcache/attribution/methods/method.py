@@ -18,11 +18,17 @@ from featcache.words import written
 class Explanation:
     """The maps of one head, and what else a method says of them.
 
-    maps: float32 [T, S, S]. cells: {one of the method's `columns`: T values, NaN where there is none}.
+    maps: float32 [T, S, S]. cells: {one of the method's `columns`: T values, NaN where there is none}. colours: {number
+    of a pictured pair: its map in colours of its own, with opacity, uint8 [S, S, 4]}, of methods that have them.
     """
 
-    def __init__(self, maps: torch.Tensor, cells: dict[str, torch.Tensor] | None = None) -> None:
-        self.maps, self.cells = maps, cells or {}
+    def __init__(
+        self,
+        maps: torch.Tensor,
+        cells: dict[str, torch.Tensor] | None = None,
+        colours: dict[int, torch.Tensor] | None = None,
+    ) -> None:
+        self.maps, self.cells, self.colours = maps, cells or {}, colours or {}
 
 
 class Method(Kind):
@@ -30,13 +36,14 @@ class Method(Kind):
 
     runs_backbone: whether the method needs the backbone and the images. reads_maps: whether it needs the map that the
     head reads, from the store. paper: where it was published. columns: of attribution.csv, which it fills beside the
-    scores.
+    scores. coloured: whether its Explanations have colours.
     """
 
     runs_backbone: ClassVar[bool] = False
     reads_maps: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
+    coloured: ClassVar[bool] = False
 
     @property
     def label(self) -> str:

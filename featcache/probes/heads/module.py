@@ -62,5 +62,8 @@ class HeadModule(nn.Module):
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """Map float32 [B, D, h, w] to the probabilities that the head was trained to give, [B, C]."""
-        logits = self(maps)
+        return self.of_logits(self(maps))
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """Turn logits [B, C] into the probabilities that the head was trained to give."""
         return logits.softmax(1) if self.link == "softmax" else logits.sigmoid()
