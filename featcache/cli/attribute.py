@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 @backbone_options(required=False)
 @dataset_options(required=False)
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]"
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only the first N images that have something to explain.  [default: all]",
 )
 @click.option(
     "--masks",
@@ -88,7 +91,7 @@ def attribute(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
+    """Explain probes and score the maps, by default by the share of positive energy in the objects' boxes (EPG).
 
     If it was interrupted, the same command again goes on from there. Under torchrun the processes share the images.
     """

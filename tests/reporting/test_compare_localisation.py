@@ -134,6 +134,17 @@ def test_runs_without_maps_are_named(explained, probes, store, tmp_path, command
     assert code == 2 and "--method goes with --localisation" in err
 
 
+def test_runs_that_were_scored_differently_are_not_compared(explained, probes, tmp_path):
+    for name, score in (("a", "mask_iou"), ("b", "mask_iou:threshold=0.5")):
+        shutil.copytree(explained.path, tmp_path / name)
+        featcache.attribute(tmp_path / name, probes=probes, scores=[score], limit=2)
+    with pytest.raises(
+        BadInput, match="--score was mask_iou in one and mask_iou:threshold=0.5 in the other; attribute both"
+    ):
+        featcache.compare_localisation([tmp_path / "a", tmp_path / "b"], probes=probes)
+    assert featcache.compare_localisation(tmp_path / "b", probes=probes)[0].score == "mask IoU"
+
+
 def test_means_by_size_and_class(explained, probes, command, tmp_path):
     """Every row of both tables is the mean over its own maps, and together they are all maps."""
     localisation, rows = read_localisation(explained), table(explained.path)
