@@ -11,7 +11,8 @@ from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, takes, whol
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
-from featcache.attribution.results import rows_of, write_results
+from featcache.attribution.results import check_format, facts_of, rows_of, write_results
+from featcache.attribution.saved_maps import describe, opened, write_maps
 from featcache.attribution.settings import Settings
 from featcache.attribution.task import Task, prepare
 from featcache.device import choose_device, multiplying
@@ -23,6 +24,7 @@ from featcache.store.folder import LocalFolder
 @takes(
     store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
+    parity=NAME, save_maps=FLAG, format=NAME,
 )  # fmt: skip
 def attribute(
     run: str | PathLike,
@@ -44,32 +46,40 @@ def attribute(
     memory: float | None = None,
     sanity: bool = False,
     protocol: str | None = None,
+    parity: str | None = None,
+    save_maps: bool = False,
+    format: str = "csv",
 ) -> list[dict[str, Any]] | None:
     """Explain every class that has a box which is not difficult, or what else `protocol` says, and score the maps.
 
     run: folder. store: path, by default the run's. probes: ids; by default those that `rule` selects
     (see featcache.probes.runs.run.select), and without a rule the best of each loss by the run's own metric, or
-    all where nothing was chosen. methods, scores: names of METHODS and LOCALISATION_SCORES (docs/attribution.md), a
+    all where nothing was chosen. methods, scores: names of METHODS and SCORES (docs/attribution.md), a
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
     have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
     backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
-    PROTOCOLS, such as "gridpg:side=2". memory: bytes for what forward passes keep, 2e9 by default.
+    PROTOCOLS, such as "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward
+    passes keep, 2e9 by default. parity: "how-to-probe" evaluates as published. save_maps: keep all maps, in
+    attribution.zarr. format: of the table, csv or parquet.
 
-    Writes attribution.csv (a row for each probe, method, image and class) and attribution.npz into the run; returns the
-    rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
+    Writes attribution.csv (a row for each probe, method, image and class), attribution.json (how it was made) and
+    attribution.npz (the maps that the report shows) into the run; returns the rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
     on after a kill. Under torchrun the processes share the pieces, and all but the first return None. Raises BadInput.
 
         rows = featcache.attribute("runs/voc", rule="best map per loss", limit=100)
         featcache.report("runs/voc")
     """
+    check_format(format)
     ranks = join_ranks()
     settings = Settings(
         run=run, store=store, probes=probes, rule=rule, methods=methods, scores=scores, protocol=protocol, split=split,
         backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, examples=examples,
-        seed=seed, memory=memory, sanity=sanity,
+        seed=seed, memory=memory, sanity=sanity, parity=parity, save_maps=save_maps, format=format,
     )  # fmt: skip
     task = prepare(settings, choose_device(device, ranks.local_rank))
+    if save_maps:
+        ranks.say(describe(task))
     pieces = Pieces(task.run.path, task.key(), len(task.pieces))
     folder = LocalFolder(pieces.folder)
     with ranks.leading(folder.locked(f"waiting: another process is attributing into {task.run.path}")) as leads:
@@ -78,7 +88,8 @@ def attribute(
             return None
         finished = [pieces.read(number) for number in range(pieces.count)]
         rows = rows_of(task, finished)
-        write_results(task, rows, finished)
+        maps = write_maps(task, pieces, finished, facts_of(task)) if task.settings.save_maps else None
+        write_results(task, rows, finished, maps)
         folder.delete_all()
     passes, alone = total(piece.passes for piece in finished), plan_attribution(task).alone
     if passes != total(()):
@@ -112,7 +123,9 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
 
         def work(numbers: Iterable[int]) -> None:
             for number in numbers:
-                pieces.write(number, explain_piece(task, task.pieces[number], tell))
+                with opened(task, pieces, number) as saved:
+                    piece = explain_piece(task, task.pieces[number], tell, saved)
+                pieces.write(number, piece)
 
         work(ranks.draw(todo))
         while ranks.rank == 0 and (left := ranks.left_behind(pieces.missing)):

@@ -1,27 +1,28 @@
 """What attribution methods are given: pairs of an image and a class, and what their maps are computed from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
+from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
-from featcache.backbones.load import load_backbone
-from featcache.datasets import read_dataset
+from featcache.backbones.load import RANDOM, load_backbone
+from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, load_input
-from featcache.feature import Feature
+from featcache.extraction.masks.masking import Masking
 from featcache.store.manifest import difference
-from featcache.store.reader import Split
+from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
@@ -31,12 +32,19 @@ KEPT = 2 / 3
 class Network:
     """A backbone and the images that it made a split of.
 
-    picture: from a row of the split to uint8 [3, S, S]. at_size: loads the backbone for images of other sides.
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row. at_size: loads the backbone for images of another side.
     """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
-    at_size: Callable[[int], Backbone]
+    prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
+    at_size: Callable[[int], Backbone] | None = None
+
+    def backbone_for(self, size: int) -> Backbone:
+        """Return the backbone for images of a side: loaded anew if it has positions to fit. Raises BadInput if they cannot."""
+        fits = self.backbone.architecture.fit is None or size == self.backbone.preprocessing.size
+        return self.backbone if fits or self.at_size is None else self.at_size(size)
 
 
 class Boxed(NamedTuple):
@@ -51,27 +59,33 @@ class Boxed(NamedTuple):
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
-    readings: what the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone.
+    features: what the explained probes read. memory: bytes that may be taken for forward passes. passes:
+    counts what goes through the backbone. records: the split as its data set has it, where that was named. stored:
+    whether the store has the features of these images. note: stands behind the split in tables. masked: the features of
+    masked variants of the images, where a store has them.
     """
 
     split: Split
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    readings: tuple[Reading, ...]
+    features: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    records: Sequence[Record] | None = None
+    stored: bool = True
+    note: str = ""
+    masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
-    def stored(self) -> bool:
-        """Whether the store has the features of these images."""
-        return True
+    def facts(self) -> dict[str, int]:
+        """What is to be known of how the images were chosen, besides the words of the protocol."""
+        return {}
 
     @property
     def name(self) -> str:
         """What the images are called in tables."""
-        return self.split.name
+        return f"{self.split.name}, {self.note}" if self.note else self.split.name
 
     def id_of(self, row: int) -> str:
         """Return the id of an image."""
@@ -98,19 +112,14 @@ class Source:
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
-    @cached_property
-    def features(self) -> tuple[Feature, ...]:
-        """The features that the explained probes read, each once."""
-        return tuple(dict.fromkeys(feature for reading in self.readings for feature in reading.features))
-
     def channels(self, feature: Reading) -> int:
-        """Return how many channels a head's map has."""
+        """Return how many channels the map that a head reads has."""
         return feature.width(self.split.store)
 
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
-        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.readings, self.blank())))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, self.blank())))
 
     @property
     def _network(self) -> Network:
@@ -157,8 +166,18 @@ class Batch:
 
     @cached_property
     def masks(self) -> torch.Tensor:
-        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
-        return torch.stack([target.mask for target in self.targets])
+        """bool [T, S, S]: the pixels of the objects of each pair's class, on the CPU; none where they are not known."""
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if (mask := target.mask) is None else mask for target in self.targets])
+
+    @cached_property
+    def void(self) -> torch.Tensor | None:
+        """bool [T, S, S]: the pixels that do not count, on the CPU. None where all of every pair do."""
+        given = [target.void for target in self.targets]
+        if all(void is None for void in given):
+            return None
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if void is None else void for void in given])
 
     @property
     def size(self) -> int:
@@ -172,9 +191,8 @@ class Batch:
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
-                maps = self.backbone(self.inputs, self.source.features)
+                self._cached.update(read_images(self.backbone, self.inputs, self.source.features))
             self.source.passes.forward += len(self.inputs)
-            self._cached.update({each: each.join(maps) for each in self.source.readings})
         elif feature not in self._cached:
             arrays = {str(each): self.source.split[str(each)] for each in feature.features}
             rows = {name: torch.from_numpy(array.take(self.rows, check=True)) for name, array in arrays.items()}
@@ -199,7 +217,7 @@ class Batch:
         """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
         if rule not in self._forwards:
             self.release()
-            self._forwards[rule] = Forward(self.backbone, self.source.readings, self.inputs, self.source.passes, rule)
+            self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
         return self._forwards[rule]
 
 
@@ -209,55 +227,86 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        alike.setdefault(len(own), []).append(own)
+        # Without a backbone there are no passes that could be in vain.
+        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
     pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
-        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
+        held = probes if source.network else 1
+        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
+        at_once = min(at_once, source.at_once) if source.network else at_once
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
+
+
+def open_records(split: Split, dataset: str, root: str | PathLike | None) -> Sequence[Record]:
+    """Read the data set that a split of a store was made of. Raises BadInput if it is another one now."""
+    store, named = split.store, f"dataset {split.name}"
+    data = read_dataset(dataset, root, [split.name])
+    stored = {named: store.manifest.identity["dataset"]["splits"].get(split.name)}
+    _check_made_of(store, stored, {named: data.fingerprint(split.name)})
+    return data.splits[split.name]
 
 
 def open_network(
     split: Split,
     preprocessing: Preprocessing,
     device: torch.device,
+    records: Sequence[Record],
     backbone: str | PathLike,
     arch: str | None,
     weights_key: str | None,
-    dataset: str | None,
-    root: str | PathLike | None,
     seed: int,
 ) -> Network:
-    """Load the backbone and the images of a split, and prepare images as the store says.
+    """Load the backbone that a split's features were made by, to prepare images as the store says.
 
-    Arguments from `backbone` on as attribute's. Raises BadInput unless both are those that the store was made of.
+    records: the split's images. Other arguments as attribute's. Raises BadInput for another backbone.
     """
-    if dataset is None:
-        raise BadInput("--backbone needs --dataset and --root too, for the images")
-    store = split.store
-    identity = store.manifest.identity
-
-    def at_size(size: int) -> Backbone:
-        return load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=size).to(device)
-
-    model = at_size(preprocessing.size)
-    data = read_dataset(dataset, root, [split.name])
-    named = f"dataset {split.name}"
-    given = {"arch": model.arch, "weights_sha256": model.weights_sha256, named: data.fingerprint(split.name)}
+    identity = split.store.manifest.identity
+    load = partial(load_backbone, backbone, arch=arch, seed=seed, weights_key=weights_key)
+    model = load(size=preprocessing.size)
     stored = {key: identity[key] for key in ("arch", "weights_sha256")}
-    stored[named] = identity["dataset"]["splits"].get(split.name)
+    _check_made_of(split.store, stored, {"arch": model.arch, "weights_sha256": model.weights_sha256})
+    return _network(model, load, split, preprocessing, device, records)
+
+
+def open_random_network(
+    split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record], seed: int
+) -> Network:
+    """Draw a backbone like the one that a split's features were made by, with other weights. Raises BadInput."""
+    identity = split.store.manifest.identity
+    for drawn in (seed, seed + 1):
+        load = partial(load_backbone, RANDOM, arch=identity["arch"], seed=drawn)
+        model = load(size=preprocessing.size)
+        # The store's own backbone may be random, and of this seed.
+        if model.weights_sha256 != identity["weights_sha256"]:
+            break
+    return _network(model, load, split, preprocessing, device, records)
+
+
+def _network(
+    model: Backbone,
+    load: Callable[..., Backbone],
+    split: Split,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    records: Sequence[Record],
+) -> Network:
+    model.preprocessing = preprocessing
+    decoder = split.store.manifest.identity.get("decoder", DECODERS["exact"])
+
+    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
+        return lambda row: load_input(records[row], rule, decoder)
+
+    return Network(model.to(device), prepared(preprocessing), prepared, lambda size: load(size=size).to(device))
+
+
+def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise BadInput unless a store was made of what is given."""
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    model.preprocessing = preprocessing
-    decoder = identity.get("decoder", DECODERS["exact"])
-    records = data.splits[split.name]
-    return Network(model, lambda row: load_input(records[row], preprocessing, decoder), at_size)

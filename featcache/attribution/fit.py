@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 
+from featcache.attribution.explained import Explained
 from featcache.attribution.methods import METHODS
 from featcache.attribution.methods.method import Method
-from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
-from featcache.probes.heads.head import Head
 
 
-def check_methods(
-    methods: Sequence[Method], probes: Sequence[tuple[str, Head, Reading]], backbone: Backbone | None
-) -> None:
+def check_methods(methods: Sequence[Method], explained: Sequence[Explained], backbone: Backbone | None) -> None:
     """Raise BadInput, which names the methods that can, if one of the methods cannot explain the backbone or a probe.
 
-    probes: of each its id, its head and what it reads. backbone: None if none was named.
+    backbone: None if none was named.
     """
+    probes = [(one.probe, one.head.head, one.feature) for one in explained]
     for method in methods:
         if method.runs_backbone and backbone is None:
             raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from featcache.attribution.passes import Passes
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.module import HeadModule
 
@@ -33,16 +33,14 @@ class Forward:
     def __init__(
         self,
         backbone: Backbone,
-        readings: Sequence[Reading],
+        features: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), rule.apply(backbone):
-            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
-            outputs = backbone(self.inputs, tuple(features))
-            self.maps = {reading: reading.join(outputs) for reading in readings}
+            self.maps = read_images(backbone, self.inputs, features)
         passes.forward += len(inputs)
 
     def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
@@ -65,9 +63,9 @@ def logit_gradients(
 ) -> Iterator[torch.Tensor]:
     """Yield the gradient [B, D, h, w] of logits with respect to maps [B, D, h, w], for each column of classes [B, K]."""
     if head.head.commutes:
-        weights, area = slopes(head, maps.shape[1]), maps.shape[2] * maps.shape[3]
+        area = maps.shape[2] * maps.shape[3]
         for column in classes.unbind(1):
-            yield (weights[column] / area)[:, :, None, None].expand(maps.shape)
+            yield (slopes(head, maps.shape[1], column) / area)[:, :, None, None].expand(maps.shape)
         return
     maps = maps.detach().requires_grad_()
     with torch.enable_grad(), rule.apply(head):
@@ -77,18 +75,19 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def slopes(head: HeadModule, channels: int) -> torch.Tensor:
-    """Return the gradient [classes, D] of the logits of a head that commutes with the mean, and so is affine."""
-    weights = next(head.parameters())
-    zeros = weights.new_zeros(1, channels, 1, 1)
-    count = head(zeros).shape[1]
-    points = zeros.repeat(count, 1, 1, 1).requires_grad_()
+def slopes(head: HeadModule, channels: int, classes: torch.Tensor) -> torch.Tensor:
+    """Return the gradient [K, D] of logits of a head that commutes with the mean, and so is affine.
+
+    classes: int64 [K], of which logits.
+    """
+    points = next(head.parameters()).new_zeros(len(classes), channels, 1, 1).requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(head(points).diagonal().sum(), points)
+        logits = head(points).gather(1, classes[:, None])
+        (gradient,) = torch.autograd.grad(logits.sum(), points)
     return gradient[:, :, 0, 0]
 
 
-def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:
+def bytes_kept(backbone: Backbone, features: Sequence[Reading], image: torch.Tensor) -> int:
     """Return the bytes that one image's forward pass keeps for backward passes. image: [1, C, S, S]."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}
@@ -101,5 +100,5 @@ def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # Names the result, so that nothing of the graph is freed, and its memory used again, before the end.
-        forward = Forward(backbone, readings, image, Passes())
+        forward = Forward(backbone, features, image, Passes())
     return sum(kept.values()) + sum(each.nbytes for each in forward.maps.values())

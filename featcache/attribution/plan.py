@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.task import Task
+from featcache.words import written
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Methods that share their passes: their names, the passes that they take, and those of each map on its own."""
+    """Methods that share their passes, or a score: names, the passes that they take, and those of each map on its own."""
 
     methods: tuple[str, ...]
     passes: Passes
@@ -37,18 +38,30 @@ class AttributionPlan:
 
 def plan_attribution(task: Task) -> AttributionPlan:
     """Count the passes of a task."""
-    work = task.work
-    shared = tuple(
+    works = [(source, task.work(len(probes))) for source, probes in task.by_source()]
+    shared = [
         Shared(
             tuple(method.label for method in group),
-            group[0].passes(work),
-            total(method.passes_alone(work) for method in group),
+            total(group[0].passes(work) for _, work in works),
+            total(method.passes_alone(work) for _, work in works for method in group),
         )
         for group in task.sharing()
-    )
-    if not task.source.stored and any(method.reads_maps for method in task.methods):
-        shared = (Shared(("maps that no store has",), Passes(work.images), Passes()), *shared)
-    return AttributionPlan(work, work.pairs * work.probes * len(task.methods), shared)
+    ]
+    unknown = [work for source, work in works if not source.stored]
+    if unknown and any(method.reads_maps for method in task.methods):
+        shared.insert(0, Shared(("maps that no store has",), total(Passes(work.images) for work in unknown), Passes()))
+    methods = len(task.methods)
+    shared += [
+        Shared(
+            (written(score),),
+            total(score.passes(work, methods) for _, work in works),
+            total(score.passes_alone(work, methods) for _, work in works),
+        )
+        for score in task.scores
+        if score.runs_backbone
+    ]
+    work = task.work(len(task.explained))
+    return AttributionPlan(work, work.pairs * work.probes * methods, tuple(shared))
 
 
 def total(passes: Iterable[Passes]) -> Passes:

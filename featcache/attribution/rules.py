@@ -40,6 +40,11 @@ class _GuidedReLU(torch.autograd.Function):
         return gradients[0].clamp(min=0) * (outputs > 0)
 
 
+def has_explanation_mode(network: nn.Module) -> bool:
+    """Return whether a network has B-cos layers, which can be explained as linear ones."""
+    return any(hasattr(module, "set_explanation_mode") for module in network.modules())
+
+
 @contextmanager
 def _explaining(network: nn.Module) -> Iterator[None]:
     # Of the package bcos, which has no types, and of heads.

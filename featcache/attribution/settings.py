@@ -27,3 +27,6 @@ class Settings:
     seed: int
     memory: float | None
     sanity: bool
+    parity: str | None
+    save_maps: bool
+    format: str

@@ -9,6 +9,9 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
 
+# Rows of the table up to which sizes are printed below it; the report has them all.
+MOST_SIZED = 12
+
 
 @click.command()
 @click.option("--run", required=True, type=click.Path(), help="Folder of a finished run.")
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--protocol",
     metavar="P",
-    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes]",
+    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes, or "
+    "gridpg where there are none]",
 )
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
@@ -43,6 +47,13 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
 @memory_option("Memory for what passes through the backbone keep.  [default: 2]")
 @click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
+@click.option(
+    "--parity",
+    metavar="PROFILE",
+    help="how-to-probe evaluates as published, quirks included; docs/attribution.md lists them.  [default: corrected]",
+)
+@click.option("--save-maps", is_flag=True, help="Keep all maps, as float16 in RUN/attribution.zarr.")
+@click.option("--to", "format", type=click.Choice(["csv", "parquet"]), default="csv", help="Format of the table.")
 @click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
 def attribute(methods: str | None, scores: str | None, device: str | None, dry_run: bool, **options: Any) -> None:
     """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
@@ -59,14 +70,23 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         _print_plan(plan_attribution(prepare(Settings(**options), choose_device(device))))
         return
     from featcache.attribution.attribute import attribute as run
-    from featcache.reporting.localisation import MARK, MARKED, localisation_rows
+    from featcache.probes.runs.run import open_run
+    from featcache.reporting.localisation import MARK, MARKED, by_size, read_localisation, table_of
     from featcache.reporting.table import format_table
 
     if run(device=device, **options) is not None:
-        columns, rows = localisation_rows(options["run"])
+        finished = open_run(options["run"])
+        localisation = read_localisation(finished)
+        columns, rows = table_of(finished, localisation)
         click.echo(format_table(columns, rows))
+        sizes = by_size(finished, localisation)
+        if sizes and len(rows) <= MOST_SIZED:
+            click.echo()
+            click.echo(format_table(*sizes))
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
+        for line in localisation.settings():
+            click.echo(line)
 
 
 def _print_plan(plan: "AttributionPlan") -> None:

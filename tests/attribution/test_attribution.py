@@ -18,7 +18,7 @@ from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.scores.epg import EPG
-from featcache.attribution.targets import box_mask
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.datasets import read_dataset
@@ -157,7 +157,7 @@ def test_gradcam_needs_the_store_alone(run, scenes, command, tmp_path):
     rows = (tmp_path / "r/attribution.csv").read_text().splitlines()
     boxes = featcache.open_store(run.summary["store"])["test"].boxes
     pairs = sum(len(np.unique(classes[~difficult])) for _, classes, difficult in boxes)
-    assert rows[0] == "probe,method,split,id,class,epg,box_share" and len(rows) == 1 + 3 * pairs
+    assert rows[0] == "probe,method,split,id,class,epg,box_share,region_pixels" and len(rows) == 1 + 3 * pairs
 
 
 def test_rows_are_the_epg_of_the_maps(run, store, tmp_path):

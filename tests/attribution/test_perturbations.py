@@ -12,7 +12,6 @@ from featcache.attribution.methods.cached_occlusion import CachedOcclusion
 from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.lime import LIME
 from featcache.attribution.methods.occlusion import Occlusion
-from featcache.attribution.methods.perturbation import Image
 from featcache.attribution.methods.rise import RISE
 from featcache.attribution.methods.scorecam import ScoreCAM
 from featcache.attribution.reading import Reading
@@ -102,10 +101,10 @@ def test_occlusion_of_the_cached_map_by_loops(heads, window):
 def test_rise_by_its_definition(backbone, heads, images):
     method = RISE(masks=12, cells=4, keep=0.4, seed=3)
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
-    masks = method._masks(SIDE, 0, 12)
+    masks = method.large(SIDE, 0, 12)
     assert masks.shape == (12, SIDE, SIDE) and 0 <= masks.min() and masks.max() < 1 + 1e-6
-    assert RISE(masks=500, keep=0.4)._masks(SIDE, 0, 500).mean() == pytest.approx(0.4, abs=0.02)
-    assert not torch.equal(masks, RISE(masks=12, cells=4, keep=0.4, seed=4)._masks(SIDE, 0, 12))
+    assert RISE(masks=500, keep=0.4).large(SIDE, 0, 500).mean() == pytest.approx(0.4, abs=0.02)
+    assert not torch.equal(masks, RISE(masks=12, cells=4, keep=0.4, seed=4).large(SIDE, 0, 12))
 
     def oracle(head, image, _, label):
         return sum(probability(backbone, head, image * mask)[0, label] * mask for mask in masks) / (12 * 0.4)
@@ -144,7 +143,7 @@ def test_lime_is_scikit_learns_ridge(backbone, heads, images):
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
     made = []
     for number, image in enumerate(images):
-        made.append(method.begin(Image(image, number, None, LAYER)))
+        made.append(method.start(image, str(number)))
         labels, filled = made[-1].labels, made[-1].filled
         assert labels.max() >= 2 and torch.equal(labels.unique(), torch.arange(labels.max() + 1))
         torch.testing.assert_close(

@@ -11,7 +11,7 @@ import torch
 from vits import tiny_vit
 
 import featcache
-from featcache.attribution.batch import Source, open_network
+from featcache.attribution.batch import Source, open_network, open_records
 from featcache.attribution.protocols.gridpg import _laid_out
 from featcache.attribution.reading import Reading
 from featcache.backbones.load import load_backbone
@@ -135,19 +135,19 @@ def test_grids_are_larger_than_the_images(vit, positions, tmp_path, scenes):
     store = featcache.open_store(
         featcache.extract(vit, "voc", root=scenes, features="cls", size=SIDE, workers=0, splits=["test"], store=tmp_path / "s.zarr")
     )  # fmt: skip
-    backbone = load_backbone(vit, size=SIDE)
-    network = open_network(
-        store["test"], backbone.preprocessing, torch.device("cpu"), vit, None, None, "voc", scenes, 0
-    )
-    source = Source(store["test"], backbone.preprocessing, torch.device("cpu"), network, (Reading((Feature("norm", "cls"),)),), 2e9)  # fmt: skip
+    backbone, device = load_backbone(vit, size=SIDE), torch.device("cpu")
+    records = open_records(store["test"], "voc", scenes)
+    network = open_network(store["test"], backbone.preprocessing, device, records, vit, None, None, 0)
+    read = (Reading((Feature("norm", "cls"),)),)
+    source = Source(store["test"], backbone.preprocessing, device, network, read, 2e9)
     if positions == "of one size":
         source = replace(source, network=replace(network, at_size=lambda size: backbone))
         with pytest.raises(
             BadInput, match="takes no images of 64 pixels, as a grid of 2 x 2 has; it needs a backbone of"
         ):
-            _laid_out(source, 2, [(0, 1, 2, 3)])
+            _laid_out(source, 2, [(0, 1, 2, 3)], network.picture)
         return
-    laid_out = _laid_out(source, 2, [(0, 1, 2, 3)])
+    laid_out = _laid_out(source, 2, [(0, 1, 2, 3)], network.picture)
     own = load_backbone(vit, size=2 * SIDE)
     assert laid_out.backbone.weights_sha256 == own.weights_sha256 != backbone.weights_sha256
     with torch.no_grad():

@@ -11,6 +11,7 @@ from featcache.attribution.methods.gradient import Gradient
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.methods.intgrad import IntegratedGradients
+from featcache.attribution.methods.kernel_shap import KernelSHAP
 from featcache.attribution.methods.layercam import LayerCAM
 from featcache.attribution.methods.lime import LIME
 from featcache.attribution.methods.lrp import LRP
@@ -28,7 +29,7 @@ METHODS: Registry[Method] = Registry(
     "method",
     [
         GradCAM, GradCAMPlusPlus, LayerCAM, PositionLogits, Gradient, InputXGradient, GuidedBackprop, SmoothGrad,
-        IntegratedGradients, DeepLIFT, LRP, AttnLRP, AttentionRollout, BcosContributions, CachedOcclusion, Occlusion, RISE, LIME, ScoreCAM,
+        IntegratedGradients, DeepLIFT, LRP, AttnLRP, AttentionRollout, BcosContributions, CachedOcclusion, Occlusion, RISE, LIME, KernelSHAP, ScoreCAM,
     ],
 )  # fmt: skip
 DEFAULT_METHODS = (GradCAM.word(),)

@@ -6,7 +6,7 @@ import torch
 
 from featcache.attribution.forward import Rule
 from featcache.attribution.methods.gradient_method import GradientMethod
-from featcache.attribution.rules import EXPLANATION_MODE
+from featcache.attribution.rules import EXPLANATION_MODE, has_explanation_mode
 from featcache.backbones.backbone import Backbone
 
 
@@ -22,8 +22,7 @@ class BcosContributions(GradientMethod):
 
     def misfit(self, backbone: Backbone) -> str | None:
         """Other networks are not linear in this sense."""
-        modes = any(hasattr(module, "set_explanation_mode") for module in backbone.modules())
-        return None if modes else "has no B-cos layers"
+        return None if has_explanation_mode(backbone) else "has no B-cos layers"
 
     def combine(self, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """Multiply, and sum over the six channels."""

@@ -8,11 +8,11 @@ import torch
 from featcache.attribution.batch import Batch
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.reading import Reading
-from featcache.attribution.words import written
 from featcache.backbones.backbone import Backbone
 from featcache.kinds import Kind
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
+from featcache.words import written
 
 
 class Explanation:

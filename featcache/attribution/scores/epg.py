@@ -20,6 +20,6 @@ class EPG(LocalisationScore):
 
     def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Sum the positive values inside the masks, and divide by the sum of all positive values."""
-        positive = maps.double().clamp(min=0)
-        inside = (positive * masks).sum((1, 2))
-        return inside / positive.sum((1, 2))
+        positive = maps.clamp(min=0)
+        inside = (positive * masks.to(maps.dtype)).sum((1, 2), dtype=torch.float64)
+        return inside / positive.sum((1, 2), dtype=torch.float64)
