@@ -10,6 +10,7 @@ from scipy.stats import ttest_rel
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.runs.run_file import seal_files, write_file
 from featcache.reporting.localisation import SIZES, by_class, by_size, read_localisation
 
 GRID = {
@@ -143,6 +144,17 @@ def test_runs_that_were_scored_differently_are_not_compared(explained, probes, t
     ):
         featcache.compare_localisation([tmp_path / "a", tmp_path / "b"], probes=probes)
     assert featcache.compare_localisation(tmp_path / "b", probes=probes)[0].score == "mask IoU"
+
+
+def test_other_images_with_the_same_ids_are_not_compared(explained, probes, tmp_path):
+    """Their objects have other sizes. The table is that of a run whose images were numbered in the same way."""
+    shutil.copytree(explained.path, tmp_path / "r")
+    rows = table(explained.path)
+    lines = [",".join(rows[0]), *(",".join((row | {"region_pixels": "7.0"}).values()) for row in rows)]
+    entry = write_file(tmp_path / "r", "attribution.csv", "".join(f"{line}\n" for line in lines).encode())
+    seal_files(tmp_path / "r", {"attribution.csv": entry})
+    with pytest.raises(BadInput, match="pixels in one and 7 in the other, so these are other images"):
+        featcache.compare_localisation([explained.path, tmp_path / "r"], probes=probes)
 
 
 def test_means_by_size_and_class(explained, probes, command, tmp_path):
