@@ -19,8 +19,11 @@ from featcache.probes.solvers.convex.basis import Eigenbasis, at_most
 BYTES, CACHED_BYTES = 512 << 20, 8 << 20
 # The number of products falls about as 1 / (HALVING + R); measured for a softmax at decays of 1e-3 to 1e-6.
 HALVING = 25
-# R images pay if they have this share of the curvature. More of them than the most take longer to invert than they save.
-WORTH, MOST = 0.2, 128
+# How many images may be taken as they are. Each makes every product dearer than an image more would, because V is read
+# from memory for a single column. To prepare V takes so many times R^2 images.
+CHOICES, DEARER, PREPARED = (32, 64, 96, 128), 12, 1.5
+# It pays if it promises to save this share of the time, and if these images have this share of the curvature.
+SAVED, WORTH = 0.25, 0.2
 # V V' is known to this share of its diagonal in float32. This share of D_top stays in A too, so that A is never zero.
 RESOLUTION, KEPT = 3e-6, 0.01
 
@@ -36,14 +39,18 @@ class Work:
         self._difficulty = products * (HALVING + exact)
 
     def exact(self, images: int, columns: int, directions: int, device: torch.device) -> int:
-        """Return how many images to take as they are.
+        """Return how many images to take as they are, whose products and preparation take least time.
 
-        With d / (HALVING + R) products of 4 N K operations each, and V V' and its inverse of some 3 R^2 K, the sum is
-        least near R^3 = 2 d N / 3.
+        A product takes as long as there are images, and DEARER for each that is taken as it is.
         """
-        best = (2 * self._difficulty * images / 3) ** (1 / 3)
         room = at_most(BYTES, device) // (4 * columns * directions)
-        return int(min(best, room, MOST, images / 2, directions / 2))
+        times = {
+            exact: self._difficulty * (images + DEARER * exact) / (HALVING + exact) + PREPARED * exact**2
+            for exact in CHOICES
+            if exact <= min(room, images / 2, directions / 2)
+        }
+        best = min(times, key=lambda exact: times[exact], default=0)
+        return best if times and times[best] < (1 - SAVED) * self._difficulty * images / HALVING else 0
 
 
 class Preconditioner:
