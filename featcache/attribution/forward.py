@@ -9,7 +9,7 @@ from torch import nn
 
 from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.module import HeadModule
 
@@ -34,7 +34,7 @@ class Forward:
     def __init__(
         self,
         backbone: Backbone,
-        readings: Sequence[Reading],
+        features: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
@@ -91,5 +91,5 @@ def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # Names the result, so that nothing of the graph is freed, and its memory used again, before the end.
-        forward = Forward(backbone, readings, image, Passes())
+        forward = Forward(backbone, features, image, Passes())
     return sum(kept.values()) + sum(each.nbytes for each in forward.maps.values())
