@@ -60,6 +60,12 @@ def first_to_say(line: str) -> bool:
     return not _joined or _joined[0].first_to_say(line)
 
 
+def say_once(line: str) -> None:
+    """Print a line to stderr, unless another process of this command has done so."""
+    if first_to_say(line):
+        click.echo(line, err=True)
+
+
 def _follow_launcher() -> None:
     """End this process when torchrun, which started it, has died.
 

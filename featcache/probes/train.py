@@ -118,11 +118,25 @@ def train_probes(
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
-    started, ranks = time.monotonic(), join_ranks()
-    chosen_device = choose_device(device, ranks.local_rank)
     loaded = load_grid(grid, parity)
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    task, folder = _place(loaded, store, run, stem, chosen_device, seed, allow_overlap)
+    return train_grid(loaded, stem, store, run, device, seed, memory, allow_overlap)
+
+
+def train_grid(
+    grid: Grid,
+    stem: str,
+    store: str | PathLike[str] | None,
+    run: str | PathLike[str] | None,
+    device: str | None = None,
+    seed: int = 0,
+    memory: float | None = None,
+    allow_overlap: bool = False,
+) -> Run | None:
+    """Train a grid that was read; see train_probes. stem: what the name of a new run folder begins with."""
+    started, ranks = time.monotonic(), join_ranks()
+    chosen_device = choose_device(device, ranks.local_rank)
+    task, folder = _place(grid, store, run, stem, chosen_device, seed, allow_overlap)
     specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
     if task.resolved.notice and ranks.rank == 0:
         click.echo(f"notice: {task.resolved.notice}", err=True)
