@@ -119,7 +119,7 @@ def minimise(
     """Take Newton steps until the gradient of each problem is small, or that share of its first one.
 
     loss: Q problems. start: points, float64 [Q, R, K]. decay: [Q]. steep: norms of the gradients at zero, [Q]. steps:
-    most Newton steps of each, int64 [Q]. shift: what is added to all logits.
+    most Newton steps of each, int64 [Q]. work: that of the path so far. shift: what is added to all logits.
     """
     count = len(start)
     logits = basis.along(start) + shift
@@ -187,8 +187,8 @@ def _newton(
     enough = (inexact.square() * product).float()
     pending = torch.ones_like(product, dtype=torch.bool)
     products = 0
-    while products < PRODUCTS:
-        products += 1
+    for _ in range(PRODUCTS):
+        products += len(residual)
         bent = basis.pulled(loss.bend(curvature, basis.along(direction))).addcmul_(penalty, direction)
         length = _dot(direction, bent)
         pending = pending & (length > 0)
@@ -210,7 +210,7 @@ def _newton(
             curvature, penalty, product, enough = (t[pending] for t in (curvature, penalty, product, enough))
             pending = pending[pending]
     found[numbers] = step
-    work.note(products, inverse.exact)
+    work.note(products / len(slope), inverse.exact)
     return found.double().mul_(scale)
 
 

@@ -32,10 +32,10 @@ class Work:
     """How many products the Newton steps of a path take, and so how many images are worth to be taken as they are."""
 
     def __init__(self) -> None:
-        self._difficulty = 0
+        self._difficulty = 0.0
 
-    def note(self, products: int, exact: int) -> None:
-        """Note how many products a step took, with so many images taken as they are."""
+    def note(self, products: float, exact: int) -> None:
+        """Note how many products of each problem a step took, with so many images taken as they are."""
         self._difficulty = products * (HALVING + exact)
 
     def exact(self, images: int, columns: int, directions: int, device: torch.device) -> int:
