@@ -24,7 +24,15 @@ VECTORS = ("pooled", "patch_mean", "cls", "grid")
 
 
 @takes(
-    store=PATH, low_shot=FLAG, parity=NAME, metric=NAME, engine=NAME, run=PATH, samples=whole(1, 1000), seed=whole(0)
+    store=PATH,
+    low_shot=FLAG,
+    allow_overlap=FLAG,
+    parity=NAME,
+    metric=NAME,
+    engine=NAME,
+    run=PATH,
+    samples=whole(1, 1000),
+    seed=whole(0),
 )
 def svm(
     store: str | PathLike[str],
@@ -43,6 +51,7 @@ def svm(
     device: str | None = None,
     seed: int = 0,
     memory: float | None = None,
+    allow_overlap: bool = False,
 ) -> Run | None:
     """Train a support vector machine for each class on each of several features, score them, and write a run folder.
 
@@ -59,7 +68,8 @@ def svm(
     opened = open_store(store)
     grid = svm_grid(opened, features, low_shot, shots, samples, costs, folds, metric, engine, parity, train, test, seed)
     stem = "low-shot-svm" if low_shot else "svm"
-    return train_grid(parse_grid(grid, title=stem), stem, store, run, device, memory=memory)
+    loaded = parse_grid(grid, title=stem)
+    return train_grid(loaded, stem, store, run, device, memory=memory, allow_overlap=allow_overlap)
 
 
 def svm_grid(
@@ -161,4 +171,4 @@ def _features(store: Store, features: str | Sequence[str] | None) -> list[str]:
         held = list(store.manifest.features)
         vectors = [name for name in held if feature_of(name).kind in VECTORS]
         return vectors or [name for name in held if feature_of(name).kind == "spatial"]
-    return [str(store.manifest.feature(str(feature))) for feature in parse_features(features, store.manifest.aliases)]
+    return [str(store.feature(str(feature))) for feature in parse_features(features, store.manifest.aliases)]

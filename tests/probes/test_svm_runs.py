@@ -309,7 +309,7 @@ def test_a_feature_that_the_store_lacks_comes_with_the_command_that_adds_it(stor
     assert code == 2
     features = "layer4:pooled,layer4:spatial,layer3:pooled,layer3:grid(2,2,0),layer2:pooled"
     assert "featcache extract --backbone CKPT" in err and "--dataset voc2007" in err
-    assert f"--features '{features}'" in err
+    assert f"--features '{features}'" in err and " --store " in err
 
 
 def test_the_python_function_checks_its_arguments(store):
