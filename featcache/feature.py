@@ -1,7 +1,7 @@
 """The name of a feature: LAYER:REDUCE, as in `layer4:pooled`; and of several side by side: `last:cls + last:pooled`."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from featcache.errors import BadInput, nearest, shown
@@ -58,6 +58,10 @@ class Feature:
     def axes(self) -> tuple[str, ...]:
         """Names of the axes of one row, unique to this feature."""
         return tuple(f"{self.folder}.{axis}" for axis in REDUCTIONS[self.kind])
+
+    def axes_of(self, row: Sequence[int]) -> tuple[str, ...]:
+        """Return the names of the axes of a row of this shape: `axes`, perhaps with that of masked variants before them."""
+        return (f"{self.folder}.variant",) * (len(row) - len(self.axes)) + self.axes
 
 
 def parse_feature(text: object, aliases: Mapping[str, str], known_layers: Collection[str] | None = None) -> Feature:

@@ -64,6 +64,15 @@ from featcache.cli.options import (
     default="exact",
     help="draft: quicker on large JPEGs, not exact.",
 )
+@click.option(
+    "--masks",
+    metavar="KIND:N",
+    help="Write the features of N masked variants of every image that has a box, for attribute, to a store of their own: "
+    "rise:2000, lime:1000, kernel_shap:1000 or occlusion, with fields as in rise:2000:cells=7. Needs --split.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="With --masks: only the first N images that have a box."
+)
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
 def extract(compression: str, crop_scale: str | None, **options: Any) -> None:
     """Run a frozen backbone once over a dataset and write its features to a store.

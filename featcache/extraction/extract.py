@@ -18,6 +18,7 @@ from featcache.errors import BadInput
 from featcache.extraction.fill import fill
 from featcache.extraction.growing import Growth, find_store, plan_growth
 from featcache.extraction.job import Job, lay_out, measured, plan_job
+from featcache.extraction.masks import parse_masks
 from featcache.extraction.settings import Settings
 from featcache.names import MANIFEST
 from featcache.ranks import Alone, join_ranks
@@ -29,6 +30,7 @@ from featcache.store.reader import Store
 from featcache.store.records import with_axes
 from featcache.store.shard import Shard
 from featcache.store.writer import check_whole, create_store, discard_if_empty, missing_shards
+from featcache.words import written
 
 # Below this cosine a precision's features are no longer those of the network.
 TRUSTED_COSINE = 0.99
@@ -38,7 +40,7 @@ TRUSTED_COSINE = 0.99
     backbone=CHECKPOINT, dataset=NAME, root=PATH, splits=NAMES, store=PATH, format=NAME, compression=NAME, arch=NAME,
     weights_key=NAME, size=whole(1, MOST_SIDE), resize=NAME, short_side=whole(1, MOST_SIDE), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
     precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0, MOST_WORKERS), seed=whole(), views=whole(), crop_scale=NUMBERS,
-    decoder=NAME,
+    decoder=NAME, masks=NAME, limit=whole(1),
 )  # fmt: skip
 def extract(
     backbone: str | os.PathLike[str],
@@ -66,6 +68,8 @@ def extract(
     views: int = 0,
     crop_scale: Sequence[float] | None = None,
     decoder: str = "exact",
+    masks: str | None = None,
+    limit: int | None = None,
 ) -> str:
     """Run a frozen backbone over a dataset and write its features to a store; return the store's path.
 
@@ -81,6 +85,9 @@ def extract(
     seed: of the random backbone, and of the views. views: how many augmented views of every training image to add.
     crop_scale: (lowest, highest) share of the image in their crops, by default that of the dataset's protocol.
     decoder: exact, or draft, which is quicker on large JPEGs and not exact.
+    masks: such as "rise:2000": write the features of so many masked variants of every image, for attribute, to a store
+    of their own; by default their means over positions. Needs `splits`; images are those of them that have a box.
+    limit: with masks, how many images of a split.
 
     A store that was begun is finished; if it is whole, its path is returned at once. What a store of the same backbone,
     data and settings lacks of the features, splits and views is added to it. Under torchrun the processes share the
@@ -92,7 +99,7 @@ def extract(
     ranks = join_ranks()
     settings = Settings(
         backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, splits=splits, size=size,
-        resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder, views=views,
+        resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder, views=views, masks=masks, limit=limit,
         crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size,
         workers=_default_workers(ranks) if workers is None else workers, device=device, store=store, format=format, compression=compression, dtype=dtype,
     )  # fmt: skip
@@ -116,6 +123,7 @@ def _prepare(settings: Settings, ranks: Alone) -> Job:
     """Read the dataset, load the backbone, and work out what the settings amount to. Raises BadInput."""
     device = choose_device(settings.device, ranks.local_rank)
     check_precision(settings.precision, device)
+    _check_masks(settings)
     data = read_dataset(settings.dataset, settings.root, settings.splits)
     for line in describe_classes(data):
         ranks.say(line)
@@ -123,6 +131,19 @@ def _prepare(settings: Settings, ranks: Alone) -> Job:
     ranks.say(f"backbone: {model.load_report}")
     ranks.say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)))
     return plan_job(settings, device, data, model)
+
+
+def _check_masks(settings: Settings) -> None:
+    """Raise BadInput for settings that do not go together with masks, or go with masks alone."""
+    if settings.masks is None:
+        if settings.limit is not None:
+            raise BadInput("--limit is for --masks: a store of images as they are holds whole splits")
+        return
+    parse_masks(settings.masks)
+    if settings.views:
+        raise BadInput("--masks and --views: masked variants are of the images as they are; extract each by itself")
+    if not settings.splits:
+        raise BadInput("--masks takes thousands of passes an image: say of which split with --split, and --limit N")
 
 
 def _load(settings: Settings, data: Dataset) -> Backbone:
@@ -260,10 +281,22 @@ def _go_on_as_begun(job: Job, parts: Sequence[Manifest], ranks: Alone) -> None:
             )
 
 
+def _say_masks(job: Job, todo: Sequence[Shard], size: int) -> str:
+    """Say how many passes through the backbone, and how many bytes, are still to come."""
+    assert job.masking is not None, "there are masks"
+    images, each = sum(map(len, todo)), job.masking.number(job.model.preprocessing.size)
+    return (
+        f"masks: {written(job.masking)}; {images:,} images x {each:,} variants x {size / images / each / 1e3:,.1f} kB: "
+        f"{images * each:,} passes through the backbone, {size / 1e6:,.1f} MB to write"
+    )
+
+
 def _check_room(job: Job, todo: Sequence[Shard], ranks: Alone) -> None:
     """Raise BadInput before hours of work that cannot be stored, and say how much of the disk the views take."""
     sizes = [len(shard) * sum(map(shard.manifest.row_bytes, shard.manifest.features)) for shard in todo]
     needed, free = sum(sizes), job.folder.free_bytes()
+    if job.masking and todo:
+        ranks.say(_say_masks(job, todo, needed))
     views = sum(size for shard, size in zip(todo, sizes, strict=True) if split_of(shard.split) != shard.split)
     if views:
         ranks.say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views")

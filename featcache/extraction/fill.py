@@ -12,6 +12,7 @@ from featcache.backbones.precision import running
 from featcache.errors import BadInput
 from featcache.extraction.images import Images, image_batches
 from featcache.extraction.job import Job
+from featcache.extraction.masked import masked_features
 from featcache.ranks import Alone
 from featcache.store.manifest import feature_of
 from featcache.store.shard import Shard
@@ -29,7 +30,8 @@ def fill(job: Job, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
     batch_size = todo[0].manifest.compute["batch_size"]
     job.model.to(job.device)
     drawn: deque[Shard] = deque()
-    batches = _batches(ranks.draw(todo), drawn, batch_size)
+    # The variants of an image are a batch of their own, or several.
+    batches = _batches(ranks.draw(todo), drawn, 1 if job.masking else batch_size)
     side, on_gpu = job.model.preprocessing.size, job.device.type == "cuda"
     memory = torch.empty(batch_size, side, side, 3, device=job.device)
     progress = tqdm(total=sum(map(len, todo)), unit="img", desc="extract", disable=ranks.rank != 0)
@@ -41,7 +43,7 @@ def fill(job: Job, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
                 rows = _Rows(drawn.popleft(), job, images)
             with running(job.settings.precision, job.device):
                 normalised = job.model.preprocessing.normalise(pixels.to(job.device, non_blocking=True), memory)
-                rows.add(job.model(normalised, rows.features), digests)
+                rows.add(_features(job, normalised, rows, batch_size), digests)
             progress.update(ranks.count(len(pixels)) - progress.n)
             if rows.are_complete:
                 if writing:
@@ -50,6 +52,13 @@ def fill(job: Job, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
                 rows = None
         if writing:
             writing.result()
+
+
+def _features(job: Job, images: torch.Tensor, rows: "_Rows", batch_size: int) -> dict[str, torch.Tensor]:
+    """Return the features of normalised images [B, C, S, S], or of the variants of one, which come next in a shard."""
+    if job.masking is None:
+        return job.model(images, rows.features)
+    return masked_features(job.model, job.masking, images, rows.next_id, rows.features, batch_size)
 
 
 def _batches(shards: Iterator[Shard], drawn: deque[Shard], size: int) -> Iterator[list[tuple[str, int]]]:
@@ -87,6 +96,11 @@ class _Rows:
             self._features[name][start:end] = cast
         self._digests.append(digests)
         self._count = end
+
+    @property
+    def next_id(self) -> str:
+        """The id of the first row that has not come yet."""
+        return self.ids[self._count]
 
     @property
     def are_complete(self) -> bool:

@@ -14,7 +14,7 @@ from featcache.names import MANIFEST
 from featcache.store.additions import addition, merge
 from featcache.store.folder import LocalFolder
 from featcache.store.growing import whole_parts
-from featcache.store.manifest import Manifest, difference, split_of
+from featcache.store.manifest import Manifest, difference, feature_of, split_of
 from featcache.store.reader import Store
 from featcache.store.records import changes
 from featcache.store.writer import check_shards, missing_files, missing_shards
@@ -117,7 +117,8 @@ def _of_both(job: Job, parts: Sequence[Manifest]) -> Job:
     if not data.splits.keys() >= set(splits):
         splits += [split for split in data.splits if split not in splits]
         data = read_dataset(settings.dataset, settings.root, splits)
-    features = [*store.features, *(str(f) for f in job.features if str(f) not in store.features)]
+    known = job.backbone_features(map(feature_of, store.features))
+    features = [*map(str, known), *(str(f) for f in job.backbone_features(job.features) if f not in known)]
     settings = replace(settings, features=features, store=job.folder, format=job.storage["format"])
     if views:
         count = max(views["count"], settings.views)

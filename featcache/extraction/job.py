@@ -13,6 +13,9 @@ from featcache.backbones.precision import cosine_to_float32
 from featcache.datasets.record import Dataset
 from featcache.errors import BadInput, nearest
 from featcache.extraction.images import DECODERS, Images, check_decoder, image_batches
+from featcache.extraction.masked import SHARD_PASSES, choose_images
+from featcache.extraction.masks import parse_masks
+from featcache.extraction.masks.masking import Masking
 from featcache.extraction.settings import Settings
 from featcache.extraction.views import Views, plan_views
 from featcache.feature import Feature, parse_features
@@ -32,7 +35,8 @@ from featcache.store.writer import missing_files
 class Job:
     """What is extracted from what, and into which store.
 
-    identity, storage: of the store, see Manifest. arrays: the small arrays of each split.
+    features: of the store. identity, storage: see Manifest. arrays: the small arrays of each split. masking: how images
+    are masked, None if they are taken as they are.
     """
 
     settings: Settings
@@ -45,6 +49,7 @@ class Job:
     storage: Storage
     folder: Folder
     arrays: dict[str, dict[str, np.ndarray]]
+    masking: Masking | None = None
 
     @property
     def id(self) -> str:
@@ -55,6 +60,10 @@ class Job:
     def names(self) -> list[str]:
         """The names of all splits and views, in order."""
         return [*self.data.splits, *self.views.names()]
+
+    def backbone_features(self, features: Iterable[Feature]) -> list[Feature]:
+        """Return those of some features that the backbone yields: all but what is noted of masks."""
+        return [feature for feature in features if not self.masking or feature != self.masking.noted]
 
     def all_arrays(self) -> dict[str, Mapping[str, np.ndarray]]:
         """Return the small arrays of all splits and views: those that the store has, as it has them."""
@@ -77,18 +86,27 @@ class Job:
 def plan_job(settings: Settings, device: torch.device, data: Dataset, model: Backbone) -> Job:
     """Work out what the settings amount to. Raises BadInput for settings that are unknown or do not go together."""
     check_decoder(settings.decoder, model.preprocessing)
-    default = "pooled,spatial,cls" if model.class_token else "pooled,spatial"
+    masking = None if settings.masks is None else parse_masks(settings.masks)
+    if masking:
+        data = choose_images(data, model.preprocessing, settings.limit)
+        default = "pooled"
+    else:
+        default = "pooled,spatial,cls" if model.class_token else "pooled,spatial"
     # Of what is neither text nor a list parse_features says that it is no name.
     unsaid = isinstance(settings.features, str | list | tuple | None) and not settings.features
     features = parse_features(default if unsaid else settings.features, model.aliases, model.layers)
+    if masking and masking.noted:
+        features += (masking.noted,)
     views = plan_views(data, settings.views, settings.seed, settings.crop_scale)
     format = choose_format(settings.format, settings.store)
     identity = _identity(settings, data, model, features) | views.describe()
+    if masking:
+        identity["masks"] = masking.model_dump()
     folder = open_folder(settings.store or _default_place(data, model, identity, format))
     FORMATS[format].check_place(folder, settings.compression)
     storage: Storage = {"format": format, "compression": settings.compression}
     arrays = {split: record_arrays(data, split) for split in data.splits}
-    return Job(settings, device, data, model, features, views, identity, storage, folder, arrays)
+    return Job(settings, device, data, model, features, views, identity, storage, folder, arrays, masking)
 
 
 def _identity(settings: Settings, data: Dataset, model: Backbone, features: tuple[Feature, ...]) -> dict[str, Any]:
@@ -110,7 +128,8 @@ def _identity(settings: Settings, data: Dataset, model: Backbone, features: tupl
 
 
 def _default_place(data: Dataset, model: Backbone, identity: dict[str, Any], format: str) -> Path:
-    name = f"{data.name}-{model.arch.replace(':', '-')}-{identity_hash(identity)[:8]}"
+    masks = f"-{identity['masks']['type']}" if "masks" in identity else ""
+    name = f"{data.name}-{model.arch.replace(':', '-')}{masks}-{identity_hash(identity)[:8]}"
     return Path("features") / f"{name}{FORMATS[format].SUFFIX}"
 
 
@@ -139,6 +158,7 @@ def lay_out(
             "batch_size": job.settings.batch_size,
         },
         storage=job.storage,
+        most_rows=None if job.masking is None else max(1, SHARD_PASSES // _variants(job)),
     )
 
 
@@ -146,9 +166,21 @@ def row_shapes(job: Job) -> dict[Feature, tuple[int, ...]]:
     """Return the shape of one row of each feature, found by running the backbone on a black image."""
     preprocessing = job.model.preprocessing
     black = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
+    backbone_features = job.backbone_features(job.features)
     with torch.inference_mode():
-        results = job.model(preprocessing.normalise(black), job.features)
-    return {feature: tuple(results[str(feature)].shape[1:]) for feature in job.features}
+        results = job.model(preprocessing.normalise(black), backbone_features)
+    shapes = {feature: tuple(results[str(feature)].shape[1:]) for feature in backbone_features}
+    if job.masking:
+        shapes = {feature: (_variants(job), *shape) for feature, shape in shapes.items()}
+        if job.masking.noted:
+            shapes[job.masking.noted] = (1, preprocessing.size, preprocessing.size)
+    return shapes
+
+
+def _variants(job: Job) -> int:
+    """Return how many variants of each image there are. Only a job with masks has any."""
+    assert job.masking is not None, "there are masks"
+    return job.masking.number(job.model.preprocessing.size)
 
 
 def measured(job: Job, manifest: Manifest) -> Manifest:
@@ -156,5 +188,7 @@ def measured(job: Job, manifest: Manifest) -> Manifest:
     images = job.images(with_views=False)
     ((image, _),) = image_batches(images, [[(next(iter(images.splits)), 0)]], workers=0)
     image = job.model.to(job.device).preprocessing.normalise(image.to(job.device))
-    cosine = cosine_to_float32(job.model, image, list(map(feature_of, manifest.features)), job.settings.precision)
+    cosine = cosine_to_float32(
+        job.model, image, job.backbone_features(map(feature_of, manifest.features)), job.settings.precision
+    )
     return replace(manifest, compute=manifest.compute | {"cosine": cosine})

@@ -27,6 +27,8 @@ class Settings:
     std: Sequence[float] | None
     decoder: str
     views: int
+    masks: str | None
+    limit: int | None
     crop_scale: Sequence[float] | None
     seed: int
     features: str | Sequence[str] | None

@@ -38,7 +38,7 @@ from featcache.probes.runs.run_file import (
 )
 from featcache.probes.runs.tables import read_table
 from featcache.probes.sample import FOLDS
-from featcache.probes.spec import ProbeSpec
+from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
@@ -159,6 +159,8 @@ def train_grid(
             place.sweep()
             begun = begin_run(folder, task, folds, buffers, plan)
             if begun is None:
+                # Neither probes nor refits are left to train.
+                ranks.share([])
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
@@ -173,15 +175,19 @@ def train_grid(
         selection, run_id = (metric, None if role == FOLDS else role), identity(summary)
         trained = [*specs, *folds]
         train_missing(folder, trained, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
-        if not leads:
-            return None
-        everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
-        if refit := _refit(task.grid, summary):
+        everything, refits = [*specs, *(s for s in others if not (s.fold or s.refit))], list[ProbeSpec]()
+        if leads and (refit := _refit(task.grid, summary)):
             assert role is not None, "a refit is chosen on val"
             refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device, memory)
-            alone = (None, ranks.alone(), run_id)
-            train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
-            everything += refits
+        if leads:
+            ranks.share([(spec_to_dict(spec),) for spec in refits])
+        else:
+            refits = [spec_from_dict(content) for (content,) in ranks.shared(otherwise=[])]
+        if refits:
+            train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, None, ranks, run_id)
+        if not leads:
+            return None
+        everything += refits
         # Refits of what was best before another grid came, and probes of other grids that hold folds out.
         known = {spec.id for spec in everything}
         everything += [*folds, *(s for s in others if s.id not in known)]

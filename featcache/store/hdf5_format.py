@@ -80,7 +80,7 @@ def _add_virtual(group: "h5py.Group", manifest: Manifest, split: str, name: str)
     h5py.h5d.create(group.id, feature.folder.encode(), h5py.h5t.py_create(dtype, logical=True), whole, virtual)
     dataset = group[feature.folder]
     dataset.attrs["dtype"] = spec["dtype"]
-    _name_axes(group, dataset, ("row", *feature.axes))
+    _name_axes(group, dataset, ("row", *feature.axes_of(spec["shape"])))
 
 
 def _name_axes(group: "h5py.Group", dataset: "h5py.Dataset", axes: Iterable[str]) -> None:

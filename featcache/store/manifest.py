@@ -171,22 +171,23 @@ def plan(
     task: str,
     compute: dict[str, Any],
     storage: Storage,
+    most_rows: int | None = None,
 ) -> Manifest:
     """Lay out a store: the sizes of shards and chunks follow from the bytes of a row.
 
-    rows: of each split and view. shapes: of one row of each feature. dtype: one of STORED. The others are those of
-    Manifest, whose `files` stay empty here. All features of a split have the same number of rows per shard; the rows
+    rows: of each split and view. shapes: of one row of each feature. dtype: one of STORED. most_rows: of a
+    shard, None for as many as make SHARD_BYTES. The others are those of Manifest, whose `files` stay empty here. All features of a split have the same number of rows per shard; the rows
     of a chunk are a power of two, so that chunks divide a shard.
     """
     features: dict[str, FeatureSpec] = {}
-    row_bytes = 0
+    row_bytes, most_chunk_rows = 0, min(CHUNK_ROWS, _power_of_two_below(most_rows or CHUNK_ROWS))
     for feature, shape in shapes.items():
         size = math.prod(shape) * STORED[dtype].itemsize
-        chunk_rows = min(CHUNK_ROWS, _power_of_two_below(CHUNK_BYTES // size))
+        chunk_rows = min(most_chunk_rows, _power_of_two_below(CHUNK_BYTES // size))
         features[str(feature)] = {"shape": list(shape), "dtype": dtype, "chunk_rows": chunk_rows}
         row_bytes += size
     unit = max(f["chunk_rows"] for f in features.values())
-    full = max(SHARD_BYTES // row_bytes // unit, 1) * unit
+    full = max(min(SHARD_BYTES // row_bytes, most_rows or SHARD_BYTES) // unit, 1) * unit
     splits: dict[str, Geometry] = {
         split: {"rows": count, "shard_rows": min(full, -(-count // unit) * unit)} for split, count in rows.items()
     }

@@ -26,6 +26,8 @@ def check_fields(content: dict[str, Any]) -> None:
     _dict(dataset.get("splits", {}), "identity.dataset.splits")
     for field in ("features", "adds"):
         _texts(content["identity"].get(field, []), f"identity.{field}")
+    if "masks" in content["identity"]:
+        _text(_dict(content["identity"]["masks"], "identity.masks").get("type"), "identity.masks.type")
     if "views" in content["identity"]:
         views = _dict(content["identity"]["views"], "identity.views")
         _whole(views.get("count"), "identity.views.count", 1, MOST_SHARDS)

@@ -75,7 +75,7 @@ def metadata_files(
                 dtype=STORED[spec["dtype"]],
                 fill_value=hole(spec["dtype"]),
                 compressors=[*_zarr_codecs(manifest.storage["compression"], spec["dtype"]), Crc32cCodec()],
-                dimension_names=("row", *feature.axes),
+                dimension_names=("row", *feature.axes_of(row)),
                 attributes={"dtype": spec["dtype"]},
             )
     with warnings.catch_warnings():

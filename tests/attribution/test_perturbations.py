@@ -12,9 +12,9 @@ from featcache.attribution.methods.cached_occlusion import CachedOcclusion
 from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.lime import LIME
 from featcache.attribution.methods.occlusion import Occlusion
-from featcache.attribution.methods.perturbation import Image
 from featcache.attribution.methods.rise import RISE
 from featcache.attribution.methods.scorecam import ScoreCAM
+from featcache.attribution.reading import Reading
 from featcache.backbones.load import load_backbone
 from featcache.feature import Feature
 from featcache.probes.heads.bcos import Bcos
@@ -22,7 +22,7 @@ from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 from featcache.probes.heads.module import HeadModule
 
-LAYER, SIDE, CLASSES = Feature("layer1", "spatial"), 32, 5
+LAYER, SIDE, CLASSES = Reading((Feature("layer1", "spatial"),)), 32, 5
 CHOSEN = [(1, 2), (3, 0)]
 
 
@@ -48,7 +48,7 @@ def images():
 
 
 def probability(backbone, head, images):
-    logits = head(backbone(images, [LAYER])[str(LAYER)])
+    logits = head(LAYER.of_images(backbone, images))
     return torch.softmax(logits, 1) if head.link == "softmax" else torch.sigmoid(logits)
 
 
@@ -101,10 +101,10 @@ def test_occlusion_of_the_cached_map_by_loops(heads, window):
 def test_rise_by_its_definition(backbone, heads, images):
     method = RISE(masks=12, cells=4, keep=0.4, seed=3)
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
-    masks = method._masks(SIDE, 0, 12)
+    masks = method.large(SIDE, 0, 12)
     assert masks.shape == (12, SIDE, SIDE) and 0 <= masks.min() and masks.max() < 1 + 1e-6
-    assert RISE(masks=500, keep=0.4)._masks(SIDE, 0, 500).mean() == pytest.approx(0.4, abs=0.02)
-    assert not torch.equal(masks, RISE(masks=12, cells=4, keep=0.4, seed=4)._masks(SIDE, 0, 12))
+    assert RISE(masks=500, keep=0.4).large(SIDE, 0, 500).mean() == pytest.approx(0.4, abs=0.02)
+    assert not torch.equal(masks, RISE(masks=12, cells=4, keep=0.4, seed=4).large(SIDE, 0, 12))
 
     def oracle(head, image, _, label):
         return sum(probability(backbone, head, image * mask)[0, label] * mask for mask in masks) / (12 * 0.4)
@@ -113,7 +113,7 @@ def test_rise_by_its_definition(backbone, heads, images):
 
 
 def test_scorecam_by_its_definition(backbone, heads, images):
-    maps = backbone(images, [LAYER])[str(LAYER)]
+    maps = LAYER.of_images(backbone, images)
     maps[0, 5] = 1.0
     batch = batch_of(backbone, LAYER, images, CHOSEN)
     batch._cached[LAYER] = maps
@@ -143,7 +143,7 @@ def test_lime_is_scikit_learns_ridge(backbone, heads, images):
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
     made = []
     for number, image in enumerate(images):
-        made.append(method.begin(Image(image, number, None, LAYER)))
+        made.append(method.start(image, str(number)))
         labels, filled = made[-1].labels, made[-1].filled
         assert labels.max() >= 2 and torch.equal(labels.unique(), torch.arange(labels.max() + 1))
         torch.testing.assert_close(

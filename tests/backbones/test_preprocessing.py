@@ -24,8 +24,8 @@ from torchvision.transforms import InterpolationMode
 
 import featcache
 from featcache.attribution.methods.input_x_gradient import InputXGradient as Products
-from featcache.attribution.targets import box_mask
 from featcache.backbones import ARCHITECTURES
+from featcache.backbones.input.box_mask import box_mask
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.datasets import DATASETS, read_dataset

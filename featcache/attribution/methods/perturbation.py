@@ -9,24 +9,22 @@ import torch
 from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
-
-# Masks that are in memory at a time.
-MASKS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image whose variants are explained. values: as the backbone takes it, [C, S, S]. row: in its split.
+    """An image whose variants are explained. values: as the backbone takes it, [C, S, S]. row: in its split. id: its name.
 
     batch, feature: that it is explained in, and for.
     """
 
     values: torch.Tensor
     row: int
+    id: str
     batch: Batch
-    feature: Feature
+    feature: Reading
 
 
 class Perturbation(Method):
@@ -50,12 +48,12 @@ class Perturbation(Method):
         """Make some of the variants, by their numbers: [n, C, S, S]."""
         raise NotImplementedError
 
-    def maps(self, image: Image, made: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Make maps [Q, S, S] of the probabilities of all variants for Q pairs of probe and class, float32 [Q, N]."""
+    def maps(self, size: int, made: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Make maps [Q, size, size] of the probabilities of all variants for Q pairs of probe and class, float32 [Q, N]."""
         raise NotImplementedError
 
     def passes(self, work: Work) -> Passes:
-        """A forward pass a variant, for each layer that probes read."""
+        """A forward pass a variant, for each layer that probes read through the backbone."""
         return Passes(work.images * self._variants(work))
 
     def passes_alone(self, work: Work) -> Passes:
@@ -65,16 +63,17 @@ class Perturbation(Method):
     def _variants(self, work: Work) -> int:
         return sum(self.count(work.size, channels) for channels in work.channels)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another, once all images are done."""
-        classes = batch.by_image
-        maps = torch.empty(len(heads), *classes.shape, batch.size, batch.size, device=batch.source.device)
+        if not heads:
+            return
+        maps = torch.empty(len(heads), len(batch.targets), batch.size, batch.size, device=batch.source.device)
         for number, (values, row) in enumerate(zip(batch.inputs, batch.rows, strict=True)):
-            image = Image(values, row, batch, feature)
-            made = self.begin(image)
-            scores = self._scores(heads, image, made, classes[number])
-            maps[:, number] = self.maps(image, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
-        yield from maps.flatten(1, 2)
+            image = Image(values, row, batch.source.id_of(row), batch, feature)
+            made, own = self.begin(image), batch.images == number
+            scores = self._scores(heads, image, made, batch.classes[own])
+            maps[:, own] = self.maps(batch.size, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
+        yield from maps
 
     @torch.no_grad()
     def _scores(self, heads: Sequence[HeadModule], image: Image, made: Any, classes: torch.Tensor) -> torch.Tensor:
@@ -84,7 +83,7 @@ class Perturbation(Method):
         count, at_once = self.count(batch.size, channels), batch.source.at_once
         for first in range(0, count, at_once):
             inputs = self.variants(image, made, first, min(first + at_once, count))
-            features = batch.backbone(inputs, [image.feature])[str(image.feature)]
+            features = image.feature.of_images(batch.backbone, inputs)
             batch.source.passes.forward += len(inputs)
             parts.append(torch.stack([head.probabilities(features)[:, classes].t() for head in heads]))
         return torch.cat(parts, 2)

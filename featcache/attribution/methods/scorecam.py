@@ -33,7 +33,7 @@ class ScoreCAM(Perturbation):
         masks = torch.where(high > low, (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny), 0)
         return image.values * masks[:, None]
 
-    def maps(self, image: Image, made: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def maps(self, size: int, made: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sum the channels by the softmax of their scores, keep what is positive, and enlarge it."""
         weights = scores.softmax(1).to(made)
-        return upsample(torch.einsum("qd,dhw->qhw", weights, made).clamp(min=0), image.batch.size)
+        return upsample(torch.einsum("qd,dhw->qhw", weights, made).clamp(min=0), size)
