@@ -16,8 +16,9 @@ import featcache
 from featcache.cli import cli
 from featcache.datasets import DATASETS
 from featcache.feature import parse_beside
-from featcache.probes.grids.grid import read_grid
+from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.inputs.batches import epoch_order
+from featcache.probes.knn import knn_grid
 from featcache.probes.runs.probe_file import find_probes, load_probes
 
 PIPELINES = CHECKOUT / "pipelines"
@@ -195,6 +196,19 @@ def test_all_linear_recipes_that_are_launched_otherwise_have_a_profile():
     """The files for 8 GPUs, and MMSelfSup's, are launched as they are named."""
     profiled = {name for name in TABLE if "profiles" in grid_of(name).content}
     assert profiled == {f"openmixup/{name}" for name in PARITY}
+
+
+def test_the_recipe_of_nearest_neighbours_is_the_commands_grid(images, tmp_path):
+    store = featcache.extract(
+        "random", "folder", root=images, arch="resnet18", size=32, workers=0, store=tmp_path / "s.zarr"
+    )
+    given = {"weights": "openmixup", "splits": {"train": "train", "test": "val"}, "metric": "top1"}
+    grid, _ = knn_grid(
+        store, "last:pooled", None, None, draws=(None, 1, 0), distance=None, leave_one_out=False, **given
+    )
+    ours, recipe = parse_grid(grid), grid_of("openmixup/imagenet_knn")
+    assert ours.specs == recipe.specs and ours.splits == recipe.splits and ours.selection == recipe.selection
+    assert ours.reports_all and recipe.reports_all
 
 
 def test_every_recipe_is_in_the_table():
