@@ -104,9 +104,8 @@ def finetune(
 def _preprocessing(task: Task) -> Iterator[str]:
     """Yield lines about each way in which the recipe's configurations prepare images."""
     tunings = [spec.finetune for spec in task.resolved.specs if isinstance(spec.finetune, Full)]
-    for tuning in {(t.size, t.short_side, t.train_size): t for t in tunings}.values():
-        own = tuning.size or tuning.short_side
-        backbone = task.source.load(task.data, tuning)[0] if own else task.backbone
+    for tuning in {(t.size, t.short_side, t.interpolation, t.train_size): t for t in tunings}.values():
+        backbone, _ = task.source.load(task.data, tuning)
         training = f"; in training {tuning.train_size}x{tuning.train_size}" if tuning.train_size else ""
         yield "\n  ".join((f"preprocessing: {backbone.preprocessing}{training}", *backbone.preprocessing_report))
 

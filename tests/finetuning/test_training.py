@@ -229,9 +229,9 @@ def test_a_configuration_that_diverges_is_marked(images, tmp_path):
 def test_what_images_are_trained_on_is_said(images, tmp_path):
     """The sizes of the recipe, not those of the weights."""
     given = {"root": images, "arch": "tuning:network", "workers": 0, "run": tmp_path / "run"}
-    content = tuning.recipe({"size": 40, "train_size": 32}, epochs=1)
+    content = tuning.recipe({"size": 40, "train_size": 32, "interpolation": "bicubic"}, epochs=1)
     said = trust.quietly(lambda: featcache.finetune("random", "manifest", content, **given))[1]
-    assert "40x40" in said and "; in training 32x32" in said and "224x224" not in said
+    assert "40x40 (bicubic)" in said and "; in training 32x32" in said and "224x224" not in said
 
 
 def test_the_best_epoch_is_kept(images, tmp_path):

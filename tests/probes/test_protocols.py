@@ -346,6 +346,7 @@ def test_a_recipe_of_fine_tuning_is_the_published_one(recipe):
     } == TUNING[recipe]  # fmt: skip
     assert spec.schedule.type == "cosine" and not tuning.decay_all and optimizer.lr_base == 0
     assert (tuning.cutmix > 0) == (tuning.mixup > 0) and tuning.color_jitter == 0
+    assert tuning.interpolation == "bicubic"
     assert (tuning.randaugment_p, tuning.randaugment_ops) == ((0.5, 2) if tuning.randaugment else (1, 2))
     assert spec.loss.type == "bce" or spec.loss.label_smoothing == (0.1 if tuning.mixup else 0)
 
@@ -366,7 +367,10 @@ def test_semi_supervised_recipes_are_the_published_nine(recipe, decay):
     specs = grid.specs
     assert grid.specs == parity.specs and grid.reports_all and grid.splits["test"] == ("val",)
     assert not parity.reports_all and parity.chosen_on == "val" and parity.splits["val"] == parity.splits["test"]
-    assert {(s.finetune.norm, s.finetune.decay_all, s.optimizer.momentum) for s in specs} == {("sync", True, 0.9)}
+    assert {(s.finetune.norm, s.finetune.decay_all, s.finetune.interpolation) for s in specs} == {
+        ("sync", True, "bicubic")
+    }
+    assert {s.optimizer.momentum for s in specs} == {0.9}
     assert {(s.optimizer.lr, s.finetune.head_lr) for s in specs} == {
         (r, h) for r in (0.1, 0.01, 0.001) for h in (1, 10, 100)
     }
