@@ -41,9 +41,7 @@ class Forward:
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
-            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
-            outputs = backbone(self.inputs, tuple(features))
-            self.maps = {reading: reading.join(outputs) for reading in readings}
+            self.maps = read_images(backbone, self.inputs, features)
         passes.forward += len(inputs)
 
     def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
@@ -78,7 +76,7 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:
+def bytes_kept(backbone: Backbone, features: Sequence[Reading], image: torch.Tensor) -> int:
     """Return the bytes that one image's forward pass keeps for backward passes. image: [1, C, S, S]."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}
