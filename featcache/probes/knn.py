@@ -135,14 +135,12 @@ def _few_shot(group: dict[str, Any], shots: Any, tries: int, seed: int) -> tuple
             raise BadInput(f"--shots: expected a whole number of at least 1, not {shown(shot)}")
         asked = group["head"]["k"] if isinstance(group["head"]["k"], list) else [group["head"]["k"]]
         fit = sorted({shot, *(k for k in asked if isinstance(k, int) and k <= shot)})
+        few = "1 shot" if shot == 1 else f"{shot} shots"
         if left_out := [str(k) for k in asked if k not in fit]:
-            lines.append(f"{shot} shot{'s' * (shot > 1)}: k {', '.join(left_out)} left out, which is more than {shot}")
+            lines.append(f"{few}: k {', '.join(left_out)} left out, which is more than {shot}")
         head = group["head"] | {"k": fit}
         draws = [seed + number for number in range(tries)]
-        groups.append(
-            group
-            | {"name": f"{group['name']}, {shot} shot{'s' * (shot > 1)}", "head": head, "shots": shot, "draw": draws}
-        )
+        groups.append(group | {"name": f"{group['name']}, {few}", "head": head, "shots": shot, "draw": draws})
     return groups, lines
 
 
