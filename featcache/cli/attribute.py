@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.cli.options import backbone_options, dataset_options, device_option, memory_option
+from featcache.cli.options import backbone_options, dataset_options, device_option, memory_option, parts
 
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
@@ -156,4 +156,4 @@ def _print_plan(plan: "AttributionPlan") -> None:
 
 
 def _names(text: str | None) -> list[str] | None:
-    return None if text is None else text.split(",")
+    return None if text is None else parts(text)
