@@ -35,6 +35,10 @@ EXPLANATION = (
     "Every map has a scale of its own, to the 99.5th percentile of its absolute values.",
     "Boxes: thick and green for the class explained, thin and white for others, dashed if difficult.",
 )
+COLOURED = (
+    "In a column of colours, a pixel has the colour that the network looks for there, and is opaque where that speaks "
+    "strongly for the class."
+)
 
 
 def write_pictures(run: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
@@ -119,7 +123,7 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
                 for n, line in enumerate(panel.caption.splitlines()):
                     texts.append((x, y + side + 2 + n * _height(SMALL), line, SMALL, INK))
         y += side + 4 + lines * _height(SMALL) + GAP
-    y = _explain(texts, pasted, y, width)
+    y = _explain(texts, pasted, y, width, sheet.coloured)
     drawn = Image.new("RGB", (width, y + MARGIN), "white")
     for x, top, pixels in pasted:
         drawn.paste(Image.fromarray(pixels), (x, top))
@@ -129,7 +133,7 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
     return drawn
 
 
-def _explain(texts: list, pasted: list, y: int, width: int) -> int:
+def _explain(texts: list, pasted: list, y: int, width: int, coloured: bool) -> int:
     """Add the key of the colours, and what boxes and scales mean. Returns where they end."""
     bar = key(180, 12)
     beside = MARGIN
@@ -141,7 +145,7 @@ def _explain(texts: list, pasted: list, y: int, width: int) -> int:
             texts.append((beside, y, text, SMALL, GREY))
             beside += round(_font(SMALL).getlength(text)) + 8
     y += _height(SMALL) + 4
-    for sentence in EXPLANATION:
+    for sentence in (*EXPLANATION, *([COLOURED] if coloured else [])):
         for line in _wrapped(sentence, SMALL, width - 2 * MARGIN):
             texts.append((MARGIN, y, line, SMALL, GREY))
             y += _height(SMALL)

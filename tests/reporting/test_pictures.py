@@ -285,6 +285,7 @@ def test_colours_of_a_bcos_network(scenes, tmp_path, command):
     run = featcache.open_run(place)
     sheet = read_sheets(run, read_localisation(run))[0]
     assert sheet.methods == ["gradcam", "bcos", "bcos colours"] and sheet.picture.shape == (32, 32, 3)
+    assert sheet.coloured and "In a column of colours" in featcache.report(place, tmp_path / "page.html").read_text()
 
 
 def test_sheets_are_left_out_of_a_page_that_would_be_too_large(run, monkeypatch, tmp_path):
