@@ -1,7 +1,7 @@
 """What a head reads of a backbone's layers: one map, made of a feature or of several side by side."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,14 @@ class Reading:
 
     def of_images(self, backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
         """Run images [B, C, S, S] through the backbone: [B, D, h, w]."""
-        return self.join(backbone(images, self.features))
+        return read_images(backbone, images, [self])[self]
+
+
+def read_images(backbone: Backbone, images: torch.Tensor, readings: Sequence[Reading]) -> dict[Reading, torch.Tensor]:
+    """Run images [B, C, S, S] through the backbone once, and return what each reading makes of it, [B, D, h, w]."""
+    features = dict.fromkeys(feature for reading in readings for feature in reading.features)
+    outputs = backbone(images, tuple(features))
+    return {reading: reading.join(outputs) for reading in readings}
 
 
 def _as_map(feature: Feature, values: torch.Tensor) -> torch.Tensor:

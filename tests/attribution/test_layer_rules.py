@@ -5,19 +5,25 @@ import torch
 from captum.attr import DeepLift
 from explaining import batch_of, explain
 from torch import nn
+from torchvision.models import VisionTransformer as TorchvisionTransformer
 from vits import tiny_vit
 
+from featcache.attribution.attention import attending, is_attention, keeping
+from featcache.attribution.attention_rules import ATTENTION
 from featcache.attribution.methods.attention_rollout import AttentionRollout
 from featcache.attribution.methods.attnlrp import AttnLRP
 from featcache.attribution.methods.deeplift import DeepLIFT
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.methods.intgrad import GAP
 from featcache.attribution.reading import Reading
+from featcache.attribution.rules import replaced
 from featcache.backbones.architecture import Architecture
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.families import clip
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
 from featcache.feature import Feature
+from featcache.probes.heads.attentive import Attentive
 from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 from featcache.probes.heads.module import HeadModule
@@ -86,6 +92,51 @@ def test_deeplifts_contributions_sum_to_the_change_of_the_logit(checkpoint):
         torch.testing.assert_close(each.maps.sum((1, 2)).double(), change, rtol=1e-4, atol=1e-5)
         assert each.cells[GAP].max() < 1e-4
     assert not any("forward" in vars(module) for module in backbone.modules())
+
+
+def gated_vit():
+    from timm.layers import SwiGLUPacked
+
+    return tiny_vit(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, init_values=0.5, qk_norm=True).trunk
+
+
+def torchvisions_vit():
+    network = TorchvisionTransformer(32, 8, 2, 2, 32, 64)
+    network.heads = nn.Identity()
+    return network
+
+
+TRANSFORMERS = {
+    "timm": lambda: tiny_vit().trunk,
+    "timm, gated": gated_vit,
+    "torchvision": torchvisions_vit,
+    "clip": lambda: clip.VisionTransformer(32, 2, 2, 8, 4, 64, None, clip.QuickGELU),
+    "attentive head": lambda: head_of(Attentive(heads=1, queries=3), 3).float(),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_rules_change_gradients_alone(name):
+    """What a network computes stays the same, and all of its attention is got at."""
+    torch.manual_seed(0)
+    network, images, kept = TRANSFORMERS[name]().eval(), noise(32).float().requires_grad_(), []
+    expected = network(images)
+    # The squares of normed tokens have a sum that hardly changes.
+    start = torch.randn(expected.shape)
+
+    def forward_of(module):
+        return attending(module, keeping(kept)) if is_attention(module) else None
+
+    with ATTENTION.apply(network):
+        torch.testing.assert_close(network(images), expected)
+        (changed,) = torch.autograd.grad(network(images), images, start)
+    with replaced(network, forward_of):
+        torch.testing.assert_close(network(images), expected)
+        (same,) = torch.autograd.grad(network(images), images, start)
+    (plain,) = torch.autograd.grad(expected, images, start)
+    torch.testing.assert_close(same, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    assert (changed - plain).norm() > 0.05 * plain.norm()
+    assert len(kept) == 2 * sum(map(is_attention, network.modules())) > 0, "the network ran twice"
 
 
 @pytest.fixture(scope="module")

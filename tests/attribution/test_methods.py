@@ -17,6 +17,7 @@ from featcache.attribution.methods.gradient_method import GradientMethod
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.intgrad import GAP, IntegratedGradients
 from featcache.attribution.methods.layercam import LayerCAM
+from featcache.attribution.methods.position_logits import PositionLogits
 from featcache.attribution.methods.smoothgrad import SmoothGrad
 from featcache.attribution.reading import Reading
 from featcache.attribution.rules import EXPLANATION_MODE
@@ -162,6 +163,21 @@ def test_cams_by_their_definition(method, oracle, heads):
             (gradient,) = torch.autograd.grad(head(own)[0, label], own)
             expected = oracle(own[0].detach().numpy(), gradient[0].numpy())
             np.testing.assert_allclose(got[number], expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+def test_logits_of_positions_average_to_the_logit_without_its_offset():
+    maps = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    batch = batch_of(None, LAYER, torch.zeros(3, 3, 2, 2, dtype=torch.float64), CHOSEN)
+    batch._cached[LAYER] = maps
+    kinds = [Linear(temperature=2.0, offset=3.0, pool="before"), Mlp(hidden=8), Bcos(layers=2, hidden=8)]
+    made = [head_of(kind, 16).double() for kind in kinds]
+    for head, got in zip(made, PositionLogits().explain(made, LAYER, batch), strict=True):
+        expected = (head(maps) - head.head.shift)[batch.images, batch.classes]
+        torch.testing.assert_close(got.mean((1, 2)), expected)
+        alone = head(maps[1:2, :, :1, 1:]) - head.head.shift
+        torch.testing.assert_close(got[2, 0, 1], alone[0, CHOSEN[1][0]])
+    assert "brings the positions together" in PositionLogits().unfit(Mlp(pool="before"), LAYER)
+    assert PositionLogits().unfit(Linear(pool="before"), LAYER) is None and not PositionLogits.runs_backbone
 
 
 @pytest.fixture(scope="module")
