@@ -111,7 +111,10 @@ def attribute(
     drawn = pictures is not None or images is not None or not options["examples"].isdigit()
     if drawn:
         # It says before all the work if a package is missing.
-        from featcache.reporting.pictures import write_pictures
+        from featcache.reporting.pictures import check_folder, write_pictures
+
+        if pictures is not None:
+            check_folder(pictures)
     if run(device=device, **options) is not None:
         finished = open_run(options["run"])
         localisation = read_localisation(finished)
