@@ -120,6 +120,10 @@ class Alone:
         """Return what is missing when everything is drawn and done: nothing."""
         return []
 
+    def begin_round(self) -> None:
+        """Begin another piece of work, which is shared and counted anew. All processes begin the same rounds."""
+        self._done = 0
+
     @contextmanager
     def adding_up(self, backend: str) -> Iterator[None]:
         """Let the processes call torch's collectives within the block. backend: gloo or nccl."""
@@ -140,14 +144,14 @@ class Ranks(Alone):
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         # Processes that torchrun has started anew must not read what those before them left.
-        self._prefix = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._prefix, self._round = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 0
 
     def first_to_say(self, line: str) -> bool:
         """Return whether this process is the first to ask this about a line."""
         return self._add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1, 1) == 1
 
     def _key(self, word: str) -> str:
-        return f"{self._prefix}/{word}"
+        return f"{self._prefix}/{self._round}/{word}"
 
     @contextmanager
     def leading(self, lock: AbstractContextManager[None]) -> Iterator[bool]:
@@ -174,6 +178,10 @@ class Ranks(Alone):
 
     def count(self, done: int) -> int:
         return self._add("done", done, super().count(done))
+
+    def begin_round(self) -> None:
+        super().begin_round()
+        self._round += 1
 
     @contextmanager
     def adding_up(self, backend: str) -> Iterator[None]:
