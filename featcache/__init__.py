@@ -29,6 +29,7 @@ _FUNCTIONS = {
     "plan_finetune": "featcache.finetuning.plan",
     "open_run": "featcache.probes.runs.run",
     "compare": "featcache.probes.compare",
+    "compare_localisation": "featcache.reporting.compare_localisation",
     "report": "featcache.reporting.report",
     "export": "featcache.exchange.export",
     "import_probes": "featcache.exchange.import_probes",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from featcache.probes.runs.verify import verify as verify
     from featcache.probes.svm import svm as svm
     from featcache.probes.train import train_probes as train_probes
+    from featcache.reporting.compare_localisation import compare_localisation as compare_localisation
     from featcache.reporting.report import report as report
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect

@@ -60,6 +60,12 @@ def first_to_say(line: str) -> bool:
     return not _joined or _joined[0].first_to_say(line)
 
 
+def say_once(line: str) -> None:
+    """Print a line to stderr, unless another process of this command has done so."""
+    if first_to_say(line):
+        click.echo(line, err=True)
+
+
 def _follow_launcher() -> None:
     """End this process when torchrun, which started it, has died.
 
@@ -100,11 +106,15 @@ class Alone:
             yield True
 
     def share(self, todo: list[T]) -> list[T]:
-        """Hand the leader's list of tuples to the others, and return it."""
+        """Hand the leader's list of tuples to the others, and return it. Drawing and counting begin anew."""
+        self._done = 0
         return todo
 
-    def shared(self) -> list[tuple]:
-        """Wait for the leader's list of tuples; only a process that does not lead may ask for it."""
+    def shared(self, otherwise: list[tuple] | None = None) -> list[tuple]:
+        """Wait for the leader's next list of tuples; only a process that does not lead may ask for it.
+
+        otherwise: what to return if the leader has ended without one. By default that raises BadInput.
+        """
         raise RuntimeError("a process that is alone leads")
 
     def draw(self, todo: Sequence[T]) -> Iterator[T]:
@@ -119,10 +129,6 @@ class Alone:
     def left_behind(self, missing: Callable[[], list[T]]) -> list[T]:
         """Return what is missing when everything is drawn and done: nothing."""
         return []
-
-    def begin_round(self) -> None:
-        """Begin another piece of work, which is shared and counted anew. All processes begin the same rounds."""
-        self._done = 0
 
     @contextmanager
     def adding_up(self, backend: str) -> Iterator[None]:
@@ -144,14 +150,16 @@ class Ranks(Alone):
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         # Processes that torchrun has started anew must not read what those before them left.
-        self._prefix, self._round = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 0
+        self._prefix = f"featcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        # How many lists the leader has handed out.
+        self._lists = 0
 
     def first_to_say(self, line: str) -> bool:
         """Return whether this process is the first to ask this about a line."""
-        return self._add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1, 1) == 1
+        return self._add(self._key(f"said/{hashlib.sha256(line.encode()).hexdigest()}"), 1, 1) == 1
 
     def _key(self, word: str) -> str:
-        return f"{self._prefix}/{self._round}/{word}"
+        return f"{self._prefix}/{word}"
 
     @contextmanager
     def leading(self, lock: AbstractContextManager[None]) -> Iterator[bool]:
@@ -161,27 +169,31 @@ class Ranks(Alone):
         else:
             yield False
 
-    def share(self, todo: list[T]) -> list[T]:
-        self._store.set(self._key("todo"), json.dumps(todo))
-        return todo
+    def _of_list(self, word: str) -> str:
+        """Return the key of a word about the leader's latest list."""
+        return self._key(f"{self._lists}/{word}")
 
-    def shared(self) -> list[tuple]:
-        """Wait for the leader's list of tuples. Raises BadInput if the leader ends before."""
+    def share(self, todo: list[T]) -> list[T]:
+        self._lists += 1
+        self._store.set(self._of_list("todo"), json.dumps(todo))
+        return super().share(todo)
+
+    def shared(self, otherwise: list[tuple] | None = None) -> list[tuple]:
+        self._lists += 1
+        super().share([])
         try:
-            return [tuple(item) for item in json.loads(self._store.get(self._key("todo")))]
+            return [tuple(item) for item in json.loads(self._store.get(self._of_list("todo")))]
         except RuntimeError:
+            if otherwise is not None:
+                return otherwise
             raise BadInput(f"process {self.rank}: the leading process is gone; run the same command again") from None
 
     def draw(self, todo: Sequence[T]) -> Iterator[T]:
-        while (number := self._add("drawn", 1, len(todo) + 1) - 1) < len(todo):
+        while (number := self._add(self._of_list("drawn"), 1, len(todo) + 1) - 1) < len(todo):
             yield todo[number]
 
     def count(self, done: int) -> int:
-        return self._add("done", done, super().count(done))
-
-    def begin_round(self) -> None:
-        super().begin_round()
-        self._round += 1
+        return self._add(self._of_list("done"), done, super().count(done))
 
     @contextmanager
     def adding_up(self, backend: str) -> Iterator[None]:
@@ -194,10 +206,10 @@ class Ranks(Alone):
         finally:
             distributed.destroy_process_group()
 
-    def _add(self, word: str, number: int, otherwise: int) -> int:
+    def _add(self, key: str, number: int, otherwise: int) -> int:
         """Add to a common counter and return its value, or `otherwise` once the leader, who keeps it, has ended."""
         try:
-            return self._store.add(self._key(word), number)
+            return self._store.add(key, number)
         except RuntimeError:
             return otherwise
 

@@ -126,11 +126,11 @@ def test_the_rooms_of_probes_import_in_one_direction():
 def test_no_file_but_its_own_names_a_kind():
     """A head, loss, solver, schedule, metric or method is known to the rest by what its class says."""
     from featcache.attribution.methods import METHODS
-    from featcache.attribution.scores import LOCALISATION_SCORES
+    from featcache.attribution.scores import SCORES
     from featcache.probes.identity import REGISTRIES
     from featcache.probes.scores.metrics import METRICS
 
-    words = {word for kinds in (*REGISTRIES.values(), METHODS, LOCALISATION_SCORES, METRICS) for word in kinds}
+    words = {word for kinds in (*REGISTRIES.values(), METHODS, SCORES, METRICS) for word in kinds}
     # These are values of other fields too, or commands.
     words -= {"step", "constant", "gradient", "cosine", "none", "svm", "knn"}
     named = {}
@@ -165,8 +165,8 @@ def test_families_are_named_in_their_own_files_alone():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "report", "export",
-        "import_probes",
+        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "compare_localisation", "report",
+        "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,36 +12,42 @@ import torch
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
 from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
+from featcache.attribution.reading import Reading, read_images
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
-from featcache.backbones.load import load_backbone
-from featcache.datasets import read_dataset
+from featcache.backbones.load import RANDOM, load_backbone
+from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
-from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.images import DECODERS, read_input
 from featcache.extraction.masks.masking import Masking
-from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
-
-
-def width_of(store: Store, feature: Feature) -> int:
-    """Return how many channels the map of a layer has. The store may hold only means of the map."""
-    held = store.manifest.features
-    names = (str(Feature(feature.layer, kind)) for kind in ("spatial", "pooled", "patch_mean"))
-    width: int = next(held[name]["shape"][0] for name in names if name in held)
-    return width
+# Bytes of a head's maps where no backbone runs, so that many images need not be together: the system then hands out the
+# same memory for one head after another.
+FEW = 8e6
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A backbone and the images that it made a split of. picture: from a row of the split to uint8 [3, S, S]."""
+    """A backbone and the images that it made a split of.
+
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row. at_size: loads the backbone for images of another side.
+    """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
+    at_size: Callable[[int], Backbone] | None = None
+
+    def backbone_for(self, size: int) -> Backbone:
+        """Return the backbone for images of a side: loaded anew if it has positions to fit. Raises BadInput if they cannot."""
+        fits = self.backbone.architecture.fit is None or size == self.backbone.preprocessing.size
+        return self.backbone if fits or self.at_size is None else self.at_size(size)
 
 
 class Boxed(NamedTuple):
@@ -56,28 +62,33 @@ class Boxed(NamedTuple):
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
-    features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone. masked: the features of masked variants of the images, where a store has them.
+    features: what the explained probes read. memory: bytes that may be taken for forward passes. passes: counts what
+    goes through the backbone. records: the split as its data set has it, where that was named. stored: whether the store
+    has the features of these images. note: stands behind the split in tables. masked: the features of masked variants of
+    the images, where a store has them.
     """
 
     split: Split
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    features: tuple[Feature, ...]
+    features: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
+    records: Sequence[Record] | None = None
+    stored: bool = True
+    note: str = ""
     masked: Mapping[Masking, MaskedFeatures] = field(default_factory=dict)
 
     @property
-    def stored(self) -> bool:
-        """Whether the store has the features of these images."""
-        return True
+    def facts(self) -> dict[str, int]:
+        """What is to be known of how the images were chosen, besides the words of the protocol."""
+        return {}
 
     @property
     def name(self) -> str:
         """What the images are called in tables."""
-        return self.split.name
+        return f"{self.split.name}, {self.note}" if self.note else self.split.name
 
     def id_of(self, row: int) -> str:
         """Return the id of an image."""
@@ -88,6 +99,14 @@ class Source:
         boxes, classes, difficult = self.split.boxes[row]
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
+
+    def picture(self, row: int) -> torch.Tensor | None:
+        """Return an image as the backbone sees it, uint8 [3, S, S], or None where the data set was not named."""
+        if self.network is not None:
+            return self.network.picture(row)
+        if self.records is None:
+            return None
+        return _pictures(self.split, self.records, self.preprocessing)(row)
 
     @property
     def backbone(self) -> Backbone:
@@ -104,9 +123,9 @@ class Source:
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
-    def channels(self, feature: Feature) -> int:
-        """Return how many channels a layer's map has."""
-        return width_of(self.split.store, feature)
+    def channels(self, feature: Reading) -> int:
+        """Return how many channels the map that a head reads has."""
+        return feature.width(self.split.store)
 
     @cached_property
     def at_once(self) -> int:
@@ -130,7 +149,7 @@ class Batch:
     targets: Sequence[Target]
     source: Source
     _forwards: dict[Rule, Forward] = field(default_factory=dict)
-    _cached: dict[Feature, torch.Tensor] = field(default_factory=dict)
+    _cached: dict[Reading, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -158,28 +177,53 @@ class Batch:
 
     @cached_property
     def masks(self) -> torch.Tensor:
-        """bool [T, S, S]: the pixels of the boxes of each pair's class, on the CPU."""
-        return torch.stack([target.mask for target in self.targets])
+        """bool [T, S, S]: the pixels of the objects of each pair's class, on the CPU; none where they are not known."""
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if (mask := target.mask) is None else mask for target in self.targets])
+
+    @cached_property
+    def void(self) -> torch.Tensor | None:
+        """bool [T, S, S]: the pixels that do not count, on the CPU. None where all of every pair do."""
+        given = [target.void for target in self.targets]
+        if all(void is None for void in given):
+            return None
+        none = torch.zeros(self.size, self.size, dtype=torch.bool)
+        return torch.stack([none if void is None else void for void in given])
+
+    @cached_property
+    def pictured(self) -> list[int]:
+        """The numbers of the pairs whose maps are kept for pictures."""
+        return [number for number, target in enumerate(self.targets) if target.pictured]
 
     @property
     def size(self) -> int:
         """Side of the backbone's input, and so of a map, in pixels."""
         return self.source.preprocessing.size
 
-    def cached(self, feature: Feature) -> torch.Tensor:
-        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged.
+    def cached(self, feature: Reading) -> torch.Tensor:
+        """Read what heads read of the images from the store, once: float32 [B, D, h, w].
 
-        The maps of images that are in no store are computed, once for all features.
+        What is in no store is computed, once for all heads. Raises BadInput if the store is damaged.
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
-                maps = self.backbone(self.inputs, self.source.features)
+                self._cached.update(read_images(self.backbone, self.inputs, self.source.features))
             self.source.passes.forward += len(self.inputs)
-            self._cached.update({each: maps[str(each)] for each in self.source.features})
         elif feature not in self._cached:
-            rows = self.source.split[str(feature)].take(self.rows, check=True)
-            self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
+            arrays = {str(each): self.source.split[str(each)] for each in feature.features}
+            rows = {name: torch.from_numpy(array.take(self.rows, check=True)) for name, array in arrays.items()}
+            self._cached[feature] = feature.join(rows).float().to(self.source.device)
         return self._cached[feature]
+
+    def at_hand(self, reading: Reading) -> torch.Tensor | None:
+        """Return what heads read of the images, [B, D, h, w], if that takes no pass through the backbone, else None."""
+        if reading not in self._cached:
+            for forward in self._forwards.values():
+                return forward.maps[reading].detach()
+            held = self.source.split.store.manifest.features
+            if not self.source.stored or any(str(feature) not in held for feature in reading.features):
+                return None
+        return self.cached(reading)
 
     @cached_property
     def inputs(self) -> torch.Tensor:
@@ -209,51 +253,118 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     Where the backbone runs, the images of a batch have equally many targets: then every backward pass explains one of
     each image, and none is in vain. probes: how many are explained.
     """
-    if source.network is None:
-        yield Batch(targets, source)
-        return
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
+    pixels = 4 * source.preprocessing.size**2
+    if source.network is None:
+        most = int(min(source.memory / 2, FEW) / pixels)
+        yield from (Batch(own, source) for own in _filled(list(rows.values()), most))
+        return
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
         alike.setdefault(len(own), []).append(own)
-    pixels = 4 * source.preprocessing.size**2
     for count, images in sorted(alike.items()):
         at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
 
 
+def _filled(images: Sequence[Sequence[Target]], most: int) -> Iterator[list[Target]]:
+    """Yield the targets of images together, at most `most` or those of one image."""
+    together: list[Target] = []
+    for own in images:
+        if together and len(together) + len(own) > most:
+            yield together
+            together = []
+        together += own
+    yield together
+
+
+def open_records(split: Split, dataset: str, root: str | PathLike | None) -> Sequence[Record]:
+    """Read the data set that a split of a store was made of. Raises BadInput if it is another one now."""
+    store, named = split.store, f"dataset {split.name}"
+    data = read_dataset(dataset, root, [split.name])
+    stored = {named: store.manifest.identity["dataset"]["splits"].get(split.name)}
+    _check_made_of(store, stored, {named: data.fingerprint(split.name)})
+    return data.splits[split.name]
+
+
 def open_network(
     split: Split,
     preprocessing: Preprocessing,
     device: torch.device,
+    records: Sequence[Record],
     backbone: str | PathLike,
     arch: str | None,
     weights_key: str | None,
-    dataset: str | None,
-    root: str | PathLike | None,
     seed: int,
 ) -> Network:
-    """Load the backbone and the images of a split, and prepare images as the store says.
+    """Load the backbone that a split's features were made by, to prepare images as the store says.
 
-    Arguments from `backbone` on as attribute's. Raises BadInput unless both are those that the store was made of.
+    records: the split's images. Other arguments as attribute's. Raises BadInput for another backbone.
     """
-    if dataset is None:
-        raise BadInput("--backbone needs --dataset and --root too, for the images")
-    store = split.store
-    identity = store.manifest.identity
-    model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
-    data = read_dataset(dataset, root, [split.name])
-    named = f"dataset {split.name}"
-    given = {"arch": model.arch, "weights_sha256": model.weights_sha256, named: data.fingerprint(split.name)}
+    identity = split.store.manifest.identity
+
+    def at_size(size: int) -> Backbone:
+        return load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=size).to(device)
+
+    model = at_size(preprocessing.size)
     stored = {key: identity[key] for key in ("arch", "weights_sha256")}
-    stored[named] = identity["dataset"]["splits"].get(split.name)
+    _check_made_of(split.store, stored, {"arch": model.arch, "weights_sha256": model.weights_sha256})
+    return _network(model, at_size, split, preprocessing, records)
+
+
+def open_random_network(
+    split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record], seed: int
+) -> Network:
+    """Draw a backbone like the one that a split's features were made by, with other weights. Raises BadInput."""
+    identity = split.store.manifest.identity
+
+    def drawn(seed: int, size: int) -> Backbone:
+        return load_backbone(RANDOM, arch=identity["arch"], seed=seed, size=size).to(device)
+
+    model = drawn(seed, preprocessing.size)
+    # The store's own backbone may be random, and of this seed.
+    if model.weights_sha256 == identity["weights_sha256"]:
+        seed += 1
+        model = drawn(seed, preprocessing.size)
+    return _network(model, partial(drawn, seed), split, preprocessing, records)
+
+
+def _network(
+    model: Backbone,
+    at_size: Callable[[int], Backbone],
+    split: Split,
+    preprocessing: Preprocessing,
+    records: Sequence[Record],
+) -> Network:
+    model.preprocessing = preprocessing
+    prepared = partial(_pictures, split, records)
+    return Network(model, prepared(preprocessing), prepared, at_size)
+
+
+def _pictures(split: Split, records: Sequence[Record], preprocessing: Preprocessing) -> Callable[[int], torch.Tensor]:
+    """Return a function from a row of the split to its image, uint8 [3, S, S]. It raises BadInput for a changed file.
+
+    The fingerprint of a data set has the sizes of its files, and the store the digests of what is in them.
+    """
+    decoder, digests = split.store.manifest.identity.get("decoder", DECODERS["exact"]), split.digests
+
+    def picture(row: int) -> torch.Tensor:
+        pixels, digest = read_input(records[row], preprocessing, decoder, None)
+        if digests is not None and digest != digests[row].tobytes():
+            raise BadInput(
+                f"image {records[row].image} is not the file that store {split.store.path} was made of: bring that back, or "
+                "extract into a new store"
+            )
+        return pixels
+
+    return picture
+
+
+def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise BadInput unless a store was made of what is given."""
     fields = difference(stored, given)
     if fields:
         raise BadInput(f"store {store.path} was made of something else: {'; '.join(fields)}")
-    model.preprocessing = preprocessing
-    decoder = identity.get("decoder", DECODERS["exact"])
-    records = data.splits[split.name]
-    return Network(model.to(device), lambda row: load_input(records[row], preprocessing, decoder))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.task import Task
+from featcache.words import written
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Methods that share their passes: their names, the passes that they take, and those of each map on its own."""
+    """Methods that share their passes, or a score: names, the passes that they take, and those of each map on its own."""
 
     methods: tuple[str, ...]
     passes: Passes
@@ -18,10 +19,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class AttributionPlan:
-    """What an attribution takes, with the number of its maps."""
+    """What an attribution takes, with the number of its maps.
+
+    again: how many images at most are explained a second time, for pictures that rules choose.
+    """
 
     work: Work
     maps: int
+    again: int
     shared: tuple[Shared, ...]
 
     @property
@@ -37,18 +42,31 @@ class AttributionPlan:
 
 def plan_attribution(task: Task) -> AttributionPlan:
     """Count the passes of a task."""
-    work = task.work
-    shared = tuple(
+    works = [(source, task.work(len(probes))) for source, probes in task.by_source()]
+    shared = [
         Shared(
             tuple(method.label for method in group),
-            group[0].passes(work),
-            total(method.passes_alone(work) for method in group),
+            total(group[0].passes(task.left(group[0], source, work)) for source, work in works),
+            total(method.passes_alone(work) for _, work in works for method in group),
         )
         for group in task.sharing()
-    )
-    if not task.source.stored and any(method.reads_maps for method in task.methods):
-        shared = (Shared(("maps that no store has",), Passes(work.images), Passes()), *shared)
-    return AttributionPlan(work, work.pairs * work.probes * len(task.methods), shared)
+    ]
+    unknown = [work for source, work in works if not source.stored]
+    if unknown and any(method.reads_maps for method in task.methods):
+        shared.insert(0, Shared(("maps that no store has",), total(Passes(work.images) for work in unknown), Passes()))
+    methods = len(task.methods)
+    shared += [
+        Shared(
+            (written(score),),
+            total(score.passes(work, methods) for _, work in works),
+            total(score.passes_alone(work, methods) for _, work in works),
+        )
+        for score in task.scores
+        if score.runs_backbone
+    ]
+    work = task.work(len(task.explained))
+    again = sum(rule.most for rule in task.examples.rules)
+    return AttributionPlan(work, work.pairs * work.probes * methods, again, tuple(shared))
 
 
 def total(passes: Iterable[Passes]) -> Passes:

@@ -19,13 +19,37 @@ from featcache.cli.options import device_option
 @click.option(
     "--store", "stores", multiple=True, type=click.Path(), help="Stores of the runs.  [default: the runs know]"
 )
+@click.option("--localisation", is_flag=True, help="Compare their maps instead, as featcache attribute scored them.")
+@click.option(
+    "--method", "methods", multiple=True, metavar="M",
+    help="Maps to compare with --localisation; twice to compare two methods, of one probe too.  [default: all]",
+)  # fmt: skip
 @device_option
-def compare(**options: Any) -> None:
+def compare(localisation: bool, methods: tuple[str, ...], **options: Any) -> None:
     """Test whether two probes differ, metric by metric, on the images that the run is scored on.
 
-    The test is paired over images; docs/scores.md has the formula.
+    With --localisation it tests whether their maps differ, score by score. The test is paired over images;
+    docs/scores.md has the formula.
     """
-    from featcache.probes.compare import compare as run
-    from featcache.reporting.table import comparison_rows, format_table
+    from featcache.reporting.table import format_table
 
-    click.echo(format_table(*comparison_rows(run(**options))))
+    if not localisation:
+        from featcache.probes.compare import compare as run
+        from featcache.reporting.table import comparison_rows
+
+        if methods:
+            raise click.UsageError("--method goes with --localisation")
+        click.echo(format_table(*comparison_rows(run(**options))))
+        return
+    from featcache.reporting.compare_localisation import compare_localisation
+    from featcache.reporting.compare_localisation import comparison_rows as localisation_rows
+    from featcache.reporting.localisation import MARK, MARKED
+
+    if options["stores"]:
+        raise click.UsageError("--store does not go with --localisation, which reads the runs alone")
+    columns, rows = localisation_rows(
+        compare_localisation(options["runs"], options["probes"] or None, options["rule"], list(methods) or None)
+    )
+    click.echo(format_table(columns, rows))
+    if any(MARK in cell for row in rows for cell in row):
+        click.echo(MARKED)

@@ -11,6 +11,7 @@ from featcache.cli.options import (
     dataset_options,
     device_option,
     format_option,
+    parts,
     preprocessing_options,
     split_option,
 )
@@ -92,7 +93,7 @@ def extract(backbones: tuple[str, ...], compression: str, crop_scale: str | None
     scale = None
     if crop_scale is not None:
         try:
-            low, high = (float(part) for part in crop_scale.split(","))
+            low, high = map(float, parts(crop_scale))
         except ValueError:
             raise click.UsageError(f"--crop-scale {crop_scale!r}: expected two numbers, as in 0.08,1") from None
         scale = low, high

@@ -1,5 +1,6 @@
 """Options that several commands share, so that one word means one thing everywhere."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,35 @@ from featcache.arguments import MOST_SIDE
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
+Callback = Callable[[click.Context, click.Parameter, str | None], Any]
+
+
+def parts(text: str) -> list[str]:
+    """Return what stands between the commas of a text, without blanks around it. Commas in brackets belong to a part."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
+
+
+def several(kind: Callable[[str], Any], what: str) -> Callback:
+    """Return the callback of an option that takes values with commas between them: a list of them, or None without.
+
+    kind: makes a value of its text, or raises ValueError. what: one value in words, such as `a number`.
+    """
+
+    def read(_context: click.Context, _option: click.Parameter, text: str | None) -> Any:
+        try:
+            return [kind(part) for part in parts(text)] if text else None
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not {what}, or several with commas between them") from None
+
+    return read
+
+
+def name(text: str) -> str:
+    """Return a name as it is. Raises ValueError if it is empty."""
+    if not text:
+        raise ValueError("empty")
+    return text
+
 
 arch_option = click.option(
     "--arch",
@@ -67,7 +97,7 @@ def dataset_options(required: bool) -> Option:
 def _three_numbers(context: click.Context, option: click.Parameter, text: str | None) -> Any:
     """Read R,G,B as numbers; Preprocessing checks that there are three."""
     try:
-        return text and tuple(float(number) for number in text.split(","))
+        return text and tuple(map(float, parts(text)))
     except ValueError:
         raise click.BadParameter(f"{text!r} is not three numbers R,G,B") from None
 
@@ -114,7 +144,7 @@ split_option = click.option(
     "--split",
     "splits",
     metavar="S,...",
-    callback=lambda _context, _option, value: value.split(",") if value else None,
+    callback=several(name, "the name of a split"),
     help="Splits.  [default: all that the dataset's protocol needs]",
 )
 

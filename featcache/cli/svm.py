@@ -4,20 +4,13 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import device_option, memory_option
+from featcache.cli.options import device_option, memory_option, name, parts, several
 
 
-def _whole_numbers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers, as in 1,2,4") from None
-
-
-def _costs(context: click.Context, option: click.Parameter, text: str) -> Any:
+def _costs(_context: click.Context, _option: click.Parameter, text: str) -> Any:
     """Read numbers, or leave the name of a list of costs to featcache.svm."""
     try:
-        return [float(part) for part in text.split(",")]
+        return list(map(float, parts(text)))
     except ValueError:
         return text
 
@@ -25,14 +18,17 @@ def _costs(context: click.Context, option: click.Parameter, text: str) -> Any:
 @click.command()
 @click.option("--store", required=True, type=click.Path(), help="Store with the features.")
 @click.option(
-    "--features", metavar="SPEC,...", help="LAYER:REDUCE, each on its own.  [default: all that are one vector an image]"
+    "--features",
+    metavar="SPEC,...",
+    callback=several(name, "the name of a feature"),
+    help="LAYER:REDUCE, each on its own.  [default: all that are one vector an image]",
 )
 @click.option("--low-shot", is_flag=True, help="Train on a few images of each class, drawn several times.")
 @click.option(
     "--shots",
     metavar="K,...",
     default="1,2,4,8,16,32,64,96",
-    callback=_whole_numbers,
+    callback=several(int, "a whole number"),
     help="With --low-shot: positives of each class; 19 negatives are drawn for each.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=5, help="With --low-shot: draws of each size.")
@@ -54,9 +50,19 @@ def _costs(context: click.Context, option: click.Parameter, text: str) -> Any:
     help="liblinear: scikit-learn's LinearSVC.",
 )
 @click.option("--parity", metavar="NAME", help="openmixup: the published protocol, with its quirks.")
-@click.option("--train", metavar="S,...", help="Splits to train on.  [default: trainval, or train,val]")
-@click.option("--test", metavar="S,...", help="Splits to score on.  [default: test]")
-@click.option("--run", type=click.Path(), help="Where to write.  [default: runs/grid-ID]")
+@click.option(
+    "--train",
+    metavar="S,...",
+    callback=several(name, "the name of a split"),
+    help="Splits to train on.  [default: trainval, or train,val]",
+)
+@click.option(
+    "--test",
+    metavar="S,...",
+    callback=several(name, "the name of a split"),
+    help="Splits to score on.  [default: test]",
+)
+@click.option("--run", type=click.Path(), help="Where to write.  [default: runs/svm-ID, or runs/low-shot-svm-ID]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the first draw of --low-shot.")
 @memory_option("Memory for features.  [default: half of what is free]")

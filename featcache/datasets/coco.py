@@ -55,6 +55,9 @@ class CocoMasks:
         coco = _open_kept(self.annotations)
         return np.stack([_read_mask(coco, coco.anns[i], self.annotations) for i in self.ids])
 
+    def read_void(self) -> None:
+        """Return None: COCO assigns every pixel."""
+
 
 def _read_mask(coco: Any, annotation: dict[str, Any], path: str) -> np.ndarray:
     """Return the mask of one annotation, as pycocotools decodes it, bool [H, W]. Raises BadInput if it has none."""

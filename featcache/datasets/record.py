@@ -22,6 +22,9 @@ class Masks(Protocol):
     def read(self) -> np.ndarray:
         """Return bool [M, height, width], a mask for each box."""
 
+    def read_void(self) -> np.ndarray | None:
+        """Return bool [height, width], the pixels that nobody has assigned, or None where every pixel is."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:

@@ -70,6 +70,10 @@ class VocMasks:
             raise BadInput(f"{self.object_file} shows object {last}, its annotation lists {self.objects}")
         return np.asarray(indices == np.arange(1, self.objects + 1)[:, None, None])
 
+    def read_void(self) -> np.ndarray:
+        """Return bool [H, W]: the pixels at the borders of objects, and of objects too small to be drawn."""
+        return np.asarray(_read_indices(self.object_file, self.size) == VOID)
+
     def read_classes(self) -> np.ndarray:
         """Return uint8 [H, W]: 0 is background, n the n-th class, 255 void."""
         return _read_indices(self.class_file, self.size)

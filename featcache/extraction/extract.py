@@ -32,6 +32,7 @@ from featcache.errors import BadInput
 from featcache.extraction.checkpoint_files import checkpoint_files, stems
 from featcache.extraction.growing import Growth, find_store, plan_growth
 from featcache.extraction.job import Job, plan_job
+from featcache.extraction.masks import parse_masks
 from featcache.extraction.settings import Settings
 from featcache.extraction.write import write
 from featcache.ranks import Alone, join_ranks
@@ -219,6 +220,7 @@ def _check_masks(settings: Settings) -> None:
         if settings.limit is not None:
             raise BadInput("--limit is for --masks: a store of images as they are holds whole splits")
         return
+    parse_masks(settings.masks)
     if settings.views:
         raise BadInput("--masks and --views: masked variants are of the images as they are; extract each by itself")
     if not settings.splits:

@@ -61,7 +61,6 @@ def write(growths: Sequence[Growth], ranks: Alone) -> list[str]:
     growths: for each store, what is asked for as it was found. They agree in all settings but the backbone and what
     follows from it. Stores that stay empty are removed. All but the leading process return empty ids.
     """
-    ranks.begin_round()
     # Laid out before the folders are locked, which makes them.
     stores = [Writing(own, own.additions if own.parts else [lay_out(own.job)]) for own in growths]
     with ExitStack() as locks:
@@ -76,7 +75,8 @@ def write(growths: Sequence[Growth], ranks: Alone) -> list[str]:
                 _check_as_begun(store.job, store.parts, ranks)
             _check_room(stores, ranks)
             for together in _passes(stores):
-                ranks.begin_round()
+                # The shards of each pass are drawn and counted by themselves.
+                ranks.share([]) if leads else ranks.shared([])
                 _fill(together, [store.todo for store in together], ranks)
             while leads and (left := ranks.left_behind(lambda: [s for store in stores for s in store.missing()])):
                 ranks.say(f"notice: no news of {len(left)} shards that other processes took; doing them here")
@@ -228,7 +228,7 @@ def _say_masks(job: Job, todo: Sequence[Shard], size: int) -> str:
     images, each = sum(map(len, todo)), job.masking.number(job.model.preprocessing.size)
     return (
         f"masks: {written(job.masking)}; {images:,} images x {each:,} variants x {size / images / each / 1e3:,.1f} kB: "
-        f"{images * each:,} passes through the backbone, {size / 1e6:,.0f} MB to write"
+        f"{images * each:,} passes through the backbone, {size / 1e6:,.1f} MB to write"
     )
 
 

@@ -56,7 +56,8 @@ class Configuration:
         self.sizes = np.array([(record.height, record.width) for record in records])
         self.draws = Draws(task.basis.seed, spec.seed or 0)
         self.tuner = self._tuner()
-        self.steps = steps_of(len(self.keys), self.recipe.batch_size)
+        self.repeats = self.tuner.network.tuning.repeats
+        self.steps = steps_of(len(self.keys), self.recipe.batch_size, self.repeats)
         self._check_parts()
         self._saved_at = time.monotonic()
 
@@ -101,7 +102,7 @@ class Configuration:
             if epoch != begun:
                 begun, rows = epoch, self._batches(epoch)
                 factors = spec.schedule.factors(self.recipe.epochs, self.steps, epoch)
-            tuner.train_step(torch.from_numpy(rows[step]), self._parts(rows[step], loader), float(factors[step]))
+            tuner.train_step(self._rows(rows[step]), self._parts(rows[step], loader), float(factors[step]))
             self.progress.tell(len(rows[step]), "")
             if step == self.steps - 1 and tuner.diverged is None:
                 stopped = self._end_epoch()
@@ -112,10 +113,15 @@ class Configuration:
         self._write(stopped)
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
-        return batches(self.draws.order(epoch, len(self.keys)), self.recipe.batch_size)
+        """Return the numbers of the images of each mini-batch; see draws.batches."""
+        return batches(self.draws.order(epoch, len(self.keys)), self.recipe.batch_size, self.repeats)
+
+    def _rows(self, numbers: np.ndarray) -> Tensor:
+        """Return the rows of images by their numbers, which tell copies apart."""
+        return torch.from_numpy(numbers % len(self.keys))
 
     def _mine(self, batch: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Return [(number, rows)] of the parts of a batch that fall to this process."""
+        """Return [(number of the part, numbers of its images)] of the parts of a batch that fall to this process."""
         numbered = list(enumerate(parts(batch, self.tuner.network.tuning.micro_batch, self.ranks.size)))
         return [(number, rows) for number, rows in numbered[self.ranks.rank :: self.ranks.size] if len(rows)]
 
@@ -134,15 +140,19 @@ class Configuration:
             lowest, highest = tuning.crop_scale
             augmentation = type(augmentation)(**asdict(augmentation) | {"scale": (lowest, highest)})
         for epoch in range(first, self.recipe.epochs):
-            crops = self.draws.crops(epoch, self.sizes, augmentation)
-            colors = self.draws.colors(epoch, len(self.keys))
+            # A copy of an image is augmented as the image is in an epoch that never comes.
+            augmented = [epoch + copy * self.recipe.epochs for copy in range(self.repeats)]
+            crops = np.concatenate([self.draws.crops(e, self.sizes, augmentation) for e in augmented])
+            colors = np.concatenate([self.draws.colors(e, len(self.keys)) for e in augmented])
             for batch in self._batches(epoch)[step if epoch == first else 0 :]:
                 for _, rows in self._mine(batch):
-                    yield [(*self.keys[row], tuple(crops[row].tolist()), int(colors[row])) for row in rows]
+                    yield [
+                        (*self.keys[row % len(self.keys)], tuple(crops[row].tolist()), int(colors[row])) for row in rows
+                    ]
 
     def _parts(self, batch: np.ndarray, loader: Iterator[Tensor]) -> Iterator[Part]:
         for number, rows in self._mine(batch):
-            yield number, next(loader), torch.from_numpy(rows)
+            yield number, next(loader), self._rows(rows)
 
     def _end_epoch(self) -> str | None:
         """Close an epoch; return why training ends early, or None."""

@@ -38,9 +38,16 @@ class Draws:
         return int(self._random(epoch, step, part, 3).integers(2**63))
 
 
-def batches(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Split an epoch's rows into batches of `size` or less that differ by at most one row, so that none is tiny."""
-    return np.array_split(order, steps_of(len(order), size))
+def batches(order: np.ndarray, size: int, repeats: int = 1) -> list[np.ndarray]:
+    """Split an epoch's rows into batches of `size` or less that differ by at most one row, so that none is tiny.
+
+    With repeats, an epoch has one of so many rows, each so often in its batch: all rows of a batch, then all again, so
+    that copies of an image are mixed with others, and fall to different processes. Copy c of row r has the number
+    r + c * len(order).
+    """
+    first = order[: -(-len(order) // repeats)]
+    copies = len(order) * np.arange(repeats)[:, None]
+    return [(rows + copies).ravel() for rows in np.array_split(first, steps_of(len(order), size, repeats))]
 
 
 def parts(batch: np.ndarray, size: int, ranks: int) -> list[np.ndarray]:
@@ -52,11 +59,12 @@ def parts(batch: np.ndarray, size: int, ranks: int) -> list[np.ndarray]:
     return np.array_split(batch, -(-count // ranks) * ranks)
 
 
-def steps_of(rows: int, size: int) -> int:
-    """Return how many batches an epoch has.
+def steps_of(rows: int, size: int, repeats: int = 1) -> int:
+    """Return how many batches an epoch has. The arguments are those of `batches`.
 
     One row more than `size` goes into a batch where it would be alone otherwise, since one image has no variance.
     """
+    rows, size = -(-rows // repeats), size // repeats
     return -(-rows // size) if size == 1 else min(-(-rows // size), max(rows // 2, 1))
 
 

@@ -10,16 +10,16 @@ import click
 import torch
 from torch import Tensor
 
-from featcache.arguments import CHECKPOINT, MOST_WORKERS, NAME, PATH, takes, whole
+from featcache.arguments import PATH, takes
 from featcache.atomic import local_path
 from featcache.datasets.class_counts import describe_classes
 from featcache.datasets.sources import open_source
 from featcache.device import choose_device, multiplying
 from featcache.digest import image_digest
 from featcache.finetuning.configuration import Configuration
-from featcache.finetuning.network import Source
 from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import Task, prepare
+from featcache.finetuning.settings import EXPECTED, Settings
 from featcache.probes.engine.scoring import score_logits
 from featcache.probes.finish import write_run
 from featcache.probes.runs.probe_file import Origin, find_probes
@@ -34,10 +34,7 @@ from featcache.ranks import Alone, join_ranks
 from featcache.store.folder import open_folder
 
 
-@takes(
-    backbone=CHECKPOINT, dataset=NAME, root=PATH, run=PATH, arch=NAME, weights_key=NAME, head_from=PATH, select=NAME,
-    workers=whole(0, MOST_WORKERS), seed=whole(0, 2**32 - 1), parity=NAME,
-)  # fmt: skip
+@takes(run=PATH, **EXPECTED)
 def finetune(
     backbone: str | os.PathLike[str],
     dataset: str,
@@ -69,9 +66,12 @@ def finetune(
         features = featcache.extract(run.path / "backbones" / f"{run.scores[0]['probe']}.safetensors", "voc", root="/data")
     """
     started, ranks = time.monotonic(), join_ranks()
+    settings = Settings(
+        backbone=backbone, dataset=dataset, recipe=recipe, root=root, arch=arch, weights_key=weights_key,
+        head_from=head_from, select=select, device=device, workers=workers, seed=seed, parity=parity,
+    )  # fmt: skip
     chosen_device = choose_device(device, ranks.local_rank)
-    source = Source(backbone, arch, weights_key, seed)
-    task = prepare(recipe, dataset, root, source, seed, parity, head_from, select)
+    task = prepare(settings)
     for line in describe_classes(task.data):
         ranks.say(line)
     ranks.say(f"backbone: {task.backbone.load_report}")

@@ -54,7 +54,11 @@ def _changes(tuning: Full, preprocessing: Preprocessing) -> Sequence[Callable[[T
     changes: list[Callable[[Tensor], Tensor]] = []
     if tuning.randaugment:
         fill = [round(255 * value) for value in preprocessing.mean]
-        changes.append(v2.RandAugment(tuning.randaugment_ops, tuning.randaugment, fill=fill))
+        if tuning.randaugment_p < 1:
+            one = v2.RandomApply([v2.RandAugment(1, tuning.randaugment, fill=fill)], tuning.randaugment_p)
+            changes += [one] * tuning.randaugment_ops
+        else:
+            changes.append(v2.RandAugment(tuning.randaugment_ops, tuning.randaugment, fill=fill))
     if tuning.color_jitter:
         strength = tuning.color_jitter
         changes.append(v2.ColorJitter(strength, strength, strength))

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from featcache.arguments import CHECKPOINT, FLAG, MOST_WORKERS, NAME, PATH, takes, whole
+from featcache.arguments import FLAG, takes
 from featcache.device import choose_device, multiplying
 from featcache.finetuning.draws import Draws, batches, parts, steps_of
 from featcache.finetuning.groups import parameter_groups
-from featcache.finetuning.network import Network, Source
+from featcache.finetuning.network import Network
 from featcache.finetuning.recipe import Task, prepare
+from featcache.finetuning.settings import EXPECTED, Settings
 from featcache.finetuning.tuner import Tuner
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.spec import ProbeSpec
@@ -52,10 +53,7 @@ class TuningPlan:
     arch: str
 
 
-@takes(
-    backbone=CHECKPOINT, dataset=NAME, root=PATH, arch=NAME, weights_key=NAME, head_from=PATH, select=NAME,
-    workers=whole(0, MOST_WORKERS), seed=whole(0, 2**32 - 1), parity=NAME, measure=FLAG,
-)  # fmt: skip
+@takes(measure=FLAG, **EXPECTED)
 def plan_finetune(
     backbone: str | os.PathLike[str],
     dataset: str,
@@ -80,7 +78,11 @@ def plan_finetune(
         plan.configurations[0].groups[0].lr
     """
     place = choose_device(device)
-    task = prepare(recipe, dataset, root, Source(backbone, arch, weights_key, seed), seed, parity, head_from, select)
+    settings = Settings(
+        backbone=backbone, dataset=dataset, recipe=recipe, root=root, arch=arch, weights_key=weights_key,
+        head_from=head_from, select=select, device=device, workers=workers, seed=seed, parity=parity,
+    )  # fmt: skip
+    task = prepare(settings)
     planned = [_planned(task, spec, place, measure) for spec in task.resolved.specs]
     rows = sum(len(task.data.splits[name]) for name in task.resolved.splits["train"])
     return TuningPlan(planned, rows, str(place), task.backbone.arch)
@@ -94,7 +96,7 @@ def _planned(task: Task, spec: ProbeSpec, device: torch.device, measure: bool) -
         PlannedGroup(g.name, len(g.parameters), g.size, recipe.rate * g.scale, g.decay)
         for g in parameter_groups(network)
     )
-    steps = recipe.epochs * steps_of(len(task.resolved.sets[spec.sample]), recipe.batch_size)
+    steps = recipe.epochs * steps_of(len(task.resolved.sets[spec.sample]), recipe.batch_size, tuning.repeats)
     seconds = _step_seconds(task, network, device) * steps if measure else None
     return PlannedConfiguration(spec, groups, steps, seconds)
 

@@ -19,6 +19,7 @@ from featcache.errors import BadInput, nearest
 from featcache.extraction.images import check_decoder
 from featcache.feature import beside, parse_beside
 from featcache.finetuning.network import Source, batch_norms
+from featcache.finetuning.settings import Settings
 from featcache.probes.grids.grid import Grid, load_grid, refuse
 from featcache.probes.grids.grid_file import Group
 from featcache.probes.grids.selection import NOTHING
@@ -89,27 +90,17 @@ class Task:
         return torch.from_numpy(np.concatenate([self.data.labels(name) for name in self.resolved.splits[role]]))
 
 
-def prepare(
-    recipe: str | os.PathLike[str] | dict[str, Any],
-    dataset: str,
-    root: str | os.PathLike[str] | None,
-    source: Source,
-    seed: int,
-    parity: str | None = None,
-    head_from: str | os.PathLike[str] | None = None,
-    rule: str | None = None,
-) -> Task:
-    """Read recipe, dataset and backbone, and fit them to each other. Raises BadInput that names all that does not fit.
-
-    head_from: folder of a run; rule: which of its probes the heads start from, by default its best.
-    """
-    grid = load_grid(recipe, parity)
+def prepare(settings: Settings) -> Task:
+    """Read recipe, dataset and backbone, and fit them to each other. Raises BadInput that names all that does not fit."""
+    grid = load_grid(settings.recipe, settings.parity)
     _check_groups(grid)
-    data = _read(grid, dataset, root)
-    backbone, _ = source.load(data)
+    data = _read(grid, settings.dataset, settings.root)
+    backbone, _ = settings.source.load(data)
     check_decoder("exact", backbone.preprocessing)
-    start = _start(open_run(head_from), rule, data, backbone) if head_from is not None else None
-    if rule is not None and start is None:
+    start = None
+    if settings.head_from is not None:
+        start = _start(open_run(settings.head_from), settings.select, data, backbone)
+    elif settings.select is not None:
         raise BadInput("--select chooses the probe of --head-from, the run that the heads start from; name it too")
     resolved = _resolve(grid, data, backbone, start)
     content = grid.content | {
@@ -124,9 +115,10 @@ def prepare(
         "dataset": {"name": data.name, "splits": fingerprints},
     }  # fmt: skip
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    basis = RunBasis(identity, seed, content["splits"], selected, None, grid.parity)
+    basis = RunBasis(identity, settings.seed, content["splits"], selected, None, grid.parity)
     groups = [content["probes"], *([start.spec.id] if start else [])]
-    return Task(grid, data, source, backbone, resolved, content, basis, basis.key(groups, grid.rules), start)
+    key = basis.key(groups, grid.rules)
+    return Task(grid, data, settings.source, backbone, resolved, content, basis, key, start)
 
 
 def _check_groups(grid: Grid) -> None:
@@ -140,7 +132,7 @@ def _check_groups(grid: Grid) -> None:
     if grid.store:
         errors.append("store: fine-tuning reads images; leave it out")
     errors += [f"{key}: is for probes on a store; leave it out" for key in ("refit", "folds") if key in grid.content]
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
 
 
 def _read(grid: Grid, dataset: str, root: str | os.PathLike[str] | None) -> Dataset:
@@ -178,7 +170,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         errors.append(
             f"splits: no images to score on: name val or test (dataset {data.name} has {', '.join(data.splits)})"
         )
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     # It reads nothing of a store but classes, ids and labels.
     specs, sets = [], TrainingSets(cast(Store, Records(data)), splits, torch.device("cpu"))
     for spec, group in zip(grid.specs, grid.groups, strict=True):
@@ -187,7 +179,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
             specs.append(resolved)
     if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
         errors.append(f"probes: {reason}")
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     return Configurations(specs, splits, metric, chosen_on, sets)
 
 
@@ -230,6 +222,11 @@ def _spec(
         errors.append(
             f"{group.where(field)}: one image at a time has no variance for batch norms to divide by; take 2 or more, or "
             "say norm: eval"
+        )
+    if tuning.repeats > (spec.batch_size or 1):
+        errors.append(
+            f"{group.where('finetune')}: repeats: {tuning.repeats} copies of an image do not fit into batches of "
+            f"{spec.batch_size}"
         )
     source = None
     if start is not None:

@@ -15,6 +15,7 @@ from featcache.finetuning.draws import Draws
 from featcache.finetuning.groups import Update, gradients, parameter_groups
 from featcache.finetuning.images import mix
 from featcache.finetuning.network import Network
+from featcache.probes.engine.best import BestWeights, stalled
 from featcache.probes.losses.loss import LossFunction
 from featcache.probes.runs.sealed_tensors import read_content, unseal, write_sealed
 from featcache.ranks import Alone
@@ -46,8 +47,8 @@ class Tuner:
         decay = network.tuning.ema
         # Batch counters are whole numbers, which have no average.
         self.average = {k: v.clone() for k, v in network.state_dict().items() if v.is_floating_point()} if decay else {}
-        self.best: dict[str, Tensor] = {}
-        self.epoch = self.step = self.best_epoch = 0
+        self.best: BestWeights | None = None
+        self.epoch = self.step = 0
         self.losses: list[float] = []
         self.scores: list[float] = []
         self.running = 0.0
@@ -142,16 +143,15 @@ class Tuner:
     def validated(self, score: float) -> None:
         """Take the score after an epoch, higher is better, and with keep: best the weights that have the best one."""
         self.scores.append(score)
-        if self.network.spec.keep == "best" and score > max((s for s in self.scores[:-1] if s == s), default=-math.inf):
-            self.best, self.best_epoch = {k: v.clone() for k, v in self.weights().items()}, self.epoch
+        if self.network.spec.keep == "best":
+            weights = {name: tensor.unsqueeze(0) for name, tensor in self.weights().items()}
+            self.best = self.best or BestWeights.before_validation(weights)
+            self.best.update(torch.tensor([score], dtype=torch.float64), self.epoch, weights)
 
     def impatient(self) -> bool:
         """Return whether `patience` epochs have passed without a better score."""
-        patience = self.network.spec.patience
-        if not patience or self.epoch <= patience:
-            return False
-        scores = [-math.inf if s != s else s for s in self.scores]
-        return max(scores[-patience:]) <= max(scores[:-patience])
+        scores = torch.tensor(self.scores, dtype=torch.float64).unsqueeze(1)
+        return bool(stalled(scores, self.network.spec.patience))
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors as they are scored: the moving average if there is one, else the network's own."""
@@ -159,16 +159,25 @@ class Tuner:
 
     def finish(self) -> int:
         """Leave the final weights in the network; return the epoch that they are of."""
-        self.network.load_state_dict(self.best or self.weights())
+        self.network.load_state_dict(self._best() or self.weights())
         self.average = {}
         self.network.eval()
-        return self.best_epoch or self.epoch
+        return self._best_epoch or self.epoch
+
+    @property
+    def _best_epoch(self) -> int:
+        """The epoch of the best score, 0 where there is none."""
+        return int(self.best.epochs[0]) if self.best else 0
+
+    def _best(self) -> dict[str, Tensor]:
+        """Return the tensors that had the best score, {} where there is none."""
+        return {name: tensor[0] for name, tensor in self.best.weights.items()} if self.best and self._best_epoch else {}
 
     def save(self, path: Path, content: dict[str, Any]) -> None:
         """Write the state. content: what the file says besides, see probe_file."""
         counts = {
             "step": self.step, "steps": self.update.steps, "losses": self.losses, "scores": _as_json(self.scores),
-            "running": self.running, "scale": self.scale, "clean": self.clean, "best_epoch": self.best_epoch,
+            "running": self.running, "scale": self.scale, "clean": self.clean, "best_epoch": self._best_epoch,
         }  # fmt: skip
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
         write_sealed(path, tensors, content | {"epoch": self.epoch, "counts": counts})
@@ -179,7 +188,14 @@ class Tuner:
             unseal(path)
             content, saved = read_content(path), safetensors.torch.load_file(path)
             counts = content["counts"]
-            self.best = {n.removeprefix("best."): t.to(self.device) for n, t in saved.items() if n.startswith("best.")}
+            scores = [math.nan if score is None else score for score in counts["scores"]]
+            best = {n.removeprefix("best."): t for n, t in saved.items() if n.startswith("best.")}
+            if best:
+                self.best = BestWeights(
+                    torch.tensor([scores[counts["best_epoch"] - 1]], dtype=torch.float64),
+                    torch.tensor([counts["best_epoch"]]),
+                    {name: tensor.to(self.device).unsqueeze(0) for name, tensor in best.items()},
+                )
             own = self._tensors()
             if own.keys() != saved.keys():
                 raise ValueError("its tensors are others")
@@ -189,14 +205,13 @@ class Tuner:
             raise BadInput(f"cannot read state {path}: {error}; delete it and run the same finetune again") from None
         self.epoch, self.step, self.update.steps = content["epoch"], counts["step"], counts["steps"]
         self.losses, self.running, self.scale = counts["losses"], counts["running"], counts["scale"]
-        self.clean, self.best_epoch = counts["clean"], counts["best_epoch"]
-        self.scores = [math.nan if score is None else score for score in counts["scores"]]
+        self.clean, self.scores = counts["clean"], scores
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state; they are those that training changes."""
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         average = {f"average.{name}": tensor for name, tensor in self.average.items()}
-        best = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        best = {f"best.{name}": tensor for name, tensor in self._best().items()}
         return network | average | best | self.update.state()
 
 

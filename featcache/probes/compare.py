@@ -62,7 +62,8 @@ def compare(
     paths = listed(stores) if stores else [None] * len(opened)
     if len(opened) > 2 or len(paths) != len(opened):
         raise BadInput("compare takes one or two runs, and as many stores if any")
-    chosen = _two_probes(opened, probes, rule)
+    first_probe, second_probe = choose_probes(opened, probes, rule)
+    chosen = first_probe, second_probe
     place = choose_device(device)
     # A fine-tuned run has no store: it keeps the logits of its probes.
     stored = [None if is_tuned(run.summary) else store_of(run, path) for run, path in zip(opened, paths, strict=True)]
@@ -87,8 +88,13 @@ def compare(
     return result
 
 
-def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None) -> tuple[str, str]:
-    """Return the ids of the two probes, in the order of the runs."""
+def choose_probes(
+    runs: Sequence[Run], probes: Sequence[str] | None, rule: str | None, one_is_enough: bool = False
+) -> list[str]:
+    """Return the ids of the two probes to compare, in the order of the runs. Raises BadInput for another number.
+
+    one_is_enough: whether a single probe of a single run is taken too.
+    """
     if probes and rule:
         raise BadInput("name the probes with --probe or by a rule with --select, not both")
     if probes:
@@ -97,13 +103,15 @@ def _two_probes(runs: list[Run], probes: Sequence[str] | None, rule: str | None)
         chosen, option = [probe for run in runs for probe in select(run, rule)], f"--select {rule!r}"
     else:
         raise BadInput("name two probes with --probe, or a rule with --select that chooses two")
-    if len(chosen) != 2 or (len(runs) == 1 and chosen[0] == chosen[1]):
+    if one_is_enough and len(runs) == 1 and len(set(chosen)) == 1:
+        chosen = chosen[:1]
+    elif len(chosen) != 2 or (len(runs) == 1 and chosen[0] == chosen[1]):
         names = f" ({', '.join(chosen[:5])}{', ...' if len(chosen) > 5 else ''})" if chosen else ""
         raise BadInput(f"compare takes two probes; {option} names {len(set(chosen))}{names}")
-    for run, probe in zip(runs * (3 - len(runs)), chosen, strict=False):
+    for run, probe in zip([*runs] * (3 - len(runs)), chosen, strict=False):
         if probe in run.summary["diverged"]:
             raise BadInput(f"probe {probe} of run {run.path} diverged: it has no scores to compare")
-    return chosen[0], chosen[1]
+    return chosen
 
 
 def _check_same_images(first: Run, a: Store | None, second: Run, b: Store | None) -> None:

@@ -8,13 +8,14 @@ import click
 
 from featcache.arguments import FLAG, NAME, PATH, listed, takes, whole
 from featcache.errors import BadInput, nearest, shown
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.grids.selection import NOTHING
 from featcache.probes.heads.knn import Knn
 from featcache.probes.losses.bce import Bce
 from featcache.probes.losses.ce import Ce
 from featcache.probes.runs.run import Run
 from featcache.probes.solvers.none import NoTraining
-from featcache.probes.train import train_probes
+from featcache.probes.train import train_grid
 from featcache.store.reader import open_store
 
 USUAL_K = (10, 20, 100, 200)
@@ -68,8 +69,8 @@ def knn(
     shots: few-shot, the number of training images of each class, drawn `tries` times with the seeds `seed`, `seed` + 1,
     ...; k is then at most that number, and that number itself, as in DINOv2. leave_one_out: choose k and the like on the
     training images, each without itself, rather than on val. splits: {role: splits of the store} for train, val and
-    test; without val nothing is chosen, and all are reported. metric: to choose by. run, device, memory, allow_overlap:
-    as for train_probes.
+    test; without val nothing is chosen, and all are reported. metric: to choose by. run: folder, by default
+    runs/knn-<id>. device, memory, allow_overlap: as for train_probes.
 
     Returns the Run, as train_probes does of the same grid, which knn_grid() returns. Raises BadInput.
 
@@ -77,7 +78,8 @@ def knn(
     """
     draws = (shots, tries, seed)
     grid = knn_grid(store, features, k, temperature, weights, distance, draws, leave_one_out, splits, metric)
-    return train_probes(grid, store, run, device, memory=memory, allow_overlap=allow_overlap)
+    loaded = parse_grid(grid, title=Knn.word())
+    return train_grid(loaded, Knn.word(), store, run, device, memory=memory, allow_overlap=allow_overlap)
 
 
 def knn_grid(

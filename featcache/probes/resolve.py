@@ -49,6 +49,10 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
 
     allow_overlap: whether two roles may share images, whatever the grid says.
     """
+    if "masks" in store.manifest.identity:
+        raise BadInput(
+            f"store {store.path} is of masked images, which are for attribute: train probes on a store of images as they are"
+        )
     errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)
@@ -64,7 +68,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         errors.append(
             f"splits: no images to score on: name val or test (store {store.path} has {', '.join(store.splits)})"
         )
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     overlaps, notice = find_overlaps(store, splits)
     if not (allow_overlap or grid.allow_overlap):
         errors.extend(
@@ -118,7 +122,7 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
         errors.append(f"probes: {reason} (store {store.path} has {', '.join(store.splits)})")
     if grid.refit:
         errors.extend(f"refit: {reason}" for reason in why_no_refit(grid.refit, specs, splits, chosen_on))
-    refuse(grid.path, errors)
+    refuse(grid.title, errors)
     return Resolved(specs, splits, metric, chosen_on, folds, overlaps, notice, sets)
 
 

@@ -7,11 +7,12 @@ from typing import Any, Literal
 from featcache.arguments import FLAG, NAME, PATH, takes, whole
 from featcache.errors import BadInput, nearest, shown
 from featcache.feature import parse_features
+from featcache.probes.grids.grid import parse_grid
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import default_metric
 from featcache.probes.scores.metrics.interpolated_average_precision import EnvelopeAveragePrecision
 from featcache.probes.solvers.svm import COSTS
-from featcache.probes.train import train_probes
+from featcache.probes.train import train_grid
 from featcache.store.manifest import feature_of
 from featcache.store.reader import Store, open_store
 
@@ -49,14 +50,16 @@ def svm(
     images of each class, `shots` positives and 19 times as many negatives, drawn `samples` times with the seeds `seed`,
     `seed` + 1, ... costs, folds, engine: fields of the optimizer svm (docs/grid.md). metric: that is reported, by
     default map_voc10, or top1 on single-label data. parity: openmixup, the published protocol with its quirks. train,
-    test: splits of the store, by default VOC's trainval and test. The others are those of train_probes, and so are the
-    result and the errors. The grid is in the run folder.
+    test: splits of the store, by default VOC's trainval and test. run: folder, by default runs/svm-<id> or
+    runs/low-shot-svm-<id>. The others are those of train_probes, and so are the result and the errors. The grid is in the
+    run folder.
 
         run = featcache.svm("features/voc2007-resnet50-1a2b3c4d.zarr", features="feat5:grid(6,1,0)")
     """
     opened = open_store(store)
     grid = svm_grid(opened, features, low_shot, shots, samples, costs, folds, metric, engine, parity, train, test, seed)
-    return train_probes(grid, store, run, device, memory=memory)
+    stem = "low-shot-svm" if low_shot else "svm"
+    return train_grid(parse_grid(grid, title=stem), stem, store, run, device, memory=memory)
 
 
 def svm_grid(

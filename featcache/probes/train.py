@@ -38,7 +38,7 @@ from featcache.probes.runs.run_file import (
 )
 from featcache.probes.runs.tables import read_table
 from featcache.probes.sample import FOLDS
-from featcache.probes.spec import ProbeSpec
+from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
@@ -118,11 +118,25 @@ def train_probes(
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise BadInput(f"seed: expected a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
-    started, ranks = time.monotonic(), join_ranks()
-    chosen_device = choose_device(device, ranks.local_rank)
     loaded = load_grid(grid, parity)
     stem = "grid" if isinstance(grid, dict) else Path(grid).stem
-    task, folder = _place(loaded, store, run, stem, chosen_device, seed, allow_overlap)
+    return train_grid(loaded, stem, store, run, device, seed, memory, allow_overlap)
+
+
+def train_grid(
+    grid: Grid,
+    stem: str,
+    store: str | PathLike[str] | None,
+    run: str | PathLike[str] | None,
+    device: str | None = None,
+    seed: int = 0,
+    memory: float | None = None,
+    allow_overlap: bool = False,
+) -> Run | None:
+    """Train a grid that was read; see train_probes. stem: what the name of a new run folder begins with."""
+    started, ranks = time.monotonic(), join_ranks()
+    chosen_device = choose_device(device, ranks.local_rank)
+    task, folder = _place(grid, store, run, stem, chosen_device, seed, allow_overlap)
     specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
     if task.resolved.notice and ranks.rank == 0:
         click.echo(f"notice: {task.resolved.notice}", err=True)
@@ -142,6 +156,8 @@ def train_probes(
             place.sweep()
             begun = begin_run(folder, task, folds, buffers, plan)
             if begun is None:
+                # Neither probes nor refits are left to train.
+                ranks.share([])
                 ranks.share([])
                 click.echo(f"run: {folder} is finished already", err=True)
                 return open_run(folder)
@@ -156,15 +172,19 @@ def train_probes(
         selection, run_id = (metric, None if role == FOLDS else role), identity(summary)
         trained = [*specs, *folds]
         train_missing(folder, trained, sets, chosen_device, seed, selection, buffers, search, ranks, run_id)
-        if not leads:
-            return None
-        everything = [*specs, *(s for s in others if not (s.fold or s.refit))]
-        if refit := _refit(task.grid, summary):
+        everything, refits = [*specs, *(s for s in others if not (s.fold or s.refit))], list[ProbeSpec]()
+        if leads and (refit := _refit(task.grid, summary)):
             assert role is not None, "a refit is chosen on val"
             refits = chosen_refits(folder, everything, sets, (metric, role), refit, chosen_device, memory)
-            alone = (None, ranks.alone(), run_id)
-            train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, *alone)
-            everything += refits
+        if leads:
+            ranks.share([(spec_to_dict(spec),) for spec in refits])
+        else:
+            refits = [spec_from_dict(content) for (content,) in ranks.shared(otherwise=[])]
+        if refits:
+            train_missing(folder, refits, sets, chosen_device, seed, selection, buffers, None, ranks, run_id)
+        if not leads:
+            return None
+        everything += refits
         # Refits of what was best before another grid came, and probes of other grids that hold folds out.
         known = {spec.id for spec in everything}
         everything += [*folds, *(s for s in others if s.id not in known)]

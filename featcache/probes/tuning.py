@@ -43,6 +43,9 @@ class Full(Tuning):
         0, description="magnitude of RandAugment (Cubuk et al., 2020); 0 leaves it out"
     )
     randaugment_ops: Count = Field(2, description="operations that RandAugment draws for each image")
+    randaugment_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="probability that an operation that was drawn is applied; timm's and mmcls's is 0.5"
+    )
     erasing: Share = Field(0.0, description="probability of erasing a part of an image (Zhong et al., 2020)")
     mixup: AtLeast0 = Field(0.0, description="alpha of Mixup (Zhang et al., 2018); 0 leaves it out")
     cutmix: AtLeast0 = Field(
@@ -50,6 +53,11 @@ class Full(Tuning):
     )
     mixed: Literal["shares", "both"] = Field(
         "shares", description="target of mixed images: both labels by their shares, or both as present"
+    )
+    repeats: Count = Field(
+        1,
+        description="how often a mini-batch holds each of its images, augmented anew each time; an epoch then sees one of "
+        "so many images (Hoffer et al., 2020)",
     )
     size: CountOr0 = Field(0, description="side of the input in pixels; 0 is what `extract` would take")
     short_side: CountOr0 = Field(0, description="short side before the centre crop in scoring; 0 is the weights' own")

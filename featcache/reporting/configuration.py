@@ -16,13 +16,15 @@ Texts = Mapping[str, Callable[[Row], str]]
 
 # Two names that every probe has, whether probes differ in them or not, and the fields that they are made of.
 HEAD, LOSS = "head", "loss"
+NO_LOSS = "-"
 NAMED = ("head.type", "loss.type")
 
 
 def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
     """Return {short name of a field: function of a row to its text} for the fields that tell probes apart.
 
-    probes: ids, by default all of the run. Head and loss come first, whether they differ or not, and the seed last.
+    probes: ids, by default all of the run. Head and loss come first, whether they differ or not, and the seed last. Where
+    no head is trained there is no loss.
     A field that the type of a section does not have, such as the momentum of adam, is a dash. Fields that follow
     from the head, as the features and the optimizer often do, are left out.
     """
@@ -33,7 +35,10 @@ def naming(run: Run, probes: Collection[str] | None = None) -> Texts:
     others = [field for field in run.fields if field not in (*NAMED, "source", "seed", "refit_of", "stop")]
     varying = [field for field in others if _varies(field, headed) and not _told_by_head(field, headed)]
     varying += ["seed"] if _varies("seed", headed) else []
-    return {HEAD: describe_head, LOSS: _describe_loss} | {names[field]: _text_of(field) for field in varying}
+    named: dict[str, Callable[[Row], str]] = {HEAD: describe_head}
+    if any(_describe_loss(row) != NO_LOSS for row in rows):
+        named[LOSS] = _describe_loss
+    return named | {names[field]: _text_of(field) for field in varying}
 
 
 def labels(run: Run, probes: Sequence[str]) -> dict[str, str]:
@@ -48,7 +53,10 @@ def labels(run: Run, probes: Sequence[str]) -> dict[str, str]:
 
 def recipe(row: Row, texts: Texts) -> str:
     """Name a probe in a line, as `mlp-2 (256), bce, lr 0.1, seed 1`. texts: of naming(), or some of them."""
-    return ", ".join(text(row) if name in (HEAD, LOSS) else f"{name} {text(row)}" for name, text in texts.items())
+    named = {name: text(row) for name, text in texts.items()}
+    if named.get(LOSS) == NO_LOSS:
+        del named[LOSS]
+    return ", ".join(text if name in (HEAD, LOSS) else f"{name} {text}" for name, text in named.items())
 
 
 def head_and_loss(row: Row) -> str:
@@ -75,7 +83,9 @@ def describe_head(row: Row) -> str:
 
 
 def _describe_loss(row: Row) -> str:
-    return row["loss.type"]
+    """Name a loss, or a dash for a head that is not trained, which reads only the labels by it."""
+    kind = HEADS.get(row["head.type"])
+    return NO_LOSS if kind is not None and not kind.trains else row["loss.type"]
 
 
 def _text_of(field: str) -> Callable[[Row], str]:

@@ -1,22 +1,22 @@
-"""The report's pictures, as SVG or PNG text that a page can hold."""
+"""The report's plots, as SVG that a page can hold."""
 
 import base64
 import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from featcache.attribution.results import IDENTITY
+from featcache.attribution.scores.score import Score
 from featcache.errors import BadInput, printable, without_middle
 from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.probes.scores.metrics.ece import ECE
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
-from featcache.reporting.localisation import Localisation
+from featcache.reporting.localisation import Mean
 from featcache.reporting.table import heading, scored
 
 try:
@@ -29,25 +29,25 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
 
 # Of the first losses, in the order of their registry.
 COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=False))
 MARKERS = "osD^vP*X"
 # More lines over the learning rate than this are not drawn.
 MOST_LINES = 12
-BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
+# A plot of localisation scores has so many rows at most, and so many means at least.
+MOST_ROWS, LEAST_MEANS = 40, 9
+# Panels side by side, at most.
+MOST_BESIDE = 3
 # Names come from data, where a dollar sign begins no formula.
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featcache",
     "text.parse_math": False,
 }  # fmt: skip
 # Longer names are drawn without their middle. What tells recipes apart may be anywhere in them.
-LONGEST_NAME, LONGEST_RECIPE, BESIDE_MAP = 60, 400, 24
+LONGEST_NAME, LONGEST_RECIPE = 60, 400
 # Number of a run, and type of head.
 PanelKey = tuple[int, str]
-# Edges x0, y0, x1, y1; whether the box is of the class that is explained; whether it is difficult.
-Box = tuple[np.ndarray, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,34 @@ def _drawn(name: str, most: int = LONGEST_NAME) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _embed(figure: Figure, kind: Literal["svg", "png"], pad: float | None = None) -> str:
-    """Close a figure and return it as a data URL. pad: between its axes, in font sizes."""
+def _embed(figure: Figure) -> str:
+    """Close a figure and return it as a data URL of an SVG."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
     with warnings.catch_warnings():
         # A character that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        if pad is not None:
-            figure.tight_layout(pad=pad)
-        figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=110, metadata=metadata)
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
-    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _panels(count: int, width: float, height: float, name: str) -> tuple[Figure, list[Axes]]:
+    """Make a figure of several axes of a size in inches, which share the vertical one; name: of that."""
+    rows = -(-count // MOST_BESIDE)
+    columns = -(-count // rows)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={"hspace": 1.4 / height},
+    )
+    for axis in axes[:, 0]:
+        axis.set_ylabel(name)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def learning_rates(runs: Sequence[Run], metric: str) -> str | None:
@@ -94,8 +109,8 @@ def learning_rates(runs: Sequence[Run], metric: str) -> str | None:
     order = sorted(lines, key=lambda name: -_height(lines[name].panels, metric))
     styles = _line_styles(sorted(order[:MOST_LINES]), {name: line.loss for name, line in lines.items()})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, squeeze=False)
-        for axis, (panel, title) in zip(axes[0], panels.items(), strict=True):
+        figure, axes = _panels(len(panels), 3.4, 3, f"{runs[0].chosen_on} {heading(metric)}")
+        for axis, (panel, title) in zip(axes, panels.items(), strict=True):
             run = runs[panel[0]]
             for name, style in styles.items():
                 if panel in lines[name].panels:
@@ -105,9 +120,8 @@ def learning_rates(runs: Sequence[Run], metric: str) -> str | None:
                 axis.axhline(scale * level, color="0.5", linestyle=":")
             axis.set_title(f"{_drawn(run.path.name)}: {title}", fontsize=10)
             _rate_axis(axis, sorted({rate for line in lines.values() for rate in line.panels.get(panel, ())}))
-        axes[0][0].set_ylabel(f"{runs[0].chosen_on} {heading(metric)}")
-        _legend(figure, axes[0], f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None)
-        return _embed(figure, "svg")
+        _legend(figure, axes, f"the best {len(styles)} of {len(lines)}" if len(styles) < len(lines) else None)
+        return _embed(figure)
 
 
 def _rate_lines(runs: Sequence[Run], metric: str, scale: float) -> tuple[dict[PanelKey, str], dict[str, RateLine]]:
@@ -183,6 +197,35 @@ def _legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> None:
     figure.legend(list(entries.values()), list(entries), title=title, frameon=False, **place)
 
 
+def localisation_means(run: Run, means: Mapping[tuple[str, str], Mean], score: type[Score]) -> str | None:
+    """Plot a localisation score with its interval: a panel for each method, a row for each probe, dotted for a uniform map.
+
+    A mean that rests on less than half of the maps is hollow. Only the first MOST_ROWS probes are drawn. Returns a data URL,
+    or None where there are so few means that a table says it all.
+    """
+    probes = list(dict.fromkeys(probe for probe, _ in means))[:MOST_ROWS]
+    methods = list(dict.fromkeys(method for _, method in means))
+    if len(means) < LEAST_MEANS:
+        return None
+    texts = {probe: _drawn(text, LONGEST_NAME) for probe, text in labels(run, probes).items()}
+    with plt.rc_context(STYLE):
+        figure, axes = _panels(len(methods), 2.6, 0.9 + 0.2 * len(probes), "")
+        for axis, method in zip(axes, methods, strict=True):
+            for place, probe in enumerate(reversed(probes)):
+                if mean := means.get((probe, method)):
+                    colour = COLOURS.get(run.row(probe, run.metric, run.scored_on)["loss.type"], "0.3")
+                    axis.plot([100 * mean.low, 100 * mean.high], [place] * 2, color=colour, linewidth=1)
+                    axis.plot(
+                        100 * mean.mean, place, "o", markersize=4, color=colour, mfc="white" if mean.few else colour
+                    )
+            axis.axvline(100 * float(np.nanmean([m.uniform for m in means.values()])), color="0.5", linestyle=":")
+            axis.set(xlim=(0, 100), ylim=(-0.6, len(probes) - 0.4), xlabel=f"{score.heading}, %")
+            axis.set_yticks(range(len(probes)), [texts[probe] for probe in reversed(probes)])
+            axis.tick_params(axis="y", length=0)
+            axis.set_title(_drawn(method), fontsize=10)
+        return _embed(figure)
+
+
 def class_bars(run: Run, probes: Sequence[str]) -> str:
     """Draw the average precision of every class on the role whose scores are reported, a bar for each probe, and its share of positives.
 
@@ -212,7 +255,7 @@ def class_bars(run: Run, probes: Sequence[str]) -> str:
         axis.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel=f"{run.scored_on} {name_of_ap}, %")
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        return _embed(figure, "svg")
+        return _embed(figure)
 
 
 def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> str:
@@ -221,8 +264,8 @@ def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> 
     choose: from a run to the ids of probes. A dot's area grows with its share of the pairs. Returns a data URL.
     """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 3.2), sharey=True, squeeze=False)
-        for axis, run in zip(axes[0], runs, strict=True):
+        figure, axes = _panels(len(runs), 3.9, 3.2, f"{runs[0].scored_on}: share that is so, %")
+        for axis, run in zip(axes, runs, strict=True):
             columns = {"probe": str, "split": str, "pairs": int, "confidence": float, "outcome": float}
             table = [r for r in run.table("calibration.csv", **columns) if r["split"] == run.scored_on]
             table = [r for r in table if r["confidence"] is not None and r["outcome"] is not None]
@@ -236,8 +279,7 @@ def reliability(runs: Sequence[Run], choose: Callable[[Run], Sequence[str]]) -> 
             axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="mean confidence, %")
             axis.set_title(_drawn(run.path.name), fontsize=10)
             axis.legend(loc="upper left", frameon=False, fontsize=8)
-        axes[0][0].set_ylabel(f"{runs[0].scored_on}: share that is so, %")
-        return _embed(figure, "svg")
+        return _embed(figure)
 
 
 def _reliability_line(axis: Axes, bins: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
@@ -254,85 +296,3 @@ def _colours(run: Run, probes: Sequence[str]) -> dict[str, str]:
     different = len(set(losses)) == len(losses)
     numbered = enumerate(zip(probes, losses, strict=True))
     return {probe: COLOURS.get(loss, f"C{n}") if different else f"C{n}" for n, (probe, loss) in numbered}
-
-
-def heatmaps(run: Run, kept: Mapping[str, np.ndarray], localisation: Localisation) -> str | None:
-    """Draw example images with boxes, and beside each the maps of every method and probe that the run has.
-
-    kept: the contents of attribution.npz. Returns a data URL, or None if there are no examples. Raises LookupError
-    if `localisation` lacks one of the maps.
-    """
-    probes = {row["probe"] for row in run.scores}
-    panels = [
-        (dict(zip(IDENTITY, map(str, texts), strict=False)), localisation.caption(texts), values)
-        for texts, values in zip(kept["panels"], kept["maps"], strict=True)
-        if texts[0] in probes
-    ]
-    if not panels:
-        return None
-    lines = list(dict.fromkeys((panel["id"], panel["class"]) for panel, _, _ in panels))
-    columns = list(dict.fromkeys((panel["method"], panel["probe"]) for panel, _, _ in panels))
-    ids = list(kept["ids"])
-    with plt.rc_context(STYLE | {"font.size": 8}):
-        figure, axes = _sheet(len(lines), len(columns) + 1)
-        _head_columns(run, columns, axes[0])
-        for line, (image_id, label) in zip(axes, lines, strict=True):
-            picture, boxes = _example(kept, ids.index(image_id), label)
-            line[0].imshow(picture)
-            line[0].set_ylabel(f"{_drawn(image_id, BESIDE_MAP)}\n{_drawn(label, BESIDE_MAP)}", fontsize=8)
-            _draw_boxes(line[0], boxes)
-            for panel, caption, values in panels:
-                if (panel["id"], panel["class"]) == (image_id, label):
-                    axis = line[1 + columns.index((panel["method"], panel["probe"]))]
-                    _draw_map(axis, picture, values)
-                    _draw_boxes(axis, boxes)
-                    axis.set_xlabel(caption, fontsize=7, labelpad=2)
-        return _embed(figure, "png", pad=0.4)
-
-
-def _sheet(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of frameless square axes, [rows, columns]."""
-    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 1.75 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        for side in axis.spines.values():
-            side.set_visible(False)
-    return figure, axes
-
-
-def _head_columns(run: Run, columns: Sequence[tuple[str, str]], axes: Sequence[Axes]) -> None:
-    """Title the first row of axes: the image, then (method, probe)."""
-    texts = labels(run, list(dict.fromkeys(probe for _, probe in columns)))
-    for axis, (method, probe) in zip(axes[1:], columns, strict=True):
-        axis.set_title(f"{method}\n{_drawn(texts[probe])}", fontsize=8)
-    axes[0].set_title("image, boxes", fontsize=8)
-
-
-def _example(kept: Mapping[str, np.ndarray], number: int, label: str) -> tuple[np.ndarray, list[Box]]:
-    """Return the picture of an example, grey where images were not kept, and its boxes as _draw_boxes takes them."""
-    boxes = [
-        (edges, str(name) == label, difficult)
-        for at, edges, name, difficult in zip(*(kept[k] for k in BOX_ARRAYS), strict=True)
-        if at == number
-    ]
-    size = kept["maps"].shape[1]
-    return kept["images"][number] if "images" in kept else np.full((size, size, 3), 230, np.uint8), boxes
-
-
-def _draw_map(axis: Axes, picture: np.ndarray, values: np.ndarray) -> None:
-    """Draw a map [S, S] over its picture [S, S, 3]."""
-    grey = picture.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    positive = np.clip(values, 0, None)
-    # With the maximum as the peak, one bright pixel would leave the rest dark.
-    peak = np.quantile(positive, 0.995) or positive.max() or 1
-    axis.imshow(grey, alpha=0.5)
-    axis.imshow(np.clip(positive / peak, 0, 1), cmap="inferno", alpha=0.75, vmin=0, vmax=1)
-
-
-def _draw_boxes(axis: Axes, boxes: Sequence[Box]) -> None:
-    """Draw boxes: (edges, whether of the class that is explained, whether difficult)."""
-    for (x0, y0, x1, y1), explained, difficult in boxes:
-        colour, width = ("#9ad900", 1.4) if explained else ("white", 0.6)
-        style = ":" if difficult else "-"
-        corner, sides = (x0 - 0.5, y0 - 0.5), (x1 - x0, y1 - y0)
-        axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=width, linestyle=style))

@@ -1,8 +1,5 @@
 """`featcache report`: one self-contained page over one or more runs."""
 
-import io
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from os import PathLike
@@ -10,21 +7,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from featcache.arguments import PATH, PATHS, listed, takes
 from featcache.atomic import local_path, write_whole
 from featcache.errors import BadInput, of_the_system
 from featcache.probes.runs.run import Run, best, open_run
 from featcache.probes.scores.metrics import metric_kind, task_of
 from featcache.reporting.configuration import head_and_loss, labels, naming, training
-from featcache.reporting.localisation import EXPLAINED, MAPS, explained, read_localisation, table_of
+from featcache.reporting.localisation import (
+    Localisation,
+    by_class,
+    by_size,
+    explained,
+    means_of,
+    read_localisation,
+    table_of,
+)
 from featcache.reporting.svm import cost_table, read_costs
 from featcache.reporting.svm import notes as svm_notes
 from featcache.reporting.table import heading, over, score_rows, scored, seed_texts
 
 # Probes whose costs and classes are shown in full.
 MOST_COST_TABLES, MOST_PICTURED = 12, 12
+# A longer table of localisation scores is folded.
+MOST_TABLE_ROWS = 24
 
 
 @takes(runs=PATHS, out=PATH)
@@ -41,6 +46,8 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
     except ImportError:
         raise BadInput("the report needs jinja2: pip install 'featcache[report]'") from None
     from featcache.reporting import plots
+    from featcache.reporting.page_sheets import embedded, embedded_key
+    from featcache.reporting.sheets import read_sheets
 
     page_path = local_path(out, "--out")
     opened = [open_run(run) for run in listed(runs)]
@@ -52,6 +59,8 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         different = metrics if len(metrics) > 1 else kinds
         raise BadInput(f"runs with different metrics do not fit one page: {', '.join(different)}")
     metric = metrics[0]
+    places = [(run, read_localisation(run)) for run in opened if explained(run, run.attribution_table)]
+    sheets = embedded([read_sheets(run, localisation) for run, localisation in places])
     page = {
         "metric": metric_kind(metric).title,
         "heading": heading(metric),
@@ -69,7 +78,11 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
             if task_of(run.metrics) == "multi-label"
         ],
         "reliability": plots.reliability(opened, _pictured),
-        "localisation": [_localisation(run, plots) for run in opened if explained(run, EXPLAINED)],
+        "localisation": [
+            _localisation(run, localisation, plots) | {"sheets": own, "left_out": left_out}
+            for (run, localisation), (own, left_out) in zip(places, sheets, strict=True)
+        ],
+        "key": embedded_key(),
         "costs": [_costs(run) for run in opened if read_costs(run)],
         "tables": [(run.path.name, *score_rows(run)) for run in opened],
         "runs": [{"name": run.path.name, **run.summary} for run in opened],
@@ -132,17 +145,19 @@ def _costs(run: Run) -> dict[str, Any]:
     return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 
-def _localisation(run: Run, plots: ModuleType) -> dict[str, Any]:
-    """The page's section on a run's maps: table, explanations and picture. Raises BadInput for damage."""
-    localisation = read_localisation(run)
+def _localisation(run: Run, localisation: Localisation, plots: ModuleType) -> dict[str, Any]:
+    """Return what the page's section on a run's maps shows besides sheets: a plot, tables, and explanations."""
     columns, rows = table_of(run, localisation)
-    picture = None
-    if explained(run, MAPS):
-        data = io.BytesIO(run.read(MAPS))
-        try:
-            with np.load(data, allow_pickle=False) as kept:
-                picture = plots.heatmaps(run, dict(kept), localisation)
-        except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
-            raise run.damaged(MAPS, error) from None
-    notes = localisation.notes()
-    return {"name": run.path.name, "columns": columns, "rows": rows, "notes": notes, "picture": picture}
+    sizes = by_size(run, localisation)
+    groups = [*([("by size of the objects", *sizes)] if sizes else []), ("by class", *by_class(run, localisation))]
+    score = localisation.scores[0] if localisation.rows else None
+    return {
+        "name": run.path.name,
+        "plot": score and plots.localisation_means(run, means_of(localisation, score), score),
+        "heading": score and score.heading,
+        "columns": columns,
+        "rows": rows,
+        "folded": len(rows) > MOST_TABLE_ROWS,
+        "groups": groups,
+        "notes": localisation.notes(),
+    }

@@ -29,9 +29,12 @@ def read_costs(run: Run) -> dict[str, list[Row]]:
 
 
 def cost_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[int]]:
-    """Return (columns, rows of strings, the place of each row's chosen cost) of one probe's costs, a row for each class."""
+    """Return (columns, rows of strings, the place of each row's chosen cost) of one probe's costs, a row for each class.
+
+    The costs rise from left to right.
+    """
     classes: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["cost"]):
         classes.setdefault(row["class"], []).append(row)
     costs = [f"{row['cost']:.3g}" for row in next(iter(classes.values()))]
     columns = ["class", "folds", *costs, "objective exceeds its minimum by at most"]

@@ -11,7 +11,7 @@ from plugins import install, with_plugins
 import featcache
 from featcache.attribution.methods import METHODS
 from featcache.attribution.protocols import PROTOCOLS
-from featcache.attribution.scores import LOCALISATION_SCORES
+from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.epg import EPG
 
 SOURCE = '''
@@ -97,7 +97,7 @@ def test_a_package_brings_a_method_and_a_score(run, store, plugins, command, tmp
     assert [("length" in line, "gradcam" in line) for line in lines[2:6]] == [(False, True)] * 2 + [(True, False)] * 2
     with open(run / "attribution.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[5:] == ["pointing", "pointing_chance", "epg", "box_share"]
+    assert list(rows[0])[5:] == ["pointing", "pointing_chance", "epg", "box_share", "region_pixels"]
     assert {row["method"] for row in rows} == {"gradcam", "length"}
     assert [row["pointing_chance"] for row in rows] == [row["box_share"] for row in rows]
     test = featcache.open_store(store)["test"]
@@ -148,7 +148,7 @@ BROKEN = {
     ),
     "that brings a score that is none": (
         [("pointing = 1\n", {SCORE: {"pointing": "pointing"}})],
-        "localisation score 'pointing': plugin0:pointing of package plugin0 is no LocalisationScore",
+        "score 'pointing': plugin0:pointing of package plugin0 is no Score",
     ),
 }
 
@@ -165,10 +165,7 @@ def test_broken_packages_are_one_line(run, tmp_path, packages, message):
 
 def test_an_unknown_score_is_answered_by_the_nearest(run, command):
     code, _, err = command("attribute", "--run", run, "--score", "egp")
-    assert (
-        code == 2
-        and "--score: unknown localisation score 'egp'; did you mean 'epg'? (known: epg, pointing_game, " in err
-    )
+    assert code == 2 and "--score: unknown score 'egp'; did you mean 'epg'? (known: epg, pointing_game, " in err
 
 
 def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, command):
@@ -193,7 +190,10 @@ def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, c
         ("intgrad:steps", "'steps' is no field=value of intgrad"),
         ("intgrad:steps=0", "steps: input should be greater than or equal to 1"),
         ("gradcam:steps=3", "'steps=3' is no field=value of gradcam (fields: none)"),
-        ("bcos", "resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, gradient"),
+        (
+            "bcos",
+            "resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, position_logits",
+        ),
     ],
 )
 def test_wrong_methods_are_one_line(run, scenes, checkpoint, command, method, message):
@@ -203,7 +203,7 @@ def test_wrong_methods_are_one_line(run, scenes, checkpoint, command, method, me
 
 
 def test_every_kind_is_documented_and_chosen_by_its_own_name():
-    for registry in (METHODS, LOCALISATION_SCORES, PROTOCOLS):
+    for registry in (METHODS, SCORES, PROTOCOLS):
         for name, kind in registry.items():
             assert kind.word() == name and kind.summary().endswith(".")
 

@@ -17,7 +17,7 @@ from featcache.datasets import read_dataset
 from featcache.extraction.images import load_input
 from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
-from featcache.probes.runs.probe_file import load_probe
+from featcache.probes.runs.probe_file import find_probes, load_probe
 
 SIZE = 32
 GRID = {
@@ -134,3 +134,46 @@ def test_multi_label_images_are_refused(store, scenes, checkpoint, command, tmp_
     backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
     code, _, err = command("attribute", "--run", run.path, *backbone, "--protocol", "gridpg:side=2")
     assert code == 2 and "needs images of one class each" in err
+
+
+def test_images_that_every_probe_is_sure_of(trained, words, command, tmp_path):
+    """Training images, their probabilities recomputed from the store; the same grids for all, named by what they are."""
+    store = featcache.open_store(trained.summary["store"])
+    longer = GRID["probes"][0] | {"epochs": 40, "batch_size": 8}
+    run = featcache.train_probes({"probes": [longer]}, store=store.path, run=tmp_path / "longer").path
+    split = store["train"]
+    lowest = np.ones(len(split))
+    for probe in find_probes(run):
+        own = load_probe(run, probe)
+        logits = torch.from_numpy(split["pooled"][:]) @ own.weights["fc0.weight"].T + own.weights["fc0.bias"]
+        shares = logits.softmax(1) if own.spec.loss.type == "ce" else logits.sigmoid()
+        for number, label in enumerate(split.labels):
+            right = bool(shares[number].argmax() == label)
+            lowest[number] = min(lowest[number], float(shares[number, label]) * right)
+    least = round(float(np.quantile(lowest, 0.3)), 3)
+    sure = lowest >= least
+    names = {split.ids[number] for number in np.flatnonzero(sure)}
+    classes = len(set(split.labels[sure].tolist()))
+    assert 4 <= classes and len(names) < len(split)
+    line = ["attribute", "--run", run, *words[3:], "--split", "train", "--examples", 0, "--protocol"]
+    sets = []
+    for method in ("gradcam", "layercam"):
+        code, out, err = command(*line, f"gridpg:side=2:grids=20:confidence={least}", "--method", method)
+        assert code == 0 and f"20 grids of {len(names)} images of {classes} classes" in out, err
+        assert {name for row in table(run) for name in row["id"].partition(": ")[2].split()} <= names
+        sets.append(json.loads((run / "attribution.json").read_bytes())["set"])
+    assert sets[0] == sets[1]
+    code, _, err = command(*line, "gridpg:side=2:confidence=0.99999")
+    assert code == 2 and "that every explained probe is sure of (" in err and "a lower confidence" in err
+    # Published: a softmax whatever the loss, and 0.95.
+    code, out, err = command(*line, "gridpg:side=2:grids=3", "--parity", "how-to-probe")
+    assert (code == 0 and "confidence=0.95" in out) or "every explained probe is sure of" in err, err
+
+
+def test_a_run_without_boxes_is_pointed_to_grids(words, run, command):
+    code, _, err = command(*words[:3])
+    assert code == 2 and "has no boxes, so grids of its images are explained (--protocol gridpg)" in err
+    assert "give --backbone, --dataset and --root" in err
+    code, out, err = command(*words, "--limit", 2)
+    assert code == 0 and "--protocol gridpg:side=2" in err and "2x2 grids" not in out, err
+    assert {row["split"] for row in table(run)} == {"test, 2x2 grids"}

@@ -193,6 +193,7 @@ BAD = [
     ({"precision": "bf16"}, {}, "write the mixed precision as finetune.amp"),
     ({"finetune": {"type": "full", "size": 32, "drop_path": 0.1}}, {}, "has no residual branches to drop"),
     ({"finetune": {"type": "full", "mixed": "both"}}, {}, "finetune.mixed: both needs mixup or cutmix"),
+    ({"finetune": {"type": "full", "repeats": 9}}, {}, "repeats: 9 copies of an image do not fit into batches of 8"),
     ({"shots": 100}, {}, "probes[0].shots: 100 images of each class are asked for, and class"),
     ({}, {"splits": {"train": "trian"}}, "'trian'"),
     ({}, {"select": {"metric": "top1"}}, "select.metric: 'top1' does not fit multi-label labels"),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import featcache
 from featcache.device import multiplying
 from featcache.finetuning import configuration as room
+from featcache.finetuning import draws
 from featcache.finetuning.drop_path import DropPath, set_drop_path
 from featcache.finetuning.images import mix
 from featcache.probes.tuning import Full
@@ -126,6 +127,37 @@ def test_the_crops_are_those_of_extractions_views(images, tmp_path):
         assert torch.equal(expected, image)
 
 
+def test_repeated_images_are_augmented_anew_and_lie_apart(images, tmp_path):
+    """An epoch of 20 images, each three times in its batch, sees 7 of them."""
+    content = tuning.recipe({"repeats": 3, "mixup": 0.5}, batch_size=10, epochs=2)
+    made = tuning.configuration(images, content, tmp_path)
+    seen = made._batches(0)
+    assert [len(batch) for batch in seen] == [9, 6, 6] and made.steps == 3
+    for batch in seen:
+        rows = made._rows(batch)
+        assert torch.equal(rows, rows[: len(rows) // 3].repeat(3)) and len(rows.unique()) == len(rows) // 3
+    assert len(set().union(*(made._rows(batch).tolist() for batch in seen))) == 7
+    # Two processes never have copies of one image alone.
+    halves = [made._rows(part) for part in draws.parts(seen[0], 0, 3)]
+    assert all(torch.equal(half, halves[0]) for half in halves)
+    first, second, third = next(made._loaded(0, 0)).split(3)
+    assert not any(
+        torch.equal(a, b) for one, two in ((first, second), (second, third)) for a, b in zip(one, two, strict=True)
+    )
+    weights = tuning.trained(images, content, tmp_path / "all")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_an_operation_of_randaugment_is_left_out_at_times(images, tmp_path):
+    kept = [
+        tuning.recipe({"randaugment": 27, "randaugment_ops": 1, "randaugment_p": p, "crop_scale": [1, 1]})
+        for p in (1, 1e-9)
+    ]
+    plain = tuning.recipe({"crop_scale": [1, 1]})
+    changed, never, same = (next(tuning.configuration(images, r, tmp_path)._loaded(0, 0)) for r in (*kept, plain))
+    assert torch.equal(never, same) and not torch.equal(changed, same)
+
+
 @pytest.mark.parametrize("kind", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_a_mixed_image_has_both_labels(images, tmp_path, kind):
     """The gradient is that of cross-entropy with the mixed target."""
@@ -207,7 +239,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("tuned", [{}, {"ema": 0.9, "mixup": 0.8, "amp": "fp16", "micro_batch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "tuned", [{}, {"ema": 0.9, "mixup": 0.8, "amp": "fp16", "micro_batch": 3, "repeats": 2}], ids=str
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "lars"])
 def test_a_state_holds_all_of_it(images, tmp_path, monkeypatch, tuned, optimizer):
     """Stopped after every single step, each time gone on from the file: the same bits."""

@@ -1,6 +1,7 @@
 """select: {folds: K}: where there is no split to choose on, recipes are scored on the folds of train that they left out."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,45 @@ def test_a_recipe_does_not_depend_on_the_others(run, store, tmp_path):
     for row in alone.scores:
         assert row["value"] == run.row(row["probe"], row["metric"], row["split"])["value"]
         assert row["low"] == run.row(row["probe"], row["metric"], row["split"])["low"]
+
+
+def test_folds_of_exact_probes_train_together(run):
+    files = {
+        find_probes(run.path)[spec.id].path
+        for spec in load_specs(run.path, find_probes(run.path))
+        if spec.optimizer.type == "lbfgs"
+    }
+    assert len(files) == 1, "one block, in which the folds are beside the probes of all images"
+
+
+@pytest.mark.parametrize("labels", ["single", "several"])
+def test_an_exact_fold_is_the_probe_of_a_store_without_it(labels, tmp_path):
+    """Whatever depends on the labels that are left: weights of classes, the mean, difficult labels."""
+    splits = {name: part for name, part in digits().items() if name != "val"}
+    names = CLASSES
+    if labels == "several":
+        splits = {name: (ids, several(own), values) for name, (ids, own, values) in splits.items()}
+        splits["train"][1][::7, 3] = -1
+        names = [*CLASSES, "even"]
+    losses = [{"type": "ce", "class_weights": "balanced"}, {"type": "ce", "label_smoothing": 0.1},
+              {"type": "bce", "class_weights": "balanced"}, "squared_hinge"]  # fmt: skip
+    group = LOGISTIC | {"loss": losses, "optimizer": {"type": "lbfgs", "weight_decay": [0.1, 1e-5]}}
+    store = write_features(tmp_path / "s.zarr", splits, names)
+    run = featcache.train_probes({"select": {"folds": 3}, "probes": [group]}, store=store, run=tmp_path / "r")
+    ids, own, values = splits["train"]
+    learned = fold_numbers(own, names, 3) != 1
+    splits["train"] = list(np.array(ids)[learned]), own[learned], values[learned]
+    part = write_features(tmp_path / "part.zarr", splits, names)
+    other = featcache.train_probes({"select": {"split": "train"}, "probes": [group]}, store=part, run=tmp_path / "o")
+    folds = [spec for spec in load_specs(run.path, find_probes(run.path)) if spec.fold == "2/3"]
+    assert len(folds) == 8
+    for spec in folds:
+        own, alone = (load_probe(p.path, s.id) for p, s in ((run, spec), (other, replace(spec, fold=None))))
+        assert own.stopped is None and own.optimality.distance <= 1e-5
+        gap = (own.weights["fc0.weight"] - alone.weights["fc0.weight"]).norm()
+        assert gap < 2.2e-5 * alone.weights["fc0.weight"].norm()
+        bias = (own.weights["fc0.bias"] - alone.weights["fc0.bias"]).norm()
+        assert bias < 1e-4 * max(1, alone.weights["fc0.bias"].norm())
 
 
 def test_several_grids_in_one_run_keep_their_folds(run, store, tmp_path):

@@ -166,6 +166,9 @@ ERRORS = [
     (grid() | {"exclude": [{"loss": {"tpye": "ce"}}]}, "exclude[0].loss.tpye: unknown field; did you mean 'type'?"),
     (grid() | {"parity": "x"}, "parity: the grid has no profile 'x' (it has none)"),
     (grid() | {"profiles": {"p": {"chagne": []}}}, "profiles.p.chagne: unknown field; did you mean 'change'?"),
+    (grid() | {"profiles": {"p": {"exclude": [{"loss": "ce"}]}}}, "profiles.p.exclude[0]: drops no probe"),
+    (grid() | {"profiles": {"p": {"exclude": {"loss": "ce"}}}}, "profiles.p.exclude: expected a list of at least one rule"),
+    (grid() | {"profiles": {"p": {"select": {"split": "vla"}}}}, "profiles.p.select.split: 'vla' is not one of"),
     (grid() | {"profiles": {"p": {"splits": {"train": "test"}}}}, "profiles.p.splits.test: 'test' is in splits.train too"),
     (grid() | {"profiles": {"p": {"change": [{"where": {"loss": "ce"}, "set": {"epochs": 3}}]}}}, "profiles.p.change[0].where: no probe has these values"),
     (grid() | {"profiles": {"p": {"change": [{"set": {"epochs": 0}}]}}}, "profiles.p.change[0].set.epochs: 0 is not a whole number"),
@@ -189,7 +192,7 @@ def test_errors_name_the_path(content, message):
 def test_all_errors_at_once():
     with pytest.raises(BadInput) as caught:
         parse_grid(grid(epochs=0, loss="x", optimizer={"type": "sgd", "lr": -1}))
-    assert caught.value.message.startswith("grid grid has 3 errors:")
+    assert caught.value.message.startswith("grid has 3 errors:")
     assert len(caught.value.message.split("\n")) == 4
 
 
@@ -427,6 +430,14 @@ def test_profiles():
         ("linear", 0, "none", 0, 2, "sgd"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "adam"), ("mlp", 7, "bnu", "-ln(C-1)", 9, "sgd"),
     ]  # fmt: skip
     assert parse_grid(parity.content).specs == parity.specs, "the content says which profile it is under"
+    content["profiles"]["some"] = {
+        "exclude": [{"loss": "ce"}],
+        "select": {"split": "none"},
+        "change": [{"set": {"epochs": 1}}],
+    }
+    some = parse_grid(content, parity="some")
+    assert {spec.loss.type for spec in some.specs} == {"bce"} and len(some.groups) == len(some.specs) == 2
+    assert some.reports_all and not default.reports_all and parse_grid(some.content).reports_all
     assert parse_grid(parity.content).splits == parity.splits
     assert parse_grid(default.content).specs == default.specs
 
@@ -513,7 +524,7 @@ def test_any_change_to_a_grid_is_a_grid_or_a_clear_error(data):
         checked = parse_grid(content)
     except BadInput as error:
         head, *lines = error.message.split("\n  ")
-        for line in lines or [head.removeprefix("grid grid: ")]:
+        for line in lines or [head.removeprefix("grid: ")]:
             assert re.match(
                 r"(store|splits|select|search|probes|exclude|profiles|parity|include|type|lr|from|random|x|3|None)\b",
                 line,

@@ -108,11 +108,14 @@ def test_training_images_leave_themselves_out(single, tmp_path, command):
         assert value == pytest.approx(top1(rows, labels, rows, np.eye(4)[labels], k, own=True))
 
 
-def test_all_are_reported_where_nothing_can_be_chosen(single, tmp_path, command):
+def test_all_are_reported_where_nothing_can_be_chosen(single, tmp_path, command, monkeypatch):
     """When val is trained on, or the store has none."""
-    code, out, _ = command("knn", "--store", single, "--run", tmp_path / "run", "--k", "1,9", "--train", "train,val")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command("knn", "--store", single, "--k", "1,9", "--train", "train, val")
     assert code == 0 and "nothing was chosen" in out and "knn (1)" in out and "knn (9)" in out
-    assert featcache.open_run(tmp_path / "run").chosen_on is None
+    assert "loss" not in out.splitlines()[0], "nothing is trained"
+    (run,) = (tmp_path / "runs").glob("knn-*")
+    assert featcache.open_run(run).chosen_on is None
 
 
 def test_few_shots_have_a_mean_over_draws(single, tmp_path, command):

@@ -316,6 +316,26 @@ def test_lbfgs_ends_at_the_optimum_in_any_company(problem, loss, scale):
             assert (found["fc0.weight"] - best).norm() < 1.1e-5 * best.norm()
 
 
+def test_a_softmax_converges_where_all_images_are_all_but_certain():
+    """Where 1 - p is 1e-9, a loss or slope that is taken as a difference from 1 has few digits left."""
+    random = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 80, generator=random), torch.arange(60) % 5
+    wanted = [lbfgs(Loss("ce"), decay, 20) for decay in (1e-9, 1e-10, 1e-11, 1e-12)]
+    fitted, losses, short = fit_convex(wanted, features, labels, 5)
+    assert short == [False] * 4
+    for spec, weights, history in zip(wanted, fitted, losses, strict=True):
+        # The sum over classes of what pulls at the weights, as small numbers that are exact.
+        logits = features.double() @ weights["fc0.weight"].double().t() + weights["fc0.bias"].double()
+        behind = logits.gather(1, labels.unsqueeze(1)) - logits
+        pulled = torch.exp(-behind)
+        pulled = pulled.scatter(1, labels.unsqueeze(1), 0) / pulled.sum(1, keepdim=True)
+        pulled.scatter_(1, labels.unsqueeze(1), -pulled.sum(1, keepdim=True))
+        decay = spec.optimizer.weight_decay
+        gradient = pulled.t() @ features.double() / 60 + decay * weights["fc0.weight"].double()
+        assert gradient.norm() < 3e-5 * decay * weights["fc0.weight"].norm()
+        assert 0 < history[-1] < 1e3 * decay
+
+
 def test_lbfgs_does_not_take_rounding_for_an_optimum(problem):
     """Where the tolerance is beyond what float64 can tell, it says that it is not there."""
     features, multi, _ = problem

@@ -1,7 +1,9 @@
 """The recipes of published protocols: row by row what was published, named in docs/protocols.md, and they train."""
 
+import itertools
 import re
 import shlex
+from dataclasses import replace
 
 import click
 import pytest
@@ -25,6 +27,7 @@ RECIPES = sorted(
     path.relative_to(PIPELINES).as_posix() for folder in FOLDERS for path in (PIPELINES / folder).glob("*.yaml")
 )
 LINEAR = [name for name in RECIPES if not re.search("finetune_|semi_|svm|knn", name)]
+BRACKETS = str.maketrans("", "", "[]")
 POOLS = "feat1:grid(10,10,4) feat2:grid(16,8,0) feat3:grid(13,5,0) feat4:grid(8,3,0) feat5:grid(6,1,0)"
 
 # What was published, one row for each recipe. rate: at the batch size, after any scaling; of the biases' and the norms'
@@ -69,6 +72,12 @@ attentive/efficient                        imagenet         last:spatial     eff
 """
 NAMES, *ROWS = [line.split() for line in PUBLISHED.strip().splitlines()]
 TABLE = {row[0]: dict(zip(NAMES[1:], row[1:], strict=True)) for row in ROWS}
+# Those that resize images as torchvision and Pillow do by default; MMSelfSup's are among them, and OpenMixup's are not.
+BILINEAR = {
+    "simsiam/linear", "moco_v3/linear_r50", "moco_v3/linear_vit", "vissl/imagenet", "vissl/places205",
+    "vissl/inaturalist2018", "openmixup/imagenet_swav", "openmixup/imagenet_simsiam", "openmixup/imagenet_mocov3_r50",
+    "openmixup/imagenet_mocov3_vit_small", "openmixup/imagenet_mae",
+}  # fmt: skip
 # Those whose configurations are a grid.
 GRIDS = {"dinov2/linear", "dinov2/logistic", "capi/grid", "i_jepa/linear", "attentive/grid"}
 
@@ -78,9 +87,11 @@ def grid_of(recipe):
 
 
 def commands_of(recipe):
-    """The command lines in the comment at the top of a recipe, without `featcache`."""
+    """The command lines in the comment at the top of a recipe, without `featcache` and the brackets of what may be left out."""
     lines = (PIPELINES / f"{recipe}.yaml").read_text().splitlines()
-    return [shlex.split(line.lstrip("# "))[1:] for line in lines if line.startswith("#   featcache ")]
+    return [
+        shlex.split(line.lstrip("# ").translate(BRACKETS))[1:] for line in lines if line.startswith("#   featcache ")
+    ]
 
 
 def option(words, name):
@@ -133,13 +144,57 @@ def test_a_recipe_is_the_published_configuration(recipe):
             assert (spec.head.init_std, spec.head.bias) == (0.01, True)
         if spec.optimizer.type in ("sgd", "lars"):
             assert spec.optimizer.momentum == 0.9
+        assert spec.optimizer.clip == (1 if recipe == "attentive/v_jepa" else 0)
         if spec.optimizer.type == "lars":
-            assert (spec.optimizer.form, spec.optimizer.trust) == ("moco_v3", 0.001)
+            # MMSelfSup has the rule of the paper, the others MoCo v3's.
+            form = "paper" if recipe.startswith("openmixup/") else "moco_v3"
+            assert (spec.optimizer.form, spec.optimizer.trust) == (form, 0.001)
     extract, train = commands_of(recipe)
     assert option(extract, "--dataset") == row["data"] and row["data"] in DATASETS
     assert (option(extract, "--short-side"), option(extract, "--size")) == (row["short"], row["size"])
-    assert row["short"] == "-" or option(extract, "--interpolation") == "bicubic"
+    interpolation = "bilinear" if recipe in BILINEAR else "bicubic"
+    assert row["short"] == "-" or option(extract, "--interpolation") == interpolation
     assert option(train, "--store") == option(extract, "--store")
+
+
+# What --parity openmixup makes of OpenMixup's files: the batch with which dist_train_linear.sh starts them on 8 GPUs, and the
+# features that theirs have.
+LAUNCHED = """
+imagenet_linear_step       512   last:pooled
+imagenet100_linear_step    512   last:pooled
+imagenet_mhead             512   FOUR
+place205_mhead             512   FOUR
+inaturalist2018_mhead      512   FOUR
+cifar10_r18_linear_cos     512   last:pooled
+cifar10_r18_linear_step    512   last:pooled
+cifar10_r50_linear_cos     512   last:pooled
+cifar100_r18_linear_cos    512   last:pooled
+cifar100_r18_linear_step   512   last:pooled
+cifar100_r50_linear_cos    512   last:pooled
+cifar100_deit_small_linear 1024  last:cls
+stl10_r50_linear_cos       512   last:pooled
+stl10_r50_linear_step      512   last:pooled
+stl10_deit_small_linear    1024  last:cls
+"""
+PARITY = {name: (int(batch), names) for name, batch, names in (line.split() for line in LAUNCHED.strip().splitlines())}
+
+
+@pytest.mark.parametrize("recipe", PARITY)
+def test_parity_is_what_the_published_command_starts(recipe):
+    """Nothing else differs from the recipe's default profile."""
+    path, (batch, names) = PIPELINES / f"openmixup/{recipe}.yaml", PARITY[recipe]
+    default, parity = read_grid(path), read_grid(path, "openmixup")
+    features = POOLS.split()[1:] if names == "FOUR" else [names]
+    assert [spec.features for spec in parity.specs] == features and len(parity.groups) == len(parity.specs)
+    kept = [spec for spec in default.specs if spec.features in features]
+    assert list(parity.specs) == [replace(spec, batch_size=batch) for spec in kept]
+    assert parity.splits == default.splits and batch == 2 * default.specs[0].batch_size
+
+
+def test_all_linear_recipes_that_are_launched_otherwise_have_a_profile():
+    """The files for 8 GPUs, and MMSelfSup's, are launched as they are named."""
+    profiled = {name for name in TABLE if "profiles" in grid_of(name).content}
+    assert profiled == {f"openmixup/{name}" for name in PARITY}
 
 
 def test_every_recipe_is_in_the_table():
@@ -171,6 +226,18 @@ def test_dinov2_regresses_with_45_values_of_c():
     assert values == pytest.approx((10 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist(), rel=1e-5)
     extract, _ = commands_of("dinov2/logistic")
     assert (option(extract, "--short-side"), option(extract, "--size")) == ("224", "224")
+
+
+def test_i_jepa_has_16_heads_as_vissl_trains_them():
+    specs = grid_of("i_jepa/linear").specs
+    wanted = itertools.product(
+        ("last4:patch_mean", "last:patch_mean"), ("bn_linear", "linear"), (0.1, 0.01), (5e-4, 0.0)
+    )
+    assert {(s.features, s.head.type, s.optimizer.lr, s.optimizer.weight_decay) for s in specs} == set(wanted)
+    assert {
+        (s.optimizer.type, s.optimizer.form, s.optimizer.rate(16384) / s.optimizer.lr, s.epochs) for s in specs
+    } == {("lars", "moco_v3", 64, 50)}
+    assert {(s.schedule.milestones, s.schedule.gamma, s.batch_size) for s in specs} == {((15, 30, 45), 0.1, 16384)}
 
 
 def test_capi_has_30_heads_of_each_representation():
@@ -217,32 +284,35 @@ def test_every_recipe_is_named_in_the_page_and_every_named_one_exists():
     assert [recipe for recipe in RECIPES if recipe.partition("/")[2] not in text] == []
 
 
-# Fine-tuning. rate, wd: of the backbone; decay: of the rate, layer by layer; warm: epochs; clip: of the gradient.
+# Fine-tuning, as OpenMixup's files evaluate. rate, wd: of the backbone; decay: of the rate, layer by layer; warm: epochs;
+# final: the smallest rate by the largest; clip: of the gradient; augment: RandAugment's magnitude of 30, where theirs is of 10.
 TUNED = """
-recipe                    optim  rate    wd    decay  warm  epochs  batch  drop  clip  ema      loss  mixup
-rsb_a3                    lamb   0.008   0.02  1      5     100     2048   0     0     0        bce   0.1
-r50_rsb_a2                lamb   0.005   0.02  1      5     300     2048   0.05  0     0.9999   bce   0.1
-r101_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.1   0     0        bce   0.1
-r152_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.15  0     0        bce   0.1
-r200_rsb_a2               lamb   0.005   0.02  1      5     300     2048   0.2   0     0        bce   0.1
-convnext_t_spark          adamw  0.0004  0.01  0.7    5     400     4096   0.1   0     0.9999   ce    0.8
-convnext_s_spark          adamw  0.004   0.05  1      5     300     4096   0.4   0     0.9999   ce    0.8
-convnext_b_spark          adamw  0.004   0.05  1      5     300     4096   0.5   0     0.9999   ce    0.8
-r50                       adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0
-r50_swin_192              adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0.8
-r50_swin_224              adamw  0.005   0.05  1      20    100     2048   0     0     0        ce    0.8
-swin_192                  adamw  0.005   0.05  0.9    20    100     2048   0     5     0        ce    0.8
-swin_224                  adamw  0.005   0.05  0.9    20    100     2048   0     5     0        ce    0.8
-vit_base_mae              adamw  0.004   0.05  0.65   5     100     1024   0.1   5     0        ce    0.8
-vit_large_mae             adamw  0.002   0.05  0.65   5     100     1024   0.1   5     0        ce    0.8
-vit_huge_mae              adamw  0.002   0.05  0.65   5     50      1024   0.3   5     0        ce    0.8
-vit_base_simmim           adamw  0.01    0.05  0.65   20    100     1024   0     0     0.99996  ce    0.8
-vit_large_simmim_ep100    adamw  0.01    0.05  0.65   20    100     1024   0     0     0.99996  ce    0.8
-vit_large_simmim_ep150    adamw  0.01    0.05  0.65   20    150     1024   0     0     0.99996  ce    0.8
-vit_small_simmim_ep100    adamw  0.01    0.05  0.65   20    100     1024   0     0     0        ce    0.8
-vit_small_simmim_ep200    adamw  0.01    0.05  0.65   20    200     1024   0     0     0        ce    0.8
-vit_base_cae              adamw  0.008   0.05  0.65   5     100     1024   0     0     0        ce    0.8
-beit_base                 adamw  0.004   0.05  0.65   5     100     1024   0     0     0        ce    0.8
+recipe                  optim  rate    wd    decay  warm  final     epochs  batch  drop  clip  ema      loss  mixup  augment  erase  amp   norm   repeats
+rsb_a3                  lamb   0.008   0.02  1      5     0.000125  100     2048   0     0     0        bce   0.1    18       0      fp16  sync   1
+convnext_t_rsb_a3       lamb   0.008   0.02  1      5     0.000125  100     2048   0.1   0     0        bce   0.1    18       0      fp16  train  1
+r50_rsb_a2              lamb   0.005   0.02  1      5     0.0002    300     2048   0.05  0     0.9999   bce   0.1    21       0      fp16  sync   3
+r101_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.1   0     0        bce   0.1    21       0      fp16  sync   3
+r152_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.15  0     0        bce   0.1    21       0      fp16  sync   3
+r200_rsb_a2             lamb   0.005   0.02  1      5     0.0002    300     2048   0.2   0     0        bce   0.1    21       0      fp16  sync   3
+convnext_t_spark        adamw  0.0004  0.01  0.7    5     0.0025    400     4096   0.1   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+convnext_s_spark        adamw  0.004   0.05  1      5     0.00025   300     4096   0.4   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+convnext_b_spark        adamw  0.004   0.05  1      5     0.00025   300     4096   0.5   0     0.9999   ce    0.8    27       0.25   fp16  train  1
+r50                     adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0      0        0      fp16  train  1
+r50_swin_192            adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0.8    27       0.25   fp16  train  1
+r50_swin_224            adamw  0.005   0.05  1      20    0.0002    100     2048   0     0     0        ce    0.8    27       0.25   fp16  train  1
+swin_192                adamw  0.005   0.05  0.9    20    0.0002    100     2048   0.1   5     0        ce    0.8    27       0.25   none  train  1
+swin_224                adamw  0.005   0.05  0.9    20    0.0002    100     2048   0.1   5     0        ce    0.8    27       0.25   none  train  1
+vit_base_mae            adamw  0.004   0.05  0.65   5     0.00025   100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_large_mae           adamw  0.002   0.05  0.65   5     0.0005    100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_huge_mae            adamw  0.002   0.05  0.65   5     0.0005    50      1024   0.3   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_base_simmim         adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  1
+vit_large_simmim_ep100  adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  3
+vit_large_simmim_ep150  adamw  0.01    0.05  0.65   20    0.0001    150     1024   0.1   5     0.99996  ce    0.8    27       0.25   fp16  train  3
+vit_small_simmim_ep100  adamw  0.01    0.05  0.65   20    0.0001    100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_small_simmim_ep200  adamw  0.01    0.05  0.65   20    0.0001    200     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+vit_base_cae            adamw  0.008   0.05  0.65   5     0.000125  100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+deit_small_swin         adamw  0.008   0.05  0.65   5     0.000125  100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
+beit_base               adamw  0.004   0.05  0.65   5     0.00025   100     1024   0.1   5     0        ce    0.8    27       0.25   fp16  train  1
 """
 TUNED_NAMES, *TUNED_ROWS = [line.split() for line in TUNED.strip().splitlines()]
 TUNING = {row[0]: dict(zip(TUNED_NAMES[1:], row[1:], strict=True)) for row in TUNED_ROWS}
@@ -254,11 +324,22 @@ def test_a_recipe_of_fine_tuning_is_the_published_one(recipe):
     optimizer, tuning = spec.optimizer, spec.finetune
     assert {
         "optim": optimizer.type, "rate": f"{optimizer.lr:g}", "wd": f"{optimizer.weight_decay:g}",
-        "decay": f"{tuning.layer_decay:g}", "warm": f"{spec.schedule.warmup_epochs:g}", "epochs": str(spec.epochs),
-        "batch": str(spec.batch_size), "drop": f"{tuning.drop_path:g}", "clip": f"{optimizer.clip:g}",
-        "ema": f"{tuning.ema:g}", "loss": spec.loss.type, "mixup": f"{tuning.mixup:g}",
+        "decay": f"{tuning.layer_decay:g}", "warm": f"{spec.schedule.warmup_epochs:g}", "final": f"{spec.schedule.final:g}",
+        "epochs": str(spec.epochs), "batch": str(spec.batch_size), "drop": f"{tuning.drop_path:g}",
+        "clip": f"{optimizer.clip:g}", "ema": f"{tuning.ema:g}", "loss": spec.loss.type, "mixup": f"{tuning.mixup:g}",
+        "augment": str(tuning.randaugment), "erase": f"{tuning.erasing:g}", "amp": tuning.amp, "norm": tuning.norm,
+        "repeats": str(tuning.repeats),
     } == TUNING[recipe]  # fmt: skip
     assert spec.schedule.type == "cosine" and not tuning.decay_all and optimizer.lr_base == 0
+    assert (tuning.cutmix > 0) == (tuning.mixup > 0) and tuning.color_jitter == 0
+    assert (tuning.randaugment_p, tuning.randaugment_ops) == ((0.5, 2) if tuning.randaugment else (1, 2))
+    assert spec.loss.type == "bce" or spec.loss.label_smoothing == (0.1 if tuning.mixup else 0)
+
+
+@pytest.mark.parametrize("recipe", [name for name in TUNING if "rsb" in name])
+def test_resnet_strikes_back_takes_both_labels_as_present_and_openmixup_their_shares(recipe):
+    path = PIPELINES / f"openmixup/finetune_{recipe}.yaml"
+    assert [read_grid(path, parity).specs[0].finetune.mixed for parity in (None, "openmixup")] == ["both", "shares"]
 
 
 def test_every_recipe_of_fine_tuning_is_in_the_table():
@@ -267,7 +348,11 @@ def test_every_recipe_of_fine_tuning_is_in_the_table():
 
 @pytest.mark.parametrize(("recipe", "decay"), [("semi_imagenet_1percent", 5e-4), ("semi_imagenet_10percent", 1e-4)])
 def test_semi_supervised_recipes_are_the_published_nine(recipe, decay):
-    specs = grid_of(f"openmixup/{recipe}").specs
+    grid, parity = (read_grid(PIPELINES / f"openmixup/{recipe}.yaml", name) for name in (None, "openmixup"))
+    specs = grid.specs
+    assert grid.specs == parity.specs and grid.reports_all and grid.splits["test"] == ("val",)
+    assert not parity.reports_all and parity.chosen_on == "val" and parity.splits["val"] == parity.splits["test"]
+    assert {(s.finetune.norm, s.finetune.decay_all, s.optimizer.momentum) for s in specs} == {("sync", True, 0.9)}
     assert {(s.optimizer.lr, s.finetune.head_lr) for s in specs} == {
         (r, h) for r in (0.1, 0.01, 0.001) for h in (1, 10, 100)
     }

@@ -85,7 +85,13 @@ def test_the_table_of_layers(store, command, tmp_path, full):
     assert (code, again) == (0, out) and "finished already" in err
 
 
-def test_by_default_every_vector_is_a_layer(store):
+def test_by_default_every_vector_is_a_layer_and_the_run_has_the_commands_name(store, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--features", "pooled, layer3:grid(2,2,0)", "--costs", "1", "--train", "train, val")
+    assert command("svm", "--store", store, *words)[0] == 0
+    assert command("svm", "--store", store, "--low-shot", "--shots", "1", "--samples", "1", *words)[0] == 0
+    names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs").iterdir())
+    assert names == ["low-shot-svm", "svm"]
     grid = svm_grid(featcache.open_store(store), None, False, [1], 1, "voc07", 3, None, "newton", None, None, None, 0)
     assert grid["probes"][0]["features"] == ["layer4:pooled", "layer3:pooled", "layer3:grid(2,2,0)"]
     assert grid["splits"] == {"train": ["train", "val"], "test": ["test"]}
@@ -278,9 +284,13 @@ def test_a_killed_run_ends_with_the_same_bytes(store, tmp_path):
         (["--costs", "0,1"], "is not a number above 0"),
         (["--costs", "1,1"], "is not a list of one or more costs, each once"),
         (["--folds", "40"], "in training, and each of 40 folds needs one; take fewer folds, or a single cost"),
-        (["--low-shot", "--shots", "2,64"], "in training, and 64 shots are drawn"),
+        (
+            ["--low-shot", "--shots", "2,64"],
+            "and 64 shots are drawn; take a smaller optimizer.positives (--shots)",
+        ),
+        (["--low-shot", "--shots", "99"], "svm: probes[0]: "),
         (["--low-shot", "--shots", "0"], "--shots: expected whole numbers of at least 1, each once, not [0]"),
-        (["--low-shot", "--shots", "1,x"], "'1,x' is not a list of whole numbers"),
+        (["--low-shot", "--shots", "1,x"], "'1,x' is not a whole number, or several with commas between them"),
         (["--parity", "openmix"], "--parity openmix: svm has only openmixup; did you mean 'openmixup'?"),
         (["--metric", "map_voc"], "'map_voc' is not one of"),
         (["--metric", "top1"], "'top1' does not fit multi-label labels"),

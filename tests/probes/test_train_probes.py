@@ -234,7 +234,7 @@ def test_all_that_does_not_fit_the_store_is_said_at_once(store, tmp_path):
     with pytest.raises(BadInput) as caught:
         featcache.train_probes(grid, store=store, run=tmp_path / "r")
     head, *lines = caught.value.message.split("\n  ")
-    assert head == "grid grid has 4 errors:"
+    assert head == "grid has 4 errors:"
     for line, start in zip(lines, (
         "probes[0].features: the store holds no feature 'layer2:pooled'; did you mean 'layer4:pooled'?",
         "probes[1].features: a head of type bcos on layer4:pooled",

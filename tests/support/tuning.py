@@ -6,9 +6,9 @@ from torch import nn
 
 import featcache
 from featcache.finetuning.configuration import Configuration
-from featcache.finetuning.finetune import Source
 from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import prepare
+from featcache.finetuning.settings import Settings
 from featcache.probes.runs.probe_file import Origin
 from featcache.ranks import Alone
 
@@ -45,7 +45,8 @@ def finetune(images, content, run, arch="tuning:network", **more):
 
 def configuration(images, content, folder, arch="tuning:network", seed=0, **more):
     """The only Configuration of a recipe, not yet trained."""
-    task = prepare(content, "manifest", images, Source("random", arch), seed, **more)
+    given = {"backbone": "random", "dataset": "manifest", "recipe": content, "root": images, "arch": arch, "seed": seed}
+    task = prepare(Settings(**given | more))
     (spec,) = task.resolved.specs
     origin, cpu = Origin(task.basis.store_id, "x"), torch.device("cpu")
     return Configuration(task, spec, folder, origin, cpu, 0, Alone(), Progress(0, False))

@@ -19,6 +19,7 @@ class BoxIoU(LocalisationScore):
     heading: ClassVar[str] = "box IoU"
     columns: ClassVar[tuple[str, str]] = ("box_iou", "box_iou_uniform")
     lacking: ClassVar[str] = "positive value"
+    regions: ClassVar[tuple[str, ...]] = ("boxes",)
 
     def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compare the masks with the tightest box, pixel by pixel."""

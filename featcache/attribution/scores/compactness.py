@@ -17,6 +17,7 @@ class Compactness(LocalisationScore):
     heading: ClassVar[str] = "compactness"
     columns: ClassVar[tuple[str, str]] = ("compactness", "compactness_uniform")
     lacking: ClassVar[str] = "positive value"
+    regions: ClassVar[tuple[str, ...]] = ()
 
     def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Return sum((2 i - n - 1) a_i) / (n sum(a_i)) over the n values in order."""

@@ -18,6 +18,7 @@ class Complexity(LocalisationScore):
     heading: ClassVar[str] = "complexity"
     columns: ClassVar[tuple[str, str]] = ("complexity", "complexity_uniform")
     lacking: ClassVar[str] = "positive value"
+    regions: ClassVar[tuple[str, ...]] = ()
 
     def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Return the entropy over the logarithm of the number of pixels."""

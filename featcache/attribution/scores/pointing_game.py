@@ -27,3 +27,9 @@ class PointingGame(LocalisationScore):
     def uniform(self, masks: torch.Tensor) -> torch.Tensor:
         """Return the boxes' share of the image."""
         return masks.double().mean((1, 2))
+
+    def chance(self, masks: torch.Tensor, void: torch.Tensor | None) -> torch.Tensor:
+        """Return the objects' share of the pixels that count."""
+        if void is None:
+            return self.uniform(masks)
+        return masks.sum((1, 2)).double() / (~void).sum((1, 2))

@@ -157,14 +157,31 @@ class Preprocessing:
         boxes: [M, 4] as x0, y0, x1, y1 in an image of height x width. Returns float64 [M, 4], clipped
         to the input, and bool [M], whether any part of the box is in it.
         """
-        whole: tuple[int, int] = (self.size, self.size)
-        corner = (0, 0)
-        if self.resize == "crop":
-            whole = self._whole(width, height)
-            corner = self._corner(*whole)
+        whole, corner = self._placed(height, width)
         moved = np.asarray(boxes, np.float64).reshape(-1, 4) * (2 * whole) / (2 * (width, height)) - 2 * corner
         moved = moved.clip(0, self.size)
         return moved, (moved[:, 0] < moved[:, 2]) & (moved[:, 1] < moved[:, 3])
+
+    def map_masks(self, masks: np.ndarray) -> np.ndarray:
+        """Convert masks [..., H, W] of an image to pixels of the input, [..., size, size], each by its centre.
+
+        A filled box becomes the pixels whose centre is in the box that map_boxes makes of it.
+        """
+        height, width = masks.shape[-2:]
+        whole, corner = self._placed(height, width)
+        # In whole numbers, so that no rounding moves a centre over the edge of a pixel.
+        columns, rows = (
+            (2 * (np.arange(self.size) + first) + 1) * side // (2 * sides)
+            for first, side, sides in zip(corner, (width, height), whole, strict=True)
+        )
+        return masks[..., rows[:, None], columns]
+
+    def _placed(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the (width, height) that an image is resized to, and the (left, top) of the input in it."""
+        if self.resize != "crop":
+            return (self.size, self.size), (0, 0)
+        whole = self._whole(width, height)
+        return whole, self._corner(*whole)
 
     def normalise(self, images: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Turn uint8 [B, 3, H, W] into the input on the same device: float32 [B, 3 or 6, H, W], channels_last.

@@ -1,10 +1,21 @@
-"""The weights with which each probe of a block scored best in validation."""
+"""What validation scores decide: the weights that are kept, and whether training goes on."""
 
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
+
+
+def stalled(scores: Tensor, patience: int) -> Tensor:
+    """Return which probes have gone `patience` epochs without a better score, bool [P].
+
+    scores: float64 [epochs, P], higher is better; a NaN is lower than all.
+    """
+    if not patience or len(scores) <= patience:
+        return torch.zeros(scores.shape[1], dtype=torch.bool)
+    scores = scores.nan_to_num(nan=-torch.inf)
+    return scores[-patience:].amax(0) <= scores[:-patience].amax(0)
 
 
 @dataclass

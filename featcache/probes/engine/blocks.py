@@ -1,12 +1,13 @@
 """Which probes train together."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 from featcache.probes.engine.memory import CPU, MemoryBudget
 from featcache.probes.heads.head import MANY_ROWS
 from featcache.probes.inputs.input import CHUNK_ROWS
+from featcache.probes.sample import Sample
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec
 
@@ -75,7 +76,15 @@ def _largest_block(spec: ProbeSpec, dim: int, positions: int, classes: int, budg
 def block_key(spec: ProbeSpec) -> Hashable:
     """Return what the probes of one block have in common."""
     loop = (spec.epochs, spec.stop, spec.batch_size, spec.keep, spec.patience, spec.precision)
-    return spec.features, spec.views, spec.sample, spec.head.shared, spec.optimizer.shared, loop
+    return spec.features, spec.views, shared_sample(spec), spec.head.shared, spec.optimizer.shared, loop
+
+
+def shared_sample(spec: ProbeSpec) -> Sample:
+    """Return the images that the probes of its block share: its own, or with them those of the fold that it holds out."""
+    solver = spec.optimizer
+    if spec.fold and isinstance(solver, FullBatchSolver) and solver.shares_folds(spec):
+        return replace(spec.sample, fold=None)
+    return spec.sample
 
 
 def rows_at_once(batch_size: int | None, positions: int) -> int:

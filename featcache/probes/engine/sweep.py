@@ -31,6 +31,7 @@ from featcache.probes.inputs.streamed import Streamed
 from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import Origin, find_probes, load_probes, save_probes
 from featcache.probes.runs.run_file import PARTIAL
+from featcache.probes.sample import Sample
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import ROWS, TrainedProbe
@@ -119,12 +120,14 @@ class Sweep:
     def _origin(self, buffer_rows: int | None) -> Origin:
         return Origin(self.store.id, self.run, buffer_rows)
 
-    def fit(self, specs: Sequence[ProbeSpec], source: Resident | Streamed) -> None:
+    def fit(self, specs: Sequence[ProbeSpec], source: Resident | Streamed, sample: Sample) -> None:
         """Train a block whose optimizer sees all images at once."""
         if isinstance(source, Streamed):
             raise TypeError("plan_buffers keeps the features in memory for an optimizer that sees all images at once")
-        labels = self.sets[specs[0].sample].labels
-        self._keep(fit_block(specs, source[0], labels, len(self.store.classes)), self._origin(None))
+        # Folds that the source leaves out already are not held out by the solver.
+        held_out = {s.fold: self.sets.places_held_out(s.sample) for s in specs if s.fold and s.sample != sample}
+        probes = fit_block(specs, source[0], self.sets[sample].labels, len(self.store.classes), held_out)
+        self._keep(probes, self._origin(None))
         self.tick(sum(self.steps_of(spec) for spec in specs))
 
     def remember(self, specs: Sequence[ProbeSpec], wave: Wave) -> None:
@@ -289,7 +292,7 @@ def _train(sweep: Sweep, waves: Iterable[Wave]) -> None:
             sweep.remember(specs, wave)
             continue
         if specs and specs[0].optimizer.full_batch:
-            sweep.fit(specs, source)
+            sweep.fit(specs, source, wave.sample)
             continue
         trainings = sweep.open(wave)
         sweep.tick(sum(t.epoch * t.steps * len(t.specs) for t in trainings))

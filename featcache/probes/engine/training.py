@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featcache.device import multiplying
-from featcache.probes.engine.best import BestWeights
+from featcache.probes.engine.best import BestWeights, stalled
 from featcache.probes.engine.blocks import padded
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
 from featcache.probes.engine.predict import predict
@@ -117,11 +117,7 @@ class Training:
 
     def impatient(self) -> Tensor:
         """Return which probes have gone `patience` epochs without a better validation score, bool [P]."""
-        patience = self._first.patience
-        if not self.validates or not patience or self.epoch <= patience:
-            return torch.zeros(len(self.specs), dtype=torch.bool)
-        scores = self._scores.nan_to_num(nan=-torch.inf)
-        return scores[-patience:].amax(0) <= scores[:-patience].amax(0)
+        return stalled(self._scores, self._first.patience if self.validates else 0)
 
     def scores(self, p: int) -> list[float]:
         """Return the validation scores of a probe after every epoch, NaN where there was no validation."""

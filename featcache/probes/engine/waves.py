@@ -9,7 +9,7 @@ import click
 import torch
 
 from featcache.errors import BadInput
-from featcache.probes.engine.blocks import Block, blocks
+from featcache.probes.engine.blocks import Block, blocks, shared_sample
 from featcache.probes.engine.memory import FeatureMemory, MemoryBudget, state_bytes
 from featcache.probes.inputs.input import Input, Source
 from featcache.probes.inputs.shared import shared_inputs
@@ -108,7 +108,7 @@ def plan_waves(
     for _, group in blocks_by_input([s for s in missing if s.id not in resumed], store, device):
         for block in group:
             source = Source.of(block[0])
-            groups.setdefault((shared[source], source.sample, buffers[source.name]), []).append(block)
+            groups.setdefault((shared[source], shared_sample(block[0]), buffers[source.name]), []).append(block)
     for (whole, sample, buffer_rows), group in groups.items():
         for together in _together(group, store, buffer_rows, device):
             ids: list[list[str] | str] = [[spec.id for spec in block] for block in together]

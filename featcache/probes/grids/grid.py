@@ -10,7 +10,7 @@ from featcache.arguments import is_path
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.expand import all_specs, sections
 from featcache.probes.grids.fields import check_known
-from featcache.probes.grids.grid_file import Group, assemble, check_size, read_content
+from featcache.probes.grids.grid_file import Group, assemble, check_size, items, read_content
 from featcache.probes.grids.rules import changed, without
 from featcache.probes.grids.search import SEARCHES, Halving
 from featcache.probes.grids.selection import NOTHING, Refit, Selection, read_refit, read_selection
@@ -23,6 +23,8 @@ TOP = (
     "store", "splits", "select", "refit", "intervals", "search", "include", "probes", "exclude", "parity", "allow_overlap",
     "profiles",
 )  # fmt: skip
+# What a profile may have.
+PROFILE = ("splits", "select", "exclude", "change")
 # The roles that get intervals by default. Scores on the training images say little about other images.
 INTERVALS = ("val", "test")
 
@@ -31,13 +33,13 @@ INTERVALS = ("val", "test")
 class Grid:
     """A grid that was read and checked.
 
-    path: of its file. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
+    title: what messages call it. groups: for each of the specs, the group that it comes from. splits: {role: splits of the store},
     for the roles train, val and test; without val where the grid names none and gives the split `val` another role.
     selection: how probes are chosen. refit: which of the chosen are trained again, or None. content: the grid with
-    included files, groups that start from others and the profile's splits filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
+    included files, groups that start from others, and the profile's splits and selection filled in; it reads as the same grid. parity: name of the profile that was applied. intervals: roles whose scores get an interval.
     """
 
-    path: PathOrStr
+    title: str
     specs: tuple[ProbeSpec, ...]
     groups: tuple[Group, ...]
     splits: dict[str, tuple[str, ...]]
@@ -50,7 +52,7 @@ class Grid:
     refit: Refit | None = None
 
     def __repr__(self) -> str:
-        return f"Grid({str(self.path)!r}, {len(self.specs)} probes)"
+        return f"Grid({self.title!r}, {len(self.specs)} probes)"
 
     @property
     def metric(self) -> str | None:
@@ -96,14 +98,16 @@ def read_grid(path: PathOrStr, parity: str | None = None) -> Grid:
     return parse_grid(read_content(path), path, parity)
 
 
-def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None) -> Grid:
+def parse_grid(content: Any, path: PathOrStr = "", parity: str | None = None, title: str | None = None) -> Grid:
     """Turn the content of a grid (dicts and lists, as YAML has them) into a Grid. Raises BadInput.
 
     path: of the file, to which `include` is relative. parity: name of the profile to apply, by default the grid's own.
+    title: what messages call the grid, by default `grid`, with the path if there is one.
     """
+    title = title or f"grid {path}".rstrip()
     if not isinstance(content, dict):
-        raise BadInput(f"grid {path}: expected fields such as store, splits, select and probes at the top")
-    check_size(content, path)
+        raise BadInput(f"{title}: expected fields such as store, splits, select and probes at the top")
+    check_size(content, title)
     errors: list[str] = []
     written = assemble(content, path, TOP, errors)
     content = written.content
@@ -128,39 +132,42 @@ def parse_grid(content: Any, path: PathOrStr = "grid", parity: str | None = None
     for name, profile in _profiles(content.get("profiles", {}), parity, at["profiles"], errors).items():
         where = f"{at['profiles']}.{name}"
         roles = _splits([written_splits, (profile.get("splits", {}), f"{where}.splits")], True, errors)
-        others = changed(specs, profile.get("change", []), f"{where}.change", errors)
+        choice = read_selection(profile["select"], roles, f"{where}.select", errors) if "select" in profile else None
+        kept = without(specs, items(profile, "exclude", "rule", f"{where}.", errors), errors)
+        others = changed(kept, profile.get("change", []), f"{where}.change", errors)
         if name == parity:
-            profiled = others, roles
-    refuse(path, errors)
+            profiled = others, tuple(group_of[spec] for spec in kept), roles, choice or selection
+    refuse(title, errors)
     if parity is not None:
-        own = content["profiles"][parity].get("splits", {})
-        content |= {"parity": parity, "splits": content.get("splits", {}) | own}
-        specs, splits = profiled
-    return Grid(path, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
+        own = content["profiles"][parity]
+        content |= {"parity": parity, "splits": content.get("splits", {}) | own.get("splits", {})}
+        content |= {"select": own["select"]} if "select" in own else {}
+        specs, groups, splits, selection = profiled
+    return Grid(title, tuple(specs), groups, splits, selection, store, content, search, parity, intervals, refit)
 
 
-def refuse(path: PathOrStr, errors: list[str]) -> None:
+def refuse(title: str, errors: list[str]) -> None:
     """Raise BadInput that lists the errors of a grid, each once, if there are any."""
     errors = list(dict.fromkeys(errors))
     if len(errors) == 1:
-        raise BadInput(f"grid {path}: {errors[0]}")
+        raise BadInput(f"{title}: {errors[0]}")
     if errors:
-        raise BadInput(f"grid {path} has {len(errors)} errors:", *errors)
+        raise BadInput(f"{title} has {len(errors)} errors:", *errors)
 
 
 def _profiles(value: Any, parity: Any, path: str, errors: list[str]) -> dict[str, dict[str, Any]]:
     """Return {name: profile} of the profiles that are dicts, and add errors for the others."""
     if not isinstance(value, dict):
-        errors.append(f"{path}: expected names of profiles, each with splits or change")
+        errors.append(f"{path}: expected names of profiles, each with {', '.join(PROFILE)}")
         return {}
     if parity is not None and parity not in list(value):
         known = f"it has {', '.join(map(str, value))}" if value else "it has none"
         errors.append(f"parity: the grid has no profile {shown(parity)}{nearest(parity, value)} ({known})")
     for name, profile in value.items():
         if not isinstance(profile, dict) or not isinstance(name, str):
-            errors.append(f"{path}.{name}: expected the name of a profile, with splits or change")
+            errors.append(f"{path}.{name}: expected the name of a profile, with {', '.join(PROFILE)}")
         else:
-            check_known(profile, ("splits", "change"), f"{path}.{name}.", errors)
+            check_known(profile, PROFILE, f"{path}.{name}.", errors)
     return {n: profile for n, profile in value.items() if isinstance(profile, dict)}
 
 

@@ -118,17 +118,17 @@ def assemble(content: dict[Any, Any], path: str | PathLike[str], known: Collecti
     return Written(whole, groups, raw.origins, raw.exclude)
 
 
-def check_size(content: Any, path: str | PathLike[str]) -> None:
+def check_size(content: Any, title: str) -> None:
     """Raise BadInput if a grid refers to itself, if aliases blow it up, or if it has text that cannot be written."""
 
     def count(value: Any, within: frozenset[int]) -> int:
         # Half a surrogate pair can be in no file; what may hold a zero byte, each field says.
         if isinstance(value, str) and "\0" not in value and (reason := unwritable(value)):
-            raise BadInput(f"grid {path}: it holds {shown(value)}, {reason}")
+            raise BadInput(f"{title}: it holds {shown(value)}, {reason}")
         if not isinstance(value, (dict, list)):
             return 1
         if id(value) in within:
-            raise BadInput(f"grid {path}: an alias refers to what it stands in")
+            raise BadInput(f"{title}: an alias refers to what it stands in")
         if id(value) not in sizes:
             inside = within | {id(value)}
             parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -138,9 +138,9 @@ def check_size(content: Any, path: str | PathLike[str]) -> None:
     sizes: dict[int, int] = {}
     try:
         if count(content, frozenset()) > MOST_NODES:
-            raise BadInput(f"grid {path}: more than {MOST_NODES:,} values")
+            raise BadInput(f"{title}: more than {MOST_NODES:,} values")
     except RecursionError:
-        raise BadInput(f"grid {path}: nested too deeply") from None
+        raise BadInput(f"{title}: nested too deeply") from None
 
 
 def _add(
@@ -161,8 +161,8 @@ def _add(
         if key in known and key not in ("include", "probes", "exclude") and key not in result.content:
             result.content[key] = value
             result.origins[key] = prefix
-    result.groups.extend(Group(value, where) for where, value in _items(content, "probes", "group", prefix, errors))
-    result.exclude.extend(_items(content, "exclude", "rule", prefix, errors))
+    result.groups.extend(Group(value, where) for where, value in items(content, "probes", "group", prefix, errors))
+    result.exclude.extend(items(content, "exclude", "rule", prefix, errors))
     names = content.get("include", [])
     for number, name in enumerate(names if isinstance(names, list) else [names]):
         where = f"{prefix}include" + f"[{number}]" * (names is not name)
@@ -172,8 +172,8 @@ def _add(
             _add(inner, path, f"{name}: ", (*chain, path.resolve()), known, result, errors)
 
 
-def _items(content: dict[Any, Any], key: str, what: str, prefix: str, errors: list[str]) -> list[tuple[str, Any]]:
-    """Return [(path, item)] of a list at the top of a file."""
+def items(content: dict[Any, Any], key: str, what: str, prefix: str, errors: list[str]) -> list[tuple[str, Any]]:
+    """Return [(path, item)] of a list in a field, [] without one. what: an item. prefix: of the field's path."""
     value = content.get(key, [])
     if not isinstance(value, list) or (key in content and not value):
         errors.append(f"{prefix}{key}: expected a list of at least one {what}")
@@ -194,7 +194,7 @@ def _included(name: Any, file: Path, where: str, chain: tuple[Path, ...], errors
         content = read_content(path)
         if not isinstance(content, dict):
             raise BadInput(f"grid {path}: expected fields such as probes at the top")
-        check_size(content, path)
+        check_size(content, f"grid {path}")
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None

@@ -89,6 +89,12 @@ class TrainingSets:
         entry: dict[str, int | str] = {"images": len(rows), "ids_sha256": self.digest(rows)}
         return entry | ({"list": self.subsets[sample.subset]} if sample.subset else {})
 
+    def places_held_out(self, sample: Sample) -> Tensor:
+        """Return which images of a sample without its fold that fold holds out, int64 [n], on the device of training."""
+        rows, held_out = self[replace(sample, fold=None)].rows, self[sample].held_out
+        assert held_out is not None, "this sample holds no fold out"
+        return torch.from_numpy(held_out if rows is None else np.searchsorted(rows, held_out)).to(self.device)
+
     def held_out_labels(self, sample: Sample) -> Tensor:
         """Return the labels of the fold that a sample holds out, on the CPU."""
         held_out = self[sample].held_out

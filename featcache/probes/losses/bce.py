@@ -29,6 +29,7 @@ class Bce(Loss):
 
     capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("binary_cross_entropy", "bce_with_logits", "bcewithlogitsloss")
+    convex: ClassVar[bool] = True
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
         """See Loss.weigh_classes: negatives over positives, and 1 for a class that lacks positives or negatives."""

@@ -1,6 +1,7 @@
 """Softmax cross-entropy."""
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -30,6 +31,7 @@ class Ce(Loss):
     capturable: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("cross_entropy", "crossentropy", "crossentropyloss", "softmax")
     link: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
+    convex: ClassVar[bool] = True
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
         """See Loss.weigh_classes: N / (C n_c), scikit-learn's `balanced`, with n_c the images of class c among N.
@@ -94,7 +96,7 @@ class Ce(Loss):
 
     def curvature(self, function: LossFunction, labels: Tensor) -> Curvature:
         """See Loss.curvature."""
-        return CeCurvature(function, labels)
+        return CeCurvature.of(function, labels)
 
 
 def _several(logits: Tensor, targets: Tensor, mass: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,41 +123,95 @@ def _single(
 
 
 class CeCurvature(Curvature):
-    """Softmax cross-entropy with its full curvature, across classes."""
+    """Softmax cross-entropy with its full curvature, across classes.
+
+    Where an image is classified with near certainty, what is left of its loss, slope and curvature is the small
+    probability of the other classes. All three are computed from that, and never as a difference from 1, which would
+    leave only rounding errors at weak decays.
+
+    targets: [Q, C, N]. mass: their sums over classes, [Q, 1, N]. ignored: bool [Q, C, N], or None. Q may be 1 for any
+    number of problems that differ in their decay alone.
+    """
 
     convex = True
 
-    def __init__(self, function: LossFunction, labels: Tensor):
-        super().__init__(function, labels, function.classes)
-        self.ignored: Tensor | None = None  # [C, N]
+    def __init__(self, targets: Tensor, mass: Tensor, ignored: Tensor | None):
+        self.targets, self.mass, self.ignored = targets, mass, ignored
+        self.problems, self.columns = targets.shape[:2]
+        # The class that is most probable near the optimum, [Q, 1, N].
+        self.likely = targets.argmax(1, keepdim=True)
+
+    @classmethod
+    def of(cls, function: LossFunction, labels: Tensor) -> Self:
+        """Return the problem of a loss on labels, int8 [N, C] or int64 [N]."""
         parts = function.targets(labels, torch.float64)
         if labels.ndim == 2:
             targets, mass, ignored = parts
-            self.targets, self.mass = targets[:, 0].t(), mass[:, 0].t()  # [C, N], [1, N]
-            self.ignored = None if ignored is None else ignored[:, 0].t()
-            return
+            ignored = None if ignored is None else ignored.permute(1, 2, 0)
+            return cls(targets.permute(1, 2, 0), mass.permute(1, 2, 0), ignored)
         _, target, spread, mass = parts
-        self.targets = target.new_zeros(function.classes, len(labels))
+        targets = target.new_zeros(1, function.classes, len(labels))
         if spread is not None:
-            self.targets.add_(spread.view(-1, 1))
-        self.targets.scatter_add_(0, labels.view(1, -1), target.view(1, -1))
-        self.mass = mass.view(1, -1)
+            targets.add_(spread.view(1, -1, 1))
+        return cls(targets.scatter_add_(1, labels.view(1, 1, -1), target.view(1, 1, -1)), mass.view(1, 1, -1), None)
 
-    def _logs(self, logits: Tensor) -> Tensor:
-        return (logits if self.ignored is None else logits.masked_fill(self.ignored, IGNORED)).log_softmax(1)
+    def take(self, numbers: Tensor) -> Self:
+        """See Curvature.take."""
+        if self.problems == 1:
+            return self
+        ignored = None if self.ignored is None else self.ignored[numbers]
+        return type(self)(self.targets[numbers], self.mass[numbers], ignored)
+
+    def among(self, rows: Tensor, count: int) -> Self:
+        """See Curvature.among."""
+
+        def spread(part: Tensor) -> Tensor:
+            return part.new_zeros(*part.shape[:2], count).index_copy_(2, rows, part)
+
+        ignored = None if self.ignored is None else spread(self.ignored)
+        return type(self)(spread(self.targets), spread(self.mass), ignored)
+
+    @classmethod
+    def joined(cls, curvatures: Sequence[Self]) -> Self:
+        """See Curvature.joined."""
+        ignored = None
+        if any(one.ignored is not None for one in curvatures):
+            ignored = torch.cat(
+                [
+                    torch.zeros_like(one.targets, dtype=torch.bool) if one.ignored is None else one.ignored
+                    for one in curvatures
+                ]
+            )
+        return cls(torch.cat([one.targets for one in curvatures]), torch.cat([one.mass for one in curvatures]), ignored)
+
+    def _others(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what logits miss to the largest of their image, [Q, C, N], and which class that is, [Q, 1, N].
+
+        Also exp(minus that) of all other classes, [Q, C, N].
+        """
+        logits = logits if self.ignored is None else logits.masked_fill(self.ignored, IGNORED)
+        largest, place = logits.max(1, keepdim=True)
+        missing = largest - logits
+        return missing, place, torch.exp(-missing).scatter_(1, place, 0.0)
 
     def value(self, logits: Tensor) -> Tensor:
-        """See Curvature.value."""
-        return self._logs(logits).mul_(self.targets).sum((1, 2)).neg_()
+        """See Curvature.value. No term is negative."""
+        missing, _, others = self._others(logits)
+        return missing.mul_(self.targets).sum((1, 2)) + others.sum(1, keepdim=True).log1p_().mul_(self.mass).sum((1, 2))
 
     def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See Curvature.slope. The curvature is given by the probabilities."""
-        p = self._logs(logits).exp_()
-        return (self.mass * p).sub_(self.targets), p
+        _, place, p = self._others(logits)
+        rest = p.sum(1, keepdim=True)
+        p.div_(1 + rest)
+        slope = (self.mass * p).sub_(self.targets)
+        of_largest = self.mass - self.targets.expand_as(p).gather(1, place) - self.mass * (rest / (1 + rest))
+        return slope.scatter_(1, place, of_largest), p.scatter_(1, place, 1 / (1 + rest))
 
     def bend(self, curvature: Tensor, move: Tensor) -> Tensor:
-        """See Curvature.bend. curvature: the probabilities."""
-        pushed = move.mul_(curvature)
+        """See Curvature.bend. curvature: the probabilities. A softmax sees only how the other classes move from one."""
+        likely = self.likely.expand(len(move), -1, -1)
+        pushed = move.sub_(move.gather(1, likely)).mul_(curvature)
         return pushed.addcmul_(curvature, pushed.sum(1, keepdim=True), value=-1).mul_(self.mass.to(curvature))
 
     def flat(self, curvature: Tensor) -> Tensor:

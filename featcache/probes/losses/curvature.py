@@ -4,7 +4,7 @@ Q problems of R columns each are solved side by side. Logits are [Q, R, N]. A lo
 problem of R = C columns, and a loss that does not is C problems of one column.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -62,6 +62,18 @@ class Curvature:
         """Return the part of a step, [Q, R, K], that changes the loss."""
         return step
 
+    def among(self, rows: Tensor, count: int) -> Self:
+        """Return the same problems over `count` images, in which its own are at `rows`, int64 [N]; others have no loss.
+
+        Only convex losses can do this.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def joined(cls, curvatures: Sequence[Self]) -> Self:
+        """Return the problems of several, one after another. All are over the same number of images."""
+        raise NotImplementedError
+
 
 class SeparateCurvature(Curvature):
     """Base of losses that are one problem for each column. parts: what the loss knows of each image, [Q, N] each."""
@@ -75,6 +87,15 @@ class SeparateCurvature(Curvature):
     def take(self, numbers: Tensor) -> Self:
         """See Curvature.take."""
         return type(self)(*(part[numbers] for part in self.parts))
+
+    def among(self, rows: Tensor, count: int) -> Self:
+        """See Curvature.among."""
+        return type(self)(*(part.new_zeros(len(part), count).index_copy_(1, rows, part) for part in self.parts))
+
+    @classmethod
+    def joined(cls, curvatures: Sequence[Self]) -> Self:
+        """See Curvature.joined."""
+        return cls(*(torch.cat(parts) for parts in zip(*(one.parts for one in curvatures), strict=True)))
 
 
 class LogisticCurvature(SeparateCurvature):

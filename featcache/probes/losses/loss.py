@@ -24,6 +24,8 @@ class Loss(Part):
 
     # How logits become the probabilities that the loss compares with labels: each by a sigmoid, or all by a softmax.
     link: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    # Whether it is convex in the logits, and its curvature can be of several sets of images at once.
+    convex: ClassVar[bool] = False
 
     def weigh_classes(self, labels: Tensor, classes: int) -> Tensor | None:
         """Return weights of the classes, float64 [C], by how rare they are among labels, or None for equal weights."""

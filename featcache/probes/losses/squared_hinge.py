@@ -21,6 +21,7 @@ class SquaredHinge(Loss):
     positive_weight: Positive = Field(1.0, description="weight of positives; negatives have 1")
 
     aliases: ClassVar[tuple[str, ...]] = ("squaredhinge",)
+    convex: ClassVar[bool] = True
 
     def targets(self, labels: Tensor, logits: Tensor, weights: Tensor | None) -> tuple[Any, ...]:
         """Return the sign of each label, 1 or -1, and its weighted share in the mean, both [B, 1, C]."""

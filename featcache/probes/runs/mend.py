@@ -10,7 +10,6 @@ import click
 from featcache.errors import BadInput
 from featcache.probes.runs.probe_file import check_files, find_probes, read_origin
 from featcache.probes.runs.run_file import (
-    ATTRIBUTION,
     FILE,
     GRID_FILE,
     PARTIAL,
@@ -21,6 +20,7 @@ from featcache.probes.runs.run_file import (
     holds_run,
     identity,
     maker,
+    of_attribution,
     read_file,
     read_summary,
 )
@@ -46,7 +46,7 @@ def damage(folder: str | Path, summary: Summary | None) -> Iterator[tuple[str, s
         yield from tuned_damage(folder, summary, list(find_probes(folder)))
     files = (summary or {}).get("files")
     # Files of probes were checked above.
-    for name in (name for name in files or () if "/" not in name):
+    for name in (name for name in files or () if not name.startswith(f"{PROBES}/")):
         try:
             read_file(folder, name, files)
         except ValueError as error:
@@ -69,7 +69,7 @@ def drop_damaged(folder: str | Path, summary: Summary, grid: str | None) -> bool
     """
     place, whole = open_folder(folder), True
     for name, reason in damage(folder, summary):
-        if name in ATTRIBUTION:
+        if of_attribution(name):
             continue
         mine = name == grid or not name.startswith("grid")
         click.echo(f"notice: damaged {Path(folder) / name}: {reason}; {_what_now(name, mine, summary)}", err=True)
@@ -143,11 +143,13 @@ def kept_files(folder: str | Path, summary: Summary, own: str | None = None) -> 
     files = summary.get("files")
     if files is None:
         paths = [path for path in _files(folder) if path.parent.name == PROBES and read_origin(path) is None]
-        paths += [path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or path.name in ATTRIBUTION]
+        paths += [
+            path for path in Path(folder).iterdir() if GRID_FILE.fullmatch(path.name) or of_attribution(path.name)
+        ]
         files = {p.relative_to(folder).as_posix(): checksum(p.read_bytes()) for p in sorted(paths) if p.is_file()}
-    stay = (name for name in files if name in ATTRIBUTION or GRID_FILE.fullmatch(name) or name.startswith(PROBES))
+    stay = (name for name in files if of_attribution(name) or GRID_FILE.fullmatch(name) or name.startswith(PROBES))
     return {
-        name: files[name] for name in stay if name != own and not (name in ATTRIBUTION and _lost(folder, name, files))
+        name: files[name] for name in stay if name != own and not (of_attribution(name) and _lost(folder, name, files))
     }
 
 

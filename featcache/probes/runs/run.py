@@ -12,7 +12,7 @@ from typing import Any
 
 from featcache.errors import BadInput, nearest
 from featcache.probes.overlap import Overlap
-from featcache.probes.runs.run_file import ATTRIBUTION, Summary, maker, read_file, read_summary
+from featcache.probes.runs.run_file import TABLES, Summary, maker, of_attribution, read_file, read_summary
 from featcache.probes.runs.seeds import shared_fields
 from featcache.probes.runs.tables import SCORE_COLUMNS, read_table
 from featcache.probes.runs.tuned import BACKBONES, is_tuned
@@ -108,6 +108,12 @@ class Run:
         except ValueError as error:
             raise self.damaged(name, error) from None
 
+    @property
+    def attribution_table(self) -> str:
+        """The name of the table that attribute wrote, in the format that it was asked for."""
+        files = self.summary.get("files")
+        return next((name for name in TABLES[1:] if name in (files or ())), TABLES[0])
+
     def read(self, name: str) -> bytes:
         """Return the bytes of a file of the run other than a table. Raises BadInput for damage."""
         try:
@@ -158,7 +164,7 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
 
 
 def _damaged(folder: str | os.PathLike[str], name: str, reason: object, summary: Summary) -> BadInput:
-    command = "attribute" if name in ATTRIBUTION else maker(summary)
+    command = "attribute" if of_attribution(name) else maker(summary)
     return BadInput(f"damaged run {folder}: {name}: {reason}; run the same {command} again, which makes it anew")
 
 

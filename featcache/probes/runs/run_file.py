@@ -25,13 +25,18 @@ Files = Mapping[str, Mapping[str, int]]
 
 FILE = "run.json"
 PROBES, PARTIAL = "probes", "partial"
-ATTRIBUTION = ("attribution.csv", "attribution.npz")
+# What attribute writes: its table in one of two formats, the maps that the report shows, and how both were made.
+TABLES = ("attribution.csv", "attribution.parquet")
+ATTRIBUTION = (*TABLES, "attribution.npz", "attribution.json")
+# The folder of all maps, as a Zarr group, where they are saved.
+SAVED_MAPS = "attribution.zarr"
 # The fields of a RunBasis, in the order in which they are hashed.
 BASIS = ("store_id", "seed", "splits", "select", "search", "parity")
 GRID_FILE = re.compile(r"grid(-[0-9a-f]{8})?\.yaml")
 # The files whose checksums run.json holds. Files of probes hold their own, except those of earlier versions.
 SEALED_FILE = re.compile(
-    rf"{GRID_FILE.pattern}|attribution\.(csv|npz)|probes/[0-9a-f]{{1,64}}\.safetensors"
+    rf"{GRID_FILE.pattern}|attribution\.(csv|parquet|npz|json)|attribution\.zarr(/[\w=-][\w.=-]*)+"
+    r"|probes/[0-9a-f]{1,64}\.safetensors"
     r"|(scores|seeds|history|calibration|scores_per_class|costs)\.csv(\.gz)?"
 )
 # The form of each field: a type, a list or dict of a form, or a tuple of alternatives.
@@ -204,6 +209,11 @@ def seal_files(folder: str | Path, changes: Mapping[str, Mapping[str, int] | Non
     if "files" in summary:
         files = summary["files"] | changes
         write_summary(folder, summary | {"files": {name: entry for name, entry in files.items() if entry}})
+
+
+def of_attribution(name: str) -> bool:
+    """Return whether attribute writes a file of a run."""
+    return name in ATTRIBUTION or name.startswith(f"{SAVED_MAPS}/")
 
 
 def probes_held(summary: Summary) -> int:

@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from featcache.atomic import remove
+from featcache.errors import BadInput
 from featcache.probes.runs.run_file import Files, read_file, write_file
 from featcache.probes.scores.metrics import metric_kind
 
@@ -62,11 +64,14 @@ def find_table(folder: str | PathLike[str], name: str) -> Path:
 
 
 def read_table(folder: str | PathLike[str], name: str, files: Files | None = None) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table, as dicts of strings.
+    """Yield the rows of a table, CSV or Parquet, as dicts of strings.
 
     files: those of run.json, whose checksum the table must fit; None for a run without checksums. Raises ValueError,
     which says what is wrong.
     """
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(read_file(folder, name, files))
+        return
     path = find_table(folder, name)
     if files is not None:
         path = path.with_name(name if name in files else f"{name}.gz")
@@ -79,6 +84,26 @@ def read_table(folder: str | PathLike[str], name: str, files: Files | None = Non
             yield row
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from None
+
+
+def _parquet_rows(data: bytes) -> Iterator[dict[str, str]]:
+    """Yield the rows of a Parquet file, given as bytes, as CSV would have them."""
+    parquet = import_parquet()
+    try:
+        table = parquet.read_table(io.BytesIO(data))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error)) from None
+    for row in table.to_pylist():
+        yield {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def import_parquet() -> Any:
+    """Return the module pyarrow.parquet. Raises BadInput if it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput("Parquet needs pyarrow: pip install 'featcache[parquet]'") from None
+    return pyarrow.parquet
 
 
 def _lines(data: bytes, packed: bool) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Full-batch training to the optimum. Grids call it lbfgs, after the method that most people use for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -35,10 +35,21 @@ class Lbfgs(FullBatchSolver):
 
     def fit(self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int) -> list[Fit]:
         """See FullBatchSolver.fit."""
+        return self.fit_folds(specs, features, labels, classes, {})
+
+    def shares_folds(self, spec: Whole) -> bool:
+        """See FullBatchSolver.shares_folds. Without weight decay the images that are held out could move weights."""
+        return spec.loss.convex and self.weight_decay > 0
+
+    def fit_folds(
+        self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int, held_out: Mapping[str, Tensor]
+    ) -> list[Fit]:
+        """See FullBatchSolver.fit_folds."""
         head = specs[0].head
         if not isinstance(head, Linear):
             raise TypeError(f"lbfgs trains linear heads, not {head.type}")
-        return fit_convex([_problem(spec) for spec in specs], head, head.normalised(features), labels, classes)
+        problems = [_problem(spec, held_out) for spec in specs]
+        return fit_convex(problems, head, head.normalised(features), labels, classes, held_out)
 
     def passes(self) -> int:
         """See FullBatchSolver.passes."""
@@ -49,8 +60,9 @@ class Lbfgs(FullBatchSolver):
         return ROTATED_BYTES * width + COLUMN_BYTES * classes
 
 
-def _problem(spec: Whole) -> Problem:
+def _problem(spec: Whole, held_out: Mapping[str, Tensor]) -> Problem:
     solver = spec.optimizer
     if not isinstance(solver, Lbfgs):
         raise TypeError(f"a probe of another optimizer, {solver.type}, is in a block of lbfgs")
-    return Problem(spec.loss, solver.weight_decay, solver.iterations)
+    fold = spec.fold if spec.fold in held_out else None
+    return Problem(spec.loss, solver.weight_decay, solver.iterations, fold)

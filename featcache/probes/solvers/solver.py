@@ -132,6 +132,19 @@ class FullBatchSolver(Solver):
         """
         raise NotImplementedError
 
+    def shares_folds(self, spec: Whole) -> bool:
+        """Return whether such a probe trains together with others that hold other folds out, by fit_folds()."""
+        return False
+
+    def fit_folds(
+        self, specs: Sequence[Whole], features: Tensor, labels: Tensor, classes: int, held_out: Mapping[str, Tensor]
+    ) -> list[Fit]:
+        """Train probes as fit() does, of which some learn nothing from a fold of the images.
+
+        held_out: {fold of a spec: the rows that it holds out, int64 [n]}.
+        """
+        raise NotImplementedError
+
     def unfit(self, spec: Whole, labels: Tensor, classes: Sequence[str]) -> str | None:
         """Return a line for the user if a probe cannot be trained on these labels, else None. classes: their names."""
         return None

@@ -83,7 +83,7 @@ class Svm(FullBatchSolver):
         if self.positives:
             # Labels of -1 are never drawn, whatever the loss makes of them.
             needed = (1, self.positives), (0, self.positives * self.negatives)
-            why, remedy = f"{self.positives} shots are drawn", "draw fewer"
+            why, remedy = f"{self.positives} shots are drawn", "take a smaller optimizer.positives (--shots)"
         else:
             known, least = spec.loss.read(known), self.folds if len(self.cost_list) > 1 else 1
             needed = (1, least), (0, least)
