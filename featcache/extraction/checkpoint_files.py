@@ -49,7 +49,7 @@ def stems(files: Sequence[str]) -> list[str]:
         n for n in range(1, 2 + max(map(len, names))) if len({name[-n:] for name in names}) == len(set(names))
     )
     # The suffix tells a.pth and a.safetensors apart no more; their ids do.
-    return [re.sub(r"[^\w.]+", "_", "_".join(name[-length:])).strip("_") for name in names]
+    return [re.sub(r"[^\w.-]+", "_", "_".join(name[-length:])).strip("_") for name in names]
 
 
 def _lines(file: str) -> list[str]:

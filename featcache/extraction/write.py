@@ -105,7 +105,8 @@ def _begin_all(stores: Sequence[Writing], ranks: Alone) -> None:
             store.planned = store.growth.additions
         store.parts = _begin(store.growth, store.planned, ranks)
         store.todo = store.missing()
-    ranks.share([(n, s.manifest.file_name, s.split, s.number) for n, store in enumerate(stores) for s in store.todo])
+    # By folders, since the others do not know which stores are finished.
+    ranks.share([(str(s.folder), s.manifest.file_name, s.split, s.number) for store in stores for s in store.todo])
 
 
 def _begin(growth: Growth, planned: Sequence[Manifest], ranks: Alone) -> list[Manifest]:
@@ -134,9 +135,9 @@ def _begin(growth: Growth, planned: Sequence[Manifest], ranks: Alone) -> list[Ma
 
 def _join(stores: Sequence[Writing], ranks: Alone) -> None:
     """Wait until the leading process has begun the stores; note their parts that have missing shards, and these."""
-    places = ranks.shared()
-    for number, store in enumerate(stores):
-        own = [place[1:] for place in places if place[0] == number]
+    places = ranks.shared([] if all(store.growth.is_finished for store in stores) else None)
+    for store in stores:
+        own = [place[1:] for place in places if place[0] == str(store.folder)]
         if own:
             folder, files = store.folder, {name for name, _, _ in own}
             parts = {part.file_name: part for part in (read_manifest(folder), *find_additions(folder))}
