@@ -21,6 +21,7 @@ _FUNCTIONS = {
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
+    "sweep": "featcache.sweep",
     "knn": "featcache.probes.knn",
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect
     from featcache.store.reader import open_store as open_store
+    from featcache.sweep import sweep as sweep
 else:
     # Not for type checkers, which would believe that every attribute exists.
     def __getattr__(name: str) -> object:

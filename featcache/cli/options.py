@@ -169,5 +169,9 @@ def format_option(name: str, **settings: Any) -> Option:
 
 
 compression_option = click.option(
-    "--compression", type=click.Choice(["none", "zstd", "blosc"]), default="none", help="Of a Zarr store."
+    "--compression",
+    type=click.Choice(["none", "zstd", "blosc"]),
+    default="none",
+    callback=lambda _context, _option, value: None if value == "none" else value,
+    help="Of a Zarr store.",
 )

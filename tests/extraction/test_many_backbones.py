@@ -147,3 +147,28 @@ def test_words_that_name_nothing(tmp_path, monkeypatch, command, scenes, word, r
         checkpoint_files([word])
     code, _, err = command("extract", "--backbone", word, "--backbone", word, "--dataset", "voc", "--root", scenes)
     assert code == 2 and err.count("\n") == 1 and not (tmp_path / "features").exists()
+
+
+def test_a_sweep_is_one_table_and_takes_in_new_checkpoints(folder, scenes, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    grid = "probes: [{features: pooled, head: linear, loss: bce, epochs: 2, optimizer: {type: sgd, lr: [0.1, 1.0]}}]\n"
+    (tmp_path / "small.yaml").write_text(grid)
+    words = ["sweep", "--dataset", "voc", "--root", scenes, "--size", SIZE, "--workers", 0, "--features", "pooled"]
+    words += ["--grid", "small.yaml", "--backbone", folder / "epoch_2.pth"]
+    assert command(*words)[0] == 0
+    code, out, err = command(*words, "--backbone", folder / "epoch_10.pth")
+    assert code == 0 and err.count("is finished already") == 2, err
+    runs = {path.name.split("-")[2]: featcache.open_run(path) for path in (tmp_path / "runs").iterdir()}
+    assert set(runs) == {"epoch_2", "epoch_10"}
+    lines = out.splitlines()[2:]
+    assert {line.split()[0] for line in lines} == set(runs)
+    best = [
+        max(r["value"] for r in runs[line.split()[0]].scores if (r["metric"], r["split"]) == ("map", "val"))
+        for line in lines
+    ]
+    assert best == sorted(best, reverse=True)
+    alone = featcache.train_probes("small.yaml", runs["epoch_10"].summary["store"], run=tmp_path / "alone")
+    assert [r["value"] for r in alone.scores] == [r["value"] for r in runs["epoch_10"].scores]
+    (tmp_path / "small.yaml").write_text("store: features/x.zarr\n" + grid)
+    code, _, err = command(*words)
+    assert code == 2 and err.splitlines()[-1].endswith("take the line store: out of the grid")
