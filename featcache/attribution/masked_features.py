@@ -101,12 +101,13 @@ class Block:
         """Return the probabilities of K classes for all variants of an image: float32 [heads, K, N]."""
         features = self._store.read(self._name, row, self._variants)
         maps = features if features.ndim == 4 else features[:, :, None, None]
+        means = features.mean((2, 3)) if features.ndim == 4 else features
         scores = features.new_empty(len(self), len(classes), len(features))
         rest = set(range(len(self)))
         for link, (own, weights, biases) in self._affine.items():
             if link == "sigmoid":
                 weights, biases = weights[:, classes], biases[:, classes]
-            logits = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), maps.mean((2, 3)).t())
+            logits = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), means.t())
             logits = logits.unflatten(0, biases.shape)  # [P, K or C, N]
             scores[own] = logits.sigmoid_() if link == "sigmoid" else logits.softmax(1)[:, classes]
             rest -= set(own)

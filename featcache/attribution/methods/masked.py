@@ -55,8 +55,7 @@ class Masked(Masking, Perturbation):
         variants, size = self.number(batch.size), batch.size
         for block in store.blocks(heads, feature, variants, len(batch.targets) * size * size, batch.source.memory):
             maps = torch.empty(len(block), len(batch.targets), size, size, device=batch.source.device)
-            for number, row in enumerate(batch.rows):
-                own = batch.images == number
+            for row, own in zip(batch.rows, batch.pairs_of, strict=True):
                 scores = block.probabilities(row, batch.classes[own])
                 try:
                     made = self.recall(store.note(row, self), batch.source.id_of(row))
