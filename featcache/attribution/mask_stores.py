@@ -130,7 +130,7 @@ def _other_masks(held: Masking, masking: Masking) -> str | None:
 def _network(manifest: Manifest) -> dict[str, object]:
     """Return what the features of an image depend on besides the image."""
     identity = manifest.identity
-    known = {key: identity.get(key) for key in ("arch", "weights_sha256", "preprocessing")}
+    known = {key: identity.get(key) for key in ("arch", "weights_sha256", "preprocessing", "precision")}
     return known | {"decoder": identity.get("decoder", DECODERS["exact"])}
 
 

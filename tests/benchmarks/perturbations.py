@@ -6,7 +6,7 @@
 `backbone`: a ResNet-50 with random weights at 224 pixels, linear probes on its last map. One by one, every map takes its
 own passes of the same masks; both ways are timed in turn in one run, one by one on a part of the maps. `stored`: the masked
 images' features are in a store (of random numbers, float16), and many probes are compared with one, in turn; beside them
-stand the floors: reading the features, the product with all probes' weights, and writing the maps.
+stand the floors: reading the features, the product with all probes' weights, and writing maps.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from featcache.attribution.batch import Batch, Source
 from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.methods.rise import RISE
+from featcache.attribution.reading import Reading
 from featcache.attribution.targets import Target
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import load_backbone
@@ -34,7 +35,7 @@ from explaining import batch_of
 from stores import write_masked
 
 SIZE, CLASSES, WIDTH = 224, 20, 2048
-LAYER = Feature("layer4", "spatial")
+LAYER = Reading((Feature("layer4", "spatial"),))
 
 
 def seconds(run):
@@ -108,15 +109,14 @@ def stored(a):
     columns = a.probes * (CLASSES if a.loss == "softmax" else a.classes)
     x, w = torch.randn(WIDTH, a.masks), torch.randn(min(columns, 2000), WIDTH)
     product = min(seconds(lambda: w @ x) for _ in range(3)) * columns / len(w)
-    tall, wide = torch.randn(64 * SIZE, SIZE), torch.randn(SIZE, SIZE)
-    enlarge = min(seconds(lambda: tall @ wide) for _ in range(3)) * a.probes * a.classes / 64
+    write = min(seconds(lambda: torch.zeros(64, SIZE, SIZE).add_(1)) for _ in range(3)) * a.probes * a.classes / 64
     print(
         f"RISE from a store, {a.masks} masks, {a.classes} classes of an image, {a.loss}, best of {a.repeats}, s an image:"
     )
     print(
         f"1 probe {one:.3g}, {a.probes} probes {many:.3g} ({many / one:.3g} times); a map {1e3 * many / a.probes / a.classes:.3g} ms"
     )
-    print(f"floors: reading {read:.3g}, product with the weights {product:.3g}, last enlargement {enlarge:.3g}")
+    print(f"floors: reading {read:.3g}, product with the weights {product:.3g}, writing the maps {write:.3g}")
 
 
 def main():
