@@ -9,7 +9,7 @@ from torch import nn
 
 from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.module import HeadModule
 
