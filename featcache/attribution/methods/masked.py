@@ -41,11 +41,15 @@ class Masked(Masking, Perturbation):
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another: those from a store as they come, the others once all images are done."""
         store = batch.source.masked.get(self.masking)
-        stored = [head for head in heads if store is not None and store.serves(head, feature)]
-        through = super().explain([head for head in heads if head not in stored], feature, batch)
-        read = iter(()) if store is None else self._from_store(store, stored, feature, batch)
-        for head in heads:
-            yield next(read if head in stored else through)
+        if store is None:
+            yield from super().explain(heads, feature, batch)
+            return
+        served = [store.serves(head, feature) for head in heads]
+        stored = [head for head, own in zip(heads, served, strict=True) if own]
+        others = [head for head, own in zip(heads, served, strict=True) if not own]
+        read, through = self._from_store(store, stored, feature, batch), super().explain(others, feature, batch)
+        for own in served:
+            yield next(read if own else through)
 
     @torch.no_grad()
     def _from_store(
