@@ -33,7 +33,6 @@ NETWORKS = (
     models.SqueezeNet, models.squeezenet.Fire, models.MobileNetV2, models.mobilenetv2.InvertedResidual,
     clip.ModifiedResNet, clip.Bottleneck, efficientnet_lite.Trunk,
 )  # fmt: skip
-SERVED = "ResNets, CLIP's too, VGG, AlexNet, SqueezeNet, MobileNetV2 and EfficientNet-Lite"
 
 
 def unknown_part(trunk: nn.Module) -> str | None:

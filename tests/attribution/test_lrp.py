@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation, against plain zennit on backbone and head as one ordinary network."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer
 
+from featcache.attribution.fit import check_methods
+from featcache.attribution.methods.bcos import BcosContributions
 from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.reading import Reading
 from featcache.backbones.load import load_backbone
+from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.probes.heads.attentive import Attentive
 from featcache.probes.heads.bcos import Bcos
@@ -173,6 +177,20 @@ def test_what_its_rules_do_not_fit(arch, reason):
     for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before")):
         assert LRP().unfit(head, LAYER)
     assert "rules start at a map" in LRP().unfit(Linear(), Reading((Feature("norm", "cls"),)))
+
+
+def test_without_zennit_it_says_what_to_install(backbone, images, monkeypatch):
+    """And other methods' messages leave it out."""
+    monkeypatch.setitem(sys.modules, "zennit", None)
+    monkeypatch.delitem(sys.modules, "featcache.attribution.relevance", raising=False)
+    with pytest.raises(BadInput, match="lrp needs the package zennit: pip install 'featcache.attribution.'"):
+        LRP().misfit(backbone)
+    source = batch_of(backbone, LAYER, images, CHOSEN).source
+    with pytest.raises(
+        BadInput,
+        match="resnet18 has no B-cos layers; methods that can explain it: gradcam.* intgrad, deeplift, cached_",
+    ):
+        check_methods([BcosContributions()], [], source)
 
 
 def test_one_forward_pass_serves_all(backbone, heads, images):

@@ -29,6 +29,7 @@ class AttentionRollout(Method):
     type: Literal["attention_rollout"] = "attention_rollout"
     runs_backbone: ClassVar[bool] = True
     reads_maps: ClassVar[bool] = False
+    serves: ClassVar[str] = "vision transformers with the attention of timm, torchvision or CLIP"
     paper: ClassVar[str] = "Chefer et al., ICCV 2021"
 
     def misfit(self, backbone: Backbone) -> str | None:

@@ -39,6 +39,7 @@ class AttnLRP(GradientMethod):
     """
 
     type: Literal["attnlrp"] = "attnlrp"
+    serves: ClassVar[str] = "plain vision transformers of timm, torchvision and CLIP"
     paper: ClassVar[str] = "Achtibat et al., ICML 2024"
     rule: ClassVar[Rule] = ATTENTION
 
