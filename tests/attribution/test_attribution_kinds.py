@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,16 @@ def test_every_kind_is_documented_and_chosen_by_its_own_name():
 def test_the_level_of_chance_is_what_a_uniform_map_scores():
     masks = torch.rand(20, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.3
     assert torch.equal(EPG().uniform(masks), masks.double().mean((1, 2)))
+
+
+def test_every_method_is_documented():
+    """By its class, and by a row of the table that says what it needs."""
+    text = (Path(__file__).parents[2] / "docs/attribution.md").read_text()
+    for name, kind in METHODS.items():
+        assert kind.summary().endswith(".") and kind.serves and (kind.paper or name == "length"), name
+        row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), "")
+        needs = row.split("|")[2]
+        assert ("store" in needs) == kind.reads_maps, (name, needs)
+        assert (needs.strip() != "store") == kind.runs_backbone, (name, needs)
+        for field in kind.model_fields:
+            assert field == "type" or f"`{field}=" in row, (name, field)
