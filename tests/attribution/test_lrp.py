@@ -174,7 +174,7 @@ def test_the_backbone_is_as_it_was_after_an_exception_too(backbone, heads, image
 def test_what_its_rules_do_not_fit(arch, reason):
     backbone = load_backbone("random", arch=arch, size=SIDE)
     assert LRP().misfit(backbone).startswith(f"has a {reason}, which its rules do not fit: LRP serves ResNets")
-    for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before")):
+    for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before"), BnLinear(cells=4)):
         assert LRP().unfit(head, LAYER)
     assert "rules start at a map" in LRP().unfit(Linear(), Reading((Feature("norm", "cls"),)))
 

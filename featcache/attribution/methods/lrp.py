@@ -14,6 +14,7 @@ from featcache.attribution.methods.layer_rules import LayerRules
 from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
+from featcache.probes.heads.bn_linear import BnLinear
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
 
@@ -45,7 +46,9 @@ class LRP(LayerRules):
         return part and f"has a {part}, which its rules do not fit: LRP serves {self.serves}"
 
     def unfit(self, head: Head, reading: Reading) -> str | None:
-        """Rules start at a map."""
+        """Rules start at a map, and go through norms of single channels."""
+        if isinstance(head, BnLinear) and head.cells > 1:
+            return f"has a head whose norm is over {head.cells} cells, which no rule fits"
         return super().unfit(head, reading) or (
             None if reading.is_map else f"reads {reading}, and rules start at a map"
         )
