@@ -63,11 +63,11 @@ class DeepLIFT(LayerRules):
         source, classes = batch.source, batch.by_image
         maps = torch.empty(len(heads), *classes.shape, batch.size, batch.size, device=source.device)
         gaps = torch.empty(len(heads), *classes.shape, device=source.device, dtype=torch.float64)
-        for images, own, into in zip(
-            batch.inputs.split(source.at_once), classes.split(source.at_once), range(0, len(classes), source.at_once),
-            strict=True,
-        ):  # fmt: skip
-            part = slice(into, into + len(images))
+        # Beside each batch goes the reference.
+        at_once = max(1, source.at_once // 2)
+        for first in range(0, len(classes), at_once):
+            part = slice(first, first + at_once)
+            images, own = batch.inputs[part], classes[part]
             # The reference has classes as the images have, and nothing is made of them.
             asked, inputs = torch.cat([own, own[:1]]), torch.cat([images, torch.zeros_like(images[:1])])
             forward = Forward(source.backbone, [feature], inputs, Passes(), RESCALE)
