@@ -121,7 +121,8 @@ def by_zennit(method, network, image, label, temperature):
 def test_it_equals_plain_zennit_one_by_one(method, backbone, heads, images):
     state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
-    for number, head in enumerate(heads):
+    # All heads once, and two of them with other rules.
+    for number, head in list(enumerate(heads))[slice(1, 3) if method != LRP() else slice(None)]:
         network = ordinary(backbone, head, method.head == "convolution")
         for image, own in enumerate(CHOSEN):
             for at, label in enumerate(own):
@@ -173,7 +174,7 @@ def test_the_backbone_is_as_it_was_after_an_exception_too(backbone, heads, image
 )
 def test_what_its_rules_do_not_fit(arch, reason):
     backbone = load_backbone("random", arch=arch, size=SIDE)
-    assert LRP().misfit(backbone).startswith(f"has a {reason}, which its rules do not fit: LRP serves ResNets")
+    assert LRP().misfit(backbone).startswith(f"has {reason} modules, which its rules do not fit: LRP serves ResNets")
     for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before"), BnLinear(cells=4)):
         assert LRP().unfit(head, LAYER)
     assert "rules start at a map" in LRP().unfit(Linear(), Reading((Feature("norm", "cls"),)))

@@ -43,7 +43,7 @@ class LRP(LayerRules):
     def misfit(self, backbone: Backbone) -> str | None:
         """Rules and canonisers are made for the layers of these networks. Raises BadInput without zennit."""
         part = _relevance().unknown_part(backbone.trunk)
-        return part and f"has a {part}, which its rules do not fit: LRP serves {self.serves}"
+        return part and f"has {part}, which its rules do not fit: LRP serves {self.serves}"
 
     def unfit(self, head: Head, reading: Reading) -> str | None:
         """Rules start at a map, and go through norms of single channels."""
