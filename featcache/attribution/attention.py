@@ -12,17 +12,27 @@ from torch.nn import functional as F
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+# Where timm has had its plain attention; other files have classes of this name that attend otherwise.
+TIMMS_ATTENTION = ("timm.layers.attention", "timm.models.vision_transformer")
+
+
+def timms_class(module: nn.Module) -> type | None:
+    """Return the class of a module that is timm's, or None; a loaded network may be of a subclass of ours."""
+    return next((kind for kind in type(module).__mro__ if kind.__module__.startswith("timm.")), None)
+
+
 def is_timms(module: nn.Module, *names: str) -> bool:
-    """Whether a module is of one of timm's classes of these names; a network's own forward may have been changed."""
-    kinds = type(module).__mro__[:2]
-    return any(kind.__module__.startswith("timm.") and kind.__name__ in names for kind in kinds)
+    """Whether a module is of one of timm's classes of these names."""
+    kind = timms_class(module)
+    return kind is not None and kind.__name__ in names
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether attending() knows a module."""
     if isinstance(module, nn.MultiheadAttention):
         return module.batch_first and module.in_proj_weight is not None and module.bias_k is None
-    return is_timms(module, "Attention")
+    kind = timms_class(module)
+    return kind is not None and kind.__name__ == "Attention" and kind.__module__ in TIMMS_ATTENTION
 
 
 def is_other_attention(module: nn.Module) -> bool:
@@ -43,8 +53,9 @@ def _timms(module: Any, attend: Attend, tokens: torch.Tensor, attn_mask: None = 
     parts = module.qkv(tokens).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     queries, keys, values = parts.unbind(0)
     made = attend(module.q_norm(queries), module.k_norm(keys), values).transpose(1, 2).flatten(2)
-    # Networks of earlier versions of timm have no `gate`.
-    made, gate = module.norm(made), getattr(module, "gate", None)
+    # Earlier versions of timm have no `norm` and no `gate` here.
+    norm, gate = getattr(module, "norm", None), getattr(module, "gate", None)
+    made = made if norm is None else norm(made)
     return module.proj(made if gate is None else made * gate(tokens).sigmoid())
 
 

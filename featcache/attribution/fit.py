@@ -8,6 +8,7 @@ from featcache.attribution.mask_stores import through_backbone
 from featcache.attribution.methods import METHODS
 from featcache.attribution.methods.masked import Masked
 from featcache.attribution.methods.method import Method
+from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
 from featcache.ranks import say_once
 
@@ -18,18 +19,27 @@ def check_methods(methods: Sequence[Method], explained: Sequence[Explained], sou
     for method in methods:
         _check_backbone(method, explained, source)
         if backbone is not None and (reason := method.misfit(backbone)):
-            able = ", ".join(kind.type for kind in _defaults() if not kind.misfit(backbone))
-            raise BadInput(f"--method {method.type}: {backbone.arch} {reason}; methods that can explain it: {able}")
+            raise _refused(
+                method, f"{backbone.arch} {reason}", [kind for kind in _defaults() if _serves(kind, backbone)]
+            )
         for one in explained:
             if reason := method.unfit(one.head.head, one.feature):
-                able = ", ".join(
-                    kind.type
-                    for kind in _defaults()
-                    if not kind.unfit(one.head.head, one.feature) and not (backbone and kind.misfit(backbone))
-                )
-                raise BadInput(
-                    f"--method {method.type}: probe {one.probe} {reason}; methods that can explain it: {able}"
-                )
+                fit = [kind for kind in _defaults() if not kind.unfit(one.head.head, one.feature)]
+                able = [kind for kind in fit if backbone is None or _serves(kind, backbone)]
+                raise _refused(method, f"probe {one.probe} {reason}", able)
+
+
+def _refused(method: Method, reason: str, able: Sequence[Method]) -> BadInput:
+    names = ", ".join(kind.type for kind in able)
+    return BadInput(f"--method {method.type}: {reason}; methods that can explain it: {names}")
+
+
+def _serves(method: Method, backbone: Backbone) -> bool:
+    """Whether a method can explain a backbone, and has the packages that it needs."""
+    try:
+        return method.misfit(backbone) is None
+    except BadInput:
+        return False
 
 
 def _check_backbone(method: Method, explained: Sequence[Explained], source: Source) -> None:

@@ -33,11 +33,10 @@ NETWORKS = (
     models.SqueezeNet, models.squeezenet.Fire, models.MobileNetV2, models.mobilenetv2.InvertedResidual,
     clip.ModifiedResNet, clip.Bottleneck, efficientnet_lite.Trunk,
 )  # fmt: skip
-SERVED = "ResNets, CLIP's too, VGG, AlexNet, SqueezeNet, MobileNetV2 and EfficientNet-Lite"
 
 
 def unknown_part(trunk: nn.Module) -> str | None:
-    """Return the name of a module that rules and canonisers do not fit, or None if they fit the whole network."""
+    """Return the modules that rules and canonisers do not fit, in words, or None if they fit the whole network."""
     previous: nn.Module | None = None
     # CLIP's attention pool comes behind the maps.
     modules = [module for name, module in trunk.named_modules() if not f"{name}.".startswith("attnpool.")]
@@ -46,9 +45,9 @@ def unknown_part(trunk: nn.Module) -> str | None:
         lite = type(module).__module__.startswith("efficientnet_lite_pytorch.")
         block = lite and not getattr(module, "has_se", False)
         if not (isinstance(module, NETWORKS) or type(module) in LAYERS or block or _is_sequence(module)):
-            return type(module).__name__
+            return f"{type(module).__name__} modules"
         if isinstance(module, nn.BatchNorm2d) and not isinstance(previous, nn.Conv2d):
-            return f"{type(module).__name__} behind something other than a convolution"
+            return "batch norms that follow no convolution"
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             previous = module
     return None

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,14 @@ def test_every_kind_is_documented_and_chosen_by_its_own_name():
 def test_the_level_of_chance_is_what_a_uniform_map_scores():
     masks = torch.rand(20, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.3
     assert torch.equal(EPG().uniform(masks), masks.double().mean((1, 2)))
+
+
+def test_methods_are_documented():
+    """By their classes, and by the rows of a table that says what they need."""
+    text = (Path(__file__).parents[2] / "docs/attribution.md").read_text()
+    for name, kind in METHODS.items():
+        assert kind.summary().endswith(".") and kind.serves and kind.paper, name
+        row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` | ")), None)
+        if row is not None:
+            assert (row.split("|")[2].strip() == "store") != kind.runs_backbone, row
+            assert all(f"`{field}=" in row for field in kind.model_fields if field != "type"), row

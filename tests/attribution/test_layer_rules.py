@@ -1,5 +1,7 @@
 """DeepLIFT against captum and its axiom, and the methods for transformers against their definitions written out."""
 
+import copy
+
 import pytest
 import torch
 from captum.attr import DeepLift
@@ -264,3 +266,15 @@ def test_attnlrp_by_its_rules(vit):
     plain = explain(InputXGradient(), vit, CLS, [head], image, [(label,)])[0, 0, 0]
     assert (got - plain).norm() > 0.1 * plain.norm(), "the rules change something"
     assert not any("forward" in vars(module) for module in vit.modules())
+
+
+def test_attention_that_is_another_is_not_taken_for_it(vit):
+    """BEiT's has the same name, and a bias of positions."""
+    from timm.models.beit import Attention
+
+    assert AttentionRollout().misfit(vit) is None and AttnLRP().misfit(vit) is None
+    other = copy.deepcopy(vit)
+    other.trunk.blocks[1].attn = Attention(32, window_size=(4, 4))
+    assert AttentionRollout().misfit(other) == "has an attention of its own, Attention"
+    assert AttnLRP().misfit(other) == "has Attention modules, which its rules do not fit"
+    assert "no attention" in AttnLRP().misfit(load_backbone("random", arch="squeezenet1_1", size=32))

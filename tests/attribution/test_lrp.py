@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation, against plain zennit on backbone and head as one ordinary network."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer
 
+from featcache.attribution.fit import check_methods
+from featcache.attribution.methods.bcos import BcosContributions
 from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.reading import Reading
 from featcache.backbones.load import load_backbone
+from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.probes.heads.attentive import Attentive
 from featcache.probes.heads.bcos import Bcos
@@ -117,7 +121,8 @@ def by_zennit(method, network, image, label, temperature):
 def test_it_equals_plain_zennit_one_by_one(method, backbone, heads, images):
     state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     got = explain(method, backbone, LAYER, heads, images, CHOSEN)
-    for number, head in enumerate(heads):
+    # All heads once, and two of them with other rules.
+    for number, head in list(enumerate(heads))[slice(1, 3) if method != LRP() else slice(None)]:
         network = ordinary(backbone, head, method.head == "convolution")
         for image, own in enumerate(CHOSEN):
             for at, label in enumerate(own):
@@ -169,10 +174,24 @@ def test_the_backbone_is_as_it_was_after_an_exception_too(backbone, heads, image
 )
 def test_what_its_rules_do_not_fit(arch, reason):
     backbone = load_backbone("random", arch=arch, size=SIDE)
-    assert LRP().misfit(backbone).startswith(f"has a {reason}, which its rules do not fit: LRP serves ResNets")
-    for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before")):
+    assert LRP().misfit(backbone).startswith(f"has {reason} modules, which its rules do not fit: LRP serves ResNets")
+    for head in (Attentive(), Bcos(), Linear(norm="l2", pool="before"), BnLinear(cells=4)):
         assert LRP().unfit(head, LAYER)
     assert "rules start at a map" in LRP().unfit(Linear(), Reading((Feature("norm", "cls"),)))
+
+
+def test_without_zennit_it_says_what_to_install(backbone, images, monkeypatch):
+    """And other methods' messages leave it out."""
+    monkeypatch.setitem(sys.modules, "zennit", None)
+    monkeypatch.delitem(sys.modules, "featcache.attribution.relevance", raising=False)
+    with pytest.raises(BadInput, match="lrp needs the package zennit: pip install 'featcache.attribution.'"):
+        LRP().misfit(backbone)
+    source = batch_of(backbone, LAYER, images, CHOSEN).source
+    with pytest.raises(
+        BadInput,
+        match="resnet18 has no B-cos layers; methods that can explain it: gradcam.* intgrad, deeplift, cached_",
+    ):
+        check_methods([BcosContributions()], [], source)
 
 
 def test_one_forward_pass_serves_all(backbone, heads, images):

@@ -120,7 +120,7 @@ def test_methods_on_maps_explain_what_has_positions(trained, words, command):
         ("position_logits", "norm:tokens", "has a head of type attentive that brings the positions together before its"),
         ("scorecam", "norm:cls + norm:patch_mean", "reads norm:cls + norm:patch_mean, which is no map of the image"),
         ("attention_rollout", "norm:tokens", "reads norm:tokens, which is neither one class token nor the patches of one"),
-        ("lrp", "norm:cls", "has a VisionTransformer, which its rules do not fit: LRP serves ResNets, "),
+        ("lrp", "norm:cls", "has VisionTransformer modules, which its rules do not fit: LRP serves ResNets, "),
         ("deeplift", "norm:cls", "has non-linear parts without a rule: its contributions do not sum to its change"),
     ],
 )  # fmt: skip

@@ -299,7 +299,7 @@ class TestLabelsThatDoNotDo:
 
     def test_a_draw_needs_enough_of_both(self, data):
         assert self.why(data[1], positives=19) == (
-            "18 positives of class 'dog' in training, and 19 shots are drawn; draw fewer"
+            "18 positives of class 'dog' in training, and 19 shots are drawn; take a smaller optimizer.positives (--shots)"
         )
         assert "negatives of class 'cat' in training, and 10 shots are drawn, with 19 negatives for each" in self.why(
             data[1], positives=10

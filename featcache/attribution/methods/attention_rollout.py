@@ -18,6 +18,9 @@ from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
 
+# What a pass keeps, beside a plain forward pass: the weights of all attention.
+KEPT = 4
+
 
 class AttentionRollout(Method):
     """How much of each patch the attention brings to the token that the head reads, by the gradients of the weights.
@@ -29,6 +32,7 @@ class AttentionRollout(Method):
     type: Literal["attention_rollout"] = "attention_rollout"
     runs_backbone: ClassVar[bool] = True
     reads_maps: ClassVar[bool] = False
+    serves: ClassVar[str] = "vision transformers with the attention of timm, torchvision or CLIP"
     paper: ClassVar[str] = "Chefer et al., ICCV 2021"
 
     def misfit(self, backbone: Backbone) -> str | None:
@@ -56,16 +60,28 @@ class AttentionRollout(Method):
         return Passes(work.pairs * work.probes, work.pairs * work.probes)
 
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
-        """Yield the maps of one head after another."""
+        """Yield the maps of one head after another, once all images are done."""
         batch.release()
-        source, classes, kept = batch.source, batch.by_image, list[torch.Tensor]()
+        source, classes = batch.source, batch.by_image
+        maps = torch.empty(len(heads), *classes.shape, batch.size, batch.size, device=source.device)
+        at_once = max(1, source.at_once // KEPT)
+        for first in range(0, len(classes), at_once):
+            part = slice(first, first + at_once)
+            self._explain_part(heads, feature, batch, part, maps[:, part])
+        yield from maps.flatten(1, 2)
+
+    def _explain_part(
+        self, heads: Sequence[HeadModule], feature: Reading, batch: Batch, part: slice, maps: torch.Tensor
+    ) -> None:
+        """Write the maps of some of the images, [heads, n, K, S, S]."""
+        source, classes, kept = batch.source, batch.by_image[part], list[torch.Tensor]()
         attend = keeping(kept)
 
         def forward_of(module: nn.Module) -> Callable[..., Any] | None:
             return attending(module, attend) if is_attention(module) else None
 
         rule = Rule("kept attention", lambda network: replaced(network, forward_of))
-        forward = Forward(source.backbone, [feature], batch.inputs, source.passes, rule)
+        forward = Forward(source.backbone, [feature], batch.inputs[part], source.passes, rule)
         tokens = source.backbone.architecture.tokens
         assert tokens is not None, "misfit() refuses backbones without tokens"
         side = batch.size // tokens.patch
@@ -74,9 +90,8 @@ class AttentionRollout(Method):
             start[:, :, 0] = 1
         else:
             start[:, :, -side * side :] = 1 / side**2
-        for head in heads:
-            maps = torch.empty(*classes.shape, batch.size, batch.size, device=source.device)
-            for number, cotangent in enumerate(forward.cotangents(head, feature, classes)):
+        for number, head in enumerate(heads):
+            for at, cotangent in enumerate(forward.cotangents(head, feature, classes)):
                 slopes = torch.autograd.grad(
                     forward.maps[feature], kept, cotangent, retain_graph=True, allow_unused=True
                 )
@@ -87,5 +102,4 @@ class AttentionRollout(Method):
                     if slope is not None:
                         row = row + row @ (weights.detach() * slope).clamp(min=0).mean(1)
                 small = (row - start)[:, 0, -side * side :].unflatten(1, (side, side))
-                maps[:, number] = upsample(small, batch.size)
-            yield maps.flatten(0, 1)
+                maps[number, :, at] = upsample(small, batch.size)

@@ -9,6 +9,7 @@ from featcache.attribution.attention import is_attention, is_timms
 from featcache.attribution.attention_rules import ACTIVATIONS, ATTENTION
 from featcache.attribution.forward import Rule
 from featcache.attribution.methods.gradient_method import GradientMethod
+from featcache.attribution.methods.layer_rules import without_rule
 from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.families import clip
@@ -39,6 +40,7 @@ class AttnLRP(GradientMethod):
     """
 
     type: Literal["attnlrp"] = "attnlrp"
+    serves: ClassVar[str] = "plain vision transformers of timm, torchvision and CLIP"
     paper: ClassVar[str] = "Achtibat et al., ICML 2024"
     rule: ClassVar[Rule] = ATTENTION
 
@@ -48,18 +50,13 @@ class AttnLRP(GradientMethod):
             return "has no attention that its rules are made for"
         for module in backbone.trunk.modules():
             gated = is_attention(module) and getattr(module, "gate", None) is not None
-            inside = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-            if not (inside or isinstance(module, KNOWN) or is_timms(module, *TIMMS) or is_attention(module)) or gated:
-                return f"has a {type(module).__name__}, which its rules do not fit"
+            if not (isinstance(module, KNOWN) or is_timms(module, *TIMMS) or is_attention(module)) or gated:
+                return f"has {type(module).__name__} modules, which its rules do not fit"
         return None
 
     def unfit(self, head: Head, reading: Reading) -> str | None:
         """Other heads hold parts without a rule."""
-        if type(head) not in (Linear, BnLinear, Mlp, Attentive):
-            return f"has a head of type {head.type}, and rules fit linear, bn_linear, mlp and attentive"
-        if isinstance(head, Linear) and head.norm != "none":
-            return f"has a head with norm: {head.norm}, which no rule fits"
-        return None
+        return without_rule(head, Linear, BnLinear, Mlp, Attentive)
 
     def combine(self, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """Multiply, and sum over channels."""

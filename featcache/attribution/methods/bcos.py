@@ -22,6 +22,7 @@ class BcosContributions(GradientMethod):
     """
 
     type: Literal["bcos"] = "bcos"
+    serves: ClassVar[str] = "B-cos networks"
     paper: ClassVar[str] = "Boehle et al., CVPR 2022; TPAMI 2024"
     rule: ClassVar[Rule] = EXPLANATION_MODE
     coloured: ClassVar[bool] = True

@@ -14,6 +14,7 @@ from featcache.attribution.passes import Passes
 from featcache.attribution.reading import Reading
 from featcache.attribution.rescale import RESCALE
 from featcache.backbones.backbone import Backbone
+from featcache.errors import BadInput
 from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
@@ -29,6 +30,7 @@ class DeepLIFT(LayerRules):
     """
 
     type: Literal["deeplift"] = "deeplift"
+    serves: ClassVar[str] = "networks of linear modules, element-wise activations and max-pools"
     paper: ClassVar[str] = "Shrikumar et al., ICML 2017"
     columns: ClassVar[tuple[str, ...]] = (GAP,)
 
@@ -36,6 +38,14 @@ class DeepLIFT(LayerRules):
         """The contributions of a backbone whose non-linear parts all have a rule sum to its change; this is measured."""
         if backbone.architecture.inverse:
             return "takes [x, 1 - x], of which zeros are no image"
+        try:
+            complete = self._is_complete(backbone)
+        except BadInput:
+            return "yields no map at its last layer"
+        return None if complete else "has non-linear parts without a rule: its contributions do not sum to its change"
+
+    def _is_complete(self, backbone: Backbone) -> bool:
+        """Whether the contributions of an image of noise sum to the change of the last map. Raises BadInput without one."""
         feature = Reading((Feature(backbone.aliases["last"], "spatial"),))
         side, tensor = backbone.preprocessing.size, next(backbone.parameters())
         generator = torch.Generator().manual_seed(0)
@@ -45,9 +55,7 @@ class DeepLIFT(LayerRules):
         change = maps[:1] - maps[1:]
         # By the signs of the changes, so that no large parts cancel.
         contributions = image * forward.gradient(feature, change.sign().expand_as(maps))[:1]
-        if abs(float(contributions.sum() / change.abs().sum()) - 1) <= LARGEST_GAP:
-            return None
-        return "has non-linear parts without a rule: its contributions do not sum to its change"
+        return abs(float(contributions.sum() / change.abs().sum()) - 1) <= LARGEST_GAP
 
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[Explanation]:
         """Yield the maps of one head after another with their gaps, once all images are done."""
@@ -55,11 +63,11 @@ class DeepLIFT(LayerRules):
         source, classes = batch.source, batch.by_image
         maps = torch.empty(len(heads), *classes.shape, batch.size, batch.size, device=source.device)
         gaps = torch.empty(len(heads), *classes.shape, device=source.device, dtype=torch.float64)
-        for images, own, into in zip(
-            batch.inputs.split(source.at_once), classes.split(source.at_once), range(0, len(classes), source.at_once),
-            strict=True,
-        ):  # fmt: skip
-            part = slice(into, into + len(images))
+        # Beside each batch goes the reference.
+        at_once = max(1, source.at_once // 2)
+        for first in range(0, len(classes), at_once):
+            part = slice(first, first + at_once)
+            images, own = batch.inputs[part], classes[part]
             # The reference has classes as the images have, and nothing is made of them.
             asked, inputs = torch.cat([own, own[:1]]), torch.cat([images, torch.zeros_like(images[:1])])
             forward = Forward(source.backbone, [feature], inputs, Passes(), RESCALE)

@@ -15,6 +15,7 @@ class GuidedBackprop(GradientMethod):
     """The gradient of the logit, of which every ReLU lets only positive values back, summed over channels."""
 
     type: Literal["guided_backprop"] = "guided_backprop"
+    serves: ClassVar[str] = "networks with ReLU modules"
     paper: ClassVar[str] = "Springenberg et al., ICLR Workshop 2015"
     rule: ClassVar[Rule] = GUIDED
 

@@ -11,6 +11,15 @@ from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 
 
+def without_rule(head: Head, *kinds: type[Head]) -> str | None:
+    """Return what about a head no rule fits, or None if rules fit it. kinds: of heads that they fit."""
+    if type(head) not in kinds:
+        return f"has a head of type {head.type}, and rules fit {', '.join(kind.word() for kind in kinds)}"
+    if isinstance(head, Linear) and head.norm != "none":
+        return f"has a head with norm: {head.norm}, which no rule fits"
+    return None
+
+
 class LayerRules(Method):
     """Base of methods with rules for the layers of some backbones, and of heads of linear layers, norms and activations.
 
@@ -22,11 +31,7 @@ class LayerRules(Method):
 
     def unfit(self, head: Head, reading: Reading) -> str | None:
         """Other heads hold parts without a rule."""
-        if type(head) not in (Linear, BnLinear, Mlp):
-            return f"has a head of type {head.type}, and rules fit linear, bn_linear and mlp"
-        if isinstance(head, Linear) and head.norm != "none":
-            return f"has a head with norm: {head.norm}, which no rule fits"
-        return None
+        return without_rule(head, Linear, BnLinear, Mlp)
 
     def passes(self, work: Work) -> Passes:
         """A forward pass of each image for every layer that probes read, and a backward pass for each map."""

@@ -14,11 +14,12 @@ from featcache.attribution.methods.layer_rules import LayerRules
 from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
+from featcache.probes.heads.bn_linear import BnLinear
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
 
 # What a pass keeps, beside a plain forward pass: the inputs that rules make, and what layers make of them.
-KEPT = 8
+KEPT = 16
 
 
 class LRP(LayerRules):
@@ -36,16 +37,18 @@ class LRP(LayerRules):
     gamma: Annotated[float, Field(ge=0, le=1000)] = Field(0.25, description="of the gamma rule")
     epsilon: Annotated[float, Field(gt=0, le=1000)] = Field(1e-6, description="of the epsilon rule")
     head: Literal["epsilon", "convolution"] = Field("epsilon", description="the rule of the head's layers")
+    serves: ClassVar[str] = "ResNets, CLIP's too, VGG, AlexNet, SqueezeNet, MobileNetV2 and EfficientNet-Lite"
     paper: ClassVar[str] = "Bach et al., PLOS ONE 2015; Montavon et al., 2019"
 
     def misfit(self, backbone: Backbone) -> str | None:
         """Rules and canonisers are made for the layers of these networks. Raises BadInput without zennit."""
-        relevance = _relevance()
-        part = relevance.unknown_part(backbone.trunk)
-        return part and f"has a {part}, which its rules do not fit: LRP serves {relevance.SERVED}"
+        part = _relevance().unknown_part(backbone.trunk)
+        return part and f"has {part}, which its rules do not fit: LRP serves {self.serves}"
 
     def unfit(self, head: Head, reading: Reading) -> str | None:
-        """Rules start at a map."""
+        """Rules start at a map, and go through norms of single channels."""
+        if isinstance(head, BnLinear) and head.cells > 1:
+            return f"has a head whose norm is over {head.cells} cells, which no rule fits"
         return super().unfit(head, reading) or (
             None if reading.is_map else f"reads {reading}, and rules start at a map"
         )

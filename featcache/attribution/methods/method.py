@@ -35,12 +35,13 @@ class Method(Kind):
     """Base class of attribution methods, which say how much each pixel of an image speaks for a class.
 
     runs_backbone: whether the method needs the backbone and the images. reads_maps: whether it needs the map that the
-    head reads, from the store. paper: where it was published. columns: of attribution.csv, which it fills beside the
-    scores. coloured: whether its Explanations have colours.
+    head reads, from the store. serves: which backbones it can explain; misfit() decides. paper: where it was published.
+    columns: of attribution.csv, which it fills beside the scores. coloured: whether its Explanations have colours.
     """
 
     runs_backbone: ClassVar[bool] = False
     reads_maps: ClassVar[bool] = True
+    serves: ClassVar[str] = "all backbones"
     paper: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     coloured: ClassVar[bool] = False
