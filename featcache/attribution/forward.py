@@ -9,8 +9,8 @@ from torch import nn
 
 from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
+from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 
@@ -28,34 +28,36 @@ PLAIN = Rule("plain", lambda network: nullcontext())
 class Forward:
     """A forward pass of images [B, C, S, S] through the backbone, from which any number of backward passes start.
 
-    Attributes: inputs (the images), maps ({name of a feature: [B, D, h, w]}), and rule, under which it was computed.
+    Attributes: inputs (the images), maps ({what a head reads: [B, D, h, w]}), and rule, under which it was computed.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        features: Sequence[Feature],
+        readings: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
-            self.maps = backbone(self.inputs, features)
+            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
+            outputs = backbone(self.inputs, tuple(features))
+            self.maps = {reading: reading.join(outputs) for reading in readings}
         passes.forward += len(inputs)
 
-    def gradient(self, feature: Feature, cotangent: torch.Tensor) -> torch.Tensor:
+    def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
         """Take the gradient [B, D, h, w] of something with respect to a feature back to the input: [B, C, S, S]."""
-        (gradient,) = torch.autograd.grad(self.maps[str(feature)], self.inputs, cotangent, retain_graph=True)
+        (gradient,) = torch.autograd.grad(self.maps[feature], self.inputs, cotangent, retain_graph=True)
         self._passes.backward += len(gradient)
         return gradient
 
-    def cotangents(self, head: HeadModule, feature: Feature, classes: torch.Tensor) -> Iterator[torch.Tensor]:
+    def cotangents(self, head: HeadModule, feature: Reading, classes: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the gradient [B, D, h, w] of a head's logits with respect to its feature, for each column of classes.
 
         classes: int64 [B, K], K classes of each image.
         """
-        maps = self.maps[str(feature)].detach()
+        maps = self.maps[feature].detach()
         yield from logit_gradients(head, maps, classes, self.rule)
 
 
@@ -76,7 +78,7 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def bytes_kept(backbone: Backbone, features: Sequence[Feature], image: torch.Tensor) -> int:
+def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:
     """Return the bytes that one image's forward pass keeps for backward passes. image: [1, C, S, S]."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}
@@ -89,5 +91,5 @@ def bytes_kept(backbone: Backbone, features: Sequence[Feature], image: torch.Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # Names the result, so that nothing of the graph is freed, and its memory used again, before the end.
-        forward = Forward(backbone, features, image, Passes())
+        forward = Forward(backbone, readings, image, Passes())
     return sum(kept.values()) + sum(each.nbytes for each in forward.maps.values())

@@ -110,7 +110,10 @@ def test_wrong_words(run, refused, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "bcos"], "bcos: resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp"),
+        (
+            ["--method", "bcos"],
+            "bcos: resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, position_logits",
+        ),
         (
             ["--method", "occlusion:window=10000"],
             "a window of 10000 pixels is larger than an image, which has 64 a side",

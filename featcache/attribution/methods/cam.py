@@ -10,7 +10,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.forward import logit_gradients
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -37,7 +37,7 @@ class CAM(Method):
         """Through the backbone, every map takes a forward pass; its backward pass ends at the last layer."""
         return Passes(forward=work.pairs * work.probes)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another; the cached maps are read once for all.
 
         Affine heads give all their maps in one product, with the weights of every probe and class in the batch.

@@ -38,6 +38,15 @@ class HeadModule(nn.Module):
             maps = layer(maps)
         return maps.mean((2, 3)) / self.head.temperature + self.head.shift
 
+    def position_logits(self, maps: Tensor) -> Tensor:
+        """Map float32 [B, D, h, w] to the logits of each position without the offset, [B, C, h, w].
+
+        The head must not bring positions together before its last layer.
+        """
+        for layer in self.layers.values():
+            maps = layer(maps)
+        return maps / self.head.temperature
+
     def slopes(self, channels: int) -> Tensor:
         """Return the gradient [C, D] of the logits of a head that commutes with the mean, and so is affine.
 
@@ -53,5 +62,8 @@ class HeadModule(nn.Module):
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """Map float32 [B, D, h, w] to the probabilities that the head was trained to give, [B, C]."""
-        logits = self(maps)
+        return self.of_logits(self(maps))
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """Turn logits [B, C] into the probabilities that the head was trained to give."""
         return logits.softmax(1) if self.link == "softmax" else logits.sigmoid()
