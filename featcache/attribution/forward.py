@@ -9,7 +9,7 @@ from torch import nn
 
 from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.module import HeadModule
 
@@ -41,9 +41,7 @@ class Forward:
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
-            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
-            outputs = backbone(self.inputs, tuple(features))
-            self.maps = {reading: reading.join(outputs) for reading in readings}
+            self.maps = read_images(backbone, self.inputs, readings)
         passes.forward += len(inputs)
 
     def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
