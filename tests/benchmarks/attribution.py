@@ -33,7 +33,6 @@ from featcache.attribution.explain import explain_piece
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.input_x_gradient import InputXGradient as SharedInputXGradient
 from featcache.attribution.methods.lime import LIME
-from featcache.attribution.reading import Reading
 from featcache.attribution.scores.epg import EPG
 from featcache.attribution.settings import Settings
 from featcache.attribution.targets import box_mask
@@ -56,7 +55,7 @@ from explaining import batch_of, read
 from stores import write_records
 
 SIZE, CLASSES, PROBES = 224, 20, 64
-LAYER = Reading((Feature("layer4", "spatial"),))
+LAYER = Feature("layer4", "spatial")
 VOC_TEST = 4952
 RATES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
 
