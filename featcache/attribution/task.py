@@ -185,7 +185,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     if settings.images is not None:
         targets = only(settings.images, source, targets)
         examples = examples._replace(first=len(targets))
-    most = taken / 2 / (4 * source.preprocessing.size**2 * len(explained) * len(methods))
+    # They are copied some four times on their way into a file.
+    most = taken / 4 / (4 * source.preprocessing.size**2 * len(explained) * len(methods))
     kept = _pictured_rows(targets, examples.first, most)
     targets = [target.as_pictured() if target.row in kept else target for target in targets]
     pieces = list(in_pieces(targets))
