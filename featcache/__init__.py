@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
+    "extract_many": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.extraction.extract import extract_many as extract_many
     from featcache.finetuning.finetune import finetune as finetune
     from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare

@@ -18,7 +18,7 @@ from featcache.cli.options import (
 
 
 @click.command()
-@backbone_options(required=True)
+@backbone_options(required=True, several=True)
 @dataset_options(required=True)
 @split_option
 @click.option(
@@ -27,7 +27,12 @@ from featcache.cli.options import (
     help="LAYER:REDUCE, see featcache layers; a bare REDUCE means the last layer.  "
     "[default: pooled,spatial, and cls if there is a class token]",
 )
-@click.option("--store", metavar="PATH", help="Folder or URL to write to.  [default: features/DATASET-ARCH-ID.zarr]")
+@click.option(
+    "--store",
+    metavar="PATH",
+    help="Folder or URL to write to; of several backbones, the folder for their stores.  "
+    "[default: features/DATASET-ARCH-ID.zarr]",
+)
 @format_option("--format", help="Of the store.  [default: what the store's suffix says, else zarr]")
 @compression_option
 @click.option(
@@ -74,13 +79,16 @@ from featcache.cli.options import (
     "--limit", type=click.IntRange(min=1), metavar="N", help="With --masks: only the first N images that have a box."
 )
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
-def extract(compression: str, crop_scale: str | None, **options: Any) -> None:
+def extract(backbones: tuple[str, ...], compression: str, crop_scale: str | None, **options: Any) -> None:
     """Run a frozen backbone once over a dataset and write its features to a store.
 
-    The same command again finishes what was interrupted, or says that nothing is left to do. Under
-    torchrun, with one process for each GPU, the processes share the work.
+    Of several backbones, those that see images alike share the decoding, and each has a store of its own. The same
+    command again finishes what was interrupted, or says that nothing is left to do. Under torchrun, with one process for
+    each GPU, the processes share the work.
     """
+    from featcache.extraction.checkpoint_files import names_several
     from featcache.extraction.extract import extract as run
+    from featcache.extraction.extract import extract_many
 
     scale = None
     if crop_scale is not None:
@@ -89,4 +97,8 @@ def extract(compression: str, crop_scale: str | None, **options: Any) -> None:
         except ValueError:
             raise click.UsageError(f"--crop-scale {crop_scale!r}: expected two numbers, as in 0.08,1") from None
         scale = low, high
-    run(compression=None if compression == "none" else compression, crop_scale=scale, **options)
+    options |= {"compression": None if compression == "none" else compression, "crop_scale": scale}
+    if names_several(backbones):
+        extract_many(backbones, **options)
+    else:
+        run(backbones[0], **options)
