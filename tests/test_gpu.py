@@ -18,6 +18,8 @@ from featcache.probes.runs.tuned import backbone_path, logits_path
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LOSSES = [{"type": "bce", "off_label": "1/C", "class_weights": "balanced"}, {"type": "ce", "label_smoothing": 0.1},
           "focal", "asymmetric"]  # fmt: skip
+METHODS = ["gradcam", "layercam", "cached_occlusion", "input_x_gradient", "guided_backprop", "smoothgrad:samples=2",
+           "occlusion:stride=32", "rise:masks=4"]  # fmt: skip
 RATES = {"sgd": [0.1, 0.5], "lars": [0.1, 0.5], "adam": [1e-3, 1e-2], "adamw": [1e-3, 1e-2]}
 
 
@@ -114,8 +116,8 @@ def test_maps_are_those_of_the_cpu(store, checkpoint, scenes, runs, tmp_path):
         run = tmp_path / device
         featcache.train_probes(GRID, store=store, run=run, device="cpu")
         tables.append(
-            featcache.attribute(run, probes=chosen, methods=["gradcam", "input_x_gradient"], backbone=checkpoint,
-                                dataset="voc", root=scenes, device=device)
+            featcache.attribute(run, probes=chosen, methods=METHODS, scores=["epg", "compactness", "complexity"],
+                                backbone=checkpoint, dataset="voc", root=scenes, device=device, limit=6)
         )  # fmt: skip
     for left, right in zip(*tables, strict=True):
         assert left.keys() == right.keys()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from statistics import median
 from typing import Any
 
-from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
 from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
@@ -116,8 +116,9 @@ def _say_columns(task: Task, rows: Sequence[dict[str, Any]], ranks: Alone) -> No
     """Say what methods report of their maps beside the scores."""
     for method in task.methods:
         for column in method.columns:
-            values = [row[column] for row in rows if row["method"] == method.label]
-            ranks.say(f"{method.label}: {column}: median {nanmedian(values):.2g}, largest {nanmax(values):.2g}")
+            values = [row[column] for row in rows if row["method"] == method.label and row[column] == row[column]]
+            if values:
+                ranks.say(f"{method.label}: {column}: median {median(values):.2g}, largest {max(values):.2g}")
 
 
 def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:

@@ -16,7 +16,7 @@ from featcache.attribution.reading import Reading, read_images
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
-from featcache.backbones.load import RANDOM, load_backbone
+from featcache.backbones.load import RANDOM, draw_like, load_backbone
 from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, read_input
@@ -322,13 +322,29 @@ def open_network(
 
 
 def open_random_network(
-    split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record], seed: int
+    split: Split,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    records: Sequence[Record],
+    seed: int,
+    like: Backbone | None,
 ) -> Network:
-    """Draw a backbone like the one that a split's features were made by, with other weights. Raises BadInput."""
+    """Draw a backbone like the one that a split's features were made by, with other weights.
+
+    like: that backbone, if it is at hand. Raises BadInput if it is not, and its architecture is known from the tensors of
+    its checkpoint alone.
+    """
     identity = split.store.manifest.identity
 
     def drawn(seed: int, size: int) -> Backbone:
-        return load_backbone(RANDOM, arch=identity["arch"], seed=seed, size=size).to(device)
+        if like is not None:
+            return draw_like(like, seed, size).to(device)
+        try:
+            return load_backbone(RANDOM, arch=identity["arch"], seed=seed, size=size).to(device)
+        except BadInput as error:
+            raise BadInput(
+                f"--sanity draws a backbone like the store's: give --backbone too ({error.message})"
+            ) from None
 
     model = drawn(seed, preprocessing.size)
     # The store's own backbone may be random, and of this seed.

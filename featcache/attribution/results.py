@@ -45,14 +45,9 @@ def check_format(format: str) -> None:
 
 def rows_of(task: Task, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """Return the rows of attribution.csv: by methods, then pieces, then probes, then targets."""
+    names, cells = (*IDENTITY, *task.columns), [piece.cells.tolist() for piece in pieces]
     return [
-        dict(
-            zip(
-                (*IDENTITY, *task.columns),
-                (*identity, *pieces[piece].cells[method, probe, target].tolist()),
-                strict=True,
-            )
-        )
+        dict(zip(names, (*identity, *cells[piece][method][probe][target]), strict=True))
         for method, piece, probe, target, identity in _places(task)
     ]
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -183,10 +185,24 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     if settings.images is not None:
         targets = only(settings.images, source, targets)
         examples = examples._replace(first=len(targets))
-    kept = set(sorted({target.row for target in targets})[: examples.first])
+    # They are copied some four times on their way into a file.
+    most = taken / 4 / (4 * source.preprocessing.size**2 * len(explained) * len(methods))
+    kept = _pictured_rows(targets, examples.first, most)
     targets = [target.as_pictured() if target.row in kept else target for target in targets]
     pieces = list(in_pieces(targets))
     return Task(run, explained, methods, scores, protocol, source, randomised, pieces, examples, settings)
+
+
+def _pictured_rows(targets: Sequence[Target], first: int, most: float) -> set[int]:
+    """Return the first rows, of which the maps are kept for pictures. most: targets whose maps fit into memory."""
+    pairs = Counter(target.row for target in targets)
+    rows = sorted(pairs)[:first]
+    fitting = [row for row, total in zip(rows, accumulate(pairs[row] for row in rows), strict=True) if total <= most]
+    if len(fitting) < len(rows):
+        say_once(
+            f"notice: the maps of {len(fitting)} images are kept for pictures, not of {len(rows)}; --memory holds no more"
+        )
+    return set(fitting)
 
 
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
@@ -227,7 +243,8 @@ def _network(
 def _randomised(images: Source, posed: Source, seed: int) -> Source:
     """Return a source of the posed images whose maps are those of a backbone with random weights. images: the split's."""
     assert images.records is not None, "a backbone needs the images"
-    drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
+    like = images.backbone if images.network else None
+    drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed, like)
     backbone = drawn.backbone_for(posed.preprocessing.size)
     own = replace(drawn, backbone=backbone, picture=(posed.network or drawn).picture)
     return replace(posed, network=own, stored=False, masked={})

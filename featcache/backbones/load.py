@@ -70,6 +70,12 @@ def as_backbone(architecture: Architecture, network: nn.Module, load_report: str
     return Backbone(architecture, network, made, load_report, report)
 
 
+def draw_like(backbone: Backbone, seed: int, size: int) -> Backbone:
+    """Draw a backbone of another one's architecture with random weights, for images of a side."""
+    architecture = without_weights(backbone.architecture)
+    return as_backbone(architecture, _random_network(architecture, seed), f"random weights, seed {seed}", size=size)
+
+
 def _load(
     content: Any, path: str | PathLike[str], arch: str | None, weights_key: str | None
 ) -> tuple[Architecture, nn.Module, str]:

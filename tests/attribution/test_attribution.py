@@ -215,40 +215,6 @@ def test_both_methods_and_the_report(run, scenes, checkpoint, command, tmp_path)
         assert outside not in page, "self-contained"
 
 
-def test_what_the_store_was_not_made_of_is_refused(run, scenes, checkpoint, command, tmp_path):
-    shutil.copytree(run.path, tmp_path / "r")
-    shutil.copytree(scenes, tmp_path / "scenes")
-    method = ["--method", "input_x_gradient"]
-    data = ["--dataset", "voc", "--root", tmp_path / "scenes"]
-    code, _, err = command(*attribute_words(tmp_path / "r", *method))
-    assert code == 2 and "give --backbone, --dataset and --root" in err
-    code, _, err = command(
-        *attribute_words(tmp_path / "r", *method, "--backbone", "random", "--arch", "resnet18", *data)
-    )
-    assert code == 2 and "made of something else: weights_sha256" in err
-    image = tmp_path / "scenes/VOCdevkit/VOC2007/JPEGImages/000070.jpg"
-    image.write_bytes(image.read_bytes() + b"\0")
-    code, _, err = command(*attribute_words(tmp_path / "r", *method, "--backbone", checkpoint, *data))
-    assert code == 2 and "made of something else: dataset test" in err
-    assert not (tmp_path / "r/attribution.csv").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--method", "gradcamm"], "unknown method 'gradcamm'; did you mean 'gradcam'?"),
-        (["--probe", "0123456789"], "has no probe 0123456789"),
-        (["--split", "tset"], "did you mean 'test'"),
-        (["--select", "best nap"], "did you mean 'map'"),
-        (["--run", "nowhere"], "run nowhere not found"),
-        (["--store", "nowhere.zarr"], "store not found"),
-    ],
-)
-def test_wrong_words(run, command, words, message):
-    code, _, err = command(*attribute_words(run.path, *words))
-    assert code == 2 and message in err and "Traceback" not in err
-
-
 def test_a_pooled_probe_needs_the_map_of_its_layer(checkpoint, scenes, tmp_path):
     store = featcache.extract(
         checkpoint, "voc", root=scenes, features="pooled", size=64, workers=0, store=tmp_path / "p.zarr"

@@ -33,7 +33,6 @@ from featcache.attribution.explain import explain_piece
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.input_x_gradient import InputXGradient as SharedInputXGradient
 from featcache.attribution.methods.lime import LIME
-from featcache.attribution.reading import Reading
 from featcache.attribution.scores.epg import EPG
 from featcache.attribution.settings import Settings
 from featcache.attribution.targets import box_mask
@@ -52,11 +51,11 @@ from featcache.probes.runs.probe_file import load_probe
 
 # What the benchmarks share with the tests.
 sys.path.append(str(Path(__file__).parents[1] / "support"))
-from explaining import batch_of
+from explaining import batch_of, read
 from stores import write_records
 
 SIZE, CLASSES, PROBES = 224, 20, 64
-LAYER = Reading((Feature("layer4", "spatial"),))
+LAYER = Feature("layer4", "spatial")
 VOC_TEST = 4952
 RATES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
 
@@ -130,7 +129,7 @@ def heads_and_images(a):
 
 def explain(method, heads, batch):
     """Make all maps of a method, and drop them."""
-    for _ in method.explain(heads, LAYER, batch):
+    for _ in method.explain(heads, read(LAYER), batch):
         pass
 
 
@@ -165,7 +164,7 @@ def gradcam(a):
 
     def from_the_store():
         batch = batch_of(None, LAYER, images[:1].expand(16, -1, -1, -1), [range(3)] * 16)
-        batch._cached[LAYER] = stored
+        batch._cached[read(LAYER)] = stored
         explain(GradCAM(), heads, batch)
 
     def one_by_one():
@@ -310,7 +309,7 @@ def one_by_one_of_a_sweep(a, weights, root, run, probes):
 
     def lime(model, image):
         batch = batch_of(backbone, feature, image, [range(1)])
-        return next(iter(LIME(samples=100).explain([model.head], feature, batch)))
+        return next(iter(LIME(samples=100).explain([model.head], read(feature), batch)))
 
     made = {
         METHODS[0]: lambda model, x: enlarged(LayerGradCam(model, model.layer).attribute(x, 0, relu_attributions=False)),
@@ -328,7 +327,7 @@ def memory(a):
         make_scenes(root, {"train": 16, "val": 16, "test": 64 if a.full else 16})
         featcache.extract("random", "voc", arch="resnet50", root=root, size=SIZE, store=store, device="cpu")
         linear_probes(store, run, 2)
-        words = [sys.executable, "-m", "featcache.cli", "attribute", "--run", run, "--backbone", "random", "--arch", "resnet50", "--dataset", "voc", "--root", root]  # fmt: skip
+        words = [sys.executable, "-m", "featcache", "attribute", "--run", run, "--backbone", "random", "--arch", "resnet50", "--dataset", "voc", "--root", root]  # fmt: skip
         for method in ("gradcam", "input_x_gradient", "occlusion:window=64:stride=40"):
             for gigabytes in ("0.001", "0.5", "1", "2") if method != "gradcam" else ("2",):
                 line = [*words, "--method", method, "--memory", gigabytes]

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 import sys
 import types
@@ -163,7 +164,7 @@ def test_the_run_is_one_like_any_other(run, ids, files, checkpoint, store, tmp_p
     shutil.copytree(run.path, tmp_path / "r")
     assert len(select(run, "best map per head,loss")) == 4
     code, out, _ = command("attribute", "--run", tmp_path / "r", "--select", "best map per head", "--limit", 4)
-    assert code == 0 and {line.split()[1] for line in out.splitlines()[2:]} <= {
+    assert code == 0 and set(re.findall("^[0-9a-f]{10} +([^ ]+)", out, re.MULTILINE)) <= {
         "linear",
         "mlp-2",
         "mlp-3",

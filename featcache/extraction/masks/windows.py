@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from featcache.errors import BadInput
 from featcache.extraction.masks.masking import Masking
 
 Side = Annotated[int, Field(ge=1, le=100_000)]
@@ -23,7 +24,11 @@ class Windows(Masking):
         return max(0, math.ceil((size - self.window) / self.stride)) + 1
 
     def number(self, size: int) -> int:
-        """All windows, and the image itself, which comes first."""
+        """All windows, and the image itself, which comes first. Raises BadInput for windows larger than an image."""
+        if self.window > size:
+            raise BadInput(
+                f"{self.type}: a window of {self.window} pixels is larger than an image, which has {size} a side"
+            )
         return self._steps(size) ** 2 + 1
 
     def windows(self, size: int, first: int, end: int) -> torch.Tensor:
