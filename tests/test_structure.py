@@ -165,8 +165,8 @@ def test_families_are_named_in_their_own_files_alone():
 def test_public_face():
     assert featcache.__all__ == [
         "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "report", "export",
-        "import_probes",
+        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "compare_localisation", "report",
+        "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
         assert getattr(featcache, name) is not None

@@ -7,8 +7,10 @@ from typing import Any
 from numpy import nanmax, nanmedian
 from tqdm import tqdm
 
-from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, takes, whole
+from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
+from featcache.attribution.examples import EXAMPLES
 from featcache.attribution.explain import explain_piece
+from featcache.attribution.pictured import arrays_of, pictured_by_rule, pictured_first
 from featcache.attribution.pieces import Pieces
 from featcache.attribution.plan import plan_attribution, total
 from featcache.attribution.results import check_format, facts_of, rows_of, write_results
@@ -23,8 +25,8 @@ from featcache.store.folder import LocalFolder
 @multiplying("float32")
 @takes(
     store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
-    root=PATH, limit=whole(), examples=whole(), seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
-    parity=NAME, save_maps=FLAG, format=NAME,
+    root=PATH, limit=whole(), images=NAMES, examples=EXAMPLES, seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
+    parity=NAME, masks=PATHS, save_maps=FLAG, format=NAME,
 )  # fmt: skip
 def attribute(
     run: str | PathLike,
@@ -39,7 +41,8 @@ def attribute(
     dataset: str | None = None,
     root: str | PathLike | None = None,
     limit: int | None = None,
-    examples: int = 6,
+    images: Sequence[str] | None = None,
+    examples: int | str | Sequence[str] = 6,
     device: str | None = None,
     seed: int = 0,
     scores: Sequence[str] | None = None,
@@ -47,6 +50,7 @@ def attribute(
     sanity: bool = False,
     protocol: str | None = None,
     parity: str | None = None,
+    masks: str | PathLike | Sequence[str | PathLike] | None = None,
     save_maps: bool = False,
     format: str = "csv",
 ) -> list[dict[str, Any]] | None:
@@ -57,15 +61,18 @@ def attribute(
     all where nothing was chosen. methods, scores: names of METHODS and SCORES (docs/attribution.md), a
     method with fields as in "rise:masks=500"; some methods run the backbone, and need backbone, dataset and root.
     split: of the store, by default the one that the run is scored on. limit: only the first images of the split that
-    have such a class. examples: number of images whose maps are kept for the report. seed: draws the weights of
-    backbone="random" and of random heads. sanity: explain a head with random weights beside each probe. protocol: of
-    PROTOCOLS, such as "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward
-    passes keep, 2e9 by default. parity: "how-to-probe" evaluates as published. save_maps: keep all maps, in
-    attribution.zarr. format: of the table, csv or parquet.
+    have such a class. images: ids of the only images to explain, whose maps are all kept. examples: the number of first
+    images whose maps are kept for pictures, or rules as in "best:3,worst:3,right,wrong" (docs/attribution.md). seed: draws
+    the weights of backbone="random" and of what a sanity check needs. sanity: explain a head with random weights beside
+    each probe, and where `dataset` is given its own head on a backbone with random weights. protocol: of PROTOCOLS, such
+    as "gridpg:side=2"; by default boxes, or gridpg where images have none. memory: bytes for what forward passes keep,
+    2e9 by default. parity: "how-to-probe" evaluates as published. masks: stores of masked images, see extract; by default
+    those beside the run's store that fit. save_maps: keep all maps, in attribution.zarr. format: of the table, csv or
+    parquet.
 
     Writes attribution.csv (a row for each probe, method, image and class), attribution.json (how it was made) and
-    attribution.npz (the maps that the report shows) into the run; returns the rows, in which a map without a score has NaN. Pieces of 16 images are saved as they are done, and the same call goes
-    on after a kill. Under torchrun the processes share the pieces, and all but the first return None. Raises BadInput.
+    attribution.npz (the maps that pictures show) into the run; returns the rows, in which a map without a score has NaN.
+    Pieces of 16 images are saved as they are done, and the same call goes on after a kill. Under torchrun the processes share the pieces, and all but the first return None. Raises BadInput.
 
         rows = featcache.attribute("runs/voc", rule="best map per loss", limit=100)
         featcache.report("runs/voc")
@@ -74,8 +81,9 @@ def attribute(
     ranks = join_ranks()
     settings = Settings(
         run=run, store=store, probes=probes, rule=rule, methods=methods, scores=scores, protocol=protocol, split=split,
-        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, examples=examples,
-        seed=seed, memory=memory, sanity=sanity, parity=parity, save_maps=save_maps, format=format,
+        backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, limit=limit, images=images,
+        examples=examples, seed=seed, memory=memory, sanity=sanity, parity=parity, masks=masks, save_maps=save_maps,
+        format=format,
     )  # fmt: skip
     task = prepare(settings, choose_device(device, ranks.local_rank))
     if save_maps:
@@ -89,9 +97,15 @@ def attribute(
         finished = [pieces.read(number) for number in range(pieces.count)]
         rows = rows_of(task, finished)
         maps = write_maps(task, pieces, finished, facts_of(task)) if task.settings.save_maps else None
-        write_results(task, rows, finished, maps)
+        pictured, notices = pictured_first(task, finished), list[str]()
+        if task.examples.rules:
+            pictured, notices = pictured_by_rule(task, finished, pieces, pictured)
+        write_results(task, rows, arrays_of(task, pictured), maps)
         folder.delete_all()
-    passes, alone = total(piece.passes for piece in finished), plan_attribution(task).alone
+    for notice in notices:
+        ranks.say(notice)
+    passes = total([*(piece.passes for piece in finished), pictured.piece.passes])
+    alone = plan_attribution(task).alone
     if passes != total(()):
         ranks.say(f"passes of an image through the backbone: {passes}; one by one: {alone}")
     _say_columns(task, rows, ranks)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -12,40 +12,36 @@ import torch
 from featcache.attribution.forward import PLAIN, Forward, Rule, bytes_kept
 from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.passes import Passes
+from featcache.attribution.reading import Reading, read_images
 from featcache.attribution.targets import Target
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.backbones.load import RANDOM, load_backbone
 from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
-from featcache.extraction.images import DECODERS, load_input
+from featcache.extraction.images import DECODERS, read_input
 from featcache.extraction.masks.masking import Masking
-from featcache.feature import Feature
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
 
 # Bytes that a forward pass keeps, as a share of what is taken in all: gradients and copies come on top.
 KEPT = 2 / 3
-
-
-def width_of(store: Store, feature: Feature) -> int:
-    """Return how many channels the map of a layer has. The store may hold only means of the map."""
-    held = store.manifest.features
-    names = (str(Feature(feature.layer, kind)) for kind in ("spatial", "pooled", "patch_mean"))
-    width: int = next(held[name]["shape"][0] for name in names if name in held)
-    return width
+# Bytes of a head's maps where no backbone runs, so that many images need not be together: the system then hands out the
+# same memory for one head after another.
+FEW = 8e6
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
     """A backbone and the images that it made a split of.
 
-    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
-    a file behind each row.
+    picture: from a row of the split to uint8 [3, S, S]. at_size: loads the backbone for images of other sides. prepared:
+    the same as picture for another Preprocessing, where there is a file behind each row.
     """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
+    at_size: Callable[[int], Backbone]
     prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
 
 
@@ -61,17 +57,17 @@ class Boxed(NamedTuple):
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
-    features: the maps that the explained probes read. memory: bytes that may be taken for forward passes. passes:
-    counts what goes through the backbone. records: the split as its data set has it, where that was named. stored:
-    whether the store has the features of these images. note: stands behind the split in tables. masked: the features of
-    masked variants of the images, where a store has them.
+    readings: what the explained probes read. memory: bytes that may be taken for forward passes. passes: counts what
+    goes through the backbone. records: the split as its data set has it, where that was named. stored: whether the store
+    has the features of these images. note: stands behind the split in tables. masked: the features of masked variants of
+    the images, where a store has them.
     """
 
     split: Split
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    features: tuple[Feature, ...]
+    features: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
     records: Sequence[Record] | None = None
@@ -99,6 +95,14 @@ class Source:
         boxes, inside = self.preprocessing.map_boxes(boxes, *self.split.sizes[row].tolist())
         return Boxed(boxes[inside], classes[inside], difficult[inside])
 
+    def picture(self, row: int) -> torch.Tensor | None:
+        """Return an image as the backbone sees it, uint8 [3, S, S], or None where the data set was not named."""
+        if self.network is not None:
+            return self.network.picture(row)
+        if self.records is None:
+            return None
+        return _pictures(self.split, self.records, self.preprocessing)(row)
+
     @property
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
@@ -114,9 +118,9 @@ class Source:
         pictures = torch.stack([self._network.picture(row) for row in rows])
         return self.preprocessing.normalise(pictures.to(self.device))
 
-    def channels(self, feature: Feature) -> int:
-        """Return how many channels a layer's map has."""
-        return width_of(self.split.store, feature)
+    def channels(self, feature: Reading) -> int:
+        """Return how many channels the map that a head reads has."""
+        return feature.width(self.split.store)
 
     @cached_property
     def at_once(self) -> int:
@@ -140,7 +144,7 @@ class Batch:
     targets: Sequence[Target]
     source: Source
     _forwards: dict[Rule, Forward] = field(default_factory=dict)
-    _cached: dict[Feature, torch.Tensor] = field(default_factory=dict)
+    _cached: dict[Reading, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -181,25 +185,40 @@ class Batch:
         none = torch.zeros(self.size, self.size, dtype=torch.bool)
         return torch.stack([none if void is None else void for void in given])
 
+    @cached_property
+    def pictured(self) -> list[int]:
+        """The numbers of the pairs whose maps are kept for pictures."""
+        return [number for number, target in enumerate(self.targets) if target.pictured]
+
     @property
     def size(self) -> int:
         """Side of the backbone's input, and so of a map, in pixels."""
         return self.source.preprocessing.size
 
-    def cached(self, feature: Feature) -> torch.Tensor:
-        """Read the images' maps from the store, once: float32 [B, D, h, w]. Raises BadInput if the store is damaged.
+    def cached(self, feature: Reading) -> torch.Tensor:
+        """Read what heads read of the images from the store, once: float32 [B, D, h, w].
 
-        The maps of images that are in no store are computed, once for all features.
+        What is in no store is computed, once for all heads. Raises BadInput if the store is damaged.
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
-                maps = self.backbone(self.inputs, self.source.features)
+                self._cached.update(read_images(self.backbone, self.inputs, self.source.features))
             self.source.passes.forward += len(self.inputs)
-            self._cached.update({each: maps[str(each)] for each in self.source.features})
         elif feature not in self._cached:
-            rows = self.source.split[str(feature)].take(self.rows, check=True)
-            self._cached[feature] = torch.from_numpy(rows).float().to(self.source.device)
+            arrays = {str(each): self.source.split[str(each)] for each in feature.features}
+            rows = {name: torch.from_numpy(array.take(self.rows, check=True)) for name, array in arrays.items()}
+            self._cached[feature] = feature.join(rows).float().to(self.source.device)
         return self._cached[feature]
+
+    def at_hand(self, reading: Reading) -> torch.Tensor | None:
+        """Return what heads read of the images, [B, D, h, w], if that takes no pass through the backbone, else None."""
+        if reading not in self._cached:
+            for forward in self._forwards.values():
+                return forward.maps[reading].detach()
+            held = self.source.split.store.manifest.features
+            if not self.source.stored or any(str(feature) not in held for feature in reading.features):
+                return None
+        return self.cached(reading)
 
     @cached_property
     def inputs(self) -> torch.Tensor:
@@ -232,17 +251,29 @@ def batches_of(targets: Sequence[Target], source: Source, probes: int) -> Iterat
     rows: dict[int, list[Target]] = {}
     for target in targets:
         rows.setdefault(target.row, []).append(target)
+    pixels = 4 * source.preprocessing.size**2
+    if source.network is None:
+        most = int(min(source.memory / 2, FEW) / pixels)
+        yield from (Batch(own, source) for own in _filled(list(rows.values()), most))
+        return
     alike: dict[int, list[list[Target]]] = {}
     for own in rows.values():
-        # Without a backbone there are no passes that could be in vain.
-        alike.setdefault(len(own) if source.network else max(map(len, rows.values())), []).append(own)
-    pixels = 4 * source.preprocessing.size**2
+        alike.setdefault(len(own), []).append(own)
     for count, images in sorted(alike.items()):
-        held = probes if source.network else 1
-        at_once = max(1, int(source.memory / 2 / (held * count * pixels)))
-        at_once = min(at_once, source.at_once) if source.network else at_once
+        at_once = max(1, min(source.at_once, int(source.memory / 2 / (probes * count * pixels))))
         for start in range(0, len(images), at_once):
             yield Batch([target for own in images[start : start + at_once] for target in own], source)
+
+
+def _filled(images: Sequence[Sequence[Target]], most: int) -> Iterator[list[Target]]:
+    """Yield the targets of images together, at most `most` or those of one image."""
+    together: list[Target] = []
+    for own in images:
+        if together and len(together) + len(own) > most:
+            yield together
+            together = []
+        together += own
+    yield together
 
 
 def open_records(split: Split, dataset: str, root: str | PathLike | None) -> Sequence[Record]:
@@ -269,10 +300,14 @@ def open_network(
     records: the split's images. Other arguments as attribute's. Raises BadInput for another backbone.
     """
     identity = split.store.manifest.identity
-    model = load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=preprocessing.size)
+
+    def at_size(size: int) -> Backbone:
+        return load_backbone(backbone, arch=arch, seed=seed, weights_key=weights_key, size=size).to(device)
+
+    model = at_size(preprocessing.size)
     stored = {key: identity[key] for key in ("arch", "weights_sha256")}
     _check_made_of(split.store, stored, {"arch": model.arch, "weights_sha256": model.weights_sha256})
-    return _network(model, split, preprocessing, device, records)
+    return _network(model, at_size, split, preprocessing, records)
 
 
 def open_random_network(
@@ -280,24 +315,47 @@ def open_random_network(
 ) -> Network:
     """Draw a backbone like the one that a split's features were made by, with other weights. Raises BadInput."""
     identity = split.store.manifest.identity
-    for drawn in (seed, seed + 1):
-        model = load_backbone(RANDOM, arch=identity["arch"], seed=drawn, size=preprocessing.size)
-        # The store's own backbone may be random, and of this seed.
-        if model.weights_sha256 != identity["weights_sha256"]:
-            break
-    return _network(model, split, preprocessing, device, records)
+
+    def drawn(seed: int, size: int) -> Backbone:
+        return load_backbone(RANDOM, arch=identity["arch"], seed=seed, size=size).to(device)
+
+    model = drawn(seed, preprocessing.size)
+    # The store's own backbone may be random, and of this seed.
+    if model.weights_sha256 == identity["weights_sha256"]:
+        seed += 1
+        model = drawn(seed, preprocessing.size)
+    return _network(model, partial(drawn, seed), split, preprocessing, records)
 
 
 def _network(
-    model: Backbone, split: Split, preprocessing: Preprocessing, device: torch.device, records: Sequence[Record]
+    model: Backbone,
+    at_size: Callable[[int], Backbone],
+    split: Split,
+    preprocessing: Preprocessing,
+    records: Sequence[Record],
 ) -> Network:
     model.preprocessing = preprocessing
-    decoder = split.store.manifest.identity.get("decoder", DECODERS["exact"])
+    prepared = partial(_pictures, split, records)
+    return Network(model, prepared(preprocessing), at_size, prepared)
 
-    def prepared(rule: Preprocessing) -> Callable[[int], torch.Tensor]:
-        return lambda row: load_input(records[row], rule, decoder)
 
-    return Network(model.to(device), prepared(preprocessing), prepared)
+def _pictures(split: Split, records: Sequence[Record], preprocessing: Preprocessing) -> Callable[[int], torch.Tensor]:
+    """Return a function from a row of the split to its image, uint8 [3, S, S]. It raises BadInput for a changed file.
+
+    The fingerprint of a data set has the sizes of its files, and the store the digests of what is in them.
+    """
+    decoder, digests = split.store.manifest.identity.get("decoder", DECODERS["exact"]), split.digests
+
+    def picture(row: int) -> torch.Tensor:
+        pixels, digest = read_input(records[row], preprocessing, decoder, None)
+        if digests is not None and digest != digests[row].tobytes():
+            raise BadInput(
+                f"image {records[row].image} is not the file that store {split.store.path} was made of: bring that back, or "
+                "extract into a new store"
+            )
+        return pixels
+
+    return picture
 
 
 def _check_made_of(store: Store, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

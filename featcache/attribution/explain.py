@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from featcache.attribution.batch import Batch, batches_of
+from featcache.attribution.explained import Explained
 from featcache.attribution.methods.method import Explanation, Method
 from featcache.attribution.passes import Passes
 from featcache.attribution.pieces import Piece
@@ -28,7 +29,9 @@ def explain_piece(
     """
     source, before = task.source, replace(task.source.passes)
     place = {(target.row, target.label): number for number, target in enumerate(targets)}
-    shown = [number for number, target in enumerate(targets) if target.row in task.kept]
+    shown = {number: at for at, number in enumerate(n for n, target in enumerate(targets) if target.pictured)}
+    colours: dict[tuple[int, int, int], torch.Tensor] = {}
+    predictions = torch.full((len(task.explained), len(targets), 3), NOTHING, dtype=torch.float64)
     shape, columns = (len(task.methods), len(task.explained)), {name: n for n, name in enumerate(task.columns)}
     cells = torch.full((*shape, len(targets), len(columns)), NOTHING, dtype=torch.float64)
     pictures = torch.zeros(*shape, len(shown), source.preprocessing.size, source.preprocessing.size)
@@ -40,6 +43,8 @@ def explain_piece(
         judges = [score.judge(batch, heads) for score in task.scores]
         for method, probe, explanation in _explanations(task, batch, probes):
             maps, own = explanation.maps.cpu(), cells[method, probe]
+            if (batch.pictured or task.examples.rules) and predictions[probe, rows].isnan().all():
+                predictions[probe, rows] = _predictions(task.explained[probe], batch)
             _check(task, batch, method, probe, maps)
             for score, judge in zip(task.scores, judges, strict=True):
                 scored = task.profile.scored(score, task.methods[method], task.protocol, batch, judge)
@@ -49,13 +54,31 @@ def explain_piece(
                 own[rows, columns[name]] = values.double().cpu()
             for number, at in enumerate(rows.tolist()):
                 if at in shown:
-                    pictures[method, probe, shown.index(at)] = maps[number]
+                    pictures[method, probe, shown[at]] = maps[number]
+                if number in explanation.colours:
+                    colours[method, probe, shown[at]] = explanation.colours[number]
             if saved is not None and scales is not None:
                 halved, scales[method, probe, rows] = in_half_precision(maps)
                 saved[method, probe, rows.numpy()] = halved.numpy()
             tell(len(maps))
     taken = Passes(source.passes.forward - before.forward, source.passes.backward - before.backward)
-    return Piece(cells, pictures, taken, scales)
+    size = pictures.shape[-1]
+    coloured = torch.tensor(list(colours), dtype=torch.int64).view(-1, 3)
+    drawn = torch.stack(list(colours.values())) if colours else torch.empty(0, size, size, 4, dtype=torch.uint8)
+    return Piece(cells, pictures, taken, predictions, drawn, coloured, scales)
+
+
+@torch.no_grad()
+def _predictions(one: Explained, batch: Batch) -> torch.Tensor:
+    """Return what a probe says of each pair's class, if its maps are at hand: float64 [T, 3], see Piece."""
+    maps = batch.at_hand(one.feature)
+    if maps is None:
+        return torch.full((len(batch.targets), 3), NOTHING, dtype=torch.float64)
+    logits = one.head(maps)
+    probabilities = one.head.of_logits(logits)
+    chosen, single = (batch.images, batch.classes), batch.source.split.labels.ndim == 1
+    right = logits.argmax(1)[batch.images] == batch.classes if single else probabilities[chosen] >= 0.5
+    return torch.stack([logits[chosen], probabilities[chosen], right.float()], 1).double().cpu()
 
 
 def _batches(task: Task, targets: Sequence[Target]) -> Iterator[tuple[Batch, Sequence[int]]]:
@@ -73,13 +96,13 @@ def _explanations(task: Task, batch: Batch, probes: Sequence[int]) -> Iterator[t
     """
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
-        for feature in task.source.features:
-            alike = [number for number in probes if task.explained[number].feature == feature]
+        for reading in task.source.readings:
+            alike = [number for number in probes if task.explained[number].feature == reading]
             if not alike:
                 continue
             heads = [task.explained[number].head for number in alike]
             with task.profile.explaining(heads, task.source):
-                for probe, maps in zip(alike, group[0].explain_together(group, heads, feature, batch), strict=True):
+                for probe, maps in zip(alike, group[0].explain_together(group, heads, reading, batch), strict=True):
                     for number, made in zip(numbers, maps, strict=True):
                         yield number, probe, made if isinstance(made, Explanation) else Explanation(made)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from featcache.attribution.methods.method import Method
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
 from featcache.store.reader import Split
@@ -14,15 +14,15 @@ from featcache.store.reader import Split
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """A probe to explain: its id, its head as a module, and the map that its head reads.
+    """A probe to explain: its id, its head as a module, and what its head reads while it is explained.
 
-    reads: what the probe reads of the store, a mean of that map or the map itself. note: stands behind the method in
+    reads: what the probe reads of the store. note: stands behind the method in
     tables where the head is not the probe's own, as for a sanity check.
     """
 
     probe: str
     head: HeadModule
-    feature: Feature
+    feature: Reading
     reads: Input
     note: str = ""
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from featcache.attribution.frozen_norms import frozen_norms
 from featcache.attribution.passes import Passes
+from featcache.attribution.reading import Reading, read_images
 from featcache.backbones.backbone import Backbone
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 
@@ -27,34 +28,36 @@ PLAIN = Rule("plain", lambda network: nullcontext())
 class Forward:
     """A forward pass of images [B, C, S, S] through the backbone, from which any number of backward passes start.
 
-    Attributes: inputs (the images), maps ({name of a feature: [B, D, h, w]}), and rule, under which it was computed.
+    Attributes: inputs (the images), maps ({what a head reads: [B, D, h, w]}), and rule, under which it was computed.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        features: Sequence[Feature],
+        features: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
-        with torch.enable_grad(), rule.apply(backbone):
-            self.maps = backbone(self.inputs, features)
+        with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
+            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
+            outputs = backbone(self.inputs, tuple(features))
+            self.maps = {reading: reading.join(outputs) for reading in readings}
         passes.forward += len(inputs)
 
-    def gradient(self, feature: Feature, cotangent: torch.Tensor) -> torch.Tensor:
+    def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
         """Take the gradient [B, D, h, w] of something with respect to a feature back to the input: [B, C, S, S]."""
-        (gradient,) = torch.autograd.grad(self.maps[str(feature)], self.inputs, cotangent, retain_graph=True)
+        (gradient,) = torch.autograd.grad(self.maps[feature], self.inputs, cotangent, retain_graph=True)
         self._passes.backward += len(gradient)
         return gradient
 
-    def cotangents(self, head: HeadModule, feature: Feature, classes: torch.Tensor) -> Iterator[torch.Tensor]:
+    def cotangents(self, head: HeadModule, feature: Reading, classes: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the gradient [B, D, h, w] of a head's logits with respect to its feature, for each column of classes.
 
         classes: int64 [B, K], K classes of each image.
         """
-        maps = self.maps[str(feature)].detach()
+        maps = self.maps[feature].detach()
         yield from logit_gradients(head, maps, classes, self.rule)
 
 
@@ -63,9 +66,9 @@ def logit_gradients(
 ) -> Iterator[torch.Tensor]:
     """Yield the gradient [B, D, h, w] of logits with respect to maps [B, D, h, w], for each column of classes [B, K]."""
     if head.head.commutes:
-        area = maps.shape[2] * maps.shape[3]
+        weights, area = head.slopes(maps.shape[1]), maps.shape[2] * maps.shape[3]
         for column in classes.unbind(1):
-            yield (slopes(head, maps.shape[1], column) / area)[:, :, None, None].expand(maps.shape)
+            yield (weights[column] / area)[:, :, None, None].expand(maps.shape)
         return
     maps = maps.detach().requires_grad_()
     with torch.enable_grad(), rule.apply(head):
@@ -75,19 +78,7 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def slopes(head: HeadModule, channels: int, classes: torch.Tensor) -> torch.Tensor:
-    """Return the gradient [K, D] of logits of a head that commutes with the mean, and so is affine.
-
-    classes: int64 [K], of which logits.
-    """
-    points = next(head.parameters()).new_zeros(len(classes), channels, 1, 1).requires_grad_()
-    with torch.enable_grad():
-        logits = head(points).gather(1, classes[:, None])
-        (gradient,) = torch.autograd.grad(logits.sum(), points)
-    return gradient[:, :, 0, 0]
-
-
-def bytes_kept(backbone: Backbone, features: Sequence[Feature], image: torch.Tensor) -> int:
+def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:
     """Return the bytes that one image's forward pass keeps for backward passes. image: [1, C, S, S]."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}

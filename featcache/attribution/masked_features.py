@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from featcache.attribution.forward import slopes
+from featcache.attribution.reading import Reading
 from featcache.errors import BadInput
 from featcache.extraction.masks.masking import Masking
 from featcache.feature import Feature
@@ -25,12 +25,12 @@ class MaskedFeatures:
     rows: Mapping[int, int]
     device: torch.device
 
-    def serves(self, head: HeadModule, feature: Feature) -> bool:
-        """Return whether a head that reads a layer's map, a spatial feature, finds here what it needs of it."""
-        return self._name(head, feature) is not None
+    def serves(self, head: HeadModule, reading: Reading) -> bool:
+        """Return whether a head finds here what it reads."""
+        return self._name(head, reading) is not None
 
     def blocks(
-        self, heads: Sequence[HeadModule], feature: Feature, variants: int, pixels: int, memory: float
+        self, heads: Sequence[HeadModule], reading: Reading, variants: int, pixels: int, memory: float
     ) -> Iterator["Block"]:
         """Yield heads in blocks whose maps and products fit into half of `memory` bytes. pixels: of all maps of a head.
 
@@ -38,12 +38,12 @@ class MaskedFeatures:
         """
         classes, at = len(self.split.store.classes), 0
         while at < len(heads):
-            name = self._name(heads[at], feature)
+            name = self._name(heads[at], reading)
             assert name is not None, "these heads are served"
             width = self.split[name].shape[2]
             most = max(1, int(memory / 2 / FLOAT / (pixels + classes * (COPIES * variants + width))))
             end = at + 1
-            while end < min(len(heads), at + most) and self._name(heads[end], feature) == name:
+            while end < min(len(heads), at + most) and self._name(heads[end], reading) == name:
                 end += 1
             yield Block(self, name, heads[at:end], variants)
             at = end
@@ -64,10 +64,18 @@ class MaskedFeatures:
         folder = self.split.store.folder
         return BadInput(f"store {folder}, image {self.split.ids[self.rows[row]]}: {reason}; {remedy(folder)}")
 
-    def _name(self, head: HeadModule, feature: Feature) -> str | None:
-        """Return the name of the feature that a head reads here instead of a spatial one; None if there is none."""
-        kinds = ("pooled", "patch_mean", "spatial") if head.head.pools_first else ("spatial",)
-        names = (str(Feature(feature.layer, kind)) for kind in kinds)
+    def _name(self, head: HeadModule, reading: Reading) -> str | None:
+        """Return the name of the feature that a head reads here; None if there is none, or it reads several.
+
+        Of a map, heads that average it first need the mean alone.
+        """
+        if len(reading.features) > 1:
+            return None
+        layer, kind = reading.features[0].layer, reading.features[0].kind
+        if kind not in ("spatial", "cls"):
+            return None
+        kinds = ("pooled", "patch_mean", "spatial") if reading.is_map and head.head.pools_first else (kind,)
+        names = (str(Feature(layer, kind)) for kind in kinds)
         return next((name for name in names if name in self.split.store.manifest.features), None)
 
 
@@ -84,8 +92,7 @@ class Block:
             if own:
                 blank = torch.zeros(1, width, 1, 1, device=store.device)
                 biases = torch.stack([heads[n](blank)[0] for n in own])
-                every = torch.arange(biases.shape[1], device=store.device)
-                self._affine[link] = own, torch.stack([slopes(heads[n], width, every) for n in own]), biases
+                self._affine[link] = own, torch.stack([heads[n].slopes(width) for n in own]), biases
 
     def __len__(self) -> int:
         return len(self._heads)

@@ -19,6 +19,8 @@ from featcache.probes.runs.sealed_tensors import unseal, write_sealed
 FOLDER = "attribution.partial"
 # Images of a piece.
 IMAGES = 16
+# The fields of a Piece that are always tensors.
+TENSORS = ("cells", "maps", "predictions", "colours", "coloured")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +28,18 @@ class Piece:
     """The results of a piece, for M methods, P probes and T targets.
 
     cells: float64 [M, P, T, columns], what attribution.csv holds beside the identities. maps: float32 [M, P, K, S, S]
-    of the K targets that the report shows. passes: what it took. scales: float32 [M, P, T], what to multiply the saved
-    maps by, or None where maps are not saved.
+    of the K targets that are pictured. passes: what it took. predictions: float64 [P, T, 3], what each probe says of the
+    class: logit, probability, and 1 if that is right, else 0; NaN where it is not known. colours: uint8 [n, S, S, 4], maps
+    in colours of their own with opacity. coloured: int64 [n, 3], the method, probe and pictured target of each. scales:
+    float32 [M, P, T], what to multiply the saved maps by, or None where maps are not saved.
     """
 
     cells: torch.Tensor
     maps: torch.Tensor
     passes: Passes
+    predictions: torch.Tensor
+    colours: torch.Tensor
+    coloured: torch.Tensor
     scales: torch.Tensor | None = None
 
 
@@ -60,7 +67,7 @@ class Pieces:
     def write(self, number: int, piece: Piece) -> None:
         """Write a piece, whole or not at all."""
         content: dict[str, Any] = {"key": self.key, "passes": [piece.passes.forward, piece.passes.backward]}
-        tensors = {"cells": piece.cells.contiguous(), "maps": piece.maps.contiguous()}
+        tensors = {name: getattr(piece, name).contiguous() for name in TENSORS}
         if piece.scales is not None:
             tensors["scales"], content["saved"] = piece.scales, _crc32(self.maps_file(number))
         write_sealed(self._path(number), tensors, content)
@@ -73,7 +80,7 @@ class Pieces:
         if "saved" in content and content["saved"] != _crc32(self.maps_file(number)):
             raise ValueError("its maps are damaged or missing")
         tensors = safetensors.torch.load_file(self._path(number))
-        return Piece(tensors["cells"], tensors["maps"], Passes(*content["passes"]), tensors.get("scales"))
+        return Piece(passes=Passes(*content["passes"]), **tensors)
 
     def drop_others(self) -> None:
         """Delete whatever is not one of these pieces, whole: other settings, damage, what a killed process left."""

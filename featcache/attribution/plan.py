@@ -19,10 +19,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class AttributionPlan:
-    """What an attribution takes, with the number of its maps."""
+    """What an attribution takes, with the number of its maps.
+
+    again: how many images at most are explained a second time, for pictures that rules choose.
+    """
 
     work: Work
     maps: int
+    again: int
     shared: tuple[Shared, ...]
 
     @property
@@ -42,7 +46,7 @@ def plan_attribution(task: Task) -> AttributionPlan:
     shared = [
         Shared(
             tuple(method.label for method in group),
-            total(group[0].passes(work) for _, work in works),
+            total(group[0].passes(task.left(group[0], source, work)) for source, work in works),
             total(method.passes_alone(work) for _, work in works for method in group),
         )
         for group in task.sharing()
@@ -61,7 +65,8 @@ def plan_attribution(task: Task) -> AttributionPlan:
         if score.runs_backbone
     ]
     work = task.work(len(task.explained))
-    return AttributionPlan(work, work.pairs * work.probes * methods, tuple(shared))
+    again = sum(rule.most for rule in task.examples.rules)
+    return AttributionPlan(work, work.pairs * work.probes * methods, again, tuple(shared))
 
 
 def total(passes: Iterable[Passes]) -> Passes:

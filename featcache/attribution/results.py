@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 
 import featcache
 from featcache.atomic import remove
-from featcache.attribution.batch import Source
 from featcache.attribution.pieces import Piece
 from featcache.attribution.saved_maps import checksums
 from featcache.attribution.task import Task
@@ -60,28 +59,22 @@ def rows_of(task: Task, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 def _places(task: Task) -> Iterator[tuple[int, int, int, int, tuple[str, ...]]]:
     """Yield the numbers of method, piece, probe and target of every row, in order, and its identity."""
-    source = task.source
-    for method, kind in enumerate(task.methods):
+    for method in range(len(task.methods)):
         for piece, targets in enumerate(task.pieces):
-            for probe, one in enumerate(task.explained):
+            for probe in range(len(task.explained)):
                 for number, target in enumerate(targets):
-                    identity = (
-                        one.probe,
-                        one.named(kind),
-                        source.name,
-                        source.id_of(target.row),
-                        source.split.store.classes[target.label],
-                    )
-                    yield method, piece, probe, number, identity
+                    yield method, piece, probe, number, task.identity(method, probe, target)
 
 
-def write_results(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece], maps: Path | None) -> None:
+def write_results(
+    task: Task, rows: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray], maps: Path | None
+) -> None:
     """Write the files of an attribution into the run, each whole or not at all, and their checksums into run.json.
 
-    maps: folder of a Zarr group of all maps, which is moved into the run. Files of an earlier attribution are deleted.
+    arrays: of attribution.npz. maps: folder of a Zarr group of all maps, which is moved into the run. Files of an earlier attribution are deleted.
     """
     run, buffer = task.run.path, io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=True, **_arrays(task, rows, pieces))
+    np.savez_compressed(buffer, allow_pickle=True, **arrays)
     columns, facts = [*IDENTITY, *task.columns], facts_of(task)
     format = task.settings.format
     table = _csv(columns, rows) if format == "csv" else _parquet(columns, rows, facts)
@@ -125,6 +118,7 @@ def facts_of(task: Task) -> dict[str, Any]:
         "preprocessing": source.preprocessing.describe(),
         "seed": settings.seed,
         "random_heads": any(one.note for one in task.explained),
+        "random_backbone": task.randomised.backbone.weights_sha256 if task.randomised else None,
         "device": source.device.type,
         "version": featcache.__version__,
     }
@@ -150,36 +144,3 @@ def _parquet(columns: Sequence[str], rows: Sequence[dict[str, Any]], facts: dict
     file = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pydict(values, schema), file, compression="zstd")
     return file.getvalue()
-
-
-def _arrays(task: Task, rows: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
-    """The arrays of attribution.npz: the kept images, their boxes, and the maps with their rows as text."""
-    source, kept = task.source, task.kept
-    size, columns = source.preprocessing.size, [*IDENTITY, *task.columns]
-    maps, texts = [], []
-    for row, (method, piece, probe, number, _) in zip(rows, _places(task), strict=True):
-        if (target := task.pieces[piece][number]).row in kept:
-            shown = [each for each in task.pieces[piece] if each.row in kept]
-            maps.append(pieces[piece].maps[method, probe, shown.index(target)].numpy())
-            texts.append([str(row[column]) for column in columns])
-    arrays = {
-        "ids": np.array([source.id_of(row) for row in kept]),
-        **_boxes(kept, source),
-        "maps": np.stack(maps) if maps else np.empty((0, size, size), np.float32),
-        "panels": np.array(texts).reshape(-1, len(columns)),
-    }
-    if source.network:
-        pictures = [source.network.picture(row).permute(1, 2, 0).numpy() for row in kept]
-        arrays["images"] = np.stack(pictures) if pictures else np.empty(0)
-    return arrays
-
-
-def _boxes(kept: Sequence[int], source: Source) -> dict[str, np.ndarray]:
-    """The boxes of all kept images, in pixels of the maps; box_examples says which image each box is in."""
-    names = np.array(source.split.store.classes)
-    parts = [(np.empty(0, int), np.empty((0, 4)), names[:0], np.empty(0, bool))]
-    for number, row in enumerate(kept):
-        boxes, classes, difficult = source.boxes_of(row)
-        parts.append((np.full(len(boxes), number), boxes, names[classes], difficult))
-    arrays = ("box_examples", "boxes", "box_classes", "box_difficult")
-    return {name: np.concatenate(part) for name, part in zip(arrays, zip(*parts, strict=True), strict=True)}

@@ -11,17 +11,15 @@ from featcache.attribution.forward import Rule
 
 
 @contextmanager
-def replaced(
-    network: nn.Module, kind: type[nn.Module], forward: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    """Let all modules of a kind compute forward(input) within the block."""
-    modules = [module for module in network.modules() if isinstance(module, kind)]
-    for module in modules:
+def replaced(network: nn.Module, forward_of: Callable[[nn.Module], Callable[..., Any] | None]) -> Iterator[None]:
+    """Let every module compute what forward_of(module) returns within the block, unless that is None."""
+    modules = [(module, forward) for module in network.modules() if (forward := forward_of(module))]
+    for module, forward in modules:
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module in modules:
+        for module, _ in modules:
             vars(module).pop("forward", None)
 
 
@@ -61,7 +59,9 @@ def _explaining(network: nn.Module) -> Iterator[None]:
 
 
 # Springenberg et al., ICLR Workshop 2015.
-GUIDED = Rule("guided", lambda network: replaced(network, nn.ReLU, _GuidedReLU.apply))
+GUIDED = Rule(
+    "guided", lambda network: replaced(network, lambda each: _GuidedReLU.apply if isinstance(each, nn.ReLU) else None)
+)
 # Boehle et al., CVPR 2022: the factors that make a network non-linear are constants, and so its gradient is the matrix
 # that the network multiplies this input by.
 EXPLANATION_MODE = Rule("explanation mode", _explaining)

@@ -45,6 +45,12 @@ def opened(task: Task, pieces: Pieces, number: int) -> Iterator[np.ndarray | Non
     array.flush()
 
 
+def read_map(pieces: Pieces, number: int, piece: Piece, target: int) -> torch.Tensor:
+    """Read the saved maps of a target of a piece: float32 [M, P, S, S]."""
+    halved = np.load(pieces.maps_file(number), mmap_mode="r")[:, :, target]
+    return torch.from_numpy(halved.astype(np.float32)) * _scales(piece)[:, :, target, None, None]
+
+
 def bytes_of(task: Task) -> int:
     """Return how many bytes all maps take as float16."""
     pairs, size = sum(map(len, task.pieces)), task.source.preprocessing.size

@@ -23,7 +23,9 @@ class Settings:
     dataset: str | None
     root: str | PathLike[str] | None
     limit: int | None
-    examples: int
+    masks: str | PathLike[str] | Sequence[str | PathLike[str]] | None
+    images: Sequence[str] | None
+    examples: int | str | Sequence[str]
     seed: int
     memory: float | None
     sanity: bool

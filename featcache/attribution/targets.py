@@ -1,6 +1,7 @@
 """What is explained: the classes that are in an image, and the pixels of their objects."""
 
 import zlib
+from copy import copy
 
 import numpy as np
 import torch
@@ -17,12 +18,19 @@ class Target:
     row: of the image in its split. label: the number of the class. mask: bool [S, S], the pixels that its map should
     point to, None where a protocol knows none. void: bool [S, S], the pixels that do not count, None where all do.
     Both are kept compressed, since a data set has a hundred thousand of them. pixels: how many are in the mask.
+    pictured: whether its maps are kept for pictures.
     """
 
     def __init__(self, row: int, label: int, mask: torch.Tensor | None = None, void: torch.Tensor | None = None):
-        self.row, self.label = row, label
+        self.row, self.label, self.pictured = row, label, False
         self.pixels = 0 if mask is None else int(mask.sum())
         self._mask, self._void = _pack(mask), _pack(void if void is not None and void.any() else None)
+
+    def as_pictured(self) -> "Target":
+        """Return the same target, whose maps are kept for pictures."""
+        target = copy(self)
+        target.pictured = True
+        return target
 
     @property
     def packed(self) -> bytes:

@@ -9,8 +9,12 @@ from typing import TypeVar
 import torch
 
 import featcache
-from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records, width_of
+from featcache.arguments import listed
+from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
+from featcache.attribution.examples import Examples, only, parse_examples
 from featcache.attribution.explained import Explained
+from featcache.attribution.fit import check_methods
+from featcache.attribution.mask_stores import find_masked, through_backbone
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Work
@@ -19,6 +23,7 @@ from featcache.attribution.profiles import profile_named
 from featcache.attribution.profiles.profile import Profile
 from featcache.attribution.protocols import PROTOCOLS, default_protocol
 from featcache.attribution.protocols.protocol import Protocol
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores import SCORES
 from featcache.attribution.scores.score import Score
 from featcache.attribution.settings import Settings
@@ -26,13 +31,11 @@ from featcache.attribution.targets import Target
 from featcache.backbones.input.preprocessing import Preprocessing
 from featcache.datasets import Record
 from featcache.errors import BadInput, shown
-from featcache.feature import Feature, parse_beside
 from featcache.kinds import Kind, Registry
 from featcache.probes.heads.module import HeadModule
 from featcache.probes.inputs.input import Input
 from featcache.probes.runs.probe_file import find_probes, load_probes
 from featcache.probes.runs.run import Run, best, open_run, select, store_of
-from featcache.probes.spec import ProbeSpec
 from featcache.ranks import say_once
 from featcache.store.reader import Split, Store
 from featcache.words import parse_kind
@@ -55,7 +58,7 @@ class Task:
 
     protocol: the one that chose the targets. settings: what was asked for. source: of the images as the store has them;
     randomised: the same for a backbone with random weights, None without a sanity check or the images. pieces: the
-    targets, by images. kept: rows of the split whose maps the report shows.
+    targets, by images. examples: whose maps are kept for pictures, besides those of the targets that say so.
     """
 
     run: Run
@@ -66,7 +69,7 @@ class Task:
     source: Source
     randomised: Source | None
     pieces: Sequence[Sequence[Target]]
-    kept: Sequence[int]
+    examples: Examples
     settings: Settings
 
     @property
@@ -80,6 +83,12 @@ class Task:
         extra = (column for method in self.methods for column in method.columns)
         return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra), REGION]
 
+    def identity(self, method: int, probe: int, target: Target) -> tuple[str, ...]:
+        """Return what names a map in tables: probe, method, split, image and class, in the order of IDENTITY."""
+        one, source = self.explained[probe], self.source
+        name = one.named(self.methods[method])
+        return (one.probe, name, source.name, source.id_of(target.row), source.split.store.classes[target.label])
+
     def by_source(self) -> list[tuple[Source, list[int]]]:
         """Return the sources of maps, each with the numbers of the probes that are explained from it."""
         drawn = [number for number, one in enumerate(self.explained) if one.note == RANDOM_BACKBONE]
@@ -92,6 +101,13 @@ class Task:
         channels = tuple(source.channels(feature) for feature in source.features)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, probes, size, channels)
+
+    def left(self, method: Method, source: Source, work: Work) -> Work:
+        """Return what is left for the backbone of work where a store has the features of a method's masked images."""
+        probes = next(probes for own, probes in self.by_source() if own is source)
+        heads = through_backbone(method, [self.explained[number] for number in probes], source.masked)
+        left = {one.feature for one in heads}
+        return work._replace(channels=tuple(source.channels(reading) for reading in source.readings if reading in left))
 
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
@@ -112,10 +128,12 @@ class Task:
             "protocol": [self.settings.parity, self.protocol.model_dump(mode="json")],
             "save_maps": self.settings.save_maps,
             "targets": [[(source.id_of(target.row), target.label) for target in piece] for piece in self.pieces],
-            "kept": list(self.kept),
+            "pictured": [target.pictured for piece in self.pieces for target in piece],
+            "predicted": bool(self.examples.rules),
             "memory": source.memory,
             "device": source.device.type,
             "backbones": [one and one.network and one.backbone.weights_sha256 for one in (source, self.randomised)],
+            "masks": {masking.type: store.split.store.id for masking, store in source.masked.items()},
         }
         digest.update(json.dumps(settings).encode())
         for target in (target for piece in self.pieces for target in piece):
@@ -131,6 +149,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     memory = settings.memory
     if memory is not None and not (isinstance(memory, int | float) and memory >= 1):
         raise BadInput(f"memory: expected a number of bytes, 1 or more, not {shown(memory)}")
+    if settings.images is not None and settings.limit is not None:
+        raise BadInput("--images names the images, and --limit takes the first; give one of them")
     run, profile = open_run(settings.run), profile_named(settings.parity)
     methods = [profile.method(each) for each in _parsed(METHODS, settings.methods, DEFAULT_METHODS, "--method")]
     store = store_of(run, settings.store)
@@ -138,7 +158,7 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     chosen = _chosen(run, settings.probes, settings.rule)
     explained = _load(run, store, chosen, device, settings.seed if settings.sanity else None, drawn)
     preprocessing = Preprocessing(**store.manifest.identity["preprocessing"])
-    data = store[settings.split or _scored_split(run)]
+    data = store[_scored_split(run) if settings.split is None else settings.split]
     records = None if settings.dataset is None else open_records(data, settings.dataset, settings.root)
     network = _network(settings, data, preprocessing, device, records)
     if settings.protocol is None:
@@ -148,19 +168,25 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     protocol = profile.protocol(protocol)
     scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
     _check_scores(scores, protocol)
-    for method in methods:
-        _check_fit(method, network)
     for score in scores:
         if score.runs_backbone and network is None:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
-    features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
-    images = Source(data, preprocessing, device, network, features, taken, records=records)
+    readings, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
+    images = Source(data, preprocessing, device, network, readings, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
+    source = replace(source, masked=find_masked(methods, source, targets, listed(settings.masks or ())))
+    check_methods(methods, explained, source)
     randomised = _randomised(images, source, settings.seed) if drawn else None
     if settings.sanity and not drawn:
         say_once("notice: --sanity shows random heads alone; random backbones need the images: --dataset and --root")
-    kept = sorted({target.row for target in targets})[: settings.examples]
-    return Task(run, explained, methods, scores, protocol, source, randomised, list(in_pieces(targets)), kept, settings)
+    examples = parse_examples(settings.examples)
+    if settings.images is not None:
+        targets = only(settings.images, source, targets)
+        examples = examples._replace(first=len(targets))
+    kept = set(sorted({target.row for target in targets})[: examples.first])
+    targets = [target.as_pictured() if target.row in kept else target for target in targets]
+    pieces = list(in_pieces(targets))
+    return Task(run, explained, methods, scores, protocol, source, randomised, pieces, examples, settings)
 
 
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
@@ -202,40 +228,32 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
     """Return a source of the posed images whose maps are those of a backbone with random weights. images: the split's."""
     assert images.records is not None, "a backbone needs the images"
     drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
-    picture = (posed.network or drawn).picture
-    return replace(posed, network=Network(drawn.backbone, picture), stored=False, masked={})
-
-
-def _check_fit(method: Method, network: Network | None) -> None:
-    """Raise BadInput if a method lacks the backbone that it runs, or cannot explain it."""
-    if method.runs_backbone and network is None:
-        raise BadInput(f"--method {method.type} runs the backbone: give --backbone, --dataset and --root")
-    if network is not None and (reason := method.misfit(network.backbone)):
-        fit = [name for name, kind in METHODS.items() if not kind.model_validate({}).misfit(network.backbone)]
-        raise BadInput(
-            f"--method {method.type}: {network.backbone.arch} {reason}; methods that can explain it: {', '.join(fit)}"
-        )
+    backbone, size = drawn.backbone, posed.preprocessing.size
+    if size != images.preprocessing.size and backbone.architecture.fit:
+        backbone = drawn.at_size(size)
+    own = replace(drawn, backbone=backbone, picture=(posed.network or drawn).picture)
+    return replace(posed, network=own, stored=False, masked={})
 
 
 def _chosen(run: Run, probes: Sequence[str] | None, rule: str | None) -> list[str]:
     """Return the ids of the probes to explain, each once."""
-    return list(dict.fromkeys(probes or (select(run, rule) if rule else best(run, "loss"))))
+    return list(dict.fromkeys(probes or (best(run, "loss") if rule is None else select(run, rule))))
 
 
 def _load(
     run: Run, store: Store, probes: Sequence[str], device: torch.device, random: int | None, drawn: bool
 ) -> list[Explained]:
-    """Load probes onto a device. Raises BadInput if one is damaged, or has no map to point into.
+    """Load probes onto a device. Raises BadInput if one is damaged, or the store does not have what it reads.
 
     random: a seed to draw a head like each probe's from, which stands beside it, or None for no such heads. drawn:
     whether its own head on a backbone with random weights does so too.
     """
     files, explained = find_probes(run.path), []
     for probe in (probe for name in probes for probe in load_probes(run.path, [name], files)):
-        spec, feature = probe.spec, _map_of(probe.spec, store)
+        spec, feature = probe.spec, Reading.of(probe.spec, store)
         weights = {"": probe.weights}
         if random is not None:
-            channels = width_of(store, feature)
+            channels = feature.width(store)
             generator = torch.Generator().manual_seed(random % 2**63)
             weights[RANDOM_HEAD] = spec.head.initial_weights(channels, len(store.classes), generator)
         if drawn:
@@ -244,20 +262,6 @@ def _load(
             head = HeadModule(spec.head, own, spec.loss.link).to(device)
             explained.append(Explained(spec.id, head, feature, Input.of(spec), note))
     return explained
-
-
-def _map_of(spec: ProbeSpec, store: Store) -> Feature:
-    """Return the map that a probe's feature is the mean of. Raises BadInput if the probe reads anything else."""
-    first, *others = parse_beside(spec.features, store.manifest.aliases)
-    if others:
-        raise BadInput(
-            f"probe {spec.id} saw {spec.features} side by side: there is no one map to point into; attribute probes that "
-            "read one feature"
-        )
-    feature = store.manifest.feature(first)
-    if feature.kind not in ("pooled", "patch_mean", "spatial"):
-        raise BadInput(f"probe {spec.id} saw {feature}, which is no mean of a map: there is nothing to point at")
-    return Feature(feature.layer, "spatial")
 
 
 def _scored_split(run: Run) -> str:

@@ -1,5 +1,8 @@
 """`featcache attribute`."""
 
+import shutil
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,9 +11,6 @@ from featcache.cli.options import backbone_options, dataset_options, device_opti
 
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
-
-# Rows of the table up to which sizes are printed below it; the report has them all.
-MOST_SIZED = 12
 
 
 @click.command()
@@ -29,12 +29,15 @@ MOST_SIZED = 12
     metavar="M,...",
     help="How to explain, with fields as in NAME:FIELD=VALUE; docs/attribution.md lists them.  [default: gradcam]",
 )
-@click.option("--score", "scores", metavar="S,...", help="How well maps point at the boxes.  [default: epg]")
+@click.option(
+    "--score", "scores", metavar="S,...",
+    help="How good maps are; docs/attribution.md lists scores.  [default: epg; faithfulness: insertion,deletion]",
+)  # fmt: skip
 @click.option(
     "--protocol",
     metavar="P",
-    help="What is explained: boxes, or gridpg with fields as in gridpg:side=2 (needs the backbone).  [default: boxes, or "
-    "gridpg where there are none]",
+    help="What is explained: boxes, masks (needs the data set), gridpg with fields as in gridpg:side=2, or faithfulness "
+    "(both need the backbone).  [default: boxes, or gridpg where there are none]",
 )
 @click.option("--split", help="Split to explain.  [default: the one that the run is scored on]")
 @backbone_options(required=False)
@@ -42,11 +45,32 @@ MOST_SIZED = 12
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]"
 )
-@click.option("--examples", type=click.IntRange(min=0), default=6, help="Images whose maps are kept for the report.")
+@click.option(
+    "--masks",
+    multiple=True,
+    type=click.Path(),
+    metavar="STORE",
+    help="Store of extract --masks, from which rise and others read the masked images' features; may be repeated.  "
+    "[default: those beside the run's store that fit]",
+)
+@click.option("--images", metavar="ID,...", help="Only these images, and keep their maps for pictures.")
+@click.option(
+    "--examples",
+    metavar="N|RULE,...",
+    default="6",
+    help="Images whose maps are kept for pictures: the first N, or by rules, best[:N], worst[:N], right[:N], wrong[:N].  "
+    "[default: 6, or all of --images]",
+)
+@click.option(
+    "--pictures",
+    metavar="DIR",
+    type=click.Path(),
+    help="Folder for the kept maps as PNG sheets (extra report).  [default: RUN/pictures, with --images or a rule]",
+)
 @device_option
 @click.option("--seed", type=int, default=0, help="Of a random backbone, and of random heads.")
 @memory_option("Memory for what passes through the backbone keep.  [default: 2]")
-@click.option("--sanity", is_flag=True, help="Explain a head with random weights beside each probe.")
+@click.option("--sanity", is_flag=True, help="Explain random heads and backbones beside each probe.")
 @click.option(
     "--parity",
     metavar="PROFILE",
@@ -55,12 +79,20 @@ MOST_SIZED = 12
 @click.option("--save-maps", is_flag=True, help="Keep all maps, as float16 in RUN/attribution.zarr.")
 @click.option("--to", "format", type=click.Choice(["csv", "parquet"]), default="csv", help="Format of the table.")
 @click.option("--dry-run", is_flag=True, help="Only count maps and passes through the backbone; write nothing.")
-def attribute(methods: str | None, scores: str | None, device: str | None, dry_run: bool, **options: Any) -> None:
+def attribute(
+    methods: str | None,
+    scores: str | None,
+    images: str | None,
+    pictures: str | None,
+    device: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
 
     If it was interrupted, the same command again goes on from there. Under torchrun the processes share the images.
     """
-    options |= {"methods": _names(methods), "scores": _names(scores)}
+    options |= {"methods": _names(methods), "scores": _names(scores), "images": _names(images)}
     if dry_run:
         from featcache.attribution.plan import plan_attribution
         from featcache.attribution.settings import Settings
@@ -71,22 +103,35 @@ def attribute(methods: str | None, scores: str | None, device: str | None, dry_r
         return
     from featcache.attribution.attribute import attribute as run
     from featcache.probes.runs.run import open_run
-    from featcache.reporting.localisation import MARK, MARKED, by_size, read_localisation, table_of
-    from featcache.reporting.table import format_table
+    from featcache.reporting.localisation import MARK, MARKED, read_localisation, table_of
 
+    drawn = pictures is not None or images is not None or not options["examples"].isdigit()
+    if drawn:
+        # It says before all the work if a package is missing.
+        from featcache.reporting.pictures import write_pictures
     if run(device=device, **options) is not None:
         finished = open_run(options["run"])
         localisation = read_localisation(finished)
         columns, rows = table_of(finished, localisation)
-        click.echo(format_table(columns, rows))
-        sizes = by_size(finished, localisation)
-        if sizes and len(rows) <= MOST_SIZED:
-            click.echo()
-            click.echo(format_table(*sizes))
+        click.echo(_fitted(columns, rows))
         if any(MARK in cell for row in rows for cell in row):
             click.echo(MARKED)
         for line in localisation.settings():
             click.echo(line)
+        if drawn:
+            paths = write_pictures(options["run"], pictures)
+            click.echo(f"pictures: {len(paths)} sheets in {paths[0].parent}" if paths else "pictures: none were kept")
+
+
+def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table of scores; on a terminal that is too narrow for it, as several."""
+    from featcache.reporting.localisation import narrow_tables
+    from featcache.reporting.table import format_table
+
+    table = format_table(columns, rows)
+    if sys.stdout.isatty() and len(table.partition("\n")[0]) > shutil.get_terminal_size().columns:
+        return "\n\n".join(format_table(*part) for part in narrow_tables(columns, rows))
+    return table
 
 
 def _print_plan(plan: "AttributionPlan") -> None:
@@ -99,10 +144,11 @@ def _print_plan(plan: "AttributionPlan") -> None:
         for shared in plan.shared
     ]
     work = plan.work
+    again = f"; then up to {plan.again} images again, for pictures" if plan.again else ""
     click.echo(format_table(columns, rows))
     click.echo(
         f"{plan.maps:,} maps: {work.probes:,} probes, {work.pairs:,} pairs of image and class, {work.images:,} images; "
-        f"passes of an image through the backbone: {plan.passes}; one by one: {plan.alone}; nothing was written"
+        f"passes of an image through the backbone: {plan.passes}; one by one: {plan.alone}{again}; nothing was written"
     )
 
 

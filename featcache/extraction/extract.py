@@ -18,6 +18,7 @@ from featcache.errors import BadInput
 from featcache.extraction.fill import fill
 from featcache.extraction.growing import Growth, find_store, plan_growth
 from featcache.extraction.job import Job, lay_out, measured, plan_job
+from featcache.extraction.masks import parse_masks
 from featcache.extraction.settings import Settings
 from featcache.names import MANIFEST
 from featcache.ranks import Alone, join_ranks
@@ -138,6 +139,7 @@ def _check_masks(settings: Settings) -> None:
         if settings.limit is not None:
             raise BadInput("--limit is for --masks: a store of images as they are holds whole splits")
         return
+    parse_masks(settings.masks)
     if settings.views:
         raise BadInput("--masks and --views: masked variants are of the images as they are; extract each by itself")
     if not settings.splits:
@@ -285,7 +287,7 @@ def _say_masks(job: Job, todo: Sequence[Shard], size: int) -> str:
     images, each = sum(map(len, todo)), job.masking.number(job.model.preprocessing.size)
     return (
         f"masks: {written(job.masking)}; {images:,} images x {each:,} variants x {size / images / each / 1e3:,.1f} kB: "
-        f"{images * each:,} passes through the backbone, {size / 1e6:,.0f} MB to write"
+        f"{images * each:,} passes through the backbone, {size / 1e6:,.1f} MB to write"
     )
 
 

@@ -49,6 +49,10 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
 
     allow_overlap: whether two roles may share images, whatever the grid says.
     """
+    if "masks" in store.manifest.identity:
+        raise BadInput(
+            f"store {store.path} is of masked images, which are for attribute: train probes on a store of images as they are"
+        )
     errors: list[str] = []
     splits = _splits(grid, store, errors)
     metric = _metric(grid, store, errors)

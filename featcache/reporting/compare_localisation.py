@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import click
+
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.attribution.results import IDENTITY
 from featcache.attribution.scores.score import Score
 from featcache.attribution.task import RANDOM_BACKBONE, RANDOM_HEAD
 from featcache.errors import BadInput, nearest
 from featcache.probes.compare import Paths, choose_probes
+from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.scores.jackknife import paired_test
 from featcache.reporting.localisation import FEW, MARK, Localisation, mean_with_influences, read_localisation
@@ -28,9 +31,9 @@ NEITHER = (math.nan, math.nan)
 class LocalisationComparison:
     """Two sides, each a probe and a method, on one score, over the maps for which both have it.
 
-    score: its heading. maps: how many they are; empty: how many more both sides were asked for, of which at least one
-    has no score. scores, chance: the means of both sides, and of uniform maps; NaN as all that follows if maps is 0. The difference is first - second, with
-    its 95% interval and p value; see jackknife.paired_test.
+    score: its heading. maps: how many they are; empty: on how many more at least one side has no score. scores, chance:
+    the means of both sides, and of uniform maps. The difference is first - second, with its 95% interval and p value; see
+    jackknife.paired_test. All are NaN if maps is 0.
     """
 
     sides: tuple[Side, Side]
@@ -65,6 +68,7 @@ def compare_localisation(
         raise BadInput("compare takes one or two runs")
     chosen = choose_probes(opened, probes, rule, one_is_enough=methods is not None and len(methods) == 2)
     tables = [_read(run) for run in opened] * (3 - len(opened))
+    _check_alike(opened, tables)
     maps = [_by_side(table) for table in tables[:2]]
     result = []
     for one, other in _sides(opened, chosen, methods, maps):
@@ -79,7 +83,34 @@ def compare_localisation(
             result.append(LocalisationComparison((one, other), score.heading, *_compare(score, *rows)))
     if not result:
         raise BadInput(f"{' and '.join(str(run.path) for run in opened)} have no score of maps in common")
+    if any(score.runs_backbone for score in tables[0].scores) and len(set(_links(opened, chosen))) > 1:
+        click.echo(
+            "note: one probe gives a softmax, the other sigmoids; scores of probabilities do not compare them fairly",
+            err=True,
+        )
     return result
+
+
+def _links(runs: Sequence[Run], probes: Sequence[str]) -> list[str]:
+    """Return how the logits of each probe become probabilities."""
+    places = zip([*runs] * (3 - len(runs)), probes, strict=False)
+    return [next(load_specs(run.path, [probe], find_probes(run.path))).loss.link for run, probe in places]
+
+
+def _check_alike(runs: Sequence[Run], tables: Sequence[Localisation]) -> None:
+    """Raise BadInput unless two runs' maps were scored in the same way. Runs of earlier versions do not say how."""
+    first, second = (table.facts for table in tables[:2])
+    if not (first and second):
+        return
+    shared = [{text.partition(":")[0]: text for text in facts["scores"]} for facts in (first, second)]
+    ways = [("parity", first["parity"] or "none", second["parity"] or "none")]
+    ways += [("score", text, shared[1][name]) for name, text in shared[0].items() if name in shared[1]]
+    for field, one, other in ways:
+        if one != other:
+            raise BadInput(
+                f"runs {runs[0].path} and {runs[-1].path} cannot be compared: --{field} was {one} in one and {other} in the "
+                "other; attribute both alike"
+            )
 
 
 def _compare(score: type[Score], first: Sequence[MapRow], second: Sequence[MapRow]) -> tuple[Any, ...]:
@@ -145,35 +176,23 @@ def _sides(
 
 
 def comparison_rows(comparisons: Sequence[LocalisationComparison]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows of strings) for the comparisons of two sides, which stand in the names of the columns."""
-    (first, second) = comparisons[0].sides
+    """Return (columns, rows of strings) for the comparisons of two sides, which the columns are called by."""
+    probes, methods = zip(*comparisons[0].sides, strict=True)
     by_method = len({comparison.sides for comparison in comparisons}) > 1
-    alike = [number for number in (0, 1) if first[number] == second[number]]
-    names = [
-        " ".join(part for n, part in enumerate(side) if n not in alike and not (by_method and n))
-        for side in (first, second)
-    ]
-    common = "score" if 1 not in alike or by_method else f"score, {first[1]}"
-    columns = [
-        common,
-        *(["method"] if by_method else []),
-        *names,
-        "uniform map %",
-        "difference [95%]",
-        "p",
-        "maps",
-        "empty",
-    ]
+    names, common = [f"{probe} {method}" for probe, method in comparisons[0].sides], "score"
+    if by_method:
+        names = list(probes)
+    elif methods[0] == methods[1]:
+        names, common = list(probes), f"score, {methods[0]}"
+    elif probes[0] == probes[1]:
+        names, common = list(methods), f"score, {probes[0]}"
+    columns = [common, *(["method"] if by_method else []), *names]
+    columns += ["uniform map %", "difference [95%]", "p", "maps", "empty"]
     rows = []
     for c in comparisons:
-        few = f" {MARK}" if c.maps < FEW * (c.maps + c.empty) else ""
-        levels = " / ".join(dict.fromkeys(percent(level) for level in c.chance))
-        rows.append([f"{c.score} %", *([c.sides[0][1]] if by_method else []), *(percent(value) for value in c.scores)])
-        rows[-1] += [
-            levels,
-            percent(c.difference, c.low, c.high) + few,
-            "-" if math.isnan(c.p) else f"{c.p:.3f}",
-            str(c.maps),
-            str(c.empty),
-        ]
+        mark = f" {MARK}" if c.maps < FEW * (c.maps + c.empty) else ""
+        rows.append([f"{c.score} %", *([c.sides[0][1]] if by_method else []), *map(percent, c.scores)])
+        # Chance is the same for both, but for scores of probabilities.
+        rows[-1] += [" / ".join(dict.fromkeys(map(percent, c.chance))), percent(c.difference, c.low, c.high) + mark]
+        rows[-1] += ["-" if math.isnan(c.p) else f"{c.p:.3f}", str(c.maps), str(c.empty)]
     return columns, rows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -134,6 +134,48 @@ def localisation_rows(folder: str | PathLike) -> tuple[list[str], list[list[str]
     return table_of(run, read_localisation(run))
 
 
+class Mean(NamedTuple):
+    """A score of a method's maps for a probe: its mean with a 95% interval over images, and what it rests on.
+
+    All three are NaN where no map has a score. uniform: the mean of what a uniform map scores. few: whether less than
+    half of the maps have a score.
+    """
+
+    mean: float
+    low: float
+    high: float
+    uniform: float
+    few: bool
+
+
+def means_of(localisation: Localisation, score: type[Score]) -> dict[tuple[str, str], Mean]:
+    """Return the Mean of each probe and method, in the order of the table."""
+    column, uniform = score.columns
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in localisation.rows:
+        groups.setdefault((row["probe"], row["method"]), []).append(row)
+    means = {}
+    for key, rows in groups.items():
+        scored = [row for row in rows if row[column] is not None]
+        levels = [row[uniform] for row in rows if row[uniform] is not None]
+        level = float(np.mean(levels)) if levels else math.nan
+        means[key] = Mean(*_mean_with_interval(scored, column), level, len(scored) < FEW * len(rows))
+    return means
+
+
+def narrow_tables(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Split a table of scores for a narrow terminal: what the probes are, then a table for each score."""
+    method = columns.index("method")
+    # A score has four columns; before them there may be one that names a group.
+    first = len(columns) - 4 * ((len(columns) - method - 1) // 4)
+    probes = dict.fromkeys(tuple(row[:method]) for row in rows)
+    tables = [(list(columns[:method]), [list(probe) for probe in probes])]
+    for start in range(first, len(columns), 4):
+        own = [0, *range(method, first), *range(start, start + 4)]
+        tables.append(([columns[n] for n in own], [[row[n] for n in own] for row in rows]))
+    return tables
+
+
 def table_of(run: Run, localisation: Localisation) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows of strings) of a run's Localisation, as localisation_rows does."""
     return _table(run, localisation.scores, localisation.rows)
@@ -204,13 +246,13 @@ def explained(run: Run, name: str) -> bool:
     return False
 
 
-def _mean_with_interval(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float | None, ...]:
-    """Mean of a column, with its 95% interval over images, which may have several maps each; (None,) without rows."""
+def _mean_with_interval(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float, float]:
+    """Return the mean of a column, with its 95% interval over images, which may have several maps each; NaN without rows."""
     if not rows:
-        return (None,)
+        return math.nan, math.nan, math.nan
     mean, influence = mean_with_influences(rows, column)
-    count = mean.new_tensor(len(influence))
-    return tuple(end.item() for end in (mean, *fraction_interval(mean, deviations(influence), count)))
+    low, high = fraction_interval(mean, deviations(influence), mean.new_tensor(len(influence)))
+    return mean.item(), low.item(), high.item()
 
 
 def mean_with_influences(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[torch.Tensor, torch.Tensor]:

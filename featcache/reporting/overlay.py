@@ -16,9 +16,11 @@ DIM, BARE = 0.5, 0.2
 # stronger: each as (half as strong as the peak, at the peak), in red, green and blue.
 FOR = ((0.84, 0.37, 0.0), (1.0, 0.88, 0.45))
 AGAINST = ((0.0, 0.45, 0.74), (0.6, 0.88, 1.0))
-# Widths of a box's white line and of its dark edge, in pixels: of the class that is explained, and of other classes.
-LINES = {True: (4, 1), False: (2, 1)}
-# Length of a dash, and of the gap after it, in pixels.
+# Colour of a box's line, its width and that of its dark edges, in pixels of a picture of 224: of the class that is
+# explained, and of other classes.
+LINES = {True: ((150, 255, 40), 3, 1), False: ((255, 255, 255), 1, 1)}
+EDGE = (20, 20, 20)
+# Length of a dash, and of the gap after it, in the same pixels.
 DASH = 4
 
 
@@ -67,31 +69,34 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
 def with_boxes(pixels: np.ndarray, boxes: Sequence[Box], size: int) -> np.ndarray:
     """Draw boxes on a copy of square pixels uint8 [P, P, 3] of a map that is `size` pixels wide.
 
-    A white line runs on each edge of a box and has a dark edge on both sides, so that it is visible on any colour: thick
-    for the class explained, thin for others, dashed if the box is difficult.
+    A light line runs on each edge of a box and has a dark edge on both sides, so that it is visible on any colour: thick
+    and green for the class explained, thin and white for others, dashed if the box is difficult.
     """
-    pixels, scale = pixels.copy(), len(pixels) / size
+    pixels, side = pixels.copy(), len(pixels)
+    weight = max(1, round(side / 224))
     # The class explained comes last, on top.
     for box in sorted(boxes, key=lambda box: box.explained):
-        white, dark = LINES[box.explained]
-        for width, colour in ((white + 2 * dark, 20), (white, 255)):
-            _rectangle(pixels, [scale * edge for edge in box.edges], width, colour, box.difficult)
+        colour, light, dark = LINES[box.explained]
+        light, dark, dash = weight * light, weight * dark, weight * DASH if box.difficult else side
+        width = light + 2 * dark
+        # The first pixel of each line. On the border of the picture, a line is wholly within it.
+        lines = [min(max(round(side / size * edge - width / 2), 0), side - width) for edge in box.edges]
+        _outline(pixels, lines, width, EDGE, dash)
+        _outline(pixels, [line + dark for line in lines], light, colour, dash)
     return pixels
 
 
-def _rectangle(pixels: np.ndarray, edges: Sequence[float], width: int, grey: int, dashed: bool) -> None:
-    """Draw the outline of a rectangle, whose lines have their middle on its edges, and are inside the picture."""
-    side, positions = len(pixels), np.arange(len(pixels))
-    # Of each edge, the first pixel of its line. A line on the border of the picture is wholly within it.
-    x0, y0, x1, y1 = (min(max(round(edge - width / 2), 0), side - width) for edge in edges)
-    drawn = (positions // DASH) % 2 == 0 if dashed else np.ones(side, bool)
+def _outline(pixels: np.ndarray, lines: Sequence[int], width: int, colour: Sequence[int], dash: int) -> None:
+    """Draw two lines across and two down. lines: the first pixels of the left, the upper, the right and the lower one."""
+    x0, y0, x1, y1 = lines
+    drawn = (np.arange(len(pixels)) // dash) % 2 == 0
     across, down = drawn.copy(), drawn.copy()
     across[:x0], across[x1 + width :] = False, False
     down[:y0], down[y1 + width :] = False, False
     for y in (y0, y1):
-        pixels[y : y + width, across] = grey
+        pixels[y : y + width, across] = colour
     for x in (x0, x1):
-        pixels[down, x : x + width] = grey
+        pixels[down, x : x + width] = colour
 
 
 def _ramp(strength: np.ndarray, colours: Sequence[Sequence[float]]) -> np.ndarray:

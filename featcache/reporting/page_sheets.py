@@ -80,21 +80,16 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
         return Shown(_data_url(with_boxes(resized(pixels, side), sheet.boxes, sheet.size)), alt, caption)
 
     about = f"class {sheet.label} in image {sheet.id}"
-    rows = []
+    rows = list[tuple[str, list[Shown | None]]]()
     for probe, name in sheet.probes.items():
-        panels = [(method, sheet.panels.get((probe, method))) for method in sheet.methods]
-        rows.append(
-            (
-                name,
-                [
-                    shown(p.pixels, f"{m} of {name}, for {about}; {p.caption}", p.caption) if p else None
-                    for m, p in panels
-                ],
-            )
-        )
-    photograph = (
-        None if sheet.picture is None else shown(sheet.picture, f"image {sheet.id}, with boxes of {sheet.label}")
-    )
+        row = list[Shown | None]()
+        for method in sheet.methods:
+            panel = sheet.panels.get((probe, method))
+            alt = f"{method} of {name}, for {about}; {panel.caption}" if panel else ""
+            row.append(shown(panel.pixels, alt, panel.caption) if panel else None)
+        rows.append((name, row))
+    picture = sheet.picture
+    photograph = None if picture is None else shown(picture, f"image {sheet.id}, with boxes of {sheet.label}")
     width = min(side, WIDE if sheet.size > GRID else WIDTH)
     return PageSheet(sheet.title, sheet.reason, width, photograph, sheet.methods, rows)
 

@@ -30,7 +30,7 @@ TITLE, TEXT, SMALL = 20, 15, 13
 INK, GREY = (28, 36, 48), (85, 96, 110)
 EXPLANATION = (
     "Every map has a scale of its own, to the 99.5th percentile of its absolute values.",
-    "Boxes: thick for the class explained, thin for others, dashed if difficult.",
+    "Boxes: thick and green for the class explained, thin and white for others, dashed if difficult.",
 )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from featcache.attribution.scores.score import Score
 from featcache.errors import BadInput, printable, without_middle
 from featcache.probes.losses import LOSSES
 from featcache.probes.runs.run import Run
 from featcache.probes.scores.metrics import gain, metric_kind
 from featcache.probes.scores.metrics.ece import ECE
 from featcache.reporting.configuration import HEAD, describe_head, labels, naming, recipe
+from featcache.reporting.localisation import Mean
 from featcache.reporting.table import heading, scored
 
 try:
@@ -33,6 +35,8 @@ COLOURS = dict(zip(LOSSES, ("#0b6e99", "#c2571a", "#4b8f29", "#8a4fa8"), strict=
 MARKERS = "osD^vP*X"
 # More lines over the learning rate than this are not drawn.
 MOST_LINES = 12
+# A plot of localisation scores has so many rows at most, and so many means at least.
+MOST_ROWS, LEAST_MEANS = 40, 9
 # Panels side by side, at most.
 MOST_BESIDE = 3
 # Names come from data, where a dollar sign begins no formula.
@@ -81,7 +85,7 @@ def _panels(count: int, width: float, height: float, name: str) -> tuple[Figure,
         figsize=(width * columns, height * rows),
         sharey=True,
         squeeze=False,
-        gridspec_kw={"hspace": 0.45},
+        gridspec_kw={"hspace": 1.4 / height},
     )
     for axis in axes[:, 0]:
         axis.set_ylabel(name)
@@ -191,6 +195,35 @@ def _legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> None:
     if max(map(len, entries)) < 40:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     figure.legend(list(entries.values()), list(entries), title=title, frameon=False, **place)
+
+
+def localisation_means(run: Run, means: Mapping[tuple[str, str], Mean], score: type[Score]) -> str | None:
+    """Plot a localisation score with its interval: a panel for each method, a row for each probe, dotted for a uniform map.
+
+    A mean that rests on less than half of the maps is hollow. Only the first MOST_ROWS probes are drawn. Returns a data URL,
+    or None where there are so few means that a table says it all.
+    """
+    probes = list(dict.fromkeys(probe for probe, _ in means))[:MOST_ROWS]
+    methods = list(dict.fromkeys(method for _, method in means))
+    if len(means) < LEAST_MEANS:
+        return None
+    texts = {probe: _drawn(text, LONGEST_NAME) for probe, text in labels(run, probes).items()}
+    with plt.rc_context(STYLE):
+        figure, axes = _panels(len(methods), 2.6, 0.9 + 0.2 * len(probes), "")
+        for axis, method in zip(axes, methods, strict=True):
+            for place, probe in enumerate(reversed(probes)):
+                if mean := means.get((probe, method)):
+                    colour = COLOURS.get(run.row(probe, run.metric, run.scored_on)["loss.type"], "0.3")
+                    axis.plot([100 * mean.low, 100 * mean.high], [place] * 2, color=colour, linewidth=1)
+                    axis.plot(
+                        100 * mean.mean, place, "o", markersize=4, color=colour, mfc="white" if mean.few else colour
+                    )
+            axis.axvline(100 * float(np.nanmean([m.uniform for m in means.values()])), color="0.5", linestyle=":")
+            axis.set(xlim=(0, 100), ylim=(-0.6, len(probes) - 0.4), xlabel=f"{score.heading}, %")
+            axis.set_yticks(range(len(probes)), [texts[probe] for probe in reversed(probes)])
+            axis.tick_params(axis="y", length=0)
+            axis.set_title(_drawn(method), fontsize=10)
+        return _embed(figure)
 
 
 def class_bars(run: Run, probes: Sequence[str]) -> str:

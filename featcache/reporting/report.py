@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from featcache.arguments import PATH, PATHS, listed, takes
@@ -17,6 +18,7 @@ from featcache.reporting.localisation import (
     by_class,
     by_size,
     explained,
+    means_of,
     read_localisation,
     table_of,
 )
@@ -26,6 +28,8 @@ from featcache.reporting.table import heading, over, score_rows, scored, seed_te
 
 # Probes whose costs and classes are shown in full.
 MOST_COST_TABLES, MOST_PICTURED = 12, 12
+# A longer table of localisation scores is folded.
+MOST_TABLE_ROWS = 24
 
 
 @takes(runs=PATHS, out=PATH)
@@ -75,7 +79,7 @@ def report(runs: str | PathLike | Sequence[str | PathLike], out: str | PathLike 
         ],
         "reliability": plots.reliability(opened, _pictured),
         "localisation": [
-            _localisation(run, localisation) | {"sheets": own, "left_out": left_out}
+            _localisation(run, localisation, plots) | {"sheets": own, "left_out": left_out}
             for (run, localisation), (own, left_out) in zip(places, sheets, strict=True)
         ],
         "key": embedded_key(),
@@ -141,9 +145,19 @@ def _costs(run: Run) -> dict[str, Any]:
     return {"name": run.path.name, "notes": notes, "probes": [(texts[p], *cost_table(costs[p])) for p in shown]}
 
 
-def _localisation(run: Run, localisation: Localisation) -> dict[str, Any]:
-    """The table of the page's section on a run's maps, and explanations."""
+def _localisation(run: Run, localisation: Localisation, plots: ModuleType) -> dict[str, Any]:
+    """Return what the page's section on a run's maps shows besides sheets: a plot, tables, and explanations."""
     columns, rows = table_of(run, localisation)
     sizes = by_size(run, localisation)
     groups = [*([("by size of the objects", *sizes)] if sizes else []), ("by class", *by_class(run, localisation))]
-    return {"name": run.path.name, "columns": columns, "rows": rows, "groups": groups, "notes": localisation.notes()}
+    score = localisation.scores[0] if localisation.rows else None
+    return {
+        "name": run.path.name,
+        "plot": score and plots.localisation_means(run, means_of(localisation, score), score),
+        "heading": score and score.heading,
+        "columns": columns,
+        "rows": rows,
+        "folded": len(rows) > MOST_TABLE_ROWS,
+        "groups": groups,
+        "notes": localisation.notes(),
+    }

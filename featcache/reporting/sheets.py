@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.attribution.results import IDENTITY
+from featcache.errors import without_middle
 from featcache.probes.runs.run import Run
 from featcache.reporting.configuration import labels
 from featcache.reporting.localisation import MAPS, Localisation, explained
@@ -18,6 +19,8 @@ from featcache.reporting.overlay import Box, on_white, overlay
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
 # What stands behind a method's name above its colours, which are a column of their own.
 COLOURS = "colours"
+# Longer ids, such as those of grids, lose their middle in titles.
+LONGEST_ID = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,7 @@ class Sheet:
     @property
     def title(self) -> str:
         """The image, and the class explained."""
-        return f"{self.id}: {self.label}"
+        return f"{without_middle(self.id, LONGEST_ID)}: {self.label}"
 
 
 def read_sheets(run: Run, localisation: Localisation) -> list[Sheet]:
@@ -112,7 +115,7 @@ def _prediction(kept: Mapping[str, np.ndarray], number: int) -> str:
     """Say the logit and the probability of a map's class, where they are known."""
     if "logits" not in kept or math.isnan(kept["logits"][number]):
         return ""
-    return f": logit {kept['logits'][number]:.2f}, probability {100 * kept['probabilities'][number]:.0f}%"
+    return f": logit {kept['logits'][number]:.3g}, probability {100 * kept['probabilities'][number]:.0f}%"
 
 
 def _boxes(kept: Mapping[str, np.ndarray], number: int, label: str) -> list[Box]:

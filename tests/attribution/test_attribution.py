@@ -153,7 +153,8 @@ def test_the_interval_of_epg_holds_its_mean_and_that_of_other_images():
 def test_gradcam_needs_the_store_alone(run, scenes, command, tmp_path):
     shutil.copytree(run.path, tmp_path / "r")
     code, out, _ = command(*attribute_words(tmp_path / "r", "--select", "best map per loss,head"))
-    assert code == 0 and out.count("gradcam") == 3 and "uniform map %" in out
+    table, _, _ = out.partition("\n\n")
+    assert code == 0 and table.count("gradcam") == 3 and "uniform map %" in table
     rows = (tmp_path / "r/attribution.csv").read_text().splitlines()
     boxes = featcache.open_store(run.summary["store"])["test"].boxes
     pairs = sum(len(np.unique(classes[~difficult])) for _, classes, difficult in boxes)
@@ -205,7 +206,10 @@ def test_both_methods_and_the_report(run, scenes, checkpoint, command, tmp_path)
     code, out, _ = command("report", "--run", tmp_path / "r", "--run", run.path, "--out", tmp_path / "page.html")
     assert code == 0 and str(tmp_path / "page.html") in out
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64") == 1 and page.count("data:image/svg+xml;base64") == 4
+    sheets = len(kept["maps"]) // 4
+    assert page.count("data:image/jpeg;base64") == 1 + sheets * 5, "the key; a photograph and four maps of each class"
+    assert page.count("data:image/svg+xml;base64") == 4 and page.count("<img") == page.count('alt="')
+    assert "left out" not in page and "more images and classes" not in page
     assert "chance" in page and "EPG" in page and run.summary["store_id"] in page
     for outside in ("http://", "https://", 'src="/'):
         assert outside not in page, "self-contained"

@@ -190,7 +190,10 @@ def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, c
         ("intgrad:steps", "'steps' is no field=value of intgrad"),
         ("intgrad:steps=0", "steps: input should be greater than or equal to 1"),
         ("gradcam:steps=3", "'steps=3' is no field=value of gradcam (fields: none)"),
-        ("bcos", "resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, gradient"),
+        (
+            "bcos",
+            "resnet18 has no B-cos layers; methods that can explain it: gradcam, gradcampp, layercam, position_logits",
+        ),
     ],
 )
 def test_wrong_methods_are_one_line(run, scenes, checkpoint, command, method, message):

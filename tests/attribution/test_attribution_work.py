@@ -85,7 +85,7 @@ def test_what_a_dry_run_counts_is_what_every_method_takes(trained, words, comman
     """All methods in one call; and they share a forward pass where they compute alike."""
     shutil.copytree(trained.path, tmp_path / "r")
     methods = (
-        "gradcam,gradcampp,layercam,cached_occlusion,gradient,input_x_gradient,guided_backprop,smoothgrad:samples=3,"
+        "gradcam,gradcampp,layercam,position_logits,cached_occlusion,deeplift,lrp,gradient,input_x_gradient,guided_backprop,smoothgrad:samples=3,"
         "intgrad:steps=2,occlusion,rise:masks=5,lime:samples=4,scorecam"
     )
     line = ["attribute", "--run", tmp_path / "r", *words, "--limit", 1, "--method", methods]
@@ -94,7 +94,7 @@ def test_what_a_dry_run_counts_is_what_every_method_takes(trained, words, comman
     (counts,) = re.findall("through the backbone: (.*); nothing", out)
     code, out, err = command(*line)
     assert code == 0 and f"through the backbone: {counts}\n" in err, (counts, err)
-    assert len(re.findall("^[0-9a-f]{10} ", out, re.MULTILINE)) == 3 * 13
+    assert len(re.findall("^[0-9a-f]{10} ", out, re.MULTILINE)) == 3 * 16
 
 
 def test_memory_changes_nothing_but_the_batches(trained, words, command, tmp_path):

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 import featcache
 from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.gradcam import GradCAM
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores.deletion import Deletion
 from featcache.attribution.scores.insertion import Insertion
 from featcache.backbones.load import load_backbone
@@ -24,7 +25,7 @@ from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.runs.run import store_of
 
 SIZE, STEPS = 64, 7
-LAYER4, LAYER3 = Feature("layer4", "spatial"), Feature("layer3", "spatial")
+LAYER4, LAYER3 = (Reading((Feature(layer, "spatial"),)) for layer in ("layer4", "layer3"))
 GRID = {
     "probes": [
         {"features": "pooled", "head": "linear", "loss": ["bce", "ce"], "epochs": 2, "optimizer": {"type": "sgd", "lr": 0.5}},
@@ -89,7 +90,7 @@ def area_by_loop(backbone, head, feature, label, start, end, order):
         image.view(3, -1)[:, order[:count]] = end.reshape(3, -1)[:, order[:count]]
         variants.append(image)
         shares.append(count / SIZE**2)
-    maps = backbone(torch.stack(variants), [feature])[str(feature)]
+    maps = feature.of_images(backbone, torch.stack(variants))
     return float(np.trapezoid(head.probabilities(maps)[:, label].double(), shares))
 
 
@@ -166,7 +167,7 @@ def test_a_random_backbone_stands_beside_each_probe(run, words, scenes, checkpoi
         probe = load_probe(run, row["probe"])
         feature = LAYER3 if "layer3" in str(probe.spec.features) else LAYER4
         image = random.preprocessing.normalise(load_input(by_id[row["id"]], random.preprocessing)[None])
-        maps = random(image, [feature])[str(feature)]
+        maps = feature.of_images(random, image)
         label = torch.tensor([store.classes.index(row["class"])])
         values = upsample(GradCAM().small(HeadModule(probe.spec.head, probe.weights), maps, label), SIZE).clamp(min=0)
         record = by_id[row["id"]]

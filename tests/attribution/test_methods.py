@@ -17,7 +17,9 @@ from featcache.attribution.methods.gradient_method import GradientMethod
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.intgrad import GAP, IntegratedGradients
 from featcache.attribution.methods.layercam import LayerCAM
+from featcache.attribution.methods.position_logits import PositionLogits
 from featcache.attribution.methods.smoothgrad import SmoothGrad
+from featcache.attribution.reading import Reading
 from featcache.attribution.rules import EXPLANATION_MODE
 from featcache.backbones.load import load_backbone
 from featcache.feature import Feature
@@ -26,7 +28,7 @@ from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 from featcache.probes.heads.module import HeadModule
 
-LAYER, SIDE, CLASSES = Feature("layer4", "spatial"), 64, 5
+LAYER, SIDE, CLASSES = Reading((Feature("layer4", "spatial"),)), 64, 5
 CHOSEN = [(1, 2), (3, 0), (4, 1)]
 
 
@@ -59,7 +61,7 @@ class Whole(nn.Module):
         self.trunk, self.head, self.backbone = backbone.trunk, head, [backbone]
 
     def forward(self, images):
-        return self.head(self.backbone[0](images, [LAYER])[str(LAYER)])
+        return self.head(LAYER.of_images(self.backbone[0], images))
 
 
 @pytest.fixture
@@ -163,6 +165,21 @@ def test_cams_by_their_definition(method, oracle, heads):
             np.testing.assert_allclose(got[number], expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
+def test_logits_of_positions_average_to_the_logit_without_its_offset():
+    maps = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    batch = batch_of(None, LAYER, torch.zeros(3, 3, 2, 2, dtype=torch.float64), CHOSEN)
+    batch._cached[LAYER] = maps
+    kinds = [Linear(temperature=2.0, offset=3.0, pool="before"), Mlp(hidden=8), Bcos(layers=2, hidden=8)]
+    made = [head_of(kind, 16).double() for kind in kinds]
+    for head, got in zip(made, PositionLogits().explain(made, LAYER, batch), strict=True):
+        expected = (head(maps) - head.head.shift)[batch.images, batch.classes]
+        torch.testing.assert_close(got.mean((1, 2)), expected)
+        alone = head(maps[1:2, :, :1, 1:]) - head.head.shift
+        torch.testing.assert_close(got[2, 0, 1], alone[0, CHOSEN[1][0]])
+    assert "brings the positions together" in PositionLogits().unfit(Mlp(pool="before"), LAYER)
+    assert PositionLogits().unfit(Linear(pool="before"), LAYER) is None and not PositionLogits.runs_backbone
+
+
 @pytest.fixture(scope="module")
 def bcos_backbone():
     """With the statistics of a few images in its norms, without which a random network yields next to nothing."""
@@ -181,7 +198,7 @@ def test_bcos_contributions_sum_to_the_logit_without_its_offset(bcos_backbone):
     """And they are the package's own: the gradient in its explanation mode, times the input."""
     pixels = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     images = torch.cat([pixels, 1 - pixels], 1)
-    width = bcos_backbone(images[:1], [LAYER])[str(LAYER)].shape[1]
+    width = LAYER.of_images(bcos_backbone, images[:1]).shape[1]
     kinds = (
         Bcos(layers=2, hidden=8, offset="-ln(C-1)"),
         Bcos(b=1.5, max_out=2),
@@ -190,12 +207,12 @@ def test_bcos_contributions_sum_to_the_logit_without_its_offset(bcos_backbone):
     made = [head_of(kind, width) for kind in kinds]
     got = explain(BcosContributions(), bcos_backbone, LAYER, made, images, CHOSEN)
     for head, maps in zip(made, got, strict=True):
-        logits = head(bcos_backbone(images, [LAYER])[str(LAYER)]) - head.head.shift
+        logits = head(LAYER.of_images(bcos_backbone, images)) - head.head.shift
         expected = logits.gather(1, torch.tensor(CHOSEN))
         torch.testing.assert_close(maps.sum((2, 3)), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     inputs = images.clone().requires_grad_()
     with EXPLANATION_MODE.apply(bcos_backbone), EXPLANATION_MODE.apply(made[0]):
-        logit = made[0](bcos_backbone(inputs, [LAYER])[str(LAYER)])[1, 3]
+        logit = made[0](LAYER.of_images(bcos_backbone, inputs))[1, 3]
     expected = (inputs * torch.autograd.grad(logit, inputs)[0])[1].sum(0).detach()
     torch.testing.assert_close(got[0, 1, 0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 

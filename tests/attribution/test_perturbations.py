@@ -14,6 +14,7 @@ from featcache.attribution.methods.lime import LIME
 from featcache.attribution.methods.occlusion import Occlusion
 from featcache.attribution.methods.rise import RISE
 from featcache.attribution.methods.scorecam import ScoreCAM
+from featcache.attribution.reading import Reading
 from featcache.backbones.load import load_backbone
 from featcache.feature import Feature
 from featcache.probes.heads.bcos import Bcos
@@ -21,7 +22,7 @@ from featcache.probes.heads.linear import Linear
 from featcache.probes.heads.mlp import Mlp
 from featcache.probes.heads.module import HeadModule
 
-LAYER, SIDE, CLASSES = Feature("layer1", "spatial"), 32, 5
+LAYER, SIDE, CLASSES = Reading((Feature("layer1", "spatial"),)), 32, 5
 CHOSEN = [(1, 2), (3, 0)]
 
 
@@ -47,7 +48,7 @@ def images():
 
 
 def probability(backbone, head, images):
-    logits = head(backbone(images, [LAYER])[str(LAYER)])
+    logits = head(LAYER.of_images(backbone, images))
     return torch.softmax(logits, 1) if head.link == "softmax" else torch.sigmoid(logits)
 
 
@@ -112,7 +113,7 @@ def test_rise_by_its_definition(backbone, heads, images):
 
 
 def test_scorecam_by_its_definition(backbone, heads, images):
-    maps = backbone(images, [LAYER])[str(LAYER)]
+    maps = LAYER.of_images(backbone, images)
     maps[0, 5] = 1.0
     batch = batch_of(backbone, LAYER, images, CHOSEN)
     batch._cached[LAYER] = maps

@@ -9,6 +9,7 @@ from explaining import batch_of
 from torch import nn
 from torchvision.models import resnet18
 
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores.compactness import Compactness
 from featcache.attribution.scores.complexity import Complexity
 from featcache.attribution.scores.deletion import Deletion
@@ -62,7 +63,7 @@ def test_deletion_is_pixel_flipping(maps, tmp_path):
     """Quantus counts a pixel once for each channel: after three of its steps as many pixels are gone as after one."""
     torch.manual_seed(0)
     torch.save(resnet18().state_dict(), tmp_path / "c.pth")
-    backbone, feature, steps = load_backbone(tmp_path / "c.pth", size=SIZE), Feature("layer3", "spatial"), 8
+    backbone, feature, steps = load_backbone(tmp_path / "c.pth", size=SIZE), Reading((Feature("layer3", "spatial"),)), 8
 
     class Probe(nn.Module):
         """The network with a head; its link is what Quantus would put behind a model itself."""
@@ -75,7 +76,7 @@ def test_deletion_is_pixel_flipping(maps, tmp_path):
             return self.layer(maps).mean((2, 3)).softmax(1)
 
         def forward(self, images):
-            return self.probabilities(backbone(images, [feature])[str(feature)])
+            return self.probabilities(feature.of_images(backbone, images))
 
     model, images = Probe().eval(), torch.randn(COUNT, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
     labels = np.array([1, 0, 3, 4, 2, 2])

@@ -1,5 +1,6 @@
 """The recipes of published protocols: row by row what was published, named in docs/protocols.md, and they train."""
 
+import itertools
 import re
 import shlex
 from dataclasses import replace
@@ -71,6 +72,12 @@ attentive/efficient                        imagenet         last:spatial     eff
 """
 NAMES, *ROWS = [line.split() for line in PUBLISHED.strip().splitlines()]
 TABLE = {row[0]: dict(zip(NAMES[1:], row[1:], strict=True)) for row in ROWS}
+# Those that resize images as torchvision and Pillow do by default; MMSelfSup's are among them, and OpenMixup's are not.
+BILINEAR = {
+    "simsiam/linear", "moco_v3/linear_r50", "moco_v3/linear_vit", "vissl/imagenet", "vissl/places205",
+    "vissl/inaturalist2018", "openmixup/imagenet_swav", "openmixup/imagenet_simsiam", "openmixup/imagenet_mocov3_r50",
+    "openmixup/imagenet_mocov3_vit_small", "openmixup/imagenet_mae",
+}  # fmt: skip
 # Those whose configurations are a grid.
 GRIDS = {"dinov2/linear", "dinov2/logistic", "capi/grid", "i_jepa/linear", "attentive/grid"}
 
@@ -137,12 +144,16 @@ def test_a_recipe_is_the_published_configuration(recipe):
             assert (spec.head.init_std, spec.head.bias) == (0.01, True)
         if spec.optimizer.type in ("sgd", "lars"):
             assert spec.optimizer.momentum == 0.9
+        assert spec.optimizer.clip == (1 if recipe == "attentive/v_jepa" else 0)
         if spec.optimizer.type == "lars":
-            assert (spec.optimizer.form, spec.optimizer.trust) == ("moco_v3", 0.001)
+            # MMSelfSup has the rule of the paper, the others MoCo v3's.
+            form = "paper" if recipe.startswith("openmixup/") else "moco_v3"
+            assert (spec.optimizer.form, spec.optimizer.trust) == (form, 0.001)
     extract, train = commands_of(recipe)
     assert option(extract, "--dataset") == row["data"] and row["data"] in DATASETS
     assert (option(extract, "--short-side"), option(extract, "--size")) == (row["short"], row["size"])
-    assert row["short"] == "-" or option(extract, "--interpolation") == "bicubic"
+    interpolation = "bilinear" if recipe in BILINEAR else "bicubic"
+    assert row["short"] == "-" or option(extract, "--interpolation") == interpolation
     assert option(train, "--store") == option(extract, "--store")
 
 
@@ -215,6 +226,18 @@ def test_dinov2_regresses_with_45_values_of_c():
     assert values == pytest.approx((10 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist(), rel=1e-5)
     extract, _ = commands_of("dinov2/logistic")
     assert (option(extract, "--short-side"), option(extract, "--size")) == ("224", "224")
+
+
+def test_i_jepa_has_16_heads_as_vissl_trains_them():
+    specs = grid_of("i_jepa/linear").specs
+    wanted = itertools.product(
+        ("last4:patch_mean", "last:patch_mean"), ("bn_linear", "linear"), (0.1, 0.01), (5e-4, 0.0)
+    )
+    assert {(s.features, s.head.type, s.optimizer.lr, s.optimizer.weight_decay) for s in specs} == set(wanted)
+    assert {
+        (s.optimizer.type, s.optimizer.form, s.optimizer.rate(16384) / s.optimizer.lr, s.epochs) for s in specs
+    } == {("lars", "moco_v3", 64, 50)}
+    assert {(s.schedule.milestones, s.schedule.gamma, s.batch_size) for s in specs} == {((15, 30, 45), 0.1, 16384)}
 
 
 def test_capi_has_30_heads_of_each_representation():

@@ -107,34 +107,46 @@ def write_features(path, splits, classes):
     }  # fmt: skip
     data = Dataset("toy", tuple(classes), "single-label" if single else "multi-label", records)
     feature = Feature("layer4", "pooled")
+    shapes = {feature: next(iter(splits.values()))[2].shape[1:]}
+
+    def rows(split, first, end):
+        return {str(feature): splits[split][2][first:end].astype(np.float32)}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest_module, "CHUNK_ROWS", 4)
-        plan_ = plan(
-            {
-                "arch": "toy",
-                "weights_sha256": "0",
-                "preprocessing": {"size": 8},
-                "dataset": {"name": "toy", "splits": {}},
-            },
-            {split: len(ids) for split, (ids, _, _) in splits.items()},
-            {feature: next(iter(splits.values()))[2].shape[1:]},
-            "float32",
-            {"last": "layer4"},
-            data.classes,
-            data.task,
-            compute={"device": "cpu", "threads": 1, "batch_size": 8},
-            storage={"format": choose_format(None, path), "compression": None},
-        )
+        write_records(path, data, shapes, "float32", rows, {"size": 8})
+    return path
+
+
+def write_records(path, data, shapes, dtype, rows, preprocessing):
+    """Write a store of a Dataset without images. rows(split, first, end): {feature: array} of these rows."""
+    plan_ = plan(
+        {
+            "arch": "toy",
+            "weights_sha256": "0",
+            "preprocessing": preprocessing,
+            "dataset": {"name": "toy", "splits": {}},
+        },
+        {split: len(records) for split, records in data.splits.items()},
+        shapes,
+        dtype,
+        {"last": "layer4"},
+        data.classes,
+        data.task,
+        compute={"device": "cpu", "threads": 1, "batch_size": 8},
+        storage={"format": choose_format(None, path), "compression": None},
+    )
     folder = open_folder(path)
-    plan_ = create_store(folder, plan_, {split: with_axes(record_arrays(data, split)) for split in splits})
-    for split, (ids, _, values) in splits.items():
-        # Other features are other images.
-        digests = np.frombuffer(b"".join(hashlib.md5(v.tobytes()).digest() for v in values), np.uint8).reshape(-1, 16)
+    plan_ = create_store(folder, plan_, {split: with_axes(record_arrays(data, split)) for split in data.splits})
+    for split, records in data.splits.items():
         for shard in range(plan_.shards(split)):
             first, end = plan_.rows_of(split, shard)
-            rows = {str(feature): values[first:end].astype(np.float32)}
-            put_shard(Shard(folder, plan_, split, shard), list(ids[first:end]), rows, digests[first:end])
-    return path
+            values = rows(split, first, end)
+            # Other features are other images.
+            each = zip(*values.values(), strict=True)
+            digests = [hashlib.md5(b"".join(row.tobytes() for row in own)).digest() for own in each]
+            known = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+            put_shard(Shard(folder, plan_, split, shard), [r.id for r in records[first:end]], values, known)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -1,7 +1,10 @@
 """Attribution methods, each in a file of its own. Other packages add theirs by the entry points of METHODS."""
 
+from featcache.attribution.methods.attention_rollout import AttentionRollout
+from featcache.attribution.methods.attnlrp import AttnLRP
 from featcache.attribution.methods.bcos import BcosContributions
 from featcache.attribution.methods.cached_occlusion import CachedOcclusion
+from featcache.attribution.methods.deeplift import DeepLIFT
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.gradcampp import GradCAMPlusPlus
 from featcache.attribution.methods.gradient import Gradient
@@ -11,8 +14,10 @@ from featcache.attribution.methods.intgrad import IntegratedGradients
 from featcache.attribution.methods.kernel_shap import KernelSHAP
 from featcache.attribution.methods.layercam import LayerCAM
 from featcache.attribution.methods.lime import LIME
+from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.methods.method import Method
 from featcache.attribution.methods.occlusion import Occlusion
+from featcache.attribution.methods.position_logits import PositionLogits
 from featcache.attribution.methods.rise import RISE
 from featcache.attribution.methods.scorecam import ScoreCAM
 from featcache.attribution.methods.smoothgrad import SmoothGrad
@@ -23,8 +28,9 @@ METHODS: Registry[Method] = Registry(
     "featcache.attribution_methods",
     "method",
     [
-        GradCAM, GradCAMPlusPlus, LayerCAM, Gradient, InputXGradient, GuidedBackprop, SmoothGrad, IntegratedGradients,
-        BcosContributions, CachedOcclusion, Occlusion, RISE, LIME, KernelSHAP, ScoreCAM,
+        GradCAM, GradCAMPlusPlus, LayerCAM, PositionLogits, Gradient, InputXGradient, GuidedBackprop, SmoothGrad,
+        IntegratedGradients, DeepLIFT, LRP, AttnLRP, AttentionRollout, BcosContributions, CachedOcclusion, Occlusion, RISE, LIME,
+        KernelSHAP, ScoreCAM,
     ],
 )  # fmt: skip
 DEFAULT_METHODS = (GradCAM.word(),)

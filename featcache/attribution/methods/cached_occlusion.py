@@ -10,7 +10,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -29,7 +29,7 @@ class CachedOcclusion(Method):
         return Passes(work.pairs * work.probes)
 
     @torch.no_grad()
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another; windows lie at all places, cut off at no edge."""
         maps = batch.cached(feature)
         height, width = maps.shape[2:]

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from featcache.attribution.batch import Batch
-from featcache.attribution.forward import logit_gradients, slopes
+from featcache.attribution.forward import logit_gradients
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -37,7 +37,7 @@ class CAM(Method):
         """Through the backbone, every map takes a forward pass; its backward pass ends at the last layer."""
         return Passes(forward=work.pairs * work.probes)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another; the cached maps are read once for all.
 
         Affine heads give all their maps in one product, with the weights of every probe and class in the batch.
@@ -65,7 +65,7 @@ class CAM(Method):
         """Return [classes, B, h, w] for each affine head, in one product, or None where weights are not fixed."""
         if not heads:
             return []
-        weights = self.fixed_weights(torch.stack([slopes(head, maps.shape[1], labels) for head in heads]))
+        weights = self.fixed_weights(torch.stack([head.slopes(maps.shape[1])[labels] for head in heads]))
         if weights is None:
             return [None] * len(heads)
         images, channels, height, width = maps.shape
@@ -76,7 +76,7 @@ class CAM(Method):
 def upsample(maps: torch.Tensor, size: int) -> torch.Tensor:
     """Enlarge maps [N, h, w] to [N, size, size], bilinearly as captum does.
 
-    Two products take a quarter of the time of torch's interpolation of maps that have one channel.
+    Two products take a quarter of the time of torch's interpolation, which is slow with one channel.
     """
     down, across = (_enlarging(side, size).to(maps) for side in maps.shape[1:])
     return down @ maps @ across.t()

@@ -7,9 +7,9 @@ import torch
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.forward import PLAIN, Rule
-from featcache.attribution.methods.method import Method
+from featcache.attribution.methods.method import Explanation, Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -28,6 +28,10 @@ class GradientMethod(Method):
         """Make maps [B, S, S] of images and gradients, both [B, C, S, S]."""
         raise NotImplementedError
 
+    def colour(self, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Make a picture uint8 [S, S, 4] of an image and a gradient, both [C, S, S], if the method is coloured."""
+        raise NotImplementedError
+
     @property
     def shared(self) -> Hashable:
         """Methods of one rule share their passes."""
@@ -41,22 +45,29 @@ class GradientMethod(Method):
         """Both for each map."""
         return Passes(work.pairs * work.probes, work.pairs * work.probes)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[Explanation]:
         """Yield the maps of one head after another."""
         for (maps,) in self.explain_together([self], heads, feature, batch):
             yield maps
 
     @classmethod
     def explain_together(
-        cls, methods: Sequence["GradientMethod"], heads: Sequence[HeadModule], feature: Feature, batch: Batch
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        cls, methods: Sequence["GradientMethod"], heads: Sequence[HeadModule], feature: Reading, batch: Batch
+    ) -> Iterator[tuple[Explanation, ...]]:
         """Yield the maps of all methods, head by head. A backward pass explains a class of every image."""
         forward, classes = batch.forward(methods[0].rule), batch.by_image
-        shape = (len(classes), classes.shape[1], batch.size, batch.size)
+        (images, each), inputs = classes.shape, forward.inputs.detach()
         for head in heads:
-            maps = [torch.empty(shape, device=batch.source.device) for _ in methods]
+            made = [
+                Explanation(torch.empty(images * each, batch.size, batch.size, device=batch.source.device))
+                for _ in methods
+            ]
             for number, cotangent in enumerate(forward.cotangents(head, feature, classes)):
                 gradients = forward.gradient(feature, cotangent)
-                for method, own in zip(methods, maps, strict=True):
-                    own[:, number] = method.combine(forward.inputs.detach(), gradients)
-            yield tuple(own.flatten(0, 1) for own in maps)
+                for method, own in zip(methods, made, strict=True):
+                    own.maps[number::each] = method.combine(inputs, gradients)
+                    for pair in batch.pictured if method.coloured else ():
+                        image, place = divmod(pair, each)
+                        if place == number:
+                            own.colours[pair] = method.colour(inputs[image], gradients[image]).cpu()
+            yield tuple(made)

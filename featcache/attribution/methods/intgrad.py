@@ -11,7 +11,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Explanation
 from featcache.attribution.methods.sampled_gradient import SampledGradient
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 GAP = "completeness_gap"
@@ -47,12 +47,11 @@ class IntegratedGradients(SampledGradient):
         """The two ends of the way come on top, for the gap."""
         return super().passes(work) + Passes(2 * work.images * work.layers)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[Explanation]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[Explanation]:
         """Yield the maps of one head after another, with their gaps."""
         with torch.no_grad():
             ends = [
-                batch.backbone(inputs, [feature])[str(feature)]
-                for inputs in (batch.inputs, torch.zeros_like(batch.inputs))
+                feature.of_images(batch.backbone, inputs) for inputs in (batch.inputs, torch.zeros_like(batch.inputs))
             ]
         batch.source.passes.forward += 2 * len(batch.inputs)
         for head, maps in zip(heads, super().explain(heads, feature, batch), strict=True):

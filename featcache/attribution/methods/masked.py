@@ -8,9 +8,9 @@ import torch
 from featcache.attribution.batch import Batch
 from featcache.attribution.masked_features import MaskedFeatures
 from featcache.attribution.methods.perturbation import Image, Perturbation
+from featcache.attribution.reading import Reading
 from featcache.extraction.masks import MASKS
 from featcache.extraction.masks.masking import Masking
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 
@@ -38,7 +38,7 @@ class Masked(Masking, Perturbation):
         """See Perturbation.variants."""
         return self.masked(image.values, made, first, end)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another: those from a store as they come, the others once all images are done."""
         store = batch.source.masked.get(self.masking)
         stored = [head for head in heads if store is not None and store.serves(head, feature)]
@@ -49,7 +49,7 @@ class Masked(Masking, Perturbation):
 
     @torch.no_grad()
     def _from_store(
-        self, store: MaskedFeatures, heads: Sequence[HeadModule], feature: Feature, batch: Batch
+        self, store: MaskedFeatures, heads: Sequence[HeadModule], feature: Reading, batch: Batch
     ) -> Iterator[torch.Tensor]:
         """Yield the maps of heads that a store serves, of as many heads at a time as fit into memory."""
         variants, size = self.number(batch.size), batch.size
@@ -58,6 +58,9 @@ class Masked(Masking, Perturbation):
             for number, row in enumerate(batch.rows):
                 own = batch.images == number
                 scores = block.probabilities(row, batch.classes[own])
-                made = self.recall(store.note(row, self), batch.source.id_of(row))
+                try:
+                    made = self.recall(store.note(row, self), batch.source.id_of(row))
+                except ValueError as error:
+                    raise store.damaged(row, error) from None
                 maps[:, own] = self.maps(size, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
             yield from maps

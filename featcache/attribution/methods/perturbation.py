@@ -9,7 +9,7 @@ import torch
 from featcache.attribution.batch import Batch
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -24,7 +24,7 @@ class Image:
     row: int
     id: str
     batch: Batch
-    feature: Feature
+    feature: Reading
 
 
 class Perturbation(Method):
@@ -63,7 +63,7 @@ class Perturbation(Method):
     def _variants(self, work: Work) -> int:
         return sum(self.count(work.size, channels) for channels in work.channels)
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another, once all images are done."""
         if not heads:
             return
@@ -83,7 +83,7 @@ class Perturbation(Method):
         count, at_once = self.count(batch.size, channels), batch.source.at_once
         for first in range(0, count, at_once):
             inputs = self.variants(image, made, first, min(first + at_once, count))
-            features = batch.backbone(inputs, [image.feature])[str(image.feature)]
+            features = image.feature.of_images(batch.backbone, inputs)
             batch.source.passes.forward += len(inputs)
             parts.append(torch.stack([head.probabilities(features)[:, classes].t() for head in heads]))
         return torch.cat(parts, 2)

@@ -9,7 +9,7 @@ from featcache.attribution.batch import Batch
 from featcache.attribution.forward import Forward
 from featcache.attribution.methods.method import Explanation, Method
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.probes.heads.module import HeadModule
 
 
@@ -47,7 +47,7 @@ class SampledGradient(Method):
         return Passes(work.pairs * work.probes * self.count, work.pairs * work.probes * self.count)
 
     def explain(
-        self, heads: Sequence[HeadModule], feature: Feature, batch: Batch
+        self, heads: Sequence[HeadModule], feature: Reading, batch: Batch
     ) -> Iterator[torch.Tensor | Explanation]:
         """Yield the maps of one head after another, once all images are done."""
         batch.release()

@@ -11,9 +11,9 @@ from featcache.attribution.forward import logit_gradients
 from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.passes import Passes, Work
+from featcache.attribution.reading import Reading
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 # Where a layer's input is brought to the shape of its output: beside the way through the layer, not on it.
@@ -34,11 +34,11 @@ class LastConvolutionGradCAM(GradCAM):
         """Networks without convolutions have no last one."""
         return None if any(map(_is_convolution, backbone.modules())) else "has no convolution"
 
-    def explain(self, heads: Sequence[HeadModule], feature: Feature, batch: Batch) -> Iterator[torch.Tensor]:
+    def explain(self, heads: Sequence[HeadModule], reading: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another, all from one forward pass."""
         classes = batch.by_image
         with torch.enable_grad():
-            convolved, layer = _run(batch.backbone, batch.inputs, feature)
+            convolved, layer = _run(batch.backbone, batch.inputs, reading)
         batch.source.passes.forward += len(classes)
         for head in heads:
             maps = torch.empty(*classes.shape, *convolved.shape[2:], device=convolved.device)
@@ -48,9 +48,9 @@ class LastConvolutionGradCAM(GradCAM):
             yield upsample(maps.flatten(0, 1), batch.size)
 
 
-def _run(backbone: Backbone, inputs: torch.Tensor, feature: Feature) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(backbone: Backbone, inputs: torch.Tensor, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs of the last convolution of a layer and of the layer, with a graph from the first to the second."""
-    convolution = _last_convolution(backbone, inputs, feature)
+    convolution = _last_convolution(backbone, inputs, reading)
     kept: list[torch.Tensor] = []
 
     def cut(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
@@ -60,15 +60,15 @@ def _run(backbone: Backbone, inputs: torch.Tensor, feature: Feature) -> tuple[to
 
     hook = convolution.register_forward_hook(cut)
     try:
-        layer = backbone(inputs, [feature])[str(feature)]
+        layer = reading.of_images(backbone, inputs)
     finally:
         hook.remove()
     return kept[0], layer
 
 
-def _last_convolution(backbone: Backbone, inputs: torch.Tensor, feature: Feature) -> nn.Module:
-    """Return the last convolution that runs before the layer of a feature ends. Raises BadInput if there is none."""
-    path = feature.layer.partition("+")[0]
+def _last_convolution(backbone: Backbone, inputs: torch.Tensor, reading: Reading) -> nn.Module:
+    """Return the last convolution that runs before the last layer of a reading ends. Raises BadInput if there is none."""
+    path = reading.features[-1].layer.partition("+")[0]
     ran: list[nn.Module] = []
     last: list[nn.Module] = []
     hooks = [backbone.trunk.get_submodule(path).register_forward_hook(lambda *_: last.extend(ran[-1:]))]

@@ -75,7 +75,7 @@ class PublishedBoxes(Boxes):
                 "--parity how-to-probe prepares images otherwise than the store, and runs the backbone: give --backbone, "
                 "--dataset and --root"
             )
-        other = Network(network.backbone, network.prepared(own), network.prepared)
+        other = replace(network, picture=network.prepared(own))
         return replace(source, preprocessing=own, network=other, masked={}, stored=False)
 
     def _mask(self, source: Source, row: int, boxes: np.ndarray) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pydantic import Field
 from featcache.attribution.batch import Boxed, Network, Source
 from featcache.attribution.explained import Explained
 from featcache.attribution.protocols.protocol import Protocol
+from featcache.attribution.reading import read_images
 from featcache.attribution.targets import Target
 from featcache.errors import BadInput
 
@@ -103,7 +104,8 @@ def _laid_out(
 ) -> "GridSource":
     """Return the source of the grids of some images, which are the uint8 pictures as they are, side by side.
 
-    cell: from a row of the split to its picture. Raises BadInput if the backbone takes images of one size alone.
+    A backbone with position embeddings is loaded anew, with positions resized as its family does. cell: from a row of the
+    split to its picture. Raises BadInput if the backbone takes no images of the grids' size.
     """
     network, size = source.network, source.preprocessing.size
     assert network is not None, "grids need a backbone"
@@ -115,16 +117,18 @@ def _laid_out(
     # No image is resized to the size of a grid, so its rule does not matter.
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
-    # No store knows anything of grids.
-    given |= {"preprocessing": larger, "network": Network(network.backbone, picture), "stored": False, "masked": {}}
-    laid_out = GridSource(**given, grids=tuple(grids), side=side)
     try:
+        backbone = network.at_size(side * size) if network.backbone.architecture.fit else network.backbone
+        own = replace(network, backbone=backbone, picture=picture, prepared=None)
+        # No store knows anything of grids.
+        given |= {"preprocessing": larger, "network": own, "stored": False, "masked": {}}
+        laid_out = GridSource(**given, grids=tuple(grids), side=side)
         with torch.no_grad():
-            network.backbone(laid_out.blank(), source.features)
+            read_images(backbone, laid_out.blank(), source.features)
     except (RuntimeError, ValueError, AssertionError, BadInput):
         raise BadInput(
             f"--protocol gridpg: {network.backbone.arch} takes no images of {side * size} pixels, as a grid of {side} x "
-            f"{side} has; it needs a convolutional backbone"
+            f"{side} has; it needs a backbone of convolutions, or one whose position embeddings can be resized"
         ) from None
     return laid_out
 

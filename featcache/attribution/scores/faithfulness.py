@@ -8,8 +8,8 @@ from pydantic import Field
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.passes import Passes, Work
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores.score import Judge, Score
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 # Images get orders of their own, whatever else is scored.
@@ -42,28 +42,28 @@ class Faithfulness(Score):
         return Passes(work.pairs * work.probes * methods * (self.steps + 1))
 
     @torch.no_grad()
-    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Feature]]) -> Judge:
+    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Reading]]) -> Judge:
         """See Score. All maps of a head go through the backbone together."""
         classes, ends = batch.by_image, self.ends(batch.inputs)  # [B, K], 2 x [B, C, S, S]
         orders = [self._order(row, batch.size) for row in batch.rows]
-        images, features = torch.arange(len(orders)), list(dict.fromkeys(feature for _, feature in heads))
+        images, readings = torch.arange(len(orders)), list(dict.fromkeys(reading for _, reading in heads))
         curves = torch.empty(len(heads), *classes.shape, self.steps + 1, dtype=torch.float64)
         random = torch.stack([_places(order) for order in orders])
-        for which, steps, maps in self._run(batch, ends, random, images, range(self.steps + 1), features):
-            for number, (head, feature) in enumerate(heads):
-                probabilities = head.probabilities(maps[str(feature)]).gather(1, classes[which])
+        for which, steps, maps in self._run(batch, ends, random, images, range(self.steps + 1), readings):
+            for number, (head, reading) in enumerate(heads):
+                probabilities = head.probabilities(maps[reading]).gather(1, classes[which])
                 curves[number, which, :, steps] = probabilities.double().cpu()
         curves = curves.flatten(1, 2)  # [heads, T, steps + 1]
 
         @torch.no_grad()
         def judge(maps: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            head, feature = heads[number]
+            head, reading = heads[number]
             flat, own, curve = maps.flatten(1), batch.images.cpu(), curves[number].clone()
             places = torch.stack(
                 [_places(_sorted(each, orders[at])) for each, at in zip(flat, own.tolist(), strict=True)]
             )
-            for which, steps, features in self._run(batch, ends, places, own, range(1, self.steps), [feature]):
-                probabilities = head.probabilities(features[str(feature)])
+            for which, steps, features in self._run(batch, ends, places, own, range(1, self.steps), [reading]):
+                probabilities = head.probabilities(features[reading])
                 chosen = probabilities.gather(1, batch.classes[which][:, None])[:, 0]
                 curve[which, steps] = chosen.double().cpu()
             without = flat.amax(1) == flat.amin(1)
@@ -78,9 +78,9 @@ class Faithfulness(Score):
         places: torch.Tensor,
         images: torch.Tensor,
         steps: range,
-        features: Sequence[Feature],
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
-        """Yield (numbers of maps [n], steps [n], features of these variants), as many as go through the backbone at once.
+        readings: Sequence[Reading],
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[Reading, torch.Tensor]]]:
+        """Yield (numbers of maps [n], steps [n], what heads read of these variants), as many as go through the backbone at once.
 
         places: int [N, S * S], when each pixel changes. images: int [N], of which image a map is.
         """
@@ -91,7 +91,8 @@ class Faithfulness(Score):
             changed = (places[which] < counts[step][:, None]).view(-1, 1, batch.size, batch.size).to(begin.device)
             inputs = torch.where(changed, end[images[which]], begin[images[which]])
             batch.source.passes.forward += len(inputs)
-            yield which, step, batch.backbone(inputs, features)
+            outputs = batch.backbone(inputs, list(dict.fromkeys(each for own in readings for each in own.features)))
+            yield which, step, {reading: reading.join(outputs) for reading in readings}
 
     def _order(self, row: int, size: int) -> torch.Tensor:
         """Return the random order of an image's pixels, int64 [S * S]."""

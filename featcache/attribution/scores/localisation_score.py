@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 
 from featcache.attribution.batch import Batch
+from featcache.attribution.reading import Reading
 from featcache.attribution.scores.score import Judge, Score
-from featcache.feature import Feature
 from featcache.probes.heads.module import HeadModule
 
 # Values of maps that are scored at a time: few, so that what a score makes of them stays in the processor's cache.
-AT_ONCE = 2**19
+AT_ONCE = 2**18
 
 
 class LocalisationScore(Score):
@@ -41,7 +41,7 @@ class LocalisationScore(Score):
             return self.uniform(masks)
         return self.measure_all((~void).float(), masks)
 
-    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Feature]]) -> Judge:
+    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Reading]]) -> Judge:
         """See Score. Maps are zero where pixels do not count, so that what they say there is neither right nor wrong."""
         masks, void = batch.masks, batch.void
         levels = self.chance(masks, void)

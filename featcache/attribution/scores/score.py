@@ -7,7 +7,7 @@ import torch
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.passes import Passes, Work
-from featcache.feature import Feature
+from featcache.attribution.reading import Reading
 from featcache.kinds import Kind
 from featcache.probes.heads.module import HeadModule
 
@@ -32,7 +32,7 @@ class Score(Kind):
     regions: ClassVar[tuple[str, ...]] = ()
     runs_backbone: ClassVar[bool] = False
 
-    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Feature]]) -> Judge:
+    def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Reading]]) -> Judge:
         """Return what scores the maps of a batch. heads: with the maps that they read."""
         raise NotImplementedError
 

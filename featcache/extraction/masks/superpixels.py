@@ -69,9 +69,8 @@ class Superpixels(Masking):
         """Draw again which superpixels each variant keeps. Raises ValueError if the map does not number superpixels."""
         assert note is not None, "superpixels are noted"
         labels = note[0].long()
-        if not torch.equal(labels.to(note), note[0]) or not torch.equal(
-            labels.unique(), torch.arange(int(labels.max()) + 1)
-        ):
+        numbers = labels.unique()
+        if not torch.equal(labels.to(note), note[0]) or not torch.equal(numbers, torch.arange(len(numbers))):
             raise ValueError("its superpixels are not numbered from 0")
         return Segmented(labels, None, self._kept(labels, id))
 
