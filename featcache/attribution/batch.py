@@ -67,7 +67,7 @@ class Source:
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    features: tuple[Reading, ...]
+    readings: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
     records: Sequence[Record] | None = None
@@ -125,7 +125,7 @@ class Source:
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
-        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, self.blank())))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.readings, self.blank())))
 
     @property
     def _network(self) -> Network:
@@ -202,7 +202,7 @@ class Batch:
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
-                self._cached.update(read_images(self.backbone, self.inputs, self.source.features))
+                self._cached.update(read_images(self.backbone, self.inputs, self.source.readings))
             self.source.passes.forward += len(self.inputs)
         elif feature not in self._cached:
             arrays = {str(each): self.source.split[str(each)] for each in feature.features}
@@ -238,7 +238,7 @@ class Batch:
         """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
         if rule not in self._forwards:
             self.release()
-            self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
+            self._forwards[rule] = Forward(self.backbone, self.source.readings, self.inputs, self.source.passes, rule)
         return self._forwards[rule]
 
 

@@ -34,16 +34,14 @@ class Forward:
     def __init__(
         self,
         backbone: Backbone,
-        features: Sequence[Reading],
+        readings: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
-            features = dict.fromkeys(feature for reading in readings for feature in reading.features)
-            outputs = backbone(self.inputs, tuple(features))
-            self.maps = {reading: reading.join(outputs) for reading in readings}
+            self.maps = read_images(backbone, self.inputs, readings)
         passes.forward += len(inputs)
 
     def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
@@ -91,5 +89,5 @@ def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # Names the result, so that nothing of the graph is freed, and its memory used again, before the end.
-        forward = Forward(backbone, features, image, Passes())
+        forward = Forward(backbone, readings, image, Passes())
     return sum(kept.values()) + sum(each.nbytes for each in forward.maps.values())

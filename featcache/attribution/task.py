@@ -98,7 +98,7 @@ class Task:
     def work(self, probes: int) -> Work:
         """Return how much there is to do for so many probes."""
         source, images = self.source, {target.row for piece in self.pieces for target in piece}
-        channels = tuple(source.channels(feature) for feature in source.features)
+        channels = tuple(source.channels(feature) for feature in source.readings)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, probes, size, channels)
 

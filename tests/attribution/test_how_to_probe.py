@@ -170,7 +170,7 @@ def test_bcos_heads_stay_in_explanation_mode_on_bcos_backbones(backbone_pair):
     for backbone, left in backbone_pair:
         head = Bcos(layers=2, hidden=8).resolved(5)
         head = HeadModule(head, head.initial_weights(16, 5, torch.Generator().manual_seed(0)))
-        source = Source(None, None, None, Network(backbone, None), (), 0)
+        source = Source(None, None, None, Network(backbone, None, None), (), 0)
         with pytest.raises(ZeroDivisionError), HowToProbe().explaining([head], source):
             assert detached(head) == [left] * len(detached(head))
             raise ZeroDivisionError

@@ -124,7 +124,7 @@ def _laid_out(
         given |= {"preprocessing": larger, "network": own, "stored": False, "masked": {}}
         laid_out = GridSource(**given, grids=tuple(grids), side=side)
         with torch.no_grad():
-            read_images(backbone, laid_out.blank(), source.features)
+            read_images(backbone, laid_out.blank(), source.readings)
     except (RuntimeError, ValueError, AssertionError, BadInput):
         raise BadInput(
             f"--protocol gridpg: {network.backbone.arch} takes no images of {side * size} pixels, as a grid of {side} x "

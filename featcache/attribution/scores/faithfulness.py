@@ -8,7 +8,7 @@ from pydantic import Field
 
 from featcache.attribution.batch import Batch
 from featcache.attribution.passes import Passes, Work
-from featcache.attribution.reading import Reading
+from featcache.attribution.reading import Reading, read_images
 from featcache.attribution.scores.score import Judge, Score
 from featcache.probes.heads.module import HeadModule
 
@@ -91,8 +91,7 @@ class Faithfulness(Score):
             changed = (places[which] < counts[step][:, None]).view(-1, 1, batch.size, batch.size).to(begin.device)
             inputs = torch.where(changed, end[images[which]], begin[images[which]])
             batch.source.passes.forward += len(inputs)
-            outputs = batch.backbone(inputs, list(dict.fromkeys(each for own in readings for each in own.features)))
-            yield which, step, {reading: reading.join(outputs) for reading in readings}
+            yield which, step, read_images(batch.backbone, inputs, readings)
 
     def _order(self, row: int, size: int) -> torch.Tensor:
         """Return the random order of an image's pixels, int64 [S * S]."""
