@@ -153,6 +153,11 @@ def test_epg_of_gradcam_from_files_to_table(trained, scenes, checkpoint, command
     facts = json.loads((run / "attribution.json").read_bytes())
     assert (facts["parity"], facts["protocol"], facts["pairs"]) == ("how-to-probe", "boxes", len(rows) // len(probes))
     assert facts["preprocessing"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    other = tmp_path / "other"
+    shutil.copytree(trained.path, other)
+    featcache.attribute(other, probes=probes, limit=3)
+    code, _, err = command("compare", "--localisation", "--run", run, "--run", other, *chosen)
+    assert code == 2 and "--parity was how-to-probe in one and none in the other" in err
     code, out, err = command(*line, "--dry-run")
     assert code == 0 and "passes of an image through the backbone: 3 forward" in out, err
     code, _, err = command("attribute", "--run", run, *PARITY)
