@@ -35,14 +35,19 @@ FEW = 8e6
 class Network:
     """A backbone and the images that it made a split of.
 
-    picture: from a row of the split to uint8 [3, S, S]. at_size: loads the backbone for images of other sides. prepared:
-    the same as picture for another Preprocessing, where there is a file behind each row.
+    picture: from a row of the split to uint8 [3, S, S]. prepared: the same for another Preprocessing, where there is
+    a file behind each row. at_size: loads the backbone for images of another side.
     """
 
     backbone: Backbone
     picture: Callable[[int], torch.Tensor]
-    at_size: Callable[[int], Backbone]
     prepared: Callable[[Preprocessing], Callable[[int], torch.Tensor]] | None = None
+    at_size: Callable[[int], Backbone] | None = None
+
+    def backbone_for(self, size: int) -> Backbone:
+        """Return the backbone for images of a side: loaded anew if it has positions to fit. Raises BadInput if they cannot."""
+        fits = self.backbone.architecture.fit is None or size == self.backbone.preprocessing.size
+        return self.backbone if fits or self.at_size is None else self.at_size(size)
 
 
 class Boxed(NamedTuple):
@@ -57,7 +62,7 @@ class Boxed(NamedTuple):
 class Source:
     """What maps are computed from: a split of a store, and the network where it was named.
 
-    readings: what the explained probes read. memory: bytes that may be taken for forward passes. passes: counts what
+    features: what the explained probes read. memory: bytes that may be taken for forward passes. passes: counts what
     goes through the backbone. records: the split as its data set has it, where that was named. stored: whether the store
     has the features of these images. note: stands behind the split in tables. masked: the features of masked variants of
     the images, where a store has them.
@@ -67,7 +72,7 @@ class Source:
     preprocessing: Preprocessing
     device: torch.device
     network: Network | None
-    readings: tuple[Reading, ...]
+    features: tuple[Reading, ...]
     memory: float
     passes: Passes = field(default_factory=Passes)
     records: Sequence[Record] | None = None
@@ -125,7 +130,7 @@ class Source:
     @cached_property
     def at_once(self) -> int:
         """How many images go through the backbone at a time, with what backward passes need, by `memory`."""
-        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.readings, self.blank())))
+        return max(1, int(KEPT * self.memory / bytes_kept(self.backbone, self.features, self.blank())))
 
     @property
     def _network(self) -> Network:
@@ -202,7 +207,7 @@ class Batch:
         """
         if feature not in self._cached and not self.source.stored:
             with torch.no_grad():
-                self._cached.update(read_images(self.backbone, self.inputs, self.source.readings))
+                self._cached.update(read_images(self.backbone, self.inputs, self.source.features))
             self.source.passes.forward += len(self.inputs)
         elif feature not in self._cached:
             arrays = {str(each): self.source.split[str(each)] for each in feature.features}
@@ -238,7 +243,7 @@ class Batch:
         """Run the images through the backbone, once for everybody who asks for the same rule one after another."""
         if rule not in self._forwards:
             self.release()
-            self._forwards[rule] = Forward(self.backbone, self.source.readings, self.inputs, self.source.passes, rule)
+            self._forwards[rule] = Forward(self.backbone, self.source.features, self.inputs, self.source.passes, rule)
         return self._forwards[rule]
 
 
@@ -336,7 +341,7 @@ def _network(
 ) -> Network:
     model.preprocessing = preprocessing
     prepared = partial(_pictures, split, records)
-    return Network(model, prepared(preprocessing), at_size, prepared)
+    return Network(model, prepared(preprocessing), prepared, at_size)
 
 
 def _pictures(split: Split, records: Sequence[Record], preprocessing: Preprocessing) -> Callable[[int], torch.Tensor]:

@@ -96,7 +96,7 @@ def _explanations(task: Task, batch: Batch, probes: Sequence[int]) -> Iterator[t
     """
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
-        for reading in task.source.readings:
+        for reading in task.source.features:
             alike = [number for number in probes if task.explained[number].feature == reading]
             if not alike:
                 continue

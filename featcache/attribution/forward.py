@@ -34,14 +34,14 @@ class Forward:
     def __init__(
         self,
         backbone: Backbone,
-        readings: Sequence[Reading],
+        features: Sequence[Reading],
         inputs: torch.Tensor,
         passes: Passes,
         rule: Rule = PLAIN,
     ) -> None:
         self.inputs, self.rule, self._passes = inputs.detach().requires_grad_(), rule, passes
         with torch.enable_grad(), frozen_norms(backbone), rule.apply(backbone):
-            self.maps = read_images(backbone, self.inputs, readings)
+            self.maps = read_images(backbone, self.inputs, features)
         passes.forward += len(inputs)
 
     def gradient(self, feature: Reading, cotangent: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def logit_gradients(
             yield torch.autograd.grad(chosen, maps, retain_graph=True)[0]
 
 
-def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Tensor) -> int:
+def bytes_kept(backbone: Backbone, features: Sequence[Reading], image: torch.Tensor) -> int:
     """Return the bytes that one image's forward pass keeps for backward passes. image: [1, C, S, S]."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}
@@ -89,5 +89,5 @@ def bytes_kept(backbone: Backbone, readings: Sequence[Reading], image: torch.Ten
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # Names the result, so that nothing of the graph is freed, and its memory used again, before the end.
-        forward = Forward(backbone, readings, image, Passes())
+        forward = Forward(backbone, features, image, Passes())
     return sum(kept.values()) + sum(each.nbytes for each in forward.maps.values())

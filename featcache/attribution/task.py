@@ -98,7 +98,7 @@ class Task:
     def work(self, probes: int) -> Work:
         """Return how much there is to do for so many probes."""
         source, images = self.source, {target.row for piece in self.pieces for target in piece}
-        channels = tuple(source.channels(feature) for feature in source.readings)
+        channels = tuple(source.channels(feature) for feature in source.features)
         pairs, size = sum(map(len, self.pieces)), source.preprocessing.size
         return Work(len(images), pairs, probes, size, channels)
 
@@ -107,7 +107,7 @@ class Task:
         probes = next(probes for own, probes in self.by_source() if own is source)
         heads = through_backbone(method, [self.explained[number] for number in probes], source.masked)
         left = {one.feature for one in heads}
-        return work._replace(channels=tuple(source.channels(reading) for reading in source.readings if reading in left))
+        return work._replace(channels=tuple(source.channels(reading) for reading in source.features if reading in left))
 
     def sharing(self) -> list[list[Method]]:
         """Return the methods in groups that share their passes through the backbone, in order of their first."""
@@ -171,8 +171,8 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     for score in scores:
         if score.runs_backbone and network is None:
             raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
-    readings, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
-    images = Source(data, preprocessing, device, network, readings, taken, records=records)
+    features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
+    images = Source(data, preprocessing, device, network, features, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
     source = replace(source, masked=find_masked(methods, source, targets, listed(settings.masks or ())))
     check_methods(methods, explained, source)
@@ -228,9 +228,7 @@ def _randomised(images: Source, posed: Source, seed: int) -> Source:
     """Return a source of the posed images whose maps are those of a backbone with random weights. images: the split's."""
     assert images.records is not None, "a backbone needs the images"
     drawn = open_random_network(images.split, images.preprocessing, images.device, images.records, seed)
-    backbone, size = drawn.backbone, posed.preprocessing.size
-    if size != images.preprocessing.size and backbone.architecture.fit:
-        backbone = drawn.at_size(size)
+    backbone = drawn.backbone_for(posed.preprocessing.size)
     own = replace(drawn, backbone=backbone, picture=(posed.network or drawn).picture)
     return replace(posed, network=own, stored=False, masked={})
 

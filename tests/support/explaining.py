@@ -16,7 +16,7 @@ def read(feature):
 def batch_of(backbone, feature, images, classes):
     """A Batch of normalised images [B, C, S, S]. classes: those to explain of each image, equally many."""
     preprocessing = Preprocessing(images.shape[-1], (0, 0, 0), (1, 1, 1))
-    source = Source(None, preprocessing, images.device, Network(backbone, None, None), (read(feature),), 2e9)
+    source = Source(None, preprocessing, images.device, Network(backbone, None), (read(feature),), 2e9)
     # So few that what is made of an image goes through the backbone in several parts.
     vars(source)["at_once"] = 4
     vars(source)["id_of"] = str

@@ -118,13 +118,13 @@ def _laid_out(
     larger = replace(source.preprocessing, size=side * size, resize="squash", short_side=None)
     given = {field.name: getattr(source, field.name) for field in fields(source)}
     try:
-        backbone = network.at_size(side * size) if network.backbone.architecture.fit else network.backbone
+        backbone = network.backbone_for(side * size)
         own = replace(network, backbone=backbone, picture=picture, prepared=None)
         # No store knows anything of grids.
         given |= {"preprocessing": larger, "network": own, "stored": False, "masked": {}}
         laid_out = GridSource(**given, grids=tuple(grids), side=side)
         with torch.no_grad():
-            read_images(backbone, laid_out.blank(), source.readings)
+            read_images(backbone, laid_out.blank(), source.features)
     except (RuntimeError, ValueError, AssertionError, BadInput):
         raise BadInput(
             f"--protocol gridpg: {network.backbone.arch} takes no images of {side * size} pixels, as a grid of {side} x "
