@@ -118,6 +118,6 @@ def _check(task: Task, batch: Batch, method: int, probe: int, maps: torch.Tensor
         target = batch.targets[int((~maps.isfinite()).flatten(1).any(1).nonzero()[0])]
         source = batch.source
         raise BadInput(
-            f"--method {kind.type}: the map of probe {task.explained[probe].probe} for class "
+            f"--method {task.explained[probe].named(kind)}: the map of probe {task.explained[probe].probe} for class "
             f"{source.split.store.classes[target.label]} in image {source.id_of(target.row)} has values that are not finite"
         )

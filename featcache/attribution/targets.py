@@ -78,5 +78,8 @@ def find_targets(split: Split, preprocessing: Preprocessing, limit: int | None =
         images += bool(visible)
         targets += visible
     if not targets:
-        raise BadInput(f"split {split.name} of store {split.store.path} has no box to score against")
+        raise BadInput(
+            f"split {split.name} of store {split.store.path} has no box to score against that is not difficult and that the "
+            "backbone sees; --protocol faithfulness needs none"
+        )
     return targets

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.cli.options import backbone_options, dataset_options, device_option, memory_option
+from featcache.cli.options import backbone_options, dataset_options, device_option, memory_option, parts
 
 if TYPE_CHECKING:
     from featcache.attribution.plan import AttributionPlan
@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 @backbone_options(required=False)
 @dataset_options(required=False)
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images that have a box.  [default: all]"
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only the first N images that have something to explain.  [default: all]",
 )
 @click.option(
     "--masks",
@@ -88,7 +91,7 @@ def attribute(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Explain probes and score the maps: share of positive energy in the object's boxes (EPG).
+    """Explain probes and score the maps, by default by the share of positive energy in the objects' boxes (EPG).
 
     If it was interrupted, the same command again goes on from there. Under torchrun the processes share the images.
     """
@@ -112,7 +115,10 @@ def attribute(
     drawn = pictures is not None or images is not None or not options["examples"].isdigit()
     if drawn:
         # It says before all the work if a package is missing.
-        from featcache.reporting.pictures import write_pictures
+        from featcache.reporting.pictures import check_folder, write_pictures
+
+        if pictures is not None:
+            check_folder(pictures)
     if run(device=device, **options) is not None:
         finished = open_run(options["run"])
         localisation = read_localisation(finished)
@@ -157,4 +163,4 @@ def _print_plan(plan: "AttributionPlan") -> None:
 
 
 def _names(text: str | None) -> list[str] | None:
-    return None if text is None else text.split(",")
+    return None if text is None else parts(text)

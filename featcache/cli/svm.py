@@ -66,6 +66,7 @@ def _costs(_context: click.Context, _option: click.Parameter, text: str) -> Any:
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the first draw of --low-shot.")
 @memory_option("Memory for features.  [default: half of what is free]")
+@click.option("--allow-overlap", is_flag=True, help="Go on although two roles share images; the run says how many.")
 def svm(low_shot: bool, **options: Any) -> None:
     """Train linear support vector machines on cached features, as VOC07 SVM and low-shot SVM protocols do.
 

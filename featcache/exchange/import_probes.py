@@ -199,4 +199,4 @@ def _feature(store: Store, head: Head) -> Feature:
     pooled = parse_feature("last:pooled", store.manifest.aliases)
     if head.pools_first and str(pooled) in store.manifest.features:
         return pooled
-    return store.manifest.feature("last:spatial")
+    return store.feature("last:spatial")

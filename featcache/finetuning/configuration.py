@@ -202,6 +202,10 @@ class Configuration:
             # The loss of the last step was still finite, but the weights after it are not.
             diverged = tuner.update.steps - 1
         if diverged is not None:
+            self.ranks.say(
+                f"warning: {spec.id} ({spec.optimizer.summary_of_rate}) diverged in epoch {diverged // self.steps + 1}, at "
+                f"step {diverged + 1}; its scores are empty"
+            )
             logits = {role: torch.full_like(own, torch.nan) for role, own in logits.items()}
             weights = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
         else:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from featcache.probes.runs.tuned import IMAGES, ScoredImages, backbone_path, is_
 from featcache.probes.scores.metrics import metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import begin_run
+from featcache.probes.tuning import Full
 from featcache.ranks import Alone, join_ranks
 from featcache.store.folder import open_folder
 
@@ -75,7 +76,8 @@ def finetune(
     for line in describe_classes(task.data):
         ranks.say(line)
     ranks.say(f"backbone: {task.backbone.load_report}")
-    ranks.say("\n  ".join((f"preprocessing: {task.backbone.preprocessing}", *task.backbone.preprocessing_report)))
+    for line in _preprocessing(task):
+        ranks.say(line)
     stem = "finetune" if isinstance(recipe, dict) else Path(recipe).stem
     folder = local_path(run or Path("runs") / f"{stem}-{task.key[:8]}", "--run")
     place = open_folder(folder)
@@ -97,6 +99,15 @@ def finetune(
         ranks.share([(name,) for name in todo])
         _train(task, folder, todo, chosen_device, workers, ranks)
         return _finish(task, folder, everything, summary, chosen_device, started)
+
+
+def _preprocessing(task: Task) -> Iterator[str]:
+    """Yield lines about each way in which the recipe's configurations prepare images."""
+    tunings = [spec.finetune for spec in task.resolved.specs if isinstance(spec.finetune, Full)]
+    for tuning in {(t.size, t.short_side, t.interpolation, t.train_size): t for t in tunings}.values():
+        backbone, _ = task.source.load(task.data, tuning)
+        training = f"; in training {tuning.train_size}x{tuning.train_size}" if tuning.train_size else ""
+        yield "\n  ".join((f"preprocessing: {backbone.preprocessing}{training}", *backbone.preprocessing_report))
 
 
 def _origin(task: Task) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Source:
             "size": asked.size or data.size,
             "resize": OWN if data.resize == "crop" else data.resize,
             "short_side": asked.short_side or None,
+            "interpolation": None if asked.interpolation == "own" else asked.interpolation,
         }
         return as_backbone(architecture, network, report, **preprocessing), network
 

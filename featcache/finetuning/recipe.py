@@ -177,7 +177,7 @@ def _resolve(grid: Grid, data: Dataset, backbone: Backbone, start: TrainedProbe 
         resolved = _spec(spec, group, data, backbone, start, chosen_on, errors)
         if resolved := resolved and sampled(resolved, None, group, sets, errors, chosen_on):
             specs.append(resolved)
-    if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs)):
+    if chosen_on is None and not errors and not grid.reports_all and (reason := undecided(specs, folds=False)):
         errors.append(f"probes: {reason}")
     refuse(grid.title, errors)
     return Configurations(specs, splits, metric, chosen_on, sets)

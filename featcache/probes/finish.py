@@ -26,7 +26,7 @@ from featcache.probes.runs.run import Run, open_run
 from featcache.probes.runs.run_file import maker, write_summary
 from featcache.probes.runs.seeds import over_seeds
 from featcache.probes.runs.tables import COST_COLUMNS, COSTS, SCORE_COLUMNS, tables_of, write_table
-from featcache.probes.sample import FOLDS
+from featcache.probes.sample import FOLDS, positives
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import TrainedProbe
@@ -221,12 +221,12 @@ def _per_class(
     scored: Mapping[tuple[str, str], Scored], classes: Sequence[str], labels: Mapping[str, Tensor]
 ) -> Iterator[Row]:
     """Yield the rows of scores_per_class.csv."""
-    positives = {role: _positives(own, len(classes)).tolist() for role, own in labels.items()}
+    shown = {role: positives(own.cpu().numpy(), len(classes)).tolist() for role, own in labels.items()}
     for (probe, role), result in scored.items():
         columns = {str(metric_kind(m).class_column): values.tolist() for m, values in result.by_class.items()}
         for number, name in enumerate(classes):
             own = {column: values[number] for column, values in columns.items()}
-            yield {"probe": probe, "split": role, "class": name} | own | {"positives": positives[role][number]}
+            yield {"probe": probe, "split": role, "class": name} | own | {"positives": shown[role][number]}
 
 
 def _costs(specs: Iterable[ProbeSpec], trained: Mapping[str, TrainedProbe], classes: Sequence[str]) -> Iterator[Row]:
@@ -240,11 +240,6 @@ def _costs(specs: Iterable[ProbeSpec], trained: Mapping[str, TrainedProbe], clas
                 values = spec.id, name, cost, choice.ap[number][k], choice.folds[number], int(chosen)
                 kept = (choice.excess[number], choice.draw) if chosen else (None, None)
                 yield dict(zip(COST_COLUMNS, values + kept, strict=True))
-
-
-def _positives(labels: Tensor, classes: int) -> Tensor:
-    """Return how many images show each class, int64 [C]."""
-    return (labels == 1).sum(0) if labels.ndim == 2 else labels.bincount(minlength=classes)
 
 
 def _calibration(scored: Mapping[tuple[str, str], Scored]) -> Iterator[Row]:

@@ -55,7 +55,7 @@ ELSE: dict[str, dict[str, Any]] = {
         "undecayed": "none", "beta2": 0.999, "form": "paper",
     },
     "schedule": {"every": 0, "final": 0.0, "warmup_start": 0.0, "per": ITS_DEFAULT},
-    "finetune": {"randaugment_p": 1.0, "repeats": 1},
+    "finetune": {"randaugment_p": 1.0, "repeats": 1, "interpolation": "own"},
 }  # fmt: skip
 # {field: value} of the fields of the spec itself that are left out where they have this value.
 ELSE_OF_SPEC: dict[str, Any] = {

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import click
-
 from featcache.arguments import FLAG, NAME, PATH, listed, takes, whole
 from featcache.errors import BadInput, nearest, shown
 from featcache.probes.grids.grid import parse_grid
@@ -77,9 +75,11 @@ def knn(
         run = featcache.knn("features/voc.zarr", k=[10, 20], temperature=[0.05, 0.07])
     """
     draws = (shots, tries, seed)
-    grid = knn_grid(store, features, k, temperature, weights, distance, draws, leave_one_out, splits, metric)
+    grid, left_out = knn_grid(store, features, k, temperature, weights, distance, draws, leave_one_out, splits, metric)
     loaded = parse_grid(grid, title=Knn.word())
-    return train_grid(loaded, Knn.word(), store, run, device, memory=memory, allow_overlap=allow_overlap)
+    return train_grid(
+        loaded, Knn.word(), store, run, device, memory=memory, allow_overlap=allow_overlap, notices=left_out
+    )
 
 
 def knn_grid(
@@ -93,10 +93,10 @@ def knn_grid(
     leave_one_out: bool,
     splits: Mapping[str, str | Sequence[str]] | None,
     metric: str | None,
-) -> dict[str, Any]:
-    """Return the grid that knn() trains, as train_probes takes it. Arguments and errors: as for knn().
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the grid that knn() trains, as train_probes takes it, and lines about the k that it leaves out.
 
-    draws: (shots, tries, seed).
+    draws: (shots, tries, seed). The other arguments and the errors are those of knn().
     """
     if weights not in WEIGHTINGS:
         raise BadInput(
@@ -118,28 +118,30 @@ def knn_grid(
     without_val = "val" not in (splits or {}) and ("val" not in opened.splits or "val" in others)
     split = "train" if leave_one_out else NOTHING if without_val else None
     select = ({"metric": metric} if metric else {}) | ({"split": split} if split else {})
-    grid: dict[str, Any] = {"probes": _few_shot(group, *draws)}
+    groups, left_out = _few_shot(group, *draws)
+    grid: dict[str, Any] = {"probes": groups}
     if splits:
         grid["splits"] = {role: _plain(names) for role, names in splits.items()}
-    return grid | ({"select": select} if select else {})
+    return grid | ({"select": select} if select else {}), left_out
 
 
-def _few_shot(group: dict[str, Any], shots: Any, tries: int, seed: int) -> list[dict[str, Any]]:
-    """Return the group for each number of shots, and say which k are left out; or the group alone without shots."""
+def _few_shot(group: dict[str, Any], shots: Any, tries: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the group for each number of shots, or alone without shots; and lines about the k that are left out."""
     if shots is None:
-        return [group]
-    groups = []
+        return [group], []
+    groups, lines = [], []
     for shot in shots if isinstance(shots, list | tuple) else [shots]:
         if not isinstance(shot, int) or isinstance(shot, bool) or shot < 1:
             raise BadInput(f"--shots: expected a whole number of at least 1, not {shown(shot)}")
         asked = group["head"]["k"] if isinstance(group["head"]["k"], list) else [group["head"]["k"]]
         fit = sorted({shot, *(k for k in asked if isinstance(k, int) and k <= shot)})
+        few = "1 shot" if shot == 1 else f"{shot} shots"
         if left_out := [str(k) for k in asked if k not in fit]:
-            click.echo(f"{shot} shots: k {', '.join(left_out)} left out, which is more than {shot}", err=True)
+            lines.append(f"{few}: k {', '.join(left_out)} left out, which is more than {shot}")
         head = group["head"] | {"k": fit}
         draws = [seed + number for number in range(tries)]
-        groups.append(group | {"name": f"{group['name']}, {shot} shots", "head": head, "shots": shot, "draw": draws})
-    return groups
+        groups.append(group | {"name": f"{group['name']}, {few}", "head": head, "shots": shot, "draw": draws})
+    return groups, lines
 
 
 def _plain(value: Any) -> Any:

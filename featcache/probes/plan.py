@@ -161,8 +161,8 @@ def _stack(
     numbers = sum(w.numel() for w in initial_weights(first, dim, classes).values())
     weights, outputs = head.footprint(dim, classes, positions)
     if isinstance(solver, FullBatchSolver):
-        # It trains one probe at a time, in no more directions than there are images.
-        passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, 1
+        # It trains all probes side by side, in no more directions than there are images.
+        passes, width, batch, at_once = solver.passes(), min(rows, dim), rows, largest
         activations = rows * solver.image_bytes(width, classes)
     elif not solver.trains:
         passes, width, batch, at_once, activations = 0, dim, 1, 1, 0

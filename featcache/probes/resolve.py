@@ -126,15 +126,19 @@ def resolve(grid: Grid, store: Store, device: torch.device, allow_overlap: bool 
     return Resolved(specs, splits, metric, chosen_on, folds, overlaps, notice, sets)
 
 
-def undecided(specs: Sequence[ProbeSpec]) -> str | None:
-    """Say why these probes need a split to choose on, in a line for the user; None if they differ only in their seeds."""
+def undecided(specs: Sequence[ProbeSpec], folds: bool = True) -> str | None:
+    """Say why these probes need a split to choose on, in a line for the user; None if they differ only in their seeds.
+
+    folds: whether they could be chosen by folds instead.
+    """
     count = len({spec.configuration for spec in specs})
     if count == 1:
         return None
+    ways = "{split: train} or {folds: 5}" if folds else "{split: train}"
     return (
         f"{count} configurations and no split to choose between them on: name one, as in splits: {{val: SPLIT}}, or "
-        "say select: {split: train} or {folds: 5}, or {split: none} to choose nothing and report all; without, a grid has "
-        "one configuration, of any number of seeds"
+        f"say select: {ways}, or {{split: none}} to choose nothing and report all; without, a grid has one configuration, "
+        "of any number of seeds"
     )
 
 
@@ -199,7 +203,7 @@ def _spec(spec: ProbeSpec, group: Group, store: Store, views: dict[str, int], er
     """
     where = group.where("features")
     try:
-        features = [store.manifest.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
+        features = [store.feature(f) for f in parse_beside(spec.features, store.manifest.aliases)]
     except BadInput as error:
         errors.append(f"{where}: {error.message}")
         return None

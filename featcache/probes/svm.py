@@ -1,6 +1,7 @@
 """`featcache svm`: linear support vector machines on a store's features, as a grid that train-probes trains."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
@@ -23,8 +24,34 @@ SHOTS, SAMPLES, NEGATIVES = (1, 2, 4, 8, 16, 32, 64, 96), 5, 19
 VECTORS = ("pooled", "patch_mean", "cls", "grid")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `svm` was asked for. Its docstring says what each field means."""
+
+    features: str | Sequence[str] | None = None
+    low_shot: bool = False
+    shots: Sequence[int] = SHOTS
+    samples: int = SAMPLES
+    costs: str | Sequence[float] = "voc07"
+    folds: int = 3
+    metric: str | None = None
+    engine: str = "newton"
+    parity: str | None = None
+    train: str | Sequence[str] | None = None
+    test: str | Sequence[str] | None = None
+    seed: int = 0
+
+
 @takes(
-    store=PATH, low_shot=FLAG, parity=NAME, metric=NAME, engine=NAME, run=PATH, samples=whole(1, 1000), seed=whole(0)
+    store=PATH,
+    low_shot=FLAG,
+    allow_overlap=FLAG,
+    parity=NAME,
+    metric=NAME,
+    engine=NAME,
+    run=PATH,
+    samples=whole(1, 1000),
+    seed=whole(0),
 )
 def svm(
     store: str | PathLike[str],
@@ -43,6 +70,7 @@ def svm(
     device: str | None = None,
     seed: int = 0,
     memory: float | None = None,
+    allow_overlap: bool = False,
 ) -> Run | None:
     """Train a support vector machine for each class on each of several features, score them, and write a run folder.
 
@@ -56,64 +84,55 @@ def svm(
 
         run = featcache.svm("features/voc2007-resnet50-1a2b3c4d.zarr", features="feat5:grid(6,1,0)")
     """
-    opened = open_store(store)
-    grid = svm_grid(opened, features, low_shot, shots, samples, costs, folds, metric, engine, parity, train, test, seed)
+    asked = Settings(
+        features=features, low_shot=low_shot, shots=shots, samples=samples, costs=costs, folds=folds, metric=metric,
+        engine=engine, parity=parity, train=train, test=test, seed=seed,
+    )  # fmt: skip
+    grid = svm_grid(open_store(store), asked)
     stem = "low-shot-svm" if low_shot else "svm"
-    return train_grid(parse_grid(grid, title=stem), stem, store, run, device, memory=memory)
+    loaded = parse_grid(grid, title=stem)
+    return train_grid(loaded, stem, store, run, device, memory=memory, allow_overlap=allow_overlap)
 
 
-def svm_grid(
-    store: Store,
-    features: str | Sequence[str] | None,
-    low_shot: bool,
-    shots: Sequence[int],
-    samples: int,
-    costs: str | Sequence[float],
-    folds: int,
-    metric: str | None,
-    engine: str,
-    parity: str | None,
-    train: str | Sequence[str] | None,
-    test: str | Sequence[str] | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the grid that svm() trains. The arguments are svm()'s. Raises BadInput.
+def svm_grid(store: Store, asked: Settings) -> dict[str, Any]:
+    """Return the grid that svm() trains. Raises BadInput.
 
     By default costs are cross-validated, for each class, and labels of difficult objects are left out. Parity trains on
     them as negatives; with few shots, whose draws have none, it chooses one cost for all classes on the test images,
     and so trains a probe for each cost.
     """
-    if parity not in (None, PARITY):
-        raise BadInput(f"--parity {parity}: svm has only {PARITY}{nearest(parity, [PARITY])}")
-    numbers, on_test = cost_list(costs), low_shot and parity is not None
+    if asked.parity not in (None, PARITY):
+        raise BadInput(f"--parity {asked.parity}: svm has only {PARITY}{nearest(asked.parity, [PARITY])}")
+    costs, on_test = asked.costs, asked.low_shot and asked.parity is not None
+    numbers = cost_list(costs)
     grid: dict[str, Any] = {
-        "splits": _splits(store, train, test),
-        "select": {"metric": metric or default_average(store.task)},
+        "splits": _splits(store, asked.train, asked.test),
+        "select": {"metric": asked.metric or default_average(store.task)},
     }
     solver: dict[str, Any] = {
         "type": "svm",
         "costs": costs if isinstance(costs, str) else list(costs),
-        "engine": engine,
+        "engine": asked.engine,
     }
-    if low_shot:
-        solver |= {"positives": _shots(shots), "negatives": NEGATIVES}
+    if asked.low_shot:
+        solver |= {"positives": _shots(asked.shots), "negatives": NEGATIVES}
     if on_test:
         solver["costs"] = [[cost] for cost in numbers]
         grid["splits"]["val"] = grid["splits"]["test"]
         grid |= {"parity": PARITY, "profiles": {PARITY: {"splits": {"val": grid["splits"]["test"]}}}}
         grid["select"]["split"] = "val"
     else:
-        solver["folds"] = folds
+        solver["folds"] = asked.folds
         grid["select"]["split"] = "none"
-    difficult = "negative" if parity and not low_shot else "ignored"
+    difficult = "negative" if asked.parity and not asked.low_shot else "ignored"
     group = {
-        "name": "low-shot svm" if low_shot else "svm",
-        "features": _features(store, features),
+        "name": "low-shot svm" if asked.low_shot else "svm",
+        "features": _features(store, asked.features),
         "head": {"type": "linear", "norm": "l2", "pool": "before"},
         "loss": {"type": "squared_hinge", "positive_weight": 2.0, "difficult": difficult},
         "optimizer": solver,
         "views": 0,
-        "seed": [seed + sample for sample in range(samples)] if low_shot else seed,
+        "seed": [asked.seed + sample for sample in range(asked.samples)] if asked.low_shot else asked.seed,
     }
     return grid | {"probes": [group]}
 
@@ -161,4 +180,4 @@ def _features(store: Store, features: str | Sequence[str] | None) -> list[str]:
         held = list(store.manifest.features)
         vectors = [name for name in held if feature_of(name).kind in VECTORS]
         return vectors or [name for name in held if feature_of(name).kind == "spatial"]
-    return [str(store.manifest.feature(str(feature))) for feature in parse_features(features, store.manifest.aliases)]
+    return [str(store.feature(str(feature))) for feature in parse_features(features, store.manifest.aliases)]

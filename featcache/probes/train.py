@@ -132,14 +132,17 @@ def train_grid(
     seed: int = 0,
     memory: float | None = None,
     allow_overlap: bool = False,
+    notices: Sequence[str] = (),
 ) -> Run | None:
-    """Train a grid that was read; see train_probes. stem: what the name of a new run folder begins with."""
+    """Train a grid that was read; see train_probes. stem: what the name of a new run folder begins with. notices: lines
+    to say before.
+    """
     started, ranks = time.monotonic(), join_ranks()
     chosen_device = choose_device(device, ranks.local_rank)
     task, folder = _place(grid, store, run, stem, chosen_device, seed, allow_overlap)
     specs, splits, search = task.resolved.specs, task.resolved.splits, task.grid.search
-    if task.resolved.notice and ranks.rank == 0:
-        click.echo(f"notice: {task.resolved.notice}", err=True)
+    for line in (*notices, *([f"notice: {task.resolved.notice}"] if task.resolved.notice else ())):
+        ranks.say(line)
     if search and ranks.size > 1:
         raise BadInput("search: halving compares all probes: start it in one process, without torchrun")
     sets, refit = task.resolved.sets, task.grid.refit

@@ -61,6 +61,9 @@ class Full(Tuning):
     )
     size: CountOr0 = Field(0, description="side of the input in pixels; 0 is what `extract` would take")
     short_side: CountOr0 = Field(0, description="short side before the centre crop in scoring; 0 is the weights' own")
+    interpolation: Literal["own", "bilinear", "bicubic"] = Field(
+        "own", description="how images are resized, in training too; own is what `extract` would take"
+    )
     train_size: CountOr0 = Field(0, description="side of the input in training; 0 is `size`")
     micro_batch: CountOr0 = Field(
         0, description="images that a process runs at a time, of which it adds up the gradients; 0 runs its whole share"

@@ -10,7 +10,7 @@ import click
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.attribution.results import IDENTITY
 from featcache.attribution.scores.score import Score
-from featcache.attribution.task import RANDOM_BACKBONE, RANDOM_HEAD
+from featcache.attribution.task import RANDOM_BACKBONE, RANDOM_HEAD, REGION
 from featcache.errors import BadInput, nearest
 from featcache.probes.compare import Paths, choose_probes
 from featcache.probes.runs.probe_file import find_probes, load_specs
@@ -78,6 +78,7 @@ def compare_localisation(
             raise BadInput(
                 f"{' of '.join(one[::-1])} and {' of '.join(other[::-1])} have no map of the same image and class"
             )
+        _check_same_objects(opened, tables, [(first[key], second[key]) for key in common])
         for score in (score for score in tables[0].scores if score in tables[1].scores):
             rows = [first[key] for key in common], [second[key] for key in common]
             result.append(LocalisationComparison((one, other), score.heading, *_compare(score, *rows)))
@@ -110,6 +111,19 @@ def _check_alike(runs: Sequence[Run], tables: Sequence[Localisation]) -> None:
             raise BadInput(
                 f"runs {runs[0].path} and {runs[-1].path} cannot be compared: --{field} was {one} in one and {other} in the "
                 "other; attribute both alike"
+            )
+
+
+def _check_same_objects(
+    runs: Sequence[Run], tables: Sequence[Localisation], pairs: Sequence[tuple[MapRow, MapRow]]
+) -> None:
+    """Raise BadInput if maps of one id and class are about other objects. Images prepared differently may differ."""
+    first, second = (table.facts.get("preprocessing") for table in tables[:2])
+    for one, other in pairs if first == second else ():
+        if one.get(REGION, 0) != other.get(REGION, 0):
+            raise BadInput(
+                f"runs {runs[0].path} and {runs[-1].path} cannot be compared: class {one['class']} of image {one['id']} covers "
+                f"{one[REGION]:.0f} pixels in one and {other[REGION]:.0f} in the other, so these are other images"
             )
 
 

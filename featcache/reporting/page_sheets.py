@@ -37,6 +37,7 @@ class PageSheet:
     width: int
     photograph: Shown | None
     methods: Sequence[str]
+    coloured: bool
     rows: Sequence[tuple[str, Sequence[Shown | None]]]
 
     @property
@@ -91,7 +92,7 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
     picture = sheet.picture
     photograph = None if picture is None else shown(picture, f"image {sheet.id}, with boxes of {sheet.label}")
     width = min(side, WIDE if sheet.size > GRID else WIDTH)
-    return PageSheet(sheet.title, sheet.reason, width, photograph, sheet.methods, rows)
+    return PageSheet(sheet.title, sheet.reason, width, photograph, sheet.methods, sheet.coloured, rows)
 
 
 def _data_url(pixels: np.ndarray) -> str:

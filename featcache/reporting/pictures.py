@@ -18,11 +18,14 @@ from featcache.reporting.sheets import Sheet, read_sheets
 try:
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 except ImportError:
     raise BadInput("pictures need matplotlib: pip install 'featcache[report]'") from None
 
 # The folder in a run.
 FOLDER = "pictures"
+# A text in the files, by which they are known.
+MARK = ("Software", "featcache")
 # Sides of a map on a sheet, in pixels: smaller maps are enlarged by a whole factor, larger ones are made smaller.
 LEAST, MOST = 192, 448
 MARGIN, GAP = 20, 14
@@ -32,30 +35,53 @@ EXPLANATION = (
     "Every map has a scale of its own, to the 99.5th percentile of its absolute values.",
     "Boxes: thick and green for the class explained, thin and white for others, dashed if difficult.",
 )
+COLOURED = (
+    "In a column of colours, a pixel has the colour that the network looks for there, and is opaque where that speaks "
+    "strongly for the class."
+)
 
 
 def write_pictures(run: str | PathLike, folder: str | PathLike | None = None) -> list[Path]:
     """Write the sheets of the maps that attribute kept as PNG files, and return their paths.
 
-    run: folder. folder: where to write, by default `pictures` in the run. Sheets of before are deleted there: a file is
-    one if its name begins with a number and ends with .png. Raises BadInput.
+    run: folder. folder: where to write, by default `pictures` in the run. Sheets of before are deleted there; they are
+    known by a mark inside. Raises BadInput.
 
         featcache.attribute("runs/voc", images=["000001", "000004"])
         write_pictures("runs/voc")
     """
     opened = open_run(run)
-    place = opened.path / FOLDER if folder is None else local_path(folder, "--pictures")
+    place = opened.path / FOLDER if folder is None else check_folder(folder)
     sheets = read_sheets(opened, read_localisation(opened))
     paths = [place / f"{number:03d}-{_file_name(sheet)}.png" for number, sheet in enumerate(sheets, 1)]
     try:
         place.mkdir(parents=True, exist_ok=True)
-        for old in place.glob("[0-9][0-9][0-9]*-*.png"):
+        for old in filter(_is_sheet, place.glob("*.png")):
             old.unlink()
+        mark = PngInfo()
+        mark.add_text(*MARK)
         for path, sheet in zip(paths, sheets, strict=True):
-            draw_sheet(sheet).save(path)
+            draw_sheet(sheet).save(path, pnginfo=mark)
     except OSError as error:
         raise BadInput(f"cannot write {place}: {of_the_system(error)}") from None
     return paths
+
+
+def check_folder(folder: str | PathLike) -> Path:
+    """Return the path of a folder for pictures, which need not exist. Raises BadInput for anything else."""
+    place = local_path(folder, "--pictures")
+    if place.exists() and not place.is_dir():
+        raise BadInput(f"--pictures {place}: it is a file; name a folder")
+    return place
+
+
+def _is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet of before, and no picture of somebody else's."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MARK[0]) == MARK[1]
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _file_name(sheet: Sheet) -> str:
@@ -97,7 +123,7 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
                 for n, line in enumerate(panel.caption.splitlines()):
                     texts.append((x, y + side + 2 + n * _height(SMALL), line, SMALL, INK))
         y += side + 4 + lines * _height(SMALL) + GAP
-    y = _explain(texts, pasted, y, width)
+    y = _explain(texts, pasted, y, width, sheet.coloured)
     drawn = Image.new("RGB", (width, y + MARGIN), "white")
     for x, top, pixels in pasted:
         drawn.paste(Image.fromarray(pixels), (x, top))
@@ -107,7 +133,7 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
     return drawn
 
 
-def _explain(texts: list, pasted: list, y: int, width: int) -> int:
+def _explain(texts: list, pasted: list, y: int, width: int, coloured: bool) -> int:
     """Add the key of the colours, and what boxes and scales mean. Returns where they end."""
     bar = key(180, 12)
     beside = MARGIN
@@ -119,7 +145,7 @@ def _explain(texts: list, pasted: list, y: int, width: int) -> int:
             texts.append((beside, y, text, SMALL, GREY))
             beside += round(_font(SMALL).getlength(text)) + 8
     y += _height(SMALL) + 4
-    for sentence in EXPLANATION:
+    for sentence in (*EXPLANATION, *([COLOURED] if coloured else [])):
         for line in _wrapped(sentence, SMALL, width - 2 * MARGIN):
             texts.append((MARGIN, y, line, SMALL, GREY))
             y += _height(SMALL)

@@ -222,7 +222,7 @@ def localisation_means(run: Run, means: Mapping[tuple[str, str], Mean], score: t
             axis.set(xlim=(0, 100), ylim=(-0.6, len(probes) - 0.4), xlabel=f"{score.heading}, %")
             axis.set_yticks(range(len(probes)), [texts[probe] for probe in reversed(probes)])
             axis.tick_params(axis="y", length=0)
-            axis.set_title(_drawn(method), fontsize=10)
+            axis.set_title(_drawn(method), fontsize=9)
         return _embed(figure)
 
 

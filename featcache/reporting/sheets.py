@@ -54,6 +54,11 @@ class Sheet:
         return len(next(iter(self.panels.values())).pixels)
 
     @property
+    def coloured(self) -> bool:
+        """Whether it has columns of colours."""
+        return any(method.endswith(f" {COLOURS}") for method in self.methods)
+
+    @property
     def title(self) -> str:
         """The image, and the class explained."""
         return f"{without_middle(self.id, LONGEST_ID)}: {self.label}"

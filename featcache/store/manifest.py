@@ -121,26 +121,28 @@ class Manifest:
         spec = self.features[str(feature)]
         return math.prod(spec["shape"]) * STORED[spec["dtype"]].itemsize
 
-    def feature(self, name: object) -> Feature:
-        """Return the feature of a name, aliases resolved. Raises BadInput if the store does not hold it."""
+    def feature(self, name: object, path: str | None = None) -> Feature:
+        """Return the feature of a name, aliases resolved. path: of the store. Raises BadInput if it does not hold it."""
         feature = parse_feature(name, self.aliases)
         if str(feature) not in self.features:
             hint = nearest(feature, self.features)
             raise BadInput(
                 f"the store holds no feature {str(feature)!r}{hint} (it holds {', '.join(self.features)}); if the backbone "
-                f"has that layer: {self._extract_with(feature)}"
+                f"has that layer: {self._extract_with(feature, path)}"
             )
         return feature
 
-    def _extract_with(self, feature: Feature) -> str:
-        """Return the command that adds a further feature to a store like this one, as far as the identity says it."""
+    def _extract_with(self, feature: Feature, path: str | None) -> str:
+        """Return the command that adds a further feature to the store at a path, as far as the identity says it."""
         identity = self.identity
+        images = identity.get("preprocessing", {})
         options = {"arch": identity.get("arch"), "dataset": identity.get("dataset", {}).get("name")}
         options |= {
-            "size": identity.get("preprocessing", {}).get("size"),
-            "views": identity.get("views", {}).get("count"),
+            name: images.get(name.replace("-", "_")) for name in ("size", "resize", "short-side", "interpolation")
         }
+        options |= {"views": identity.get("views", {}).get("count")}
         options |= {name: identity.get(name) for name in ("dtype", "precision") if identity.get(name) != USUAL[name]}
+        options |= {"store": path and shlex.quote(path)}
         words = [f"--{name} {value}" for name, value in options.items() if value]
         # The brackets of a grid mean something to a shell.
         features = shlex.quote(",".join([*self.features, str(feature)]))

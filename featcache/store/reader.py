@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import BadInput, nearest
+from featcache.feature import Feature
 from featcache.store.additions import ids_of_parts, merge, part_of, read_file, read_parts
 from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import Folder, open_folder
@@ -90,6 +91,10 @@ class Store:
         store.manifest = replace(self.manifest, splits=then.splits)
         return store
 
+    def feature(self, name: object) -> Feature:
+        """Return the feature of a name, aliases resolved. Raises BadInput, with the command that adds it, if there is none."""
+        return self.manifest.feature(name, self.path)
+
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in order, without views."""
@@ -132,7 +137,7 @@ class Split:
         return self.store.manifest.splits[self.name]["rows"]
 
     def __getitem__(self, name: object) -> FeatureArray:
-        feature = self.store.manifest.feature(name)
+        feature = self.store.feature(name)
         part = part_of(self.store.parts, self.name, str(feature))
         checked = self._checked.setdefault(str(feature), {})
         return FeatureArray(self.store.folder, part, self.name, feature, self._ids_of_shards(part), checked)

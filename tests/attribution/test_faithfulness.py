@@ -99,7 +99,6 @@ def test_against_a_loop(score, backbone, images, heads):
     """With classes of several images, layers and losses, and ties that a random order breaks."""
     classes = [[1, 4], [0, 9], [3, 2]]
     batch = batch_of(backbone, LAYER4, images, classes)
-    object.__setattr__(batch.source, "features", (LAYER4, LAYER3))
     judge = score.judge(batch, heads)
     maps = torch.randn(6, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).round(decimals=1)
     maps[3] = 2.5
@@ -145,6 +144,10 @@ def test_faithfulness_from_the_command_line(run, words, store, command):
             assert 0 <= float(row[f"{name}_uniform"]) <= 1 and (row[name] == "" or 0 <= float(row[name]) <= 1)
     same = {(row["probe"], row["id"], row["class"], row["deletion_uniform"]) for row in rows}
     assert len(same) == 3 * pairs, "the level of chance does not depend on the method"
+    by_loss = {row["loss.type"]: row["probe"] for row in featcache.open_run(run).scores if row["head.type"] == "linear"}
+    both = ["--probe", by_loss["bce"], "--probe", by_loss["ce"], "--method", "gradient"]
+    code, out, err = command("compare", "--run", run, "--localisation", *both)
+    assert code == 0 and "insertion %" in out and "one probe gives a softmax, the other sigmoids" in err, err
     code, _, err = command("report", "--run", run, "--out", run / "page.html")
     assert code == 0 and "lower is better" in (run / "page.html").read_text(), err
     code, _, err = command(*words, "--protocol", "faithfulness", "--score", "epg")

@@ -1,6 +1,6 @@
 """Full-batch linear probes and support vector machines against scikit-learn, at equal optimality.
 
-    python tests/benchmarks/full_batch.py [decays] [path] [softmax] [svm]
+    python tests/benchmarks/full_batch.py [decays] [path] [softmax] [folds] [svm]
 
 Each row prints CPU seconds of one thread for both, which other programs disturb less than wall time, and their ratio.
 Features are like those of a network: not negative, correlated, of a spectrum that falls with a power.
@@ -8,9 +8,10 @@ Features are like those of a network: not negative, correlated, of a spectrum th
     decays    13 weight decays, 450 x 1,280, 20 classes, bce and ce
     path      45 weight decays, 5,000 x 2,048, 20 classes, bce
     softmax   10 weight decays, ce; by default 4,000 x 512 and 200 classes: --full takes 20,000 x 1,024 and 1,000
+    folds     45 weight decays, 10 folds and all images, 300 x 768, 10 classes, ce: pipelines/dinov2/logistic.yaml
     svm       20 classes, 19 costs, 3 folds and all images, 5,011 x 2,048
 
-scikit-learn solves one problem after the other. Of `path`, `softmax` and `svm` it solves a sample, spread over decays or
+scikit-learn solves one problem after the other. Of `path`, `softmax`, `folds` and `svm` it solves a sample, spread over decays or
 costs, and its time is scaled up to all of them; ours is always the whole. Of its solvers for logistic regression the
 faster one counts for each problem, among those that come within 1e-6 of our objective, or both if none does.
 """
@@ -98,6 +99,31 @@ def logistic(kind, images, width, classes, decays, sample, solvers, loss):
     print(f"{kind}, {loss}: scikit-learn {whole:.0f} s, {whole / ours:.1f} times as long", flush=True)
 
 
+def folds(images=300, width=768, classes=10, parts=10, sampled=5):
+    """The row of DINOv2's logistic regression by folds. scikit-learn solves some decays on one fold."""
+    features, _, single = data(images, width, classes)
+    decays = np.logspace(np.log10(7.80538e-12), np.log10(0.780538), 45)
+    held_out = {f"{part + 1}/{parts}": torch.arange(part, images, parts) for part in range(parts)}
+    problems = [Problem(Loss("ce"), float(decay), 1000, fold) for fold in (None, *held_out) for decay in decays]
+    ours, fits = timed(fit_convex, problems, Head("linear"), features, single, classes, held_out)
+    farthest = max(fit.optimality.distance for fit in fits)
+    print(f"folds: featcache {ours:.1f} s, {len(fits)} problems, all within {farthest:.0e} of their optima", flush=True)
+    rows, theirs = np.arange(images) % parts != 0, 0.0
+    x, target = features.double().numpy()[rows], single[rows]
+    for place in np.linspace(0, len(decays) - 1, sampled).astype(int):
+        model = LogisticRegression(C=1 / (len(x) * decays[place]), tol=1e-7, max_iter=2000)
+        seconds, _ = timed(model.fit, x, target.numpy())
+        weights = {name: tensor.double().numpy() for name, tensor in fits[len(decays) + place].weights.items()}
+        mine = objective(decays[place], weights["fc0.weight"], weights["fc0.bias"], x, target)
+        reached = objective(decays[place], model.coef_, model.intercept_, x, target)
+        theirs += seconds
+        print(
+            f"  decay {decays[place]:.0e}: {seconds:.2f} s, objective {reached / mine - 1:+.0e} from ours", flush=True
+        )
+    whole = theirs * len(problems) / sampled
+    print(f"folds: scikit-learn {whole:.0f} s, {whole / ours:.1f} times as long", flush=True)
+
+
 def svm(classes=20, images=5011, width=2048, sampled=2):
     """The row of VOC's support vector machines: OpenMixup's costs, class weights, folds and LinearSVC."""
     features, multi, _ = data(images, width, classes)
@@ -157,13 +183,15 @@ def main(rows, full):
             elif row == "softmax":
                 sizes = (20_000, 1024, 1000) if full else (4000, 512, 200)
                 logistic(row, *sizes, np.logspace(-6, -1, 10), (4, 1), alone, "ce")
+            elif row == "folds":
+                folds()
             else:
                 svm()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["decays", "path", "softmax", "svm"]
+    names = ["decays", "path", "softmax", "folds", "svm"]
     parser.add_argument("rows", nargs="*", default=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--full", action="store_true", help="softmax with 1,000 classes")
     chosen = parser.parse_args()

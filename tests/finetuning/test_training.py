@@ -215,13 +215,23 @@ def test_a_loss_scale_that_is_too_large_is_halved_and_the_step_left_out(images, 
 
 def test_a_configuration_that_diverges_is_marked(images, tmp_path):
     content = tuning.recipe(optimizer={"type": "sgd", "lr": [0.1, 1e30]})
-    run = tuning.finetune(images, content, tmp_path / "run")
+    given = {"root": images, "arch": "tuning:network", "workers": 0, "run": tmp_path / "run"}
+    run, said = trust.quietly(lambda: featcache.finetune("random", "manifest", content, **given))
     (wild,) = run.summary["diverged"]
+    assert f"warning: {wild} (lr 1e+30) diverged in epoch 1, at step 2; its scores are empty" in said
     assert [row["value"] for row in run.scores if row["probe"] == wild] == [None] * sum(
         r["probe"] == wild for r in run.scores
     )
     assert not (run.path / "backbones" / f"{wild}.safetensors").exists()
     assert tuning.finetune(images, content, tmp_path / "run").scores[0]["probe"] == run.scores[0]["probe"]
+
+
+def test_what_images_are_trained_on_is_said(images, tmp_path):
+    """The sizes of the recipe, not those of the weights."""
+    given = {"root": images, "arch": "tuning:network", "workers": 0, "run": tmp_path / "run"}
+    content = tuning.recipe({"size": 40, "train_size": 32, "interpolation": "bicubic"}, epochs=1)
+    said = trust.quietly(lambda: featcache.finetune("random", "manifest", content, **given))[1]
+    assert "40x40 (bicubic)" in said and "; in training 32x32" in said and "224x224" not in said
 
 
 def test_the_best_epoch_is_kept(images, tmp_path):

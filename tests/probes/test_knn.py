@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import free_port
 from sklearn.metrics import average_precision_score
 from stores import write_features
 
@@ -139,6 +140,21 @@ def test_few_shots_have_a_mean_over_draws(single, tmp_path, command):
     assert featcache.verify(tmp_path / "run") == []
 
 
+def test_two_ranks_write_the_run_of_one_and_say_all_once(single, tmp_path, command):
+    words = ("knn", "--store", single, "--shots", "2", "--tries", "2", "--k", "1,5", "--run")
+    assert command(*words, tmp_path / "one")[0] == 0
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "--"]
+    done = subprocess.run(
+        [sys.executable, *launch, "featcache", *map(str, words), tmp_path / "two"], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("2 shots: k 5 left out, which is more than 2") == 1 and done.stdout.count("run: ") == 1
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file() and path.name != "run.json":
+            assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes(), path
+
+
 def test_several_labels_have_a_mean_average_precision(several, tmp_path):
     run = featcache.knn(several, k=15, run=tmp_path / "run")
     data = images(several=True)
@@ -259,6 +275,10 @@ def zeros(split, values):
         values[7] = 0
 
 
+def constant(split, values):
+    values[:] = values[0] if split == "test" else 3
+
+
 def infinite(split, values):
     if split == "train":
         values[11, 3] = np.inf
@@ -269,12 +289,13 @@ def infinite(split, values):
     [
         (zeros, "feature layer4:pooled of test 'test/7' in store .* is all zero, and has no cosine"),
         (infinite, "feature layer4:pooled of train 'train/11' in store .* is not finite"),
+        (constant, "feature layer4:pooled is the same for all images of train: nothing can be learned from it"),
     ],
 )
 def test_features_without_neighbours(tmp_path, change, line):
     store = write_features(tmp_path / "s.zarr", images(change=change), CLASSES)
     with pytest.raises(BadInput, match=line):
-        featcache.knn(store, k=3, run=tmp_path / "run")
+        featcache.knn(store, k=3, run=tmp_path / "run", allow_overlap=True)
     if change is zeros:
         assert featcache.knn(store, k=3, distance="euclidean", run=tmp_path / "other").summary["probes"] == 1
 
@@ -282,7 +303,7 @@ def test_features_without_neighbours(tmp_path, change, line):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--k", "241"], "k is 241, and there are 240 training images to choose neighbours from"),
+        (["--k", "241"], "k is 241, and there are 240 training images to choose neighbours from; take a smaller k"),
         (["--k", "240", "--leave-one-out"], "k is 240, and there are 240 training images, each without itself,"),
         (["--k", "0"], "0 is not a whole number of at least 1"),
         (["--k", "x"], "'x' is not a whole number"),

@@ -1,5 +1,7 @@
 """Features that teach nothing, that are not finite, or that a store lacks: one line each, whatever the probe."""
 
+import shlex
+
 import numpy as np
 import pytest
 from digits import CLASSES, digits
@@ -70,10 +72,27 @@ def test_a_column_that_is_constant_is_nothing_odd(tmp_path):
     assert run.summary["diverged"] == []
 
 
-def test_a_feature_that_the_store_lacks_comes_with_the_command_that_adds_it(tmp_path, store):
-    with pytest.raises(BadInput) as caught:
-        featcache.train_probes({"probes": [SGD | {"features": "layer2:pooled"}]}, store=store, run=tmp_path / "r")
-    assert caught.value.message.endswith(
-        "if the backbone has that layer: featcache extract --backbone CKPT --arch resnet18 --dataset voc2007 --size 64 "
-        "--dtype float32 --features layer4:pooled,layer4:spatial,layer3:spatial,layer2:pooled"
+def test_a_feature_that_the_store_lacks_comes_with_the_command_that_adds_it(
+    tmp_path, monkeypatch, scenes, checkpoint, command
+):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "size": 32,
+        "resize": "warp",
+        "short_side": 40,
+        "interpolation": "bicubic",
+        "dtype": "float32",
+        "workers": 0,
+    }
+    featcache.extract(
+        checkpoint, "voc", root=scenes, splits=["val", "test"], features="pooled", store="s.zarr", **given
     )
+    grid = {"splits": {"train": "val", "test": "test"}, "probes": [SGD | {"features": "layer3:pooled"}]}
+    with pytest.raises(BadInput) as caught:
+        featcache.train_probes(grid, store="s.zarr", run="r")
+    printed = caught.value.message.partition("if the backbone has that layer: featcache ")[2].replace(
+        "CKPT", str(checkpoint)
+    )
+    code, _, err = command(*shlex.split(printed), "--root", scenes, "--split", "val,test", "--workers", 0)
+    assert code == 0 and "adding layer3:pooled of val, test to s.zarr" in err, err
+    assert featcache.train_probes(grid, store="s.zarr", run="r").summary["probes"] == 1

@@ -16,8 +16,9 @@ import featcache
 from featcache.cli import cli
 from featcache.datasets import DATASETS
 from featcache.feature import parse_beside
-from featcache.probes.grids.grid import read_grid
+from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.inputs.batches import epoch_order
+from featcache.probes.knn import knn_grid
 from featcache.probes.runs.probe_file import find_probes, load_probes
 
 PIPELINES = CHECKOUT / "pipelines"
@@ -197,6 +198,19 @@ def test_all_linear_recipes_that_are_launched_otherwise_have_a_profile():
     assert profiled == {f"openmixup/{name}" for name in PARITY}
 
 
+def test_the_recipe_of_nearest_neighbours_is_the_commands_grid(images, tmp_path):
+    store = featcache.extract(
+        "random", "folder", root=images, arch="resnet18", size=32, workers=0, store=tmp_path / "s.zarr"
+    )
+    given = {"weights": "openmixup", "splits": {"train": "train", "test": "val"}, "metric": "top1"}
+    grid, _ = knn_grid(
+        store, "last:pooled", None, None, draws=(None, 1, 0), distance=None, leave_one_out=False, **given
+    )
+    ours, recipe = parse_grid(grid), grid_of("openmixup/imagenet_knn")
+    assert ours.specs == recipe.specs and ours.splits == recipe.splits and ours.selection == recipe.selection
+    assert ours.reports_all and recipe.reports_all
+
+
 def test_every_recipe_is_in_the_table():
     assert {f"{name}.yaml" for name in TABLE.keys() | GRIDS} == set(LINEAR)
 
@@ -332,6 +346,7 @@ def test_a_recipe_of_fine_tuning_is_the_published_one(recipe):
     } == TUNING[recipe]  # fmt: skip
     assert spec.schedule.type == "cosine" and not tuning.decay_all and optimizer.lr_base == 0
     assert (tuning.cutmix > 0) == (tuning.mixup > 0) and tuning.color_jitter == 0
+    assert tuning.interpolation == "bicubic"
     assert (tuning.randaugment_p, tuning.randaugment_ops) == ((0.5, 2) if tuning.randaugment else (1, 2))
     assert spec.loss.type == "bce" or spec.loss.label_smoothing == (0.1 if tuning.mixup else 0)
 
@@ -352,7 +367,10 @@ def test_semi_supervised_recipes_are_the_published_nine(recipe, decay):
     specs = grid.specs
     assert grid.specs == parity.specs and grid.reports_all and grid.splits["test"] == ("val",)
     assert not parity.reports_all and parity.chosen_on == "val" and parity.splits["val"] == parity.splits["test"]
-    assert {(s.finetune.norm, s.finetune.decay_all, s.optimizer.momentum) for s in specs} == {("sync", True, 0.9)}
+    assert {(s.finetune.norm, s.finetune.decay_all, s.finetune.interpolation) for s in specs} == {
+        ("sync", True, "bicubic")
+    }
+    assert {s.optimizer.momentum for s in specs} == {0.9}
     assert {(s.optimizer.lr, s.finetune.head_lr) for s in specs} == {
         (r, h) for r in (0.1, 0.01, 0.001) for h in (1, 10, 100)
     }

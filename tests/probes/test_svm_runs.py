@@ -26,7 +26,7 @@ from featcache.feature import Feature
 from featcache.probes.grids.grid import parse_grid, read_grid
 from featcache.probes.runs.probe_file import load_probe
 from featcache.probes.solvers.low_shot import digest_of_draw, draw_few
-from featcache.probes.svm import svm_grid
+from featcache.probes.svm import Settings, svm_grid
 
 pytestmark = pytest.mark.process
 
@@ -92,7 +92,7 @@ def test_by_default_every_vector_is_a_layer_and_the_run_has_the_commands_name(st
     assert command("svm", "--store", store, "--low-shot", "--shots", "1", "--samples", "1", *words)[0] == 0
     names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs").iterdir())
     assert names == ["low-shot-svm", "svm"]
-    grid = svm_grid(featcache.open_store(store), None, False, [1], 1, "voc07", 3, None, "newton", None, None, None, 0)
+    grid = svm_grid(featcache.open_store(store), Settings())
     assert grid["probes"][0]["features"] == ["layer4:pooled", "layer3:pooled", "layer3:grid(2,2,0)"]
     assert grid["splits"] == {"train": ["train", "val"], "test": ["test"]}
 
@@ -309,7 +309,7 @@ def test_a_feature_that_the_store_lacks_comes_with_the_command_that_adds_it(stor
     assert code == 2
     features = "layer4:pooled,layer4:spatial,layer3:pooled,layer3:grid(2,2,0),layer2:pooled"
     assert "featcache extract --backbone CKPT" in err and "--dataset voc2007" in err
-    assert f"--features '{features}'" in err
+    assert f"--features '{features}'" in err and " --store " in err
 
 
 def test_the_python_function_checks_its_arguments(store):
@@ -327,11 +327,8 @@ class TestRecipes:
     """The files in pipelines/openmixup are what the command does."""
 
     def specs(self, store, low_shot, parity, features):
-        grid = svm_grid(
-            featcache.open_store(store), features, low_shot, (1, 2, 4, 8, 16, 32, 64, 96), 5, "voc07", 3, None, "newton",
-            parity, None, None, 0,
-        )  # fmt: skip
-        return parse_grid(grid)
+        asked = Settings(features=features, low_shot=low_shot, parity=parity)
+        return parse_grid(svm_grid(featcache.open_store(store), asked))
 
     @pytest.mark.parametrize(
         ("name", "low_shot", "parity"),

@@ -10,6 +10,7 @@ from scipy.stats import ttest_rel
 
 import featcache
 from featcache.errors import BadInput
+from featcache.probes.runs.run_file import seal_files, write_file
 from featcache.reporting.localisation import SIZES, by_class, by_size, read_localisation
 
 GRID = {
@@ -91,7 +92,7 @@ def test_the_test_is_paired(explained, probes):
 def test_two_methods_of_one_probe_and_two_runs(explained, probes, network, command, tmp_path):
     words = ["compare", "--localisation", "--run", explained.path]
     code, out, err = command(*words, "--probe", probes[0], "--method", "gradient", "--method", "input_x_gradient")
-    assert code == 0 and out.splitlines()[0].split()[1:3] == ["gradient", "input_x_gradient"], err
+    assert code == 0 and out.splitlines()[0].split()[2:4] == ["gradient", "input_x_gradient"], err
     # Another run was explained on fewer images: those that both have are compared.
     shutil.copytree(explained.path, tmp_path / "r")
     featcache.attribute(tmp_path / "r", probes=probes[:1], methods=["gradient"], limit=8, **network)
@@ -132,6 +133,28 @@ def test_runs_without_maps_are_named(explained, probes, store, tmp_path, command
         featcache.compare_localisation(run.path, probes=probes)
     code, _, err = command("compare", "--run", run.path, "--probe", probes[0], "--method", "gradient")
     assert code == 2 and "--method goes with --localisation" in err
+
+
+def test_runs_that_were_scored_differently_are_not_compared(explained, probes, tmp_path):
+    for name, score in (("a", "mask_iou"), ("b", "mask_iou:threshold=0.5")):
+        shutil.copytree(explained.path, tmp_path / name)
+        featcache.attribute(tmp_path / name, probes=probes, scores=[score], limit=2)
+    with pytest.raises(
+        BadInput, match="--score was mask_iou in one and mask_iou:threshold=0.5 in the other; attribute both"
+    ):
+        featcache.compare_localisation([tmp_path / "a", tmp_path / "b"], probes=probes)
+    assert featcache.compare_localisation(tmp_path / "b", probes=probes)[0].score == "mask IoU"
+
+
+def test_other_images_with_the_same_ids_are_not_compared(explained, probes, tmp_path):
+    """Their objects have other sizes. The table is that of a run whose images were numbered in the same way."""
+    shutil.copytree(explained.path, tmp_path / "r")
+    rows = table(explained.path)
+    lines = [",".join(rows[0]), *(",".join((row | {"region_pixels": "7.0"}).values()) for row in rows)]
+    entry = write_file(tmp_path / "r", "attribution.csv", "".join(f"{line}\n" for line in lines).encode())
+    seal_files(tmp_path / "r", {"attribution.csv": entry})
+    with pytest.raises(BadInput, match="pixels in one and 7 in the other, so these are other images"):
+        featcache.compare_localisation([explained.path, tmp_path / "r"], probes=probes)
 
 
 def test_means_by_size_and_class(explained, probes, command, tmp_path):

@@ -141,6 +141,7 @@ def test_rules_choose_by_hand():
     assert "there is none" in line
 
 
+@pytest.mark.process
 def test_images_by_name_become_sheets(run, trained, scenes, command, tmp_path):
     """From the command line to files, pixel by pixel, and onto the page; without photographs, from the store alone."""
     test = featcache.open_store(trained.summary["store"])["test"]
@@ -173,10 +174,12 @@ def test_images_by_name_become_sheets(run, trained, scenes, command, tmp_path):
     code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert code == 0 and all(f"<strong>{i}: {c}</strong>" in page for i, c in pairs), err
-    # The same command with other images leaves no sheet of before. With the data set, photographs are below the maps.
+    # The same command with other images leaves no sheet of before, but others' files. With the data set, photographs are below the maps.
     data = ["--dataset", "voc", "--root", scenes]
+    Image.new("RGB", (2, 2)).save(tmp_path / "p/001-of-mine.png")
     code, out, err = command(*words[:-1], ids[0], *data, "--sanity", "--pictures", tmp_path / "p")
-    assert code == 0 and 0 < len(list((tmp_path / "p").iterdir())) < len(pairs), err
+    assert code == 0 and 0 < len(list((tmp_path / "p").iterdir())) - 1 < len(pairs), err
+    assert (tmp_path / "p/001-of-mine.png").exists()
     (sheet, *_), images = (
         read_sheets(featcache.open_run(run), read_localisation(featcache.open_run(run))),
         np.load(run / "attribution.npz")["images"],
@@ -217,6 +220,7 @@ def passes(text):
     return re.search(r"through the backbone: (\d+) forward", text).group(1)
 
 
+@pytest.mark.process
 def test_examples_by_rule_are_the_extremes_of_the_table(run, scenes, checkpoint, command, tmp_path):
     """Their maps are explained again, the passes are counted, and the pictures say why and by which probe."""
     backbone = ["--backbone", checkpoint, "--dataset", "voc", "--root", scenes]
@@ -281,6 +285,7 @@ def test_colours_of_a_bcos_network(scenes, tmp_path, command):
     run = featcache.open_run(place)
     sheet = read_sheets(run, read_localisation(run))[0]
     assert sheet.methods == ["gradcam", "bcos", "bcos colours"] and sheet.picture.shape == (32, 32, 3)
+    assert sheet.coloured and "In a column of colours" in featcache.report(place, tmp_path / "page.html").read_text()
 
 
 def test_sheets_are_left_out_of_a_page_that_would_be_too_large(run, monkeypatch, tmp_path):
@@ -321,6 +326,7 @@ def test_the_table_for_a_narrow_terminal(run):
         (["--examples", "bets:3"], "did you mean 'best'?"),
         (["--examples", "best:0"], "a number from 1 to 1000"),
         (["--examples", "best:x"], "a number from 1 to 1000"),
+        (["--pictures", __file__], "it is a file; name a folder"),
         (["--examples", "-1"], "expected a number of first images, or rules of best, worst, right, wrong"),
     ],
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+from tqdm import tqdm
 
 from featcache.attribution.batch import Source
 from featcache.attribution.explained import Explained
@@ -12,7 +13,7 @@ from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target
 from featcache.datasets.record import Record
 from featcache.errors import BadInput
-from featcache.ranks import say_once
+from featcache.ranks import first_to_say, say_once
 
 
 class Masks(Protocol):
@@ -43,7 +44,8 @@ class Masks(Protocol):
             say_once(f"notice: {left_out} of {len(shown)} images with objects have no mask; they are left out")
         targets: list[Target] = []
         images = 0
-        for row in masked:
+        # The annotations of COCO take minutes.
+        for row in tqdm(masked, unit="img", desc="masks", delay=5, disable=not first_to_say("reading masks")):
             if images == limit:
                 break
             own = _targets_of(row, source.records[row], source)

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featcache.probes.engine.memory import MemoryBudget
-from featcache.probes.engine.scoring import load_predictors, new_tally, passes, tally_blocks, with_interval
-from featcache.probes.engine.waves import blocks_by_input
+from featcache.probes.engine.scoring import predicting, tally_blocks, with_interval
 from featcache.probes.inputs.training_sets import TrainingSets
 from featcache.probes.runs.probe_file import find_probes
 from featcache.probes.spec import ProbeSpec
@@ -39,23 +37,18 @@ def score_folds(
     for sample in dict.fromkeys(spec.sample for spec in specs):
         images, labels = sets[sample], sets.held_out_labels(sample)
         members = [spec for spec in specs if spec.sample == sample and spec.id in places]
-        kept = (
-            new_tally(members[:1], labels[:1], len(sets.store.classes), metrics).bytes_per_image * len(labels)
-            if members
-            else 0
-        )
-        for _, group in blocks_by_input(members, sets.store, device):
-            for part in passes(places, group, kept, MemoryBudget.of(device).scores):
-                predictors = load_predictors(folder, part, sets.store, sets.splits, device, places, memory)
-                tallies = tally_blocks(
-                    predictors, part, sets.store, images.splits, labels, device, metrics, images.held_out
-                )
-                for block, tally in zip(part, tallies, strict=True):
-                    estimates = tally.estimates()
-                    for p, spec in enumerate(block):
-                        number, count = map(int, str(spec.fold).split("/"))
-                        row = {m: tuple(column[p].item() for column in columns) for m, columns in estimates.items()}
-                        parts.setdefault(replace(spec, fold=None).id, {})[number, count] = row
+        for part, predictors in predicting(
+            folder, members, sets.store, sets.splits, labels, device, metrics, places, memory
+        ):
+            tallies = tally_blocks(
+                predictors, part, sets.store, images.splits, labels, device, metrics, images.held_out
+            )
+            for block, tally in zip(part, tallies, strict=True):
+                estimates = tally.estimates()
+                for p, spec in enumerate(block):
+                    number, count = map(int, str(spec.fold).split("/"))
+                    row = {m: tuple(column[p].item() for column in columns) for m, columns in estimates.items()}
+                    parts.setdefault(replace(spec, fold=None).id, {})[number, count] = row
     # In the order of the folds, on which the last bit of a mean depends.
     ordered = {whole: [rows[key] for key in sorted(rows)] for whole, rows in parts.items()}
     return {whole: _mean(rows) for whole, rows in ordered.items() if len(rows) == next(iter(parts[whole]))[1]}

@@ -62,6 +62,8 @@ class NeighbourPredictor:
         memory = self._memory(len(labels), draws)
         training = TrainingRows(self._read, self._store, self._train, self._device, wanted, memory.held)
         self._check(training.norms, self._train, torch.arange(len(labels)) if wanted is None else wanted)
+        if training.alike:
+            raise self._read.constant(self._train)
         search, done = Search(training, self._distance, draws, memory), 0
         numbers = torch.arange(sum(len(self._store[name]) for name in splits))
         numbers = numbers if rows is None else numbers[torch.from_numpy(rows)]
@@ -151,7 +153,11 @@ class NeighbourPredictor:
         raise BadInput(
             f"feature {self._read.feature} of {ids[int(numbers[row])]} in store {self._store.path} {reason}: it has no nearest "
             f"neighbours ({int(bad.sum())} such images); "
-            + ("take distance euclidean, or another feature" if norms[row] == 0 else "extract with --dtype float32")
+            + (
+                "take distance euclidean, or another feature"
+                if norms[row] == 0
+                else "extract it again, into another store"
+            )
         )
 
 

@@ -125,19 +125,38 @@ def score_probes(
     scored, places = {}, find_probes(folder)
     with tqdm(total=len(specs) * len(labels), unit="score", desc="score") as progress:
         largest = max(labels.values(), key=len)
-        kept = new_tally(specs[:1], largest[:1], len(store.classes), metrics).bytes_per_image * len(largest)
-        for _, group in blocks_by_input(specs, store, device):
-            for part in passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
-                predictors = load_predictors(folder, part, store, splits, device, places, memory)
-                for role in labels:
-                    of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
-                    blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
-                    tallies = tally_blocks(own, blocks, store, splits[role], labels[role], device, metrics)
-                    for block, tally in zip(blocks, tallies, strict=True):
-                        for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
-                            scored[spec.id, role] = result
-                    progress.update(sum(map(len, part)))
+        for part, predictors in predicting(folder, specs, store, splits, largest, device, metrics, places, memory):
+            for role in labels:
+                of_role = [n for n, block in enumerate(part) if role != "train" or block[0].head.scored_on_training]
+                blocks, own = [part[n] for n in of_role], [predictors[n] for n in of_role]
+                tallies = tally_blocks(own, blocks, store, splits[role], labels[role], device, metrics)
+                for block, tally in zip(blocks, tallies, strict=True):
+                    for spec, result in zip(block, _scored(tally, role in intervals), strict=True):
+                        scored[spec.id, role] = result
+                progress.update(sum(map(len, part)))
     return {(s.id, role): scored[s.id, role] for s in specs for role in labels if (s.id, role) in scored}
+
+
+def predicting(
+    folder: str | Path,
+    specs: Sequence[ProbeSpec],
+    store: Store,
+    splits: Mapping[str, Sequence[str]],
+    labels: Tensor,
+    device: torch.device,
+    metrics: Sequence[str],
+    places: dict[str, Place],
+    memory: float | None,
+) -> Iterator[tuple[Blocks, Predictors]]:
+    """Yield (blocks that read one input, their predictors), as many at a time as the memory for scores holds.
+
+    labels: of the most images that will be scored at once. places: from find_probes. The others are those of
+    score_probes.
+    """
+    kept = new_tally(specs[:1], labels[:1], len(store.classes), metrics).bytes_per_image * len(labels) if specs else 0
+    for _, group in blocks_by_input(specs, store, device):
+        for part in _passes(places, _searching_together(group), kept, MemoryBudget.of(device).scores):
+            yield part, load_predictors(folder, part, store, splits, device, places, memory)
 
 
 def score_logits(
@@ -165,7 +184,7 @@ def _searching_together(group: Sequence[Block]) -> Blocks:
     return blocks
 
 
-def passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
+def _passes(places: Mapping[str, Place], group: Blocks, kept: int, most: int) -> list[list[Sequence[ProbeSpec]]]:
     """Divide blocks into lists that fit into `most` bytes each: the weights, and `kept` bytes for every probe."""
     result: list[list[Sequence[ProbeSpec]]] = []
     room = 0

@@ -206,7 +206,9 @@ class Sweep:
                 )
             elif probe.stopped == "iterations":
                 shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1, probe.optimality)
-                click.echo(f"warning: probe {probe.spec.id} {shortfall}", err=True)
+                # Folds and refits are not among the probes that a user asked for.
+                which = f" ({probe.spec.sample.name})" if probe.spec.fold or probe.spec.refit else ""
+                click.echo(f"warning: probe {probe.spec.id}{which} {shortfall}", err=True)
 
     def save(self, trainings: Iterable[Training]) -> None:
         """Write the states of blocks."""

@@ -80,7 +80,7 @@ class Knn(Head):
         if self.k <= others:
             return None
         without = ", each without itself," if self.leave_one_out else ""
-        return f"k is {self.k}, and there are {images} training images{without} to choose neighbours from"
+        return f"k is {self.k}, and there are {images} training images{without} to choose neighbours from; take a smaller k"
 
     @property
     def needs_exact(self) -> bool:

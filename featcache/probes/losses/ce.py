@@ -214,9 +214,9 @@ class CeCurvature(Curvature):
         pushed = move.sub_(move.gather(1, likely)).mul_(curvature)
         return pushed.addcmul_(curvature, pushed.sum(1, keepdim=True), value=-1).mul_(self.mass.to(curvature))
 
-    def flat(self, curvature: Tensor) -> Tensor:
-        """See Curvature.flat. curvature: the probabilities."""
-        return (self.mass * curvature * (1 - curvature)).sum(2)
+    def diagonal(self, curvature: Tensor) -> Tensor:
+        """See Curvature.diagonal. curvature: the probabilities."""
+        return (1 - curvature).mul_(curvature).mul_(self.mass)
 
     def free(self, step: Tensor) -> Tensor:
         """See Curvature.free. A softmax does not see what all classes share, and weight decay drives that to zero."""

@@ -46,7 +46,7 @@ class Curvature:
         return self._look(logits)[0]
 
     def slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient by the logits, [Q, R, N], and the curvature in the form that `bend` and `flat` take."""
+        """Return the gradient by the logits, [Q, R, N], and the curvature in the form that `bend` and `diagonal` take."""
         above, below = (self._look(logits + by)[1] for by in (self.WIDTH, -self.WIDTH))
         return self._look(logits)[1], ((above - below) / (2 * self.WIDTH)).clamp_(min=0)
 
@@ -54,9 +54,9 @@ class Curvature:
         """Return the curvature times a move of the logits, both [Q, R, N]; the move may be overwritten."""
         return move.mul_(curvature)
 
-    def flat(self, curvature: Tensor) -> Tensor:
-        """Return the curvature of each column, summed over images, [Q, R]."""
-        return curvature.sum(2)
+    def diagonal(self, curvature: Tensor) -> Tensor:
+        """Return the curvature of each column at each image, [Q, R, N]."""
+        return curvature
 
     def free(self, step: Tensor) -> Tensor:
         """Return the part of a step, [Q, R, K], that changes the loss."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.probes.inputs.input import Input, rows_within
+from featcache.probes.inputs.input import Input, all_alike, rows_within
 from featcache.store.feature_array import PIECE_BYTES
 from featcache.store.reader import Store
 
@@ -18,7 +18,8 @@ class TrainingRows:
     """The features of training images as a matrix of N rows of width D, in the order of the store.
 
     wanted: numbers of the images among those of the splits, sorted int64 [N], or None for all of them. held: whether
-    the matrix stays in memory, in the dtype of the store. norms: the Euclidean norm of every row, float64 [N].
+    the matrix stays in memory, in the dtype of the store. norms: the Euclidean norm of every row, float64 [N]. alike:
+    whether there are several rows, all the same.
     """
 
     def __init__(
@@ -43,7 +44,13 @@ class TrainingRows:
                     values = tile.new_empty(self.count, self.width)
                 values[first : first + len(tile)] = tile
             self._values = values
-        self.norms = torch.cat([tile.double().norm(dim=1) for _, tile in self.tiles()])
+        norms, row = [], torch.empty(0)
+        self.alike = self.count > 1
+        for first, tile in self.tiles():
+            norms.append(tile.double().norm(dim=1))
+            row = row if first else tile[0]
+            self.alike = self.alike and all_alike(tile, row)
+        self.norms = torch.cat(norms)
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows [n, D] as stored, on the device) in order, at most READ_ROWS at a time."""

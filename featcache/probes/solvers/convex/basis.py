@@ -65,6 +65,13 @@ class Eigenbasis:
         rows = rows.mul_(self.scale)
         return {rows.dtype: rows, torch.float32: rows.float()}
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Return some images in the basis, float32 [n, K]. numbers: int64 [n]."""
+        if self._rows:
+            return self._rows[torch.float32][numbers]
+        rows = (self.features[numbers].float() - self.mean.float()) @ self.directions.float()
+        return (torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1) if self.bias == "free" else rows).mul_(self.scale)
+
     def penalty(self, decay: Tensor) -> Tensor:
         """Return what each direction is penalised by, [Q, 1, K], for decays [Q]."""
         penalty = decay.view(-1, 1, 1).repeat(1, 1, len(self.spread))

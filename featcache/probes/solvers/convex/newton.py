@@ -4,9 +4,9 @@ A problem minimises its loss, summed over images, plus decay / 2 |W|^2, without 
 
 The Hessian is X'DX + decay, with D the curvature of the loss at each image. It is close to mean(D) X'X + decay, which is
 diagonal in the eigenbasis of X'X, whatever the class, the loss, the images left out and the decay. With that as
-preconditioner, a few products by conjugate gradients give a Newton step (Nocedal & Wright, Numerical Optimization, 2006,
-algorithm 7.1). The products are in float32, objectives and gradients in float64. A problem that is done leaves the
-products.
+preconditioner, better still where a few images bend the loss most (see preconditioner.py), a few products by conjugate
+gradients give a Newton step (Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.1). The products are in float32,
+objectives and gradients in float64. A problem that is done leaves the products.
 
 A problem has converged once the norm of its gradient is at most 1e-5 decay |W|. The decay makes the objective so steep
 that at a distance |W - W*| from the optimum the norm is at least decay |W - W*|. So the distance is then at most 1e-5
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from featcache.probes.losses.curvature import Curvature
 from featcache.probes.solvers.convex.basis import Eigenbasis
+from featcache.probes.solvers.convex.preconditioner import Preconditioner, Work
 
 # Convergence: the norm of the gradient over decay |W|.
 TOLERANCE = 1e-5
@@ -109,6 +110,7 @@ def minimise(
     decay: Tensor,
     steep: Tensor,
     steps: Tensor,
+    work: Work,
     *,
     share: float = 0.0,
     tolerance: float = TOLERANCE,
@@ -117,7 +119,7 @@ def minimise(
     """Take Newton steps until the gradient of each problem is small, or that share of its first one.
 
     loss: Q problems. start: points, float64 [Q, R, K]. decay: [Q]. steep: norms of the gradients at zero, [Q]. steps:
-    most Newton steps of each, int64 [Q]. shift: what is added to all logits.
+    most Newton steps of each, int64 [Q]. work: that of the path so far. shift: what is added to all logits.
     """
     count = len(start)
     logits = basis.along(start) + shift
@@ -151,7 +153,7 @@ def minimise(
                 break
             now, loss = now.keep(going), loss.take(going.nonzero()[:, 0])
             slope, curvature, objective = slope[going], curvature[going], objective[going]
-        step = _newton(basis, loss, slope, curvature, now.penalty, now.inexact)
+        step = _newton(basis, loss, slope, curvature, now.penalty, now.inexact, work)
         move = basis.along(step)
         length, value = _length(loss, now, step, move, objective, _dot(slope, step))
         now = now.moved(length, step, move, value)
@@ -169,29 +171,31 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _newton(
-    basis: Eigenbasis, loss: Curvature, slope: Tensor, curvature: Tensor, penalty: Tensor, inexact: Tensor
+    basis: Eigenbasis, loss: Curvature, slope: Tensor, curvature: Tensor, penalty: Tensor, inexact: Tensor, work: Work
 ) -> Tensor:
     """Return roughly minus the inverse Hessian times the gradient, [Q, R, K]. inexact: up to which residual, [Q]."""
     # Near the optimum a gradient may be too small for float32.
     scale = slope.abs().amax((1, 2), keepdim=True)
     residual = (slope / -scale).float()
-    hessian = basis.spread * loss.flat(curvature).unsqueeze(2) + penalty
-    inverse = (1 / hessian.clamp(min=1e-10 * hessian.amax((1, 2), keepdim=True))).float()
+    exact = work.exact(len(basis.features), slope.shape[0] * slope.shape[1], slope.shape[2], slope.device)
+    inverse = Preconditioner.of(basis, loss, curvature, penalty, exact)
     curvature, penalty = curvature.float(), penalty.float()
     step = torch.zeros_like(residual)
     found, numbers = torch.empty_like(residual), torch.arange(len(residual), device=residual.device)
-    preconditioned = loss.free(inverse * residual)
+    preconditioned = loss.free(inverse(residual))
     direction, product = preconditioned, _dot(residual, preconditioned)
     enough = (inexact.square() * product).float()
     pending = torch.ones_like(product, dtype=torch.bool)
+    products = 0
     for _ in range(PRODUCTS):
+        products += len(residual)
         bent = basis.pulled(loss.bend(curvature, basis.along(direction))).addcmul_(penalty, direction)
         length = _dot(direction, bent)
         pending = pending & (length > 0)
         length = torch.where(pending, product / length, 0.0).view(-1, 1, 1)
         step.addcmul_(length, direction)
         residual.addcmul_(length, bent, value=-1)
-        preconditioned = loss.free(inverse * residual)
+        preconditioned = loss.free(inverse(residual))
         before, product = product, _dot(residual, preconditioned)
         pending = pending & (product > enough)
         going = int(pending.sum())
@@ -201,10 +205,12 @@ def _newton(
         if going <= (1 - DONE) * len(pending):
             found[numbers[~pending]] = step[~pending]
             numbers, loss = numbers[pending], loss.take(pending.nonzero()[:, 0])
-            step, residual, direction, inverse = (t[pending] for t in (step, residual, direction, inverse))
+            step, residual, direction = (t[pending] for t in (step, residual, direction))
+            inverse = inverse.take(pending)
             curvature, penalty, product, enough = (t[pending] for t in (curvature, penalty, product, enough))
             pending = pending[pending]
     found[numbers] = step
+    work.note(products / len(slope), inverse.exact)
     return found.double().mul_(scale)
 
 

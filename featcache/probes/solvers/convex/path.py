@@ -15,6 +15,7 @@ from torch import Tensor
 from featcache.probes.losses.curvature import Curvature
 from featcache.probes.solvers.convex.basis import Eigenbasis, at_most
 from featcache.probes.solvers.convex.newton import TOLERANCE, Optima, minimise
+from featcache.probes.solvers.convex.preconditioner import Work
 
 # The search leaves a power of ten once the gradient is this share of its first one, or after so many steps. There are
 # at most so many powers; weaker decays, and no decay, start from the last.
@@ -28,7 +29,7 @@ class Path:
     """The way down the decays for all problems of a loss. shift: what is added to all logits."""
 
     def __init__(self, basis: Eigenbasis, loss: Curvature, shift: float = 0.0):
-        self.basis, self.loss, self.shift = basis, loss, shift
+        self.basis, self.loss, self.shift, self.work = basis, loss, shift, Work()
         count, directions = len(basis.features), len(basis.spread)
         room = at_most(SLICE_BYTES, basis.spread.device)
         self.at_once = max(room // (COLUMN_BYTES * loss.columns * (count + directions)), 1)
@@ -46,7 +47,7 @@ class Path:
         """Return the norms of the gradients at zero, and the largest curvature there."""
         loss = self.loss.take(numbers)
         push, curvature = loss.slope(self.basis.along(self.start[numbers]) + self.shift)
-        return self.basis.slant(self.basis.pulled(push)), float(loss.flat(curvature).max())
+        return self.basis.slant(self.basis.pulled(push)), float(loss.diagonal(curvature).sum(2).max())
 
     def optima(
         self, numbers: Tensor, decay: Tensor, steps: Tensor, tolerance: float = TOLERANCE
@@ -86,4 +87,5 @@ class Path:
 
     def _minimise(self, points: Tensor, numbers: Tensor, decay: Tensor, steps: Tensor, **how: float) -> Optima:
         steep = self.steep[numbers]
-        return minimise(self.basis, self.loss.take(numbers), points, decay, steep, steps, shift=self.shift, **how)
+        loss = self.loss.take(numbers)
+        return minimise(self.basis, loss, points, decay, steep, steps, self.work, shift=self.shift, **how)
