@@ -11,7 +11,7 @@ set -eu
 checkpoint=$1 root=$2 out=$3
 shift 3
 grid=${GRID:-$(dirname "$0")/voc07_resnet50.yaml}
-methods=${METHODS:-gradcam,input_x_gradient,guided_backprop,intgrad}
+methods=${METHODS:-lrp,gradcam,input_x_gradient,guided_backprop,intgrad}
 set -- --run "$out/run" "$@"
 
 featcache extract --backbone "$checkpoint" --dataset voc --root "$root" --views 10 --interpolation opencv_bilinear --store "$out/voc07.zarr"

@@ -13,7 +13,7 @@ set -eu
 checkpoint=$1 root=$2 out=$3
 shift 3
 grid=${GRID:-$(dirname "$0")/in1k_resnet50.yaml}
-methods=${METHODS:-gradcam,input_x_gradient,guided_backprop}
+methods=${METHODS:-lrp,gradcam,input_x_gradient,guided_backprop}
 protocol=${PROTOCOL:-gridpg:confidence=0.95}
 set -- --run "$out/run" "$@"
 

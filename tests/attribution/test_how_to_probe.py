@@ -19,6 +19,7 @@ from featcache.attribution.batch import Network, Source
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
+from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.profiles.how_to_probe import HowToProbe, smooth
 from featcache.attribution.profiles.published_images import stretched
 from featcache.attribution.protocols.boxes import Boxes
@@ -188,6 +189,10 @@ def backbone_pair():
         (load_backbone("random", arch=arch, size=64), left)
         for arch, left in (("bcos_resnet18", True), ("resnet18", False))
     ]
+
+
+def test_lrp_takes_heads_for_convolutions():
+    assert HowToProbe().method(LRP(gamma=0.1)) == LRP(gamma=0.1, head="convolution")
 
 
 def test_pictures_of_grids_are_stretched():
