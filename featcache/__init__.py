@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
+    "extract_many": "featcache.extraction.extract",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
@@ -20,6 +21,7 @@ _FUNCTIONS = {
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
+    "sweep": "featcache.sweep",
     "knn": "featcache.probes.knn",
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from featcache.exchange.export import export as export
     from featcache.exchange.import_probes import import_probes as import_probes
     from featcache.extraction.extract import extract as extract
+    from featcache.extraction.extract import extract_many as extract_many
     from featcache.finetuning.finetune import finetune as finetune
     from featcache.finetuning.plan import plan_finetune as plan_finetune
     from featcache.probes.compare import compare as compare
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect
     from featcache.store.reader import open_store as open_store
+    from featcache.sweep import sweep as sweep
 else:
     # Not for type checkers, which would believe that every attribute exists.
     def __getattr__(name: str) -> object:

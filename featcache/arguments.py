@@ -71,6 +71,7 @@ CHECKPOINT = Expected(
     is_path,
     "; save the tensors of a network in memory with torch.save(network.state_dict(), 'network.pth') and give that path",
 )
+CHECKPOINTS = Expected("a list of paths of checkpoints", lambda value: _is_list(value, is_path))
 NAME = Expected("a name", _is_name)
 NAMES = Expected("a list of names", lambda value: _is_list(value, _is_name))
 FLAG = Expected("True or False", lambda value: value is None or isinstance(value, bool))
@@ -80,7 +81,7 @@ NUMBERS = Expected("numbers", _are_numbers)
 def takes(**expected: Expected) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function so that an argument which is not as expected raises BadInput.
 
-    None is fine where it is the default.
+    None is fine where it is the default, and for what the function takes as **named.
 
         @takes(run=PATH, seed=whole())
         def train(run, seed=0): ...
@@ -88,6 +89,7 @@ def takes(**expected: Expected) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         own = signature(function)
+        rest = next((p.name for p in own.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
         @wraps(function)
         def call(*arguments: P.args, **named: P.kwargs) -> R:
@@ -96,8 +98,10 @@ def takes(**expected: Expected) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except TypeError:
                 # There are too many, too few or unknown ones: Python says which.
                 return function(*arguments, **named)
+            given = given | given.get(rest, {})
             for name, wanted in expected.items():
-                left_out = name not in given or (given[name] is None and own.parameters[name].default is None)
+                optional = name not in own.parameters or own.parameters[name].default is None
+                left_out = name not in given or (given[name] is None and optional)
                 if not left_out and not wanted.fits(given[name]):
                     raise BadInput(f"{name}: expected {wanted.words}, not {_named(given[name])}{wanted.remedy}")
             return function(*arguments, **named)

@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "arguments", "atomic", "device", "digest", "feature", "kinds", "names", "ranks", "words", "__init__"},
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
-    {"attribution", "finetuning", "exchange"},
+    {"attribution", "finetuning", "exchange", "sweep"},
     {"reporting"},
     {"cli", "demo", "__main__"},
 ]
@@ -164,8 +164,8 @@ def test_families_are_named_in_their_own_files_alone():
 
 def test_public_face():
     assert featcache.__all__ == [
-        "__version__", "layers", "extract", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
-        "plan_probes", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "compare_localisation", "report",
+        "__version__", "layers", "extract", "extract_many", "open_store", "inspect", "inspect_dataset", "verify", "convert", "train_probes",
+        "plan_probes", "sweep", "knn", "svm", "schema", "attribute", "finetune", "plan_finetune", "open_run", "compare", "compare_localisation", "report",
         "export", "import_probes",
     ]  # fmt: skip
     for name in featcache.__all__:
@@ -225,7 +225,7 @@ def test_torchvision_and_the_compiler_stay_whole():
 
 def test_every_command_explains_itself(command):
     commands = (
-        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "knn", "svm", "finetune", "compare", "attribute",
+        "demo", "layers", "extract", "inspect", "verify", "convert", "train-probes", "sweep", "knn", "svm", "finetune", "compare", "attribute",
         "report", "export", "import-probes",
     )  # fmt: skip
     for name in commands:

@@ -163,6 +163,12 @@ class Batch:
         return torch.tensor([number[target.row] for target in self.targets], device=self.source.device)
 
     @cached_property
+    def pairs_of(self) -> list[slice]:
+        """The pairs of each of the B images."""
+        ends = self.images.bincount().cumsum(0).tolist()
+        return [slice(first, end) for first, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    @cached_property
     def classes(self) -> torch.Tensor:
         """int64 [T]: the class of each pair."""
         return torch.tensor([target.label for target in self.targets], device=self.source.device)

@@ -112,7 +112,13 @@ def _misfit(manifest: Manifest, masking: Masking, source: Source) -> str | None:
     if reason := _other_masks(held, masking):
         return reason
     fields = difference(_network(source.split.store.manifest), _network(manifest))
-    return f"it is of another backbone, or of images prepared otherwise: {'; '.join(fields)}" if fields else None
+    if fields:
+        return f"it is of another backbone, or of images prepared otherwise: {'; '.join(fields)}"
+    size = source.preprocessing.size
+    first = {name: 1 if name == str(held.noted) else held.number(size) for name in manifest.features}
+    if any(spec["shape"][0] != first[name] for name, spec in manifest.features.items()):
+        return f"its features are not those of {held.number(size):,} variants an image, as its masks say"
+    return None
 
 
 def _other_masks(held: Masking, masking: Masking) -> str | None:
@@ -130,7 +136,7 @@ def _other_masks(held: Masking, masking: Masking) -> str | None:
 def _network(manifest: Manifest) -> dict[str, object]:
     """Return what the features of an image depend on besides the image."""
     identity = manifest.identity
-    known = {key: identity.get(key) for key in ("arch", "weights_sha256", "preprocessing")}
+    known = {key: identity.get(key) for key in ("arch", "weights_sha256", "preprocessing", "precision")}
     return known | {"decoder": identity.get("decoder", DECODERS["exact"])}
 
 

@@ -15,6 +15,8 @@ from featcache.store.reader import Split
 
 # Bytes of a number, and how often those of a product are held: logits, and what becomes of them.
 FLOAT, COPIES = 4, 3
+# Bytes of a block of heads at most. In larger ones, mapping the memory costs more than reading the features less often gains.
+BLOCK = 2e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class MaskedFeatures:
     def blocks(
         self, heads: Sequence[HeadModule], reading: Reading, variants: int, pixels: int, memory: float
     ) -> Iterator["Block"]:
-        """Yield heads in blocks whose maps and products fit into half of `memory` bytes. pixels: of all maps of a head.
+        """Yield heads in blocks whose maps and products fit into BLOCK and half of `memory` bytes. pixels: of all maps of a head.
 
         Heads of a block read the same feature; they are in order.
         """
@@ -41,7 +43,7 @@ class MaskedFeatures:
             name = self._name(heads[at], reading)
             assert name is not None, "these heads are served"
             width = self.split[name].shape[2]
-            most = max(1, int(memory / 2 / FLOAT / (pixels + classes * (COPIES * variants + width))))
+            most = max(1, int(min(memory / 2, BLOCK) / FLOAT / (pixels + classes * (COPIES * variants + width))))
             end = at + 1
             while end < min(len(heads), at + most) and self._name(heads[end], reading) == name:
                 end += 1
@@ -101,12 +103,13 @@ class Block:
         """Return the probabilities of K classes for all variants of an image: float32 [heads, K, N]."""
         features = self._store.read(self._name, row, self._variants)
         maps = features if features.ndim == 4 else features[:, :, None, None]
+        means = features.mean((2, 3)) if features.ndim == 4 else features
         scores = features.new_empty(len(self), len(classes), len(features))
         rest = set(range(len(self)))
         for link, (own, weights, biases) in self._affine.items():
             if link == "sigmoid":
                 weights, biases = weights[:, classes], biases[:, classes]
-            logits = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), maps.mean((2, 3)).t())
+            logits = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), means.t())
             logits = logits.unflatten(0, biases.shape)  # [P, K or C, N]
             scores[own] = logits.sigmoid_() if link == "sigmoid" else logits.softmax(1)[:, classes]
             rest -= set(own)

@@ -26,6 +26,7 @@ from featcache.cli.report import report
 from featcache.cli.schema import schema
 from featcache.cli.streams import drop_output, output_is_broken, prepare_streams
 from featcache.cli.svm import svm
+from featcache.cli.sweep import sweep
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
 from featcache.errors import BadInput, one_line
@@ -63,7 +64,7 @@ def cli() -> None:
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, knn, svm, finetune, compare, attribute, report, export,
+    demo, layers, extract, inspect, verify, convert, train_probes, sweep, knn, svm, finetune, compare, attribute, report, export,
     import_probes, schema,
 ):  # fmt: skip
     cli.add_command(debug_option(command))

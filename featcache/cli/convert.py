@@ -19,4 +19,4 @@ def convert(store: str, compression: str, **options: Any) -> None:
     """
     from featcache.store.convert import convert as run
 
-    run(store, compression=None if compression == "none" else compression, **options)
+    run(store, **options)

@@ -55,14 +55,20 @@ size_option = click.option(
 )
 
 
-def backbone_options(required: bool) -> Option:
-    """Add --backbone, --arch and --weights-key."""
+def backbone_options(required: bool, several: bool = False) -> Option:
+    """Add --backbone, or --backbone several times as `backbones`, and --arch and --weights-key."""
+    one = {"metavar": "CKPT", "help": 'Checkpoint file, or "random" with --arch.'}
+    more = {
+        "metavar": "CKPT",
+        "multiple": True,
+        "help": 'Checkpoint file, pattern such as "ckpts/*.pth", or text file (.txt) with a path on each line; may be '
+        'repeated. Or "random" with --arch.',
+    }
 
     def add(command: Command) -> Command:
         command = weights_key_option(arch_option(command))
-        return click.option(
-            "--backbone", required=required, metavar="CKPT", help='Checkpoint file, or "random" with --arch.'
-        )(command)
+        names = ("--backbone", "backbones") if several else ("--backbone",)
+        return click.option(*names, required=required, **(more if several else one))(command)
 
     return add
 
@@ -163,5 +169,9 @@ def format_option(name: str, **settings: Any) -> Option:
 
 
 compression_option = click.option(
-    "--compression", type=click.Choice(["none", "zstd", "blosc"]), default="none", help="Of a Zarr store."
+    "--compression",
+    type=click.Choice(["none", "zstd", "blosc"]),
+    default="none",
+    callback=lambda _context, _option, value: None if value == "none" else value,
+    help="Of a Zarr store.",
 )

@@ -59,6 +59,12 @@ def print_scores(finished: "Run") -> None:
     )
     if finished.caution:
         click.echo(finished.caution)
+    if short := summary.get("short"):
+        more = f" and {len(short) - 5} more" if len(short) > 5 else ""
+        click.echo(
+            f"short of their optimum, or with a fold that is: {', '.join(short[:5])}{more}; "
+            "give them more optimizer.iterations, or regularise more"
+        )
 
 
 def _print_plan(plan: "Plan") -> None:

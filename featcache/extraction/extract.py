@@ -1,11 +1,25 @@
-"""`featcache extract`: from a checkpoint and a dataset to a finished store."""
+"""`featcache extract`: from checkpoints and a dataset to finished stores."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from inspect import signature
+from typing import Any
 
 import torch
 
-from featcache.arguments import CHECKPOINT, MOST_SIDE, MOST_WORKERS, NAME, NAMES, NUMBERS, PATH, takes, whole
+from featcache.arguments import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    MOST_SIDE,
+    MOST_WORKERS,
+    NAME,
+    NAMES,
+    NUMBERS,
+    PATH,
+    takes,
+    whole,
+)
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.input.preprocessing import OWN
 from featcache.backbones.load import load_backbone
@@ -13,35 +27,31 @@ from featcache.backbones.precision import check_precision
 from featcache.datasets import read_dataset
 from featcache.datasets.class_counts import describe_classes
 from featcache.datasets.record import Dataset
-from featcache.device import choose_device
+from featcache.device import choose_device, free_bytes
 from featcache.errors import BadInput
-from featcache.extraction.fill import fill
+from featcache.extraction.checkpoint_files import checkpoint_files, stems
 from featcache.extraction.growing import Growth, find_store, plan_growth
-from featcache.extraction.job import Job, lay_out, measured, plan_job
+from featcache.extraction.job import Job, plan_job
 from featcache.extraction.masks import parse_masks
 from featcache.extraction.settings import Settings
-from featcache.names import MANIFEST
+from featcache.extraction.write import write
 from featcache.ranks import Alone, join_ranks
-from featcache.store.additions import find_additions, merge, read_parts
-from featcache.store.folder import Folder
-from featcache.store.growing import begin_addition, discard_if_begun, publish, restore, whole_parts
-from featcache.store.manifest import Manifest, read_manifest, split_of
-from featcache.store.reader import Store
-from featcache.store.records import with_axes
-from featcache.store.shard import Shard
-from featcache.store.writer import check_whole, create_store, discard_if_empty, missing_shards
-from featcache.words import written
+from featcache.store.additions import merge
+from featcache.store.manifest import SHARD_BYTES
 
-# Below this cosine a precision's features are no longer those of the network.
-TRUSTED_COSINE = 0.99
+# What the arguments of extract must be, besides the backbone.
+EXPECTED = {
+    "dataset": NAME, "root": PATH, "splits": NAMES, "store": PATH, "format": NAME, "compression": NAME, "arch": NAME,
+    "weights_key": NAME, "size": whole(1, MOST_SIDE), "resize": NAME, "short_side": whole(1, MOST_SIDE),
+    "interpolation": NAME, "mean": NUMBERS, "std": NUMBERS, "precision": NAME, "dtype": NAME, "batch_size": whole(1),
+    "workers": whole(0, MOST_WORKERS), "seed": whole(), "views": whole(), "crop_scale": NUMBERS, "decoder": NAME,
+    "masks": NAME, "limit": whole(1),
+}  # fmt: skip
+# What is held of each checkpoint in a pass, besides its network: shards that are filled, and those that are written.
+HELD = 2 * SHARD_BYTES
 
 
-@takes(
-    backbone=CHECKPOINT, dataset=NAME, root=PATH, splits=NAMES, store=PATH, format=NAME, compression=NAME, arch=NAME,
-    weights_key=NAME, size=whole(1, MOST_SIDE), resize=NAME, short_side=whole(1, MOST_SIDE), interpolation=NAME, mean=NUMBERS, std=NUMBERS,
-    precision=NAME, dtype=NAME, batch_size=whole(1), workers=whole(0, MOST_WORKERS), seed=whole(), views=whole(), crop_scale=NUMBERS,
-    decoder=NAME, masks=NAME, limit=whole(1),
-)  # fmt: skip
+@takes(backbone=CHECKPOINT, **EXPECTED)
 def extract(
     backbone: str | os.PathLike[str],
     dataset: str,
@@ -99,38 +109,109 @@ def extract(
     ranks = join_ranks()
     settings = Settings(
         backbone=backbone, arch=arch, weights_key=weights_key, dataset=dataset, root=root, splits=splits, size=size,
-        resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder, views=views, masks=masks, limit=limit,
-        crop_scale=crop_scale, seed=seed, features=features, precision=precision, batch_size=batch_size,
-        workers=_default_workers(ranks) if workers is None else workers, device=device, store=store, format=format, compression=compression, dtype=dtype,
+        resize=resize, short_side=short_side, interpolation=interpolation, mean=mean, std=std, decoder=decoder,
+        views=views, masks=masks, limit=limit, crop_scale=crop_scale, seed=seed, features=features, precision=precision,
+        batch_size=batch_size, workers=_workers(workers, ranks), device=device, store=store, format=format, compression=compression,
+        dtype=dtype,
     )  # fmt: skip
-    job = find_store(_prepare(settings, ranks))
-    growth = plan_growth(job)
-    if growth.is_finished:
-        id = merge(growth.parts).id
-        ranks.say(f"store: {job.folder} is finished already (id {id[:8]}: same backbone, data and settings)")
-    else:
-        id = _write(job, growth, ranks)
-        ranks.say(f"store: {job.folder} (id {id[:8]})")
-    return str(job.folder)
+    return _extract_together([settings], _read(settings, ranks), ranks, {})[0]
 
 
-def _default_workers(ranks: Alone) -> int:
-    """Return half of this process's share of the machine's cores, at least 1 and at most 8."""
-    return max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size))
+@takes(backbones=CHECKPOINTS, **EXPECTED)
+def extract_many(
+    backbones: Sequence[str | os.PathLike[str]], dataset: str, store: str | os.PathLike[str] | None = None, **more: Any
+) -> list[str]:
+    """Run several backbones over a dataset, decoding each image once for all that see it alike; return stores' paths.
+
+    backbones: checkpoint paths, patterns such as "ckpts/*.pth", or text files (.txt) with a path on each line. store: the
+    folder in which all stores lie, by default features; each is named after dataset, architecture, checkpoint and id.
+    more: arguments of extract, the same for all. Checkpoints with the same weights share a store. As many backbones are
+    held at a time as fit into half of the memory. Raises BadInput.
+
+        paths = featcache.extract_many(["runs/epoch_*.pth"], "voc", root="/data", features="pooled")
+    """
+    ranks = join_ranks()
+    bound = signature(extract).bind("", dataset, **more)
+    bound.apply_defaults()
+    bound.arguments["workers"] = _workers(bound.arguments["workers"], ranks)
+    settings = Settings(**bound.arguments)
+    files = checkpoint_files(backbones)
+    each = [
+        replace(settings, backbone=file, place=store, stem=stem) for file, stem in zip(files, stems(files), strict=True)
+    ]
+    data, paths, seen = _read(settings, ranks), list[str](), dict[str, str]()
+    groups = _groups(files, choose_device(settings.device, ranks.local_rank), ranks)
+    for start, end in groups:
+        paths += _extract_together(each[start:end], data, ranks, seen)
+    return paths
 
 
-def _prepare(settings: Settings, ranks: Alone) -> Job:
-    """Read the dataset, load the backbone, and work out what the settings amount to. Raises BadInput."""
-    device = choose_device(settings.device, ranks.local_rank)
-    check_precision(settings.precision, device)
+def _groups(files: Sequence[str], device: torch.device, ranks: Alone) -> list[tuple[int, int]]:
+    """Return which checkpoints are held at a time, by the leading process's memory: (first, end) of each group."""
+    if ranks.rank:
+        return [(start, end) for start, end in ranks.shared()]
+    budget, groups, held = free_bytes(device) / 2 / ranks.local_size, [(0, 0)], 0.0
+    for number, file in enumerate(files):
+        own = HELD + os.path.getsize(file)
+        start, end = groups[-1]
+        if end > start and held + own > budget:
+            start, held = number, 0.0
+            groups.append((start, start))
+        held += own
+        groups[-1] = (start, number + 1)
+    return ranks.share(groups)
+
+
+def _extract_together(each: Sequence[Settings], data: Dataset, ranks: Alone, seen: dict[str, str]) -> list[str]:
+    """Bring the stores of some backbones up to date, and return their paths.
+
+    each: settings that differ in the backbone and the store's place alone. seen: paths of stores by id, to which those of
+    these backbones are added.
+    """
+    paths, unfinished, said = list[str](), list[Growth](), set[str]()
+    for settings in each:
+        job = find_store(_prepare(settings, data, ranks, said))
+        if job.id in seen:
+            ranks.say(f"notice: {settings.backbone} has the weights of another checkpoint: both have one store")
+            paths.append(seen[job.id])
+            continue
+        paths.append(seen.setdefault(job.id, str(job.folder)))
+        growth = plan_growth(job)
+        # Other processes do as the leading one, which may see a store later and more of it.
+        if ranks.rank or not growth.is_finished:
+            unfinished.append(growth)
+        else:
+            id = merge(growth.parts).id
+            ranks.say(f"store: {job.folder} is finished already (id {id[:8]}: same backbone, data and settings)")
+    for growth, id in zip(unfinished, write(unfinished, ranks), strict=True):
+        ranks.say(f"store: {growth.job.folder} (id {id[:8]})")
+    return paths
+
+
+def _workers(asked: int | None, ranks: Alone) -> int:
+    """Return how many processes decode: by default half of this process's share of the cores, at least 1, at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size)) if asked is None else asked
+
+
+def _read(settings: Settings, ranks: Alone) -> Dataset:
+    """Check what does not depend on the backbone, and read the dataset. Raises BadInput."""
+    check_precision(settings.precision, choose_device(settings.device, ranks.local_rank))
     _check_masks(settings)
     data = read_dataset(settings.dataset, settings.root, settings.splits)
     for line in describe_classes(data):
         ranks.say(line)
+    return data
+
+
+def _prepare(settings: Settings, data: Dataset, ranks: Alone, said: set[str]) -> Job:
+    """Load the backbone, and work out what the settings amount to. said: what need not be said again. Raises BadInput."""
     model = _load(settings, data)
     ranks.say(f"backbone: {model.load_report}")
-    ranks.say("\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report)))
-    return plan_job(settings, device, data, model)
+    preprocessing = "\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report))
+    if preprocessing not in said:
+        ranks.say(preprocessing)
+        said.add(preprocessing)
+    return plan_job(settings, choose_device(settings.device, ranks.local_rank), data, model)
 
 
 def _check_masks(settings: Settings) -> None:
@@ -162,145 +243,3 @@ def _load(settings: Settings, data: Dataset) -> Backbone:
         mean=settings.mean,
         std=settings.std,
     )
-
-
-def _write(job: Job, growth: Growth, ranks: Alone) -> str:
-    """Write what the store lacks, together with the other processes; return its id.
-
-    job: what was asked for. growth: what that is for the store as it was found. A store that stays empty is removed.
-    """
-    folder = job.folder
-    # Laid out before the folder is locked, which makes it.
-    planned = [lay_out(job)] if not growth.parts else growth.additions
-    with ranks.leading(folder.locked(f"waiting: another process is extracting into {folder}")) as leads:
-        try:
-            if leads and MANIFEST in folder.names() and growth.parts != whole_parts(folder):
-                # Another process has made it, or added to it, meanwhile.
-                growth = plan_growth(job)
-                planned = growth.additions
-            parts, todo = _begin(growth, planned, ranks) if leads else _join(folder, ranks)
-            job = growth.job
-            _go_on_as_begun(job, parts, ranks)
-            _check_room(job, todo, ranks)
-            images = job.images()
-            fill(job, todo, images, ranks)
-            while leads and (left := ranks.left_behind(lambda: _missing(folder, parts))):
-                ranks.say(f"notice: no news of {len(left)} shards that other processes took; doing them here")
-                fill(job, left, images, ranks.alone())
-            return _finish(job, parts) if leads else ""
-        except BaseException:
-            if ranks.size == 1:
-                discard_if_begun(folder, growth.additions)
-                discard_if_empty(folder, (growth.parts or planned)[0])
-            raise
-
-
-def _missing(folder: Folder, parts: Sequence[Manifest]) -> list[Shard]:
-    return [shard for part in parts for shard in missing_shards(folder, part)]
-
-
-def _begin(growth: Growth, planned: Sequence[Manifest], ranks: Alone) -> tuple[list[Manifest], list[Shard]]:
-    """Make the store or the additions to it, or restore what is lost of them; hand out and return what is missing.
-
-    planned: the manifest of a new store, or of the additions. Returns (the manifests of all parts, missing shards).
-    """
-    job, folder = growth.job, growth.job.folder
-    arrays = {split: with_axes(own) for split, own in job.all_arrays().items()}
-    if not growth.parts:
-        if job.settings.precision != "float32" and MANIFEST not in folder.names():
-            planned = [measured(job, planned[0])]
-        parts = [create_store(folder, planned[0], arrays)]
-    else:
-        folder.sweep()
-        if job.settings.precision != "float32":
-            planned = [measured(job, addition) for addition in planned]
-        for addition in planned:
-            ranks.say(
-                f"store: adding {', '.join(addition.features)} of {', '.join(addition.splits)} to {folder}, which keeps "
-                "what it has"
-            )
-        parts = [*growth.parts, *(begin_addition(folder, addition) for addition in planned)]
-        restore(folder, growth.parts, arrays)
-    todo = _missing(folder, parts)
-    ranks.share([(shard.manifest.file_name, shard.split, shard.number) for shard in todo])
-    return parts, todo
-
-
-def _join(folder: Folder, ranks: Alone) -> tuple[list[Manifest], list[Shard]]:
-    """Wait until the leading process has made what is written; return the parts that have missing shards, and these."""
-    places = ranks.shared()
-    parts = {part.file_name: part for part in (read_manifest(folder), *find_additions(folder))}
-    todo = [Shard(folder, parts[name], split, number) for name, split, number in places]
-    return [part for part in parts.values() if part.file_name in {name for name, _, _ in places}], todo
-
-
-def _finish(job: Job, parts: Sequence[Manifest]) -> str:
-    """Make the additions that are whole now parts of the store, and return its id. Raises BadInput if anything is gone."""
-    folder, arrays = job.folder, {split: with_axes(own) for split, own in job.all_arrays().items()}
-    for addition in (part for part in parts if part.is_addition and part.after is None):
-        known = merge([*whole_parts(folder), addition]).splits
-        publish(folder, addition, {split: own for split, own in arrays.items() if split in known})
-    store = read_parts(folder)
-    if any(part.is_addition for part in parts):
-        # A manifest that was lost and is there again has additions behind it.
-        others = [split for split in merge(store).splits if split not in arrays]
-        restore(folder, store, arrays | {split: with_axes(Store(folder)[split].arrays()) for split in others})
-    # The store may have been deleted or moved while it was written.
-    check_whole(folder, merge(store))
-    return merge(store).id
-
-
-def _go_on_as_begun(job: Job, parts: Sequence[Manifest], ranks: Alone) -> None:
-    """Take over what a begun store fixes because it can change the last bits of a feature. Raises BadInput."""
-    if not parts:
-        return
-    folder, begun = job.folder, parts[0].compute
-    if begun["device"] != job.device.type:
-        raise BadInput(
-            f"{folder} was begun on {begun['device']}; features made on {job.device.type} differ in their last bits: "
-            f"go on with --device {begun['device']}, or choose another --store"
-        )
-    if begun["batch_size"] != job.settings.batch_size:
-        ranks.say(f"notice: {folder} was begun with batch size {begun['batch_size']}; going on with that")
-    if begun["threads"] and begun["threads"] != torch.get_num_threads():
-        ranks.say(f"notice: {folder} was begun with {begun['threads']} threads a process; going on with that")
-        torch.set_num_threads(begun["threads"])
-    if any(part.compute.get("folded") for part in parts):
-        raise BadInput(
-            f"{folder} was begun by an earlier version of featcache, with batch norms folded into the convolutions, which "
-            "this one does not do and whose last bits differ: choose another --store"
-        )
-    for part in (part for part in parts if "cosine" in part.compute):
-        ranks.say(
-            f"precision: {part.identity['precision']}; on the first image every feature's cosine to float32 is at least "
-            f"{part.compute['cosine']:.6f}"
-        )
-        if part.compute["cosine"] < TRUSTED_COSINE:
-            ranks.say(
-                f"warning: a cosine below {TRUSTED_COSINE} may cost the probes accuracy; --precision float32 does not"
-            )
-
-
-def _say_masks(job: Job, todo: Sequence[Shard], size: int) -> str:
-    """Say how many passes through the backbone, and how many bytes, are still to come."""
-    assert job.masking is not None, "there are masks"
-    images, each = sum(map(len, todo)), job.masking.number(job.model.preprocessing.size)
-    return (
-        f"masks: {written(job.masking)}; {images:,} images x {each:,} variants x {size / images / each / 1e3:,.1f} kB: "
-        f"{images * each:,} passes through the backbone, {size / 1e6:,.1f} MB to write"
-    )
-
-
-def _check_room(job: Job, todo: Sequence[Shard], ranks: Alone) -> None:
-    """Raise BadInput before hours of work that cannot be stored, and say how much of the disk the views take."""
-    sizes = [len(shard) * sum(map(shard.manifest.row_bytes, shard.manifest.features)) for shard in todo]
-    needed, free = sum(sizes), job.folder.free_bytes()
-    if job.masking and todo:
-        ranks.say(_say_masks(job, todo, needed))
-    views = sum(size for shard, size in zip(todo, sizes, strict=True) if split_of(shard.split) != shard.split)
-    if views:
-        ranks.say(f"disk: {needed / 1e6:,.0f} MB to write, {views / 1e6:,.0f} of them views")
-    if free is not None and job.storage["compression"] is None and needed > free:
-        raise BadInput(
-            f"{job.folder}: {needed / 1e9:.2f} GB are still to be written, the disk has {free / 1e9:.2f} GB free"
-        )

@@ -1,8 +1,9 @@
-"""Computing features and writing them to a store, shard by shard."""
+"""Computing features and writing them to stores, shard by shard."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,39 +20,81 @@ from featcache.store.shard import Shard
 from featcache.store.writer import put_shard
 
 
-def fill(job: Job, todo: Sequence[Shard], images: Images, ranks: Alone) -> None:
-    """Compute and write shards, each with the features of its manifest, as the processes draw them.
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Rows of a split that are read together, from the first to the end, and the shards of stores that they fill.
 
-    Worker processes decode images, this thread runs the backbone, and another one writes.
+    shards: (number of the store's job, shard). No shard reaches out of the stretch.
     """
-    if not todo:
+
+    split: str
+    first: int
+    end: int
+    shards: tuple[tuple[int, Shard], ...]
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+
+def stretches(todo: Sequence[Sequence[Shard]]) -> list[Stretch]:
+    """Join the shards of several stores into the shortest stretches. todo: those of each store, in order."""
+    order = {split: number for number, split in enumerate(dict.fromkeys(shard.split for own in todo for shard in own))}
+    shards = [(number, shard) for number, own in enumerate(todo) for shard in own]
+    joined: list[Stretch] = []
+    for number, shard in sorted(shards, key=lambda one: (order[one[1].split], one[1].rows[0])):
+        (first, end), last = shard.rows, joined[-1] if joined else None
+        if last and last.split == shard.split and first < last.end:
+            joined[-1] = Stretch(last.split, last.first, max(last.end, end), (*last.shards, (number, shard)))
+        else:
+            joined.append(Stretch(shard.split, first, end, ((number, shard),)))
+    return joined
+
+
+def fill(jobs: Sequence[Job], todo: Sequence[Sequence[Shard]], images: Images, ranks: Alone) -> None:
+    """Compute and write shards of stores, each with the features of its manifest, as the processes draw them.
+
+    jobs: of stores that read the same images in the same batches. todo: the shards of each. Worker processes decode
+    every image once for all stores, this thread runs the backbones, and another one writes.
+    """
+    work = stretches(todo)
+    if not work:
         return
+    first = jobs[0]
     # All parts of a store have the same.
-    batch_size = todo[0].manifest.compute["batch_size"]
-    job.model.to(job.device)
-    drawn: deque[Shard] = deque()
+    batch_size = work[0].shards[0][1].manifest.compute["batch_size"]
+    for job in jobs:
+        job.model.to(job.device)
+    drawn: deque[Stretch] = deque()
     # The variants of an image are a batch of their own, or several.
-    batches = _batches(ranks.draw(todo), drawn, 1 if job.masking else batch_size)
-    side, on_gpu = job.model.preprocessing.size, job.device.type == "cuda"
-    memory = torch.empty(batch_size, side, side, 3, device=job.device)
-    progress = tqdm(total=sum(map(len, todo)), unit="img", desc="extract", disable=ranks.rank != 0)
-    rows: _Rows | None = None
-    writing: Future[None] | None = None
+    batches = _batches(ranks.draw(work), drawn, 1 if first.masking else batch_size)
+    side, on_gpu = first.model.preprocessing.size, first.device.type == "cuda"
+    memory = torch.empty(batch_size, side, side, 3, device=first.device)
+    progress = tqdm(total=sum(map(len, work)), unit="img", desc="extract", disable=ranks.rank != 0)
+    stretch: Stretch | None = None
+    row = 0
+    filled: dict[int, _Rows] = {}
+    writing: dict[int, Future[None]] = {}
     with ThreadPoolExecutor(1) as writer, progress:
-        for pixels, digests in image_batches(images, batches, job.settings.workers, pin_memory=on_gpu):
-            if rows is None:
-                rows = _Rows(drawn.popleft(), job, images)
-            with running(job.settings.precision, job.device):
-                normalised = job.model.preprocessing.normalise(pixels.to(job.device, non_blocking=True), memory)
-                rows.add(_features(job, normalised, rows, batch_size), digests)
+        for pixels, digests in image_batches(images, batches, first.settings.workers, pin_memory=on_gpu):
+            if stretch is None or row == stretch.end:
+                stretch = drawn.popleft()
+                row = stretch.first
+            filled |= {n: _Rows(shard, jobs[n], images) for n, shard in stretch.shards if shard.rows[0] == row}
+            on_device = pixels.to(first.device, non_blocking=True)
+            for number, rows in list(filled.items()):
+                job = jobs[number]
+                with running(job.settings.precision, job.device):
+                    normalised = job.model.preprocessing.normalise(on_device, memory)
+                    rows.add(_features(job, normalised, rows, batch_size), digests)
+                if rows.are_complete:
+                    if number in writing:
+                        writing[number].result()
+                    writing[number] = writer.submit(put_shard, rows.shard, rows.ids, rows.stored(), rows.digests())
+                    del filled[number]
+            row += len(pixels)
             progress.update(ranks.count(len(pixels)) - progress.n)
-            if rows.are_complete:
-                if writing:
-                    writing.result()
-                writing = writer.submit(put_shard, rows.shard, rows.ids, rows.stored(), rows.digests())
-                rows = None
-        if writing:
-            writing.result()
+        for written in writing.values():
+            written.result()
 
 
 def _features(job: Job, images: torch.Tensor, rows: "_Rows", batch_size: int) -> dict[str, torch.Tensor]:
@@ -61,16 +104,15 @@ def _features(job: Job, images: torch.Tensor, rows: "_Rows", batch_size: int) ->
     return masked_features(job.model, job.masking, images, rows.next_id, rows.features, batch_size)
 
 
-def _batches(shards: Iterator[Shard], drawn: deque[Shard], size: int) -> Iterator[list[tuple[str, int]]]:
-    """Yield the keys of Images for each batch of some shards, and append each shard to `drawn` before its first batch.
+def _batches(work: Iterator[Stretch], drawn: deque[Stretch], size: int) -> Iterator[list[tuple[str, int]]]:
+    """Yield the keys of Images for each batch of stretches, and append each stretch to `drawn` before its first batch.
 
-    The last batch of a shard is short rather than reaching into the next one.
+    The last batch of a stretch is short rather than reaching into the next one.
     """
-    for shard in shards:
-        drawn.append(shard)
-        first, end = shard.rows
-        for start in range(first, end, size):
-            yield [(shard.split, row) for row in range(start, min(start + size, end))]
+    for stretch in work:
+        drawn.append(stretch)
+        for start in range(stretch.first, stretch.end, size):
+            yield [(stretch.split, row) for row in range(start, min(start + size, stretch.end))]
 
 
 class _Rows:

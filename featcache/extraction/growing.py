@@ -8,7 +8,7 @@ from typing import Any
 
 from featcache.datasets import read_dataset
 from featcache.errors import BadInput
-from featcache.extraction.job import Job, lay_out, plan_job
+from featcache.extraction.job import Job, lay_out, name_of, plan_job
 from featcache.feature import Feature
 from featcache.names import MANIFEST
 from featcache.store.additions import addition, merge
@@ -152,22 +152,21 @@ def _lay_out(job: Job, features: Sequence[Feature], names: Sequence[str], comput
 def find_store(job: Job) -> Job:
     """Return a job with the place of a store that it can add to; the job itself if it has a place, or there is none.
 
-    These are stores in the default folder, of the same dataset, backbone and settings. The one that holds most of the
-    features that are asked for comes first.
+    These are stores in the default folder, of the same dataset, backbone and settings, with or without the checkpoint's
+    name in theirs. The one that holds most of the features that are asked for comes first.
     """
     if job.settings.store is not None or not isinstance(job.folder, LocalFolder) or MANIFEST in job.folder.names():
         return job
     place = Path(str(job.folder))
-    stem = place.name.removesuffix(f"-{job.id[:8]}{place.suffix}")
     fitting: list[tuple[int, str, Job]] = []
-    for path in sorted(place.parent.glob(f"{escape(stem)}-????????{place.suffix}")):
+    for path in sorted(place.parent.glob(f"{escape(name_of(job.data, job.model))}*-????????{place.suffix}")):
         own = replace(job, folder=LocalFolder(path))
         try:
             parts = whole_parts(own.folder)
             _check_shared(own, parts)
         except BadInput:
             continue
-        if not missing_shards(own.folder, parts[0]):
+        if merge(parts).id == job.id or not missing_shards(own.folder, parts[0]):
             held = sum(str(feature) in merge(parts).features for feature in job.features)
             fitting.append((-held, str(path), own))
     return min(fitting, key=lambda fit: fit[:2])[2] if fitting else job

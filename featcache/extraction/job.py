@@ -1,5 +1,6 @@
 """A job: what an extraction's settings amount to, once the dataset is read and the backbone loaded."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def plan_job(settings: Settings, device: torch.device, data: Dataset, model: Bac
     identity = _identity(settings, data, model, features) | views.describe()
     if masking:
         identity["masks"] = masking.model_dump()
-    folder = open_folder(settings.store or _default_place(data, model, identity, format))
+    folder = open_folder(settings.store or _default_place(settings, data, model, identity, format))
     FORMATS[format].check_place(folder, settings.compression)
     storage: Storage = {"format": format, "compression": settings.compression}
     arrays = {split: record_arrays(data, split) for split in data.splits}
@@ -127,10 +128,19 @@ def _identity(settings: Settings, data: Dataset, model: Backbone, features: tupl
     }
 
 
-def _default_place(data: Dataset, model: Backbone, identity: dict[str, Any], format: str) -> Path:
+def name_of(data: Dataset, model: Backbone) -> str:
+    """Return what the default names of stores begin with."""
+    return f"{data.name}-{model.arch.replace(':', '-')}"
+
+
+def _default_place(
+    settings: Settings, data: Dataset, model: Backbone, identity: dict[str, Any], format: str
+) -> str | Path:
     masks = f"-{identity['masks']['type']}" if "masks" in identity else ""
-    name = f"{data.name}-{model.arch.replace(':', '-')}{masks}-{identity_hash(identity)[:8]}"
-    return Path("features") / f"{name}{FORMATS[format].SUFFIX}"
+    stem = f"-{settings.stem}" if settings.stem else ""
+    name = f"{name_of(data, model)}{stem}{masks}-{identity_hash(identity)[:8]}{FORMATS[format].SUFFIX}"
+    place = os.fspath(settings.place or "features")
+    return f"{place.rstrip('/')}/{name}" if "://" in place else Path(place) / name
 
 
 def lay_out(

@@ -11,7 +11,10 @@ from featcache.store.folder import Folder
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `extract` was asked for. Its docstring says what each field means."""
+    """What `extract` was asked for. Its docstring says what each field means.
+
+    place: the folder of a store without a name of its own. stem: the checkpoint's part in that name, among several.
+    """
 
     backbone: str | os.PathLike[str]
     arch: str | None
@@ -40,3 +43,5 @@ class Settings:
     format: str | None
     compression: str | None
     dtype: str
+    place: str | os.PathLike[str] | None = None
+    stem: str = ""

@@ -136,6 +136,7 @@ def write_run(
             value, low, high = of_roles[role].get(metric, (math.nan,) * 3)
             own = (spec.id, spec.name, role, metric, value, low, high, probe.epoch)
             scores.append(dict(zip(SCORE_COLUMNS, own, strict=True)) | fields)
+    short = _short_of_optimum(folder, trained, folds)
     # Tables are made one after another because those of thousands of probes are large.
     rows: dict[str, Callable[[], Iterable[Row]]] = {
         "scores.csv": lambda: scores,
@@ -157,6 +158,7 @@ def write_run(
         "probes": len(specs),
         **({"fold_probes": len(folds.probes)} if folds else {}),
         "diverged": diverged,
+        **({"short": short} if short else {}),
         "rows": {role: len(own) for role, own in labels.items()},
         "chance": {role: {m: _chance(m, own, classes) for m in metrics} for role, own in labels.items()}
         | ({FOLDS: folds.chance} if folds else {}),
@@ -166,6 +168,14 @@ def write_run(
     }
     write_summary(folder, summary | {"files": files})
     return _reopened(folder, {spec.id for spec in [*specs, *(folds.probes if folds else ())]})
+
+
+def _short_of_optimum(folder: Path, trained: Mapping[str, TrainedProbe], folds: FoldScores | None) -> list[str]:
+    """Return the ids of the probes that ended short of their optimum, or of which a fold did."""
+    short = {probe.spec.id for probe in trained.values() if probe.stopped == "iterations"}
+    of_folds = load_probes(folder, [spec.id for spec in folds.probes]) if folds else ()
+    short |= {replace(probe.spec, fold=None).id for probe in of_folds if probe.stopped == "iterations"}
+    return [name for name in trained if name in short]
 
 
 def _chance(metric: str, labels: Tensor, classes: int) -> float | None:

@@ -187,7 +187,7 @@ def test_a_methods_fields_are_written_behind_its_name(run, scenes, checkpoint, c
     ("method", "message"),
     [
         ("intgrad:step=3", "'step=3' is no field=value of intgrad; did you mean 'steps'? (fields: steps)"),
-        ("intgrad:steps", "'steps' is no field=value of intgrad"),
+        ("intgrad:steps", "steps has no value; write steps=VALUE"),
         ("intgrad:steps=0", "steps: input should be greater than or equal to 1"),
         ("gradcam:steps=3", "'steps=3' is no field=value of gradcam (fields: none)"),
         (

@@ -4,12 +4,13 @@ import itertools
 import math
 import shutil
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from extracting import START, options
+from extracting import options
 from folders import tree_hash
 
 import featcache
@@ -17,6 +18,7 @@ from featcache.attribution.methods import rise as rise_module
 from featcache.attribution.methods.kernel_shap import KernelSHAP
 from featcache.attribution.methods.rise import RISE
 from featcache.errors import BadInput
+from featcache.extraction import job
 from featcache.extraction.masks import MASKS, parse_masks
 from featcache.extraction.masks.coalitions import Coalitions
 from featcache.extraction.masks.random_cells import RandomCells
@@ -190,33 +192,38 @@ def test_probes_do_not_train_on_masked_images(folder):
 
 
 @pytest.mark.process
-def test_killed_grown_and_shared_by_workers(scenes, checkpoint, tmp_path):
+def test_killed_and_shared_by_workers(scenes, checkpoint, tmp_path, monkeypatch, capsys):
     """An extraction of masked images that is killed gives the bytes of one that is not, whatever the number of workers."""
-    masks = {"masks": "lime:16", "split": "test", "limit": 9, "batch-size": 5}
-    start = [START[0], START[1], "import featcache.extraction.job as j; j.SHARD_PASSES = 32; " + START[2], "extract"]
-    done = subprocess.run(
-        [*start, *options(scenes, checkpoint, tmp_path / "a.zarr", **masks)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(job, "SHARD_PASSES", 16)
+    mask(tmp_path / "a.zarr", scenes, checkpoint, "rise:16", limit=18, dtype="float16")
+    said = capsys.readouterr().err
     assert (
-        "masks: lime:samples=16; 9 images x 16 variants" in done.stderr
-        and "144 passes through the backbone" in done.stderr
+        "masks: rise:masks=16; 18 images x 16 variants x 1.0 kB: 288 passes through the backbone, 0.3 MB to write"
+        in said
     )
-    words = options(scenes, checkpoint, tmp_path / "b.zarr", **masks | {"workers": 2})
-    killed = subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    masks = {"masks": "rise:16", "split": "test", "limit": 18, "device": "cpu", "workers": 2}
+    words = options(scenes, checkpoint, tmp_path / "b.zarr", **masks)
+    small = "import featcache.extraction.job as j; j.SHARD_PASSES = 16; from featcache.cli import main; main()"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", small, "extract", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while killed.poll() is None and len(list(tmp_path.glob("b.zarr/commits/test/*.json"))) < 2:
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
-    assert 2 <= len(list(tmp_path.glob("b.zarr/commits/test/*.json"))) < 5
-    assert subprocess.run([*start, *words], capture_output=True).returncode == 0
+    assert 2 <= len(list(tmp_path.glob("b.zarr/commits/test/*.json"))) < 18
+    mask(tmp_path / "b.zarr", scenes, checkpoint, "rise:16", limit=18, dtype="float16")
     assert tree_hash(tmp_path / "a.zarr") == tree_hash(tmp_path / "b.zarr") and not list(verify(tmp_path / "b.zarr"))
-    # It grows as any store does.
-    split = featcache.open_store(tmp_path / "b.zarr")["test"]
-    before = split["pooled"][:]
-    mask(tmp_path / "b.zarr", scenes, checkpoint, "lime:16", limit=9, dtype="float16", features="layer3:pooled")
-    split = featcache.open_store(tmp_path / "b.zarr")["test"]
-    assert split["layer3:pooled"].shape == (9, 16, 256) and np.array_equal(split["pooled"][:], before)
+
+
+def test_a_store_of_masked_images_grows_as_any_store_does(scenes, checkpoint, tmp_path):
+    path, given = tmp_path / "s.zarr", {"kind": "lime:8", "limit": 2, "dtype": "float16"}
+    mask(path, scenes, checkpoint, **given)
+    before = featcache.open_store(path)["test"]["pooled"][:]
+    mask(path, scenes, checkpoint, features="layer3:pooled", **given)
+    split = featcache.open_store(path)["test"]
+    assert split["layer3:pooled"].shape == (2, 8, 256) and np.array_equal(split["pooled"][:], before)
+    assert split["superpixels:spatial"].shape == (2, 1, 64, 64)
 
 
 @pytest.mark.parametrize("size, cells, masks", [(37, 5, 50), (32, 7, 3), (10, 16, 20)])

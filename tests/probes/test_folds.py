@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from digits import CLASSES, digits, several
 from sklearn.linear_model import LogisticRegression
 from stores import write_features
 
 import featcache
 from featcache.errors import BadInput
-from featcache.probes.runs.probe_file import find_probes, load_probe, load_specs
+from featcache.probes.runs.probe_file import find_probes, load_probe, load_probes, load_specs
 from featcache.probes.runs.run import best, select
 from featcache.probes.sample import draw_rows, fold_numbers
 
@@ -137,6 +138,24 @@ def test_an_exact_fold_is_the_probe_of_a_store_without_it(labels, tmp_path):
         assert gap < 2.2e-5 * alone.weights["fc0.weight"].norm()
         bias = (own.weights["fc0.bias"] - alone.weights["fc0.bias"]).norm()
         assert bias < 1e-4 * max(1, alone.weights["fc0.bias"].norm())
+
+
+def test_what_ends_short_says_so(store, command, tmp_path):
+    """While it trains, in run.json, and beside the table whenever that is printed, of a fold by its recipe."""
+    group = LOGISTIC | {"optimizer": {"type": "lbfgs", "weight_decay": [10.0, 1e-4], "iterations": 2}}
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump({"select": {"folds": 2}, "probes": [group]}))
+    words = ["train-probes", "--grid", tmp_path / "g.yaml", "--store", store, "--run", tmp_path / "r"]
+    code, out, err = command(*words)
+    run = featcache.open_run(tmp_path / "r")
+    probes = list(load_probes(run.path, find_probes(run.path)))
+    short = [probe.spec for probe in probes if probe.stopped]
+    assert code == 0 and any(spec.fold for spec in short) and any(not spec.fold for spec in short)
+    for spec in short:
+        which = f" (without fold {spec.fold})" if spec.fold else ""
+        assert f"warning: probe {spec.id}{which} had not converged after 2 Newton steps" in err
+    assert set(run.summary["short"]) == {replace(spec, fold=None).id for spec in short}
+    for text in (out, command(*words)[1]):
+        assert f"short of their optimum, or with a fold that is: {run.summary['short'][0]}" in text
 
 
 def test_several_grids_in_one_run_keep_their_folds(run, store, tmp_path):

@@ -141,7 +141,7 @@ def test_maps_of_probes_that_are_gone_are_left_out_with_a_notice(first, store, c
     code, _, err = command("report", "--run", run, "--out", tmp_path / "page.html")
     assert code == 0 and f"has 1 probes that the run does not have ({gone})" in err and "Traceback" not in err
     page = (tmp_path / "page.html").read_text()
-    assert gone not in page and "image/png" in page
+    assert gone not in page and "image/jpeg" in page
 
 
 def test_a_grid_in_which_nothing_is_chosen(store, command, tmp_path):

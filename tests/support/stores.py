@@ -193,3 +193,25 @@ def grow_store(path):
         first, end = shard.rows
         put_shard(shard, split.ids[first:end], {str(feature): values[first:end]})
     publish(folder, begun, arrays)
+
+
+def write_masked(path, images, masks, width, classes):
+    """Write a float16 store of `images` images with random features of `masks` masked variants each; return it."""
+    records = tuple(
+        Record(id=f"{n}", image=None, image_bytes=1, height=8, width=8, labels=np.zeros(classes, np.int8))
+        for n in range(images)
+    )
+    data = Dataset("toy", tuple(map(str, range(classes))), "multi-label", {"test": records})
+    feature = Feature("layer4", "pooled")
+    identity = {"arch": "toy", "preprocessing": {"size": 8}, "dataset": {"name": "toy", "splits": {}}}
+    plan_ = plan(
+        identity | {"masks": {"type": "rise", "masks": masks}}, {"test": images}, {feature: (masks, width)}, "float16",
+        {}, data.classes, data.task, {"device": "cpu", "threads": 1, "batch_size": 8},
+        {"format": choose_format(None, path), "compression": None}, most_rows=1,
+    )  # fmt: skip
+    folder, random = open_folder(path), np.random.default_rng(0)
+    plan_ = create_store(folder, plan_, {"test": with_axes(record_arrays(data, "test"))})
+    for shard in missing_shards(folder, plan_):
+        rows = random.normal(size=(1, masks, width)).astype(np.float16)
+        put_shard(shard, [records[shard.number].id], {str(feature): rows})
+    return Store(path)

@@ -41,11 +41,15 @@ class Masked(Masking, Perturbation):
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another: those from a store as they come, the others once all images are done."""
         store = batch.source.masked.get(self.masking)
-        stored = [head for head in heads if store is not None and store.serves(head, feature)]
-        through = super().explain([head for head in heads if head not in stored], feature, batch)
-        read = iter(()) if store is None else self._from_store(store, stored, feature, batch)
-        for head in heads:
-            yield next(read if head in stored else through)
+        if store is None:
+            yield from super().explain(heads, feature, batch)
+            return
+        served = [store.serves(head, feature) for head in heads]
+        stored = [head for head, own in zip(heads, served, strict=True) if own]
+        others = [head for head, own in zip(heads, served, strict=True) if not own]
+        read, through = self._from_store(store, stored, feature, batch), super().explain(others, feature, batch)
+        for own in served:
+            yield next(read if own else through)
 
     @torch.no_grad()
     def _from_store(
@@ -55,8 +59,7 @@ class Masked(Masking, Perturbation):
         variants, size = self.number(batch.size), batch.size
         for block in store.blocks(heads, feature, variants, len(batch.targets) * size * size, batch.source.memory):
             maps = torch.empty(len(block), len(batch.targets), size, size, device=batch.source.device)
-            for number, row in enumerate(batch.rows):
-                own = batch.images == number
+            for row, own in zip(batch.rows, batch.pairs_of, strict=True):
                 scores = block.probabilities(row, batch.classes[own])
                 try:
                     made = self.recall(store.note(row, self), batch.source.id_of(row))

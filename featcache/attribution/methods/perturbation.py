@@ -68,9 +68,9 @@ class Perturbation(Method):
         if not heads:
             return
         maps = torch.empty(len(heads), len(batch.targets), batch.size, batch.size, device=batch.source.device)
-        for number, (values, row) in enumerate(zip(batch.inputs, batch.rows, strict=True)):
+        for values, row, own in zip(batch.inputs, batch.rows, batch.pairs_of, strict=True):
             image = Image(values, row, batch.source.id_of(row), batch, feature)
-            made, own = self.begin(image), batch.images == number
+            made = self.begin(image)
             scores = self._scores(heads, image, made, batch.classes[own])
             maps[:, own] = self.maps(batch.size, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
         yield from maps

@@ -10,15 +10,15 @@ from featcache.attribution.methods.masked import Masked
 from featcache.extraction.masks.masking import Masking
 from featcache.extraction.masks.random_cells import RandomCells
 
-# Masks whose product with the scores is taken at a time, and maps that are enlarged at a time, so that both stay in the
-# cache or nearly so.
-MASKS, MAPS = 4096, 64
+# Masks whose products with the scores are summed at a time, and maps that are made at a time: their sums stay in the cache,
+# or nearly so.
+MASKS, MAPS = 4096, 32
 
 
-class Tall(NamedTuple):
-    """Masks that are enlarged along y alone, in order of their shifts along x.
+class Wide(NamedTuple):
+    """Masks that are enlarged along x alone, in order of their shifts along y.
 
-    order: int64 [n], their numbers. masks: float32 [n, S * cells]. bounds: of the masks of each shift.
+    order: int64 [n], their numbers. masks: float32 [n, cells * S]. bounds: of the masks of each shift.
     """
 
     order: torch.Tensor
@@ -38,23 +38,26 @@ class RISE(RandomCells, Masked):
     def maps(self, size: int, made: None, scores: torch.Tensor) -> torch.Tensor:
         """Return sum(score mask) / (N keep).
 
-        Enlarging is linear, and one side can be enlarged after the other. So masks that are enlarged along y alone are
-        summed for each shift along x, and the sums are enlarged at the end: a seventh of the operations.
+        Enlarging is linear, and one side can be enlarged after the other. So masks that are enlarged along x alone are
+        summed for each shift along y, and the sums are enlarged at the end: a tenth of the operations.
         """
         cell, maps = self.cell(size), scores.new_empty(len(scores), size, size)
-        across = _enlarging(self.cells, cell, size).to(scores).transpose(1, 2).flatten(0, 1)  # [cell * cells, S]
+        down = _down(self.cells, cell, size)
         for first in range(0, len(scores), MAPS):
             part = scores[first : first + MAPS]
-            sums = part.new_zeros(len(part), size, cell, self.cells)
+            sums = part.new_zeros(len(part), self.cells, cell, size)
             for start in range(0, self.masks, MASKS):
-                tall = _tall(self.masking, size, start, scores.device)
-                ordered = part[:, start : start + MASKS][:, tall.order]
-                for shift, (low, high) in enumerate(tall.bounds):
+                wide = _wide(self.masking, size, start, scores.device)
+                ordered = part[:, start : start + MASKS][:, wide.order]
+                for shift, (low, high) in enumerate(wide.bounds):
                     if low < high:
-                        product = ordered[:, low:high] @ tall.masks[low:high]
-                        sums[:, :, shift] += product.unflatten(1, (size, self.cells))
-            maps[first : first + MAPS] = sums.flatten(2) @ across
-        return maps / (self.masks * self.keep)
+                        product = ordered[:, low:high] @ wide.masks[low:high]
+                        sums[:, :, shift] += product.unflatten(1, (self.cells, size))
+            rows = sums.flatten(1, 2)
+            for row, low, matrix in down:
+                product = matrix.to(scores) @ rows[:, low : low + matrix.shape[1]]
+                maps[first : first + MAPS, row : row + len(matrix)] = product
+        return maps.div_(self.masks * self.keep)
 
 
 def _enlarging(cells: int, cell: int, size: int) -> torch.Tensor:
@@ -64,12 +67,27 @@ def _enlarging(cells: int, cell: int, size: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def _tall(masking: Masking, size: int, start: int, device: torch.device) -> Tall:
-    """Enlarge MASKS masks from number `start` on along y."""
+def _down(cells: int, cell: int, size: int) -> list[tuple[int, int, torch.Tensor]]:
+    """Return what enlarges sums [cells * cell, S] along y, for `cell` rows of the map at a time.
+
+    Yields (first of the rows, first of the sums that they need, float32 [rows, sums]). A row needs those that are near.
+    """
+    whole = _enlarging(cells, cell, size).permute(1, 2, 0).flatten(1)  # [S, cells * cell]
+    blocks = []
+    for row in range(0, size, cell):
+        used = whole[row : row + cell].any(0).nonzero()[:, 0]
+        low, high = int(used[0]), int(used[-1]) + 1
+        blocks.append((row, low, whole[row : row + cell, low:high].contiguous()))
+    return blocks
+
+
+@lru_cache(maxsize=4)
+def _wide(masking: Masking, size: int, start: int, device: torch.device) -> Wide:
+    """Enlarge MASKS masks from number `start` on along x."""
     assert isinstance(masking, RandomCells), "RISE masks so"
     grids, y, x = (tensor[start : start + MASKS].to(device) for tensor in masking.drawn(size))
-    order = x.argsort(stable=True)
-    down = _enlarging(masking.cells, masking.cell(size), size).to(device)  # [cell, S, cells]
-    masks = torch.einsum("nsc,ncd->nsd", down[y[order]], grids[order]).flatten(1)
-    ends = x.bincount(minlength=masking.cell(size)).cumsum(0).tolist()
-    return Tall(order, masks, list(zip([0, *ends[:-1]], ends, strict=True)))
+    order = y.argsort(stable=True)
+    across = _enlarging(masking.cells, masking.cell(size), size).to(device)  # [cell, S, cells]
+    masks = torch.einsum("nsc,ndc->nds", across[x[order]], grids[order]).flatten(1)
+    ends = y.bincount(minlength=masking.cell(size)).cumsum(0).tolist()
+    return Wide(order, masks, list(zip([0, *ends[:-1]], ends, strict=True)))

@@ -44,7 +44,7 @@ _FORMS: dict[str, Any] = {
     "store": str, "store_id": str, "seed": (int, None), "splits": {str: [str]}, "select": {str: str}, "search": (dict, None),
     "parity": (str, None), "buffers": {str: (int, None)}, "grids": {str: str}, "intervals": [str], "imported": [dict],
     "overlap": [dict], "arch": str, "weights_sha256": str, "preprocessing": dict, "dataset": str, "classes": [str],
-    "probes": int, "diverged": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
+    "probes": int, "diverged": [str], "short": [str], "rows": {str: int}, "chance": {str: {str: (float, None)}}, "device": str,
     "seconds": float, "versions": {str: str}, "key": str, "files": {str: {str: int}}, "others": {str: str},
     "samples": {str: {str: (int, str)}}, "refit": {str: [str]}, "fold_probes": int,
     "finetuned": dict, "backbones": {str: str},
