@@ -69,7 +69,7 @@ def describe(task: Task) -> str:
             "free; take fewer probes or methods, or --limit"
         )
     return (
-        f"saving {len(task.methods)} x {each:,} maps of {size} x {size} pixels, {needed / 1e6:,.1f} MB as float16 before "
+        f"maps to save: {len(task.methods)} x {each:,} of {size} x {size} pixels, {needed / 1e6:,.1f} MB as float16 before "
         f"compression (up to twice that while they are put together): {task.run.path / SAVED_MAPS}"
     )
 

@@ -98,11 +98,15 @@ def attribute(
     options |= {"methods": _names(methods), "scores": _names(scores), "images": _names(images)}
     if dry_run:
         from featcache.attribution.plan import plan_attribution
+        from featcache.attribution.saved_maps import describe
         from featcache.attribution.settings import Settings
         from featcache.attribution.task import prepare
         from featcache.device import choose_device
 
-        _print_plan(plan_attribution(prepare(Settings(**options), choose_device(device))))
+        task = prepare(Settings(**options), choose_device(device))
+        _print_plan(plan_attribution(task))
+        if task.settings.save_maps:
+            click.echo(describe(task))
         return
     from featcache.attribution.attribute import attribute as run
     from featcache.probes.runs.run import open_run

@@ -55,6 +55,7 @@ def run_demo(call: Callable[[list[str]], object], out: str | Path, scale: float)
         ("Train the grid of probes on the cache", ["train-probes", "--grid", out / "grid.yaml", "--store", stores[0], "--run", runs[0]]),
         ("The same grid on the random features", ["train-probes", "--grid", out / "grid.yaml", "--store", stores[1], "--run", runs[1]]),
         ("Where do the best BCE and the best CE probe look?", ["attribute", "--run", runs[0], "--select", "best map per loss", "--method", "gradcam,input_x_gradient", *trained, *data]),
+        ("Does the loss make the difference? A test on the same maps", ["compare", "--localisation", "--run", runs[0], "--select", "best map per loss"]),
         ("Write the page", ["report", "--run", runs[0], "--run", runs[1], "--out", page]),
     ]  # fmt: skip
     for number, (title, arguments) in enumerate(steps, 1):

@@ -72,7 +72,7 @@ class Localisation:
         line = f"protocol {facts['protocol']}, parity {facts['parity'] or 'none'}"
         if "grids" in facts:
             line += f", {facts['grids']} grids of {facts['drawn_from_images']:,} images of {facts['drawn_from_classes']} classes"
-        line += f", {facts['pairs']:,} pairs in {facts['images']:,} images of {facts['split']} (set {facts['set']})"
+        line += f", {facts['pairs']:,} pairs of class and image, {facts['images']:,} images of {facts['split']} (set {facts['set']})"
         line += f"; scores {', '.join(facts['scores'])}; seed {facts['seed']}"
         return [f"{line}; featcache {facts['version']} on {facts['device']}"]
 

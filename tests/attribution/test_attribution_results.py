@@ -61,7 +61,9 @@ def test_all_maps_are_read_by_plain_zarr(run, store, command):
     assert code == 0, err
     rows = featcache.open_run(run).table("attribution.csv")
     size = 64 * 64 * 2 * len(rows) / 1e6
-    assert f"saving 2 x {len(rows) // 2} maps of 64 x 64 pixels, {size:,.1f} MB as float16" in err
+    assert f"maps to save: 2 x {len(rows) // 2} of 64 x 64 pixels, {size:,.1f} MB as float16" in err
+    code, out, _ = command(*words, "--save-maps", "--dry-run")
+    assert code == 0 and f"maps to save: 2 x {len(rows) // 2} of 64 x 64" in out
     group = zarr.open_group(run / "attribution.zarr", mode="r")
     facts, test = group.attrs["attribution"], featcache.open_store(store)["test"]
     assert facts == json.loads((run / "attribution.json").read_bytes())

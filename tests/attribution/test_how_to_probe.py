@@ -19,6 +19,7 @@ from featcache.attribution.batch import Network, Source
 from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
+from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.profiles.how_to_probe import HowToProbe, smooth
 from featcache.attribution.profiles.published_images import stretched
 from featcache.attribution.protocols.boxes import Boxes
@@ -153,6 +154,11 @@ def test_epg_of_gradcam_from_files_to_table(trained, scenes, checkpoint, command
     facts = json.loads((run / "attribution.json").read_bytes())
     assert (facts["parity"], facts["protocol"], facts["pairs"]) == ("how-to-probe", "boxes", len(rows) // len(probes))
     assert facts["preprocessing"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    other = tmp_path / "other"
+    shutil.copytree(trained.path, other)
+    featcache.attribute(other, probes=probes, limit=3)
+    code, _, err = command("compare", "--localisation", "--run", run, "--run", other, *chosen)
+    assert code == 2 and "--parity was how-to-probe in one and none in the other" in err
     code, out, err = command(*line, "--dry-run")
     assert code == 0 and "passes of an image through the backbone: 3 forward" in out, err
     code, _, err = command("attribute", "--run", run, *PARITY)
@@ -170,7 +176,7 @@ def test_bcos_heads_stay_in_explanation_mode_on_bcos_backbones(backbone_pair):
     for backbone, left in backbone_pair:
         head = Bcos(layers=2, hidden=8).resolved(5)
         head = HeadModule(head, head.initial_weights(16, 5, torch.Generator().manual_seed(0)))
-        source = Source(None, None, None, Network(backbone, None), (), 0)
+        source = Source(None, None, None, Network(backbone, None, None), (), 0)
         with pytest.raises(ZeroDivisionError), HowToProbe().explaining([head], source):
             assert detached(head) == [left] * len(detached(head))
             raise ZeroDivisionError
@@ -183,6 +189,10 @@ def backbone_pair():
         (load_backbone("random", arch=arch, size=64), left)
         for arch, left in (("bcos_resnet18", True), ("resnet18", False))
     ]
+
+
+def test_lrp_takes_heads_for_convolutions():
+    assert HowToProbe().method(LRP(gamma=0.1)) == LRP(gamma=0.1, head="convolution")
 
 
 def test_pictures_of_grids_are_stretched():

@@ -86,6 +86,19 @@ def test_methods_that_run_the_backbone_explain_probes_of_any_feature(trained, wo
     assert all(0 <= float(row["epg"]) <= 1 for row in rows if row["epg"])
 
 
+def test_a_backbone_known_by_its_tensors_alone_is_drawn_for_a_sanity_check(trained, words, command):
+    code, _, err = command(*words, *chosen(trained, "norm:cls"), "--method", "gradient", "--sanity")
+    assert code == 0, err
+    assert {row["method"] for row in rows_of(words[2])} == {
+        "gradient",
+        "gradient (random head)",
+        "gradient (random backbone)",
+    }
+    without = words[: words.index("--backbone")] + words[words.index("--dataset") :]
+    code, _, err = command(*without, *chosen(trained, "norm:patch_mean"), "--sanity")
+    assert code == 2 and "--sanity draws a backbone like the store's: give --backbone too" in err
+
+
 def test_their_maps_are_of_the_merged_network(trained, words, vit, scenes, command):
     """Input x gradient, and the means of features side by side as the maps that they are the means of."""
     backbone, scene = load_backbone(vit, size=SIDE), read_dataset("voc", scenes, ["test"])

@@ -52,8 +52,10 @@ def test_the_demo_prints_commands_that_work(tmp_path):
         "train-probes",
         "train-probes",
         "attribute",
+        "compare",
         "report",
     ]
+    assert "difference [95%]" in done.stdout and re.search(r"^EPG %  gradcam ", done.stdout, re.MULTILINE)
     page = tmp_path / "featcache-demo/report.html"
     assert page.stat().st_size > 100_000 and str(page) in done.stdout
     again = subprocess.run([*featcache, *commands[3].split()], cwd=tmp_path, capture_output=True, text=True)

@@ -18,6 +18,7 @@ from featcache.attribution.methods.gradcam import GradCAM
 from featcache.attribution.methods.guided_backprop import GuidedBackprop
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.methods.intgrad import IntegratedGradients
+from featcache.attribution.methods.lrp import LRP
 from featcache.attribution.methods.method import Method
 from featcache.attribution.profiles.last_convolution import LastConvolutionGradCAM
 from featcache.attribution.profiles.profile import Profile
@@ -80,9 +81,11 @@ class HowToProbe(Profile):
         raise BadInput(f"--parity how-to-probe: it has no protocol {protocol.type}; take boxes or gridpg")
 
     def method(self, method: Method) -> Method:
-        """Return GradCAM on the last convolution in place of GradCAM on the last layer."""
+        """Return GradCAM on the last convolution, and LRP that takes a head's layers for convolutions, as they were."""
         if type(method) is GradCAM and "convolution" in self.quirks:
             return LastConvolutionGradCAM()
+        if isinstance(method, LRP) and "relevance" in self.quirks:
+            return method.model_copy(update={"head": "convolution"})
         return method
 
     def explaining(self, heads: Sequence[HeadModule], source: Source) -> AbstractContextManager[None]:

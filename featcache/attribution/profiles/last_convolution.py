@@ -31,8 +31,9 @@ class LastConvolutionGradCAM(GradCAM):
         return Passes(forward=work.images * work.layers)
 
     def misfit(self, backbone: Backbone) -> str | None:
-        """Networks without convolutions have no last one."""
-        return None if any(map(_is_convolution, backbone.modules())) else "has no convolution"
+        """Transformers have no convolution that could stand for their last layer."""
+        convolutional = backbone.architecture.tokens is None and any(map(_is_convolution, backbone.modules()))
+        return None if convolutional else "has no last convolution, on which How-to-Probe computes GradCAM"
 
     def explain(self, heads: Sequence[HeadModule], reading: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another, all from one forward pass."""

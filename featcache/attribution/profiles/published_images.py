@@ -18,7 +18,19 @@ from featcache.probes.heads.bcos import Bcos
 
 # What differs from the default. Each can be had alone, to measure what it does (tests/benchmarks/parity.py).
 QUIRKS = frozenset(
-    ("smoothing", "rounding", "edges", "empty", "normalisation", "convolution", "head", "box", "images", "contrast")
+    (
+        "smoothing",
+        "rounding",
+        "edges",
+        "empty",
+        "normalisation",
+        "convolution",
+        "relevance",
+        "head",
+        "box",
+        "images",
+        "contrast",
+    )
 )
 # CLIP's statistics.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
