@@ -85,6 +85,11 @@ class Task:
         extra = (column for method in self.methods for column in method.columns)
         return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra), REGION]
 
+    @property
+    def pictured_at_most(self) -> float:
+        """Of how many targets the maps can be kept for pictures."""
+        return _pictured_at_most(self.source, len(self.explained) * len(self.methods))
+
     def identity(self, method: int, probe: int, target: Target) -> tuple[str, ...]:
         """Return what names a map in tables: probe, method, split, image and class, in the order of IDENTITY."""
         one, source = self.explained[probe], self.source
@@ -185,12 +190,16 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     if settings.images is not None:
         targets = only(settings.images, source, targets)
         examples = examples._replace(first=len(targets))
-    # They are copied some four times on their way into a file.
-    most = taken / 4 / (4 * source.preprocessing.size**2 * len(explained) * len(methods))
-    kept = _pictured_rows(targets, examples.first, most)
+    kept = _pictured_rows(targets, examples.first, _pictured_at_most(source, len(explained) * len(methods)))
     targets = [target.as_pictured() if target.row in kept else target for target in targets]
     pieces = list(in_pieces(targets))
     return Task(run, explained, methods, scores, protocol, source, randomised, pieces, examples, settings)
+
+
+def _pictured_at_most(source: Source, maps: int) -> float:
+    """Return of how many targets the maps fit into memory. maps: of each target."""
+    # They are copied some four times on their way into a file.
+    return source.memory / 4 / (4 * source.preprocessing.size**2 * maps)
 
 
 def _pictured_rows(targets: Sequence[Target], first: int, most: float) -> set[int]:

@@ -37,7 +37,7 @@ class Masks(Protocol):
         if not masked:
             raise BadInput(
                 f"--protocol {self.type}: no image of split {split.name} has a segmentation mask (VOC: in "
-                "SegmentationObject/, COCO: segmentation of its annotations); take --protocol boxes"
+                "SegmentationClass/ and SegmentationObject/, COCO: segmentation of its annotations); take --protocol boxes"
             )
         if len(masked) < len(shown):
             left_out = len(shown) - len(masked)
