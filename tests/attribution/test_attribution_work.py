@@ -109,7 +109,15 @@ def test_what_a_dry_run_counts_is_what_every_method_takes(trained, words, comman
     assert len(re.findall("^[0-9a-f]{10} ", out, re.MULTILINE)) == 3 * 16
     # With no memory the maps of one probe are made after those of another, and variants go through the backbone once.
     table = (tmp_path / "r/attribution.csv").read_bytes()
-    several = ["deeplift", "lrp", "smoothgrad:samples=3", "intgrad:steps=2", "rise:masks=5", "lime:samples=4", "scorecam"]
+    several = [
+        "deeplift",
+        "lrp",
+        "smoothgrad:samples=3",
+        "intgrad:steps=2",
+        "rise:masks=5",
+        "lime:samples=4",
+        "scorecam",
+    ]
     code, _, err = command(*line[:-1], ",".join(several), "--memory", 1e-6)
     assert code == 0, err
     expected, rows = (read_rows(data) for data in (table, (tmp_path / "r/attribution.csv").read_bytes()))
@@ -249,3 +257,7 @@ def test_maps_for_pictures_keep_within_the_memory(trained, command, tmp_path):
     assert code == 0 and "are kept for pictures, not of 4; --memory holds no more" in err, err
     with np.load(tmp_path / "r/attribution.npz") as kept:
         assert kept["maps"].nbytes <= memory / 4 and len(kept["maps"]) == 3 * len(kept["ids"]) > 0
+    code, _, err = command(*words[:-4], "--examples", "right:3,wrong:3", *words[-2:])
+    assert code == 0 and "notice: the maps of 2 pairs of image and class that rules choose are kept, not of" in err, err
+    with np.load(tmp_path / "r/attribution.npz") as kept:
+        assert kept["maps"].nbytes == memory / 4
