@@ -15,7 +15,7 @@ from featcache.arguments import listed
 from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
 from featcache.attribution.examples import Examples, only, parse_examples
 from featcache.attribution.explained import Explained
-from featcache.attribution.fit import check_methods
+from featcache.attribution.fit import check_methods, check_scores
 from featcache.attribution.mask_stores import find_masked, through_backbone
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
@@ -174,10 +174,7 @@ def prepare(settings: Settings, device: torch.device) -> Task:
         protocol = parse_kind(PROTOCOLS, settings.protocol, "--protocol")
     protocol = profile.protocol(protocol)
     scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
-    _check_scores(scores, protocol)
-    for score in scores:
-        if score.runs_backbone and network is None:
-            raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
+    check_scores(scores, protocol, network is not None)
     features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
     images = Source(data, preprocessing, device, network, features, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
@@ -217,19 +214,6 @@ def _pictured_rows(targets: Sequence[Target], first: int, most: float) -> set[in
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
     """Return the kinds that words name, each once."""
     return list(dict.fromkeys(parse_kind(kinds, word, option) for word in (default if words is None else words)))
-
-
-def _check_scores(scores: Sequence[Score], protocol: Protocol) -> None:
-    """Raise BadInput if a score stands there twice, or looks at what the protocol does not have."""
-    if len({score.type for score in scores}) < len(scores):
-        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
-    for score in scores:
-        if score.regions and protocol.region not in score.regions:
-            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
-            raise BadInput(
-                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
-                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
-            )
 
 
 def _network(
