@@ -45,6 +45,7 @@ class Measured(NamedTuple):
 
     by: whose scores these are, for people. heading: of the score. scores: T floats, NaN where a map has none.
     probabilities: of the class. right: 1 where the probe says the class, else 0; both NaN where that is not known.
+    higher_is_better: of the score.
     """
 
     probe: str
@@ -53,6 +54,7 @@ class Measured(NamedTuple):
     scores: Sequence[float]
     probabilities: Sequence[float]
     right: Sequence[float]
+    higher_is_better: bool = True
 
 
 def parse_examples(given: int | str | Sequence[str]) -> Examples:
@@ -131,7 +133,8 @@ def _chosen(rule: Rule, targets: Sequence[Target], measured: Measured) -> list[t
     fits = np.isfinite(values)
     if not by_score:
         fits &= np.asarray(measured.right) == (rule.word == RIGHT)
-    order = np.argsort(-values if rule.word in (BEST, RIGHT) else values, kind="stable")
+    highest = (rule.word == BEST) == measured.higher_is_better if by_score else rule.word == RIGHT
+    order = np.argsort(-values if highest else values, kind="stable")
     chosen, rows = list[tuple[int, str]](), set[int]()
     for number in order[fits[order]].tolist():
         row = targets[number].row
@@ -139,8 +142,9 @@ def _chosen(rule: Rule, targets: Sequence[Target], measured: Measured) -> list[t
             rows.add(row)
             percent = f"{100 * values[number]:.0f}%"
             if by_score:
-                end = "highest" if rule.word == BEST else "lowest"
-                chosen.append((number, f"{end} {measured.heading} ({percent}) of {measured.by}"))
+                chosen.append(
+                    (number, f"{'highest' if highest else 'lowest'} {measured.heading} ({percent}) of {measured.by}")
+                )
             else:
                 chosen.append((number, f"{rule.word} by probe {measured.probe} (probability {percent})"))
     return chosen

@@ -146,7 +146,8 @@ def _measured(task: Task, pieces: Sequence[Piece]) -> Measured:
     scores = torch.cat([piece.cells[0, 0, :, task.columns.index(score.columns[0])] for piece in pieces])
     _, probabilities, right = predictions.unbind(1)
     by = f"{method.label} maps of probe {one.probe}"
-    return Measured(one.probe, by, score.heading, scores.tolist(), probabilities.tolist(), right.tolist())
+    values = (scores.tolist(), probabilities.tolist(), right.tolist())
+    return Measured(one.probe, by, score.heading, *values, score.higher_is_better)
 
 
 def arrays_of(task: Task, pictured: Pictured) -> dict[str, np.ndarray]:

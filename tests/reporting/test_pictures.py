@@ -137,6 +137,8 @@ def test_rules_choose_by_hand():
     assert choose([Rule("best", 2)], targets, measured) == {
         1: "highest EPG (90%) of m maps of probe p", 3: "highest EPG (90%) of m maps of probe p",
     }  # fmt: skip
+    lower = measured._replace(heading="deletion", higher_is_better=False)
+    assert choose([Rule("best", 1)], targets, lower) == {4: "lowest deletion (10%) of m maps of probe p"}
     both = choose([Rule("worst", 1), Rule("wrong", 9), Rule("right", 2)], targets, measured)
     # The second class of image 0 is right too, and an image is chosen once by a rule.
     assert list(both) == [4, 2, 0, 3]

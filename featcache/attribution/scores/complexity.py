@@ -19,6 +19,7 @@ class Complexity(LocalisationScore):
     columns: ClassVar[tuple[str, str]] = ("complexity", "complexity_uniform")
     lacking: ClassVar[str] = "positive value"
     regions: ClassVar[tuple[str, ...]] = ()
+    higher_is_better: ClassVar[bool] = False
 
     def measure(self, maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Return the entropy over the logarithm of the number of pixels."""

@@ -16,6 +16,7 @@ class Deletion(Faithfulness):
     type: Literal["deletion"] = "deletion"
     heading: ClassVar[str] = "deletion"
     columns: ClassVar[tuple[str, str]] = ("deletion", "deletion_uniform")
+    higher_is_better: ClassVar[bool] = False
 
     def ends(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images, and nothing."""

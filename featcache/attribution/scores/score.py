@@ -19,7 +19,7 @@ Judge = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 class Score(Kind):
     """Base class of scores, which say how good a map is.
 
-    A score is in 0..1, and higher is better unless its explanation says otherwise. heading: its name in tables and
+    A score is in 0..1. higher_is_better: else lower is, as its explanation says. heading: its name in tables and
     pictures. columns: of attribution.csv, that of the score and that of what a uniform map scores. lacking: what a map
     has not that has no score, such as "positive energy". regions: which regions of protocols it looks at, () if at
     none. runs_backbone: whether it needs the backbone and the images. The first line of a subclass's docstring is its
@@ -31,6 +31,7 @@ class Score(Kind):
     lacking: ClassVar[str]
     regions: ClassVar[tuple[str, ...]] = ()
     runs_backbone: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = True
 
     def judge(self, batch: Batch, heads: Sequence[tuple[HeadModule, Reading]]) -> Judge:
         """Return what scores the maps of a batch. heads: with the maps that they read."""
