@@ -70,9 +70,17 @@ def forward_speed(job: Job, features: Sequence[Feature], pixels: torch.Tensor) -
         return time.perf_counter() - started
 
     run(1)
-    count = max(1, min(job.settings.batch_size, int(SECONDS / 3 / run(1))))
-    run(count)
-    times, spent = 0, 0.0
+    count, spent, each = 1, run(1), 0.0
+    # A forward takes a while however few images it has, so that small batches say little: larger ones are tried up to
+    # the extraction's own, as long as the next is expected to take two measurements at most.
+    while count < job.settings.batch_size and spent + each * 3 * count <= 2 * SECONDS:
+        larger = min(4 * count, job.settings.batch_size)
+        longer = run(larger)
+        each = max(longer - spent, 0) / (larger - count)
+        count, spent = larger, longer
+    # The first run of a size allocates its memory: it counts only where it takes all the time that there is.
+    times = int(spent >= SECONDS)
+    spent *= times
     while spent < SECONDS:
         spent += run(count)
         times += 1

@@ -1,6 +1,7 @@
 """featcache plan: its figures are those of what extract then writes, and it writes nothing."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_the_figures_are_those_of_what_is_written(checkpoint, given, small_shard
     ]
     assert [f"{shard.split}/{shard.shard:06d}.json" for shard in sorted(missing)] == markers(path)
     assert len(missing) == store.shards == store.shards_to_write > 9
+    assert replace(plan, free=plan.bytes_to_write).fits and not replace(plan, free=plan.bytes_to_write - 1).fits
     assert plan.fits and plan.free > plan.bytes_to_write and store.id == featcache.open_store(path).manifest.id
     assert plan.missing() == []
     before = tree_hash(tmp_path)
