@@ -22,6 +22,7 @@ from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.knn import knn
 from featcache.cli.layers import layers
+from featcache.cli.plan import plan
 from featcache.cli.report import report
 from featcache.cli.schema import schema
 from featcache.cli.streams import drop_output, output_is_broken, prepare_streams
@@ -64,7 +65,7 @@ def cli() -> None:
 
 
 for command in (
-    demo, layers, extract, inspect, verify, convert, train_probes, sweep, knn, svm, finetune, compare, attribute, report, export,
+    demo, layers, plan, extract, inspect, verify, convert, train_probes, sweep, knn, svm, finetune, compare, attribute, report, export,
     import_probes, schema,
 ):  # fmt: skip
     cli.add_command(debug_option(command))
