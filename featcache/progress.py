@@ -80,8 +80,9 @@ def _is_first() -> bool:
 class Progress:
     """How far a piece of work is, and which of its phases takes the longest.
 
-    what: the work in a word. total: how much there is to do. unit: what is counted. done: how much is done already. fleeting: a
-    bar comes after 2 s, and goes at the end. Of the processes that torchrun starts, the first alone tells anything.
+    what: the work in a word. total: how much there is to do. unit: what is counted. done: how much is done already.
+    fleeting: a bar comes after 2 s, and goes at the end. Of the processes that torchrun starts, only the first tells
+    anything.
 
         with Progress("extract", len(images), unit="img") as progress:
             for batch in progress.waiting("decode", batches, "forward"):
@@ -192,10 +193,8 @@ class Progress:
         return name, recent[name] / sum(recent.values())
 
     def _print_lines(self) -> None:
-        # A log that cannot be written any more ends the lines, not the work.
-        with suppress(OSError, ValueError):
-            while not self._ended.wait(LINE_SECONDS):
-                self._print()
+        while not self._ended.wait(LINE_SECONDS):
+            self._print()
 
     def _print(self, note: str = "", ended: bool = False) -> None:
         """Print a line of a log. ended: it is the last one, which is about all of the work."""
@@ -209,7 +208,9 @@ class Progress:
         rate = (done - before) / max(now - since, 1e-9)
         phase, share = self._bottleneck(now)
         print_line = self._as_json if self._mode == "json" else self._as_text
-        click.echo(print_line(now - self._begun, done, rate, phase, share, note, ended), err=True)
+        # A log that cannot be written any more does not end the work.
+        with suppress(OSError, ValueError):
+            click.echo(print_line(now - self._begun, done, rate, phase, share, note, ended), err=True)
 
     def _as_json(
         self, took: float, done: int, rate: float, phase: str | None, share: float, note: str, ended: bool

@@ -145,3 +145,5 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
         while ranks.rank == 0 and (left := ranks.left_behind(pieces.missing)):
             ranks.say(f"notice: no news of {len(left)} pieces that other processes took; doing them here")
             work(left)
+        # The others have finished meanwhile.
+        tell(0)

@@ -280,6 +280,8 @@ def train_missing(
         while ranks.rank == 0 and (left := ranks.left_behind(lambda: unsaved(folder, waves))):
             say(f"notice: no news of {len(left)} blocks that other processes took; doing them here")
             _train(sweep, left)
+        # The others have finished meanwhile.
+        sweep.tell()
     if ranks.rank == 0:
         with suppress(OSError):
             (folder / PARTIAL).rmdir()
