@@ -5,7 +5,9 @@ from os import PathLike
 from statistics import median
 from typing import Any
 
-from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
+from torch import nn
+
+from featcache.arguments import BACKBONE, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
 from featcache.attribution.examples import EXAMPLES
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pictured import arrays_of, pictured_by_rule, pictured_first
@@ -23,7 +25,7 @@ from featcache.store.folder import LocalFolder
 
 @multiplying("float32")
 @takes(
-    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
+    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=BACKBONE, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), images=NAMES, examples=EXAMPLES, seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
     parity=NAME, masks=PATHS, save_maps=FLAG, format=NAME,
 )  # fmt: skip
@@ -34,7 +36,7 @@ def attribute(
     rule: str | None = None,
     methods: Sequence[str] | None = None,
     split: str | None = None,
-    backbone: str | PathLike | None = None,
+    backbone: str | PathLike | nn.Module | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
     dataset: str | None = None,

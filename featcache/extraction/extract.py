@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featcache.arguments import (
-    CHECKPOINT,
+    BACKBONE,
     CHECKPOINTS,
     MOST_SIDE,
     MOST_WORKERS,
@@ -51,9 +51,9 @@ EXPECTED = {
 HELD = 2 * SHARD_BYTES
 
 
-@takes(backbone=CHECKPOINT, **EXPECTED)
+@takes(backbone=BACKBONE, **EXPECTED)
 def extract(
-    backbone: str | os.PathLike[str],
+    backbone: str | os.PathLike[str] | torch.nn.Module,
     dataset: str,
     root: str | os.PathLike[str] | None = None,
     splits: Sequence[str] | None = None,
@@ -83,7 +83,8 @@ def extract(
 ) -> str:
     """Run a frozen backbone over a dataset and write its features to a store; return the store's path.
 
-    backbone: checkpoint path, or "random" with `arch`. weights_key: which of several encoders in the checkpoint.
+    backbone: checkpoint path, "random" with `arch`, or a module in memory that takes images [B, 3, H, W]; size, mean and
+    std say what it was trained with. weights_key: which of several encoders in the checkpoint.
     dataset: registered name. splits: names, by default all that the protocol needs. features: names, see
     featcache.feature; by default pooled and spatial of the last layer, and cls if it has a class token.
     store: path or URL, by default features/<dataset>-<arch>-<id>.zarr. format: zarr or hdf5, by default
@@ -105,6 +106,7 @@ def extract(
 
         path = featcache.extract("ckpt.pth", "voc", root="/data", features="pooled,spatial")
         features = featcache.open_store(path)["train"]["last:pooled"]
+        path = featcache.extract(my_network, "voc", root="/data", size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     """
     ranks = join_ranks()
     settings = Settings(
@@ -246,6 +248,11 @@ def _read(settings: Settings, ranks: Alone) -> Dataset:
 def _prepare(settings: Settings, data: Dataset, ranks: Alone, said: set[str]) -> Job:
     """Load the backbone, and work out what the settings amount to. said: what need not be said again. Raises BadInput."""
     model = _load(settings, data)
+    if isinstance(settings.backbone, torch.nn.Module):
+        # Each process of torchrun built its own.
+        own = [(model.weights_sha256,)]
+        if (ranks.shared() if ranks.rank else ranks.share(own)) != own:
+            raise BadInput("backbone: the processes' modules have different weights: load them, or seed alike")
     ranks.say(f"backbone: {model.load_report}")
     preprocessing = "\n  ".join((f"preprocessing: {model.preprocessing}", *model.preprocessing_report))
     if preprocessing not in said:
