@@ -1,6 +1,7 @@
 """What the arguments of the public functions may be. Anything else is one line, as on the command line."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
@@ -30,6 +31,12 @@ class Expected:
 def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
     """Return whether a value can be the path of a file or folder."""
     return isinstance(value, str | os.PathLike) and not unwritable(os.fsdecode(value))
+
+
+def is_module(value: object) -> bool:
+    """Return whether a value is a torch.nn.Module. There is none unless something imported torch already."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)
 
 
 def listed(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
@@ -71,6 +78,7 @@ CHECKPOINT = Expected(
     is_path,
     "; save the tensors of a network in memory with torch.save(network.state_dict(), 'network.pth') and give that path",
 )
+BACKBONE = Expected("the path of a checkpoint or a torch.nn.Module", lambda value: is_path(value) or is_module(value))
 CHECKPOINTS = Expected("a list of paths of checkpoints", lambda value: _is_list(value, is_path))
 NAME = Expected("a name", _is_name)
 NAMES = Expected("a list of names", lambda value: _is_list(value, _is_name))

@@ -5,9 +5,9 @@ from os import PathLike
 from statistics import median
 from typing import Any
 
-from tqdm import tqdm
+from torch import nn
 
-from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
+from featcache.arguments import BACKBONE, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
 from featcache.attribution.examples import EXAMPLES
 from featcache.attribution.explain import explain_piece
 from featcache.attribution.pictured import arrays_of, pictured_by_rule, pictured_first
@@ -18,13 +18,14 @@ from featcache.attribution.saved_maps import describe, opened, write_maps
 from featcache.attribution.settings import Settings
 from featcache.attribution.task import Task, prepare
 from featcache.device import choose_device, multiplying
+from featcache.progress import Progress
 from featcache.ranks import Alone, join_ranks
 from featcache.store.folder import LocalFolder
 
 
 @multiplying("float32")
 @takes(
-    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME, dataset=NAME,
+    store=PATH, probes=NAMES, rule=NAME, methods=NAMES, split=NAME, backbone=BACKBONE, arch=NAME, weights_key=NAME, dataset=NAME,
     root=PATH, limit=whole(), images=NAMES, examples=EXAMPLES, seed=whole(), scores=NAMES, sanity=FLAG, protocol=NAME,
     parity=NAME, masks=PATHS, save_maps=FLAG, format=NAME,
 )  # fmt: skip
@@ -35,7 +36,7 @@ def attribute(
     rule: str | None = None,
     methods: Sequence[str] | None = None,
     split: str | None = None,
-    backbone: str | PathLike | None = None,
+    backbone: str | PathLike | nn.Module | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
     dataset: str | None = None,
@@ -131,10 +132,10 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
     each = len(task.explained) * len(task.methods)
     maps = each * sum(map(len, task.pieces))
     done = maps - each * sum(len(task.pieces[number]) for number in todo)
-    with tqdm(total=maps, initial=done, unit="map", desc="attribute", disable=ranks.rank != 0) as progress:
+    with Progress("attribute", maps, unit="map", done=done) as progress:
 
         def tell(count: int) -> None:
-            progress.update(done + ranks.count(count) - progress.n)
+            progress.reach(done + ranks.count(count))
 
         def work(numbers: Iterable[int]) -> None:
             for number in numbers:
@@ -146,3 +147,5 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
         while ranks.rank == 0 and (left := ranks.left_behind(pieces.missing)):
             ranks.say(f"notice: no news of {len(left)} pieces that other processes took; doing them here")
             work(left)
+        # The others have finished meanwhile.
+        tell(0)

@@ -312,7 +312,7 @@ def open_network(
     preprocessing: Preprocessing,
     device: torch.device,
     records: Sequence[Record],
-    backbone: str | PathLike,
+    backbone: str | PathLike | torch.nn.Module,
     arch: str | None,
     weights_key: str | None,
     seed: int,

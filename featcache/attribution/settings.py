@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+from torch import nn
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -17,7 +19,7 @@ class Settings:
     scores: Sequence[str] | None
     protocol: str | None
     split: str | None
-    backbone: str | PathLike[str] | None
+    backbone: str | PathLike[str] | nn.Module | None
     arch: str | None
     weights_key: str | None
     dataset: str | None

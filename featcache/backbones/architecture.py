@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, TypedDict
 
-import torch
 from torch import nn
 
 from featcache.backbones.checkpoints.encoder import Encoder, Tensors
@@ -121,8 +120,8 @@ def without(*names: str) -> Callable[[nn.Module], nn.Module]:
     return trunk
 
 
-def with_forward(network: nn.Module, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """Give a network another forward(network, images). Its class changes, so that copies and compilers see it too."""
+def with_forward(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Give a network another forward(network, images), or any other module one of its own arguments. Its class changes, so that copies and compilers see it too."""
     kind = type(network)
     network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return network

@@ -1,15 +1,15 @@
 """`featcache layers`: what each layer of a network yields, and in which ways it may be reduced."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 
-from featcache.arguments import CHECKPOINT, MOST_SIDE, NAME, is_path, takes, whole
+from torch import nn
+
+from featcache.arguments import BACKBONE, MOST_SIDE, NAME, takes, whole
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.backbones.outputs import outputs
 from featcache.feature import WORDS
-
-OR_LOADED = replace(CHECKPOINT, fits=lambda value: is_path(value) or isinstance(value, Backbone))
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Layer:
     reductions: tuple[str, ...]
 
 
-@takes(backbone=OR_LOADED, arch=NAME, size=whole(1, MOST_SIDE), seed=whole(), weights_key=NAME)
+# A Backbone is a module too.
+@takes(backbone=BACKBONE, arch=NAME, size=whole(1, MOST_SIDE), seed=whole(), weights_key=NAME)
 def layers(
-    backbone: str | PathLike[str] | Backbone,
+    backbone: str | PathLike[str] | nn.Module,
     arch: str | None = None,
     size: int | None = None,
     seed: int = 0,
@@ -32,7 +33,7 @@ def layers(
 ) -> list[Layer]:
     """List the layers of a network in the order in which they finish, with their shapes at an input size.
 
-    backbone: a checkpoint, or a Backbone that is loaded already. arch, size, seed, weights_key: as in
+    backbone: a checkpoint, a module in memory, or a Backbone that is loaded already. arch, size, seed, weights_key: as in
     featcache.extract. Modules that yield no tensor of images are left out. Raises BadInput.
 
         for layer in featcache.layers("resnet50-0676ba61.pth"):

@@ -13,6 +13,8 @@ from featcache.backbones.checkpoints.encoder import Encoder, dotted, find_encode
 from featcache.backbones.checkpoints.files import read_checkpoint
 from featcache.backbones.checkpoints.strict import Loaded, load_strictly
 from featcache.backbones.families import ARCHITECTURES
+from featcache.backbones.families.transformers_models import PREFIX, load_transformers
+from featcache.backbones.families.user_code import module_architecture
 from featcache.backbones.input.preprocessing import preprocessing_of
 from featcache.backbones.input.weights import with_input, without_weights
 from featcache.backbones.recognise import find_architecture, is_network, recognise, split_name
@@ -23,15 +25,16 @@ RANDOM = "random"
 
 
 def load_backbone(
-    path: str | PathLike[str],
+    path: str | PathLike[str] | nn.Module,
     arch: str | None = None,
     seed: int = 0,
     weights_key: str | None = None,
     **preprocessing: Any,
 ) -> Backbone:
-    """Load a frozen backbone from a checkpoint.
+    """Load a frozen backbone from a checkpoint, or copy one from memory.
 
-    path: checkpoint file or folder, or "random" for an untrained network of `arch` drawn from `seed`. arch:
+    path: checkpoint file or folder, "random" for an untrained network of `arch` drawn from `seed`, or a module in memory,
+    which takes images [B, 3, H, W]. arch:
     architecture name; by default inferred from the tensors' names and shapes. weights_key: which encoder of a
     checkpoint that holds several, such as "teacher". preprocessing: fields of Preprocessing (size, resize, ...) in
     place of the weights' own, see preprocessing_of. Raises BadInput.
@@ -39,6 +42,11 @@ def load_backbone(
         backbone = load_backbone("dino_vitsmall16_pretrain_full_checkpoint.pth", weights_key="teacher", size=448)
         print(backbone.load_report)
     """
+    if isinstance(path, nn.Module):
+        if arch is not None or weights_key is not None:
+            raise BadInput("arch, weights_key: they are for checkpoints; a module in memory is the whole backbone")
+        architecture, network = module_architecture(path, preprocessing.get("size"))
+        return as_backbone(architecture, network, f"{architecture.name}, a module in memory", **preprocessing)
     return as_backbone(*load_network(path, arch, seed, weights_key), **preprocessing)
 
 
@@ -54,6 +62,10 @@ def load_network(
             raise BadInput("--backbone random needs --arch, the architecture to draw")
         architecture = without_weights(find_architecture(arch))
         return architecture, _random_network(architecture, seed), f"{arch} with random weights, seed {seed}"
+    if arch and arch.startswith(PREFIX) and (loaded := load_transformers(path, arch)):
+        if weights_key is not None:
+            raise BadInput(f"--weights-key {weights_key}: {path} holds one model of transformers, not several encoders")
+        return loaded
     content = read_checkpoint(path)
     try:
         return _load(content, path, arch, weights_key)

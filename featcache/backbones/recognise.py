@@ -15,17 +15,19 @@ from featcache.backbones.architecture import Architecture, Hints
 from featcache.backbones.checkpoints.encoder import Tensors
 from featcache.backbones.families import ARCHITECTURES
 from featcache.backbones.families.timm_models import PREFIX, timm_architecture
+from featcache.backbones.families.transformers_models import PREFIX as HF
+from featcache.backbones.families.transformers_models import transformers_architecture
 from featcache.backbones.families.user_code import user_architecture
 from featcache.backbones.undrawn import Undrawn
 from featcache.errors import BadInput, nearest
 
 # What a name says beyond the tensors' shapes.
 HEADS, EPS = re.compile(r"_heads([1-9]\d*)"), re.compile(r"_eps(\d+(?:\.\d+)?(?:e-\d+)?)")
-HOW_TO_NAME = "a name, timm:NAME, or package.module:function of your own"
+HOW_TO_NAME = "a name, timm:NAME, hf:FOLDER_OR_NAME, or package.module:function of your own"
 
 
 def find_architecture(name: str, tensors: Tensors | None = None, hints: Hints | None = None) -> Architecture:
-    """Return the Architecture of a name: one of ours, `timm:NAME`, or `package.module:function`.
+    """Return the Architecture of a name: one of ours, `timm:NAME`, `hf:FOLDER_OR_NAME`, or `package.module:function`.
 
     tensors: of the checkpoint, from which the network gets its sizes (a ViT its position grid); with them every name
     that recognise returns is known. hints: what tensors do not say. Raises BadInput with the nearest name, or if the
@@ -34,6 +36,8 @@ def find_architecture(name: str, tensors: Tensors | None = None, hints: Hints | 
     family, asked = split_name(name)
     if name.startswith(PREFIX):
         own: Architecture | None = timm_architecture(name)
+    elif name.startswith(HF):
+        own = transformers_architecture(name)
     elif ":" in name:
         own = user_architecture(name)
     else:

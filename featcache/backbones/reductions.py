@@ -18,6 +18,8 @@ ALLOWED = {
     TOKENS: ("pooled", "patch_mean", "cls", "spatial", "grid", "tokens"),
     SEQUENCE: ("tokens",),
 }
+# The data_format of a module whose maps are [B, C, H, W] in a network where those of others are [B, H, W, C].
+CHANNELS_FIRST = "channels_first"
 
 
 class Output:
@@ -46,7 +48,8 @@ class Output:
             convolution = isinstance(module, nn.Conv2d)
             # In a network of tokens, other layers with four axes are the heads of its attention.
             self.kind = MAP if tokens is None or convolution else None
-            if architecture.nhwc and not convolution:
+            channels_first = convolution or getattr(module, "data_format", "") == CHANNELS_FIRST
+            if architecture.nhwc and not channels_first:
                 self.values = output.permute(0, 3, 1, 2)
         elif tokens is not None:
             self.grid = tuple(side // tokens.patch for side in images)

@@ -43,7 +43,7 @@ def name(text: str) -> str:
 arch_option = click.option(
     "--arch",
     metavar="NAME",
-    help="Architecture: a name, timm:NAME, or package.module:function.  [default: inferred from the checkpoint]",
+    help="Architecture: a name, timm:NAME, hf:FOLDER_OR_NAME, or package.module:function.  [default: inferred from the checkpoint]",
 )
 weights_key_option = click.option(
     "--weights-key",

@@ -16,7 +16,7 @@ class Settings:
     place: the folder of a store without a name of its own. stem: the checkpoint's part in that name, among several.
     """
 
-    backbone: str | os.PathLike[str]
+    backbone: str | os.PathLike[str] | torch.nn.Module
     arch: str | None
     weights_key: str | None
     dataset: str

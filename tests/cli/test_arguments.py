@@ -55,14 +55,13 @@ def test_extract_says_which_argument_is_wrong(scenes, checkpoint, tmp_path, name
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_in_memory_is_told_how_to_become_a_checkpoint():
-    for call in (lambda net: featcache.extract(net, "voc"), featcache.layers):
-        with pytest.raises(BadInput) as caught:
-            call(resnet18())
-        assert caught.value.message == (
-            "backbone: expected the path of a checkpoint, not a ResNet; save the tensors of a network in memory with "
-            "torch.save(network.state_dict(), 'network.pth') and give that path"
-        )
+def test_a_network_in_memory_where_a_file_is_needed_is_told_how_to_become_one(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        featcache.finetune(resnet18(), "voc", {}, tmp_path)
+    assert caught.value.message == (
+        "backbone: expected the path of a checkpoint, not a ResNet; save the tensors of a network in memory with "
+        "torch.save(network.state_dict(), 'network.pth') and give that path"
+    )
 
 
 def test_the_other_twins_too(store, tmp_path):

@@ -1,9 +1,10 @@
-"""Networks from the user's own code: `package.module:function`."""
+"""Networks from the user's own code: `package.module:function`, or a module in memory."""
 
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from featcache.errors import BadInput, nearest
 # Top-level modules that are taken for a classifier where checkpoint and network do not agree on them.
 CLASSIFIERS = ("fc", "head", "classifier")
 SIZE = 224
+NOTE = "with ImageNet's mean and std, unless options say otherwise"
 
 
 def user_architecture(name: str) -> Architecture:
@@ -29,6 +31,33 @@ def user_architecture(name: str) -> Architecture:
     # The network is only looked at; the caller's generator is left as it is.
     with torch.random.fork_rng(devices=[]):
         return _architecture(name, _build(name), ())
+
+
+def module_architecture(network: nn.Module, size: int | None) -> tuple[Architecture, nn.Module]:
+    """Return the Architecture of a network in memory, and a copy in float32 on the CPU that featcache may change.
+
+    It is named after its class, as `package.module:Class`. size: of the images that it is to take, in pixels. Raises
+    BadInput if it cannot be copied, or does not run.
+    """
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        network = network.module
+    # torch.compile's wrapper holds the network that it compiles.
+    network = getattr(network, "_orig_mod", network)
+    kind = type(network)
+    name = f"{kind.__module__}:{kind.__qualname__.replace('<locals>.', '')}"
+    try:
+        copy = deepcopy(network).float().cpu()
+    except Exception as error:
+        raise BadInput(f"backbone: the {kind.__qualname__} in memory cannot be copied: {_line(error)}") from None
+    made = _architecture(name, copy, (), size or SIZE, f"backbone: the {kind.__qualname__} in memory")
+    return replace(made, build=partial(_undrawable, name), infer=None, note=f"input {NOTE}"), copy
+
+
+def _undrawable(name: str) -> nn.Module:
+    raise BadInput(
+        f"backbone: nothing says how the weights of {name}, a module in memory, are drawn at random; save its "
+        "state_dict() and give that file, with arch='package.module:function' for a function that builds it"
+    )
 
 
 def _build(name: str) -> nn.Module:
@@ -57,26 +86,30 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
-def _architecture(name: str, network: nn.Module, classifier: Sequence[str]) -> Architecture:
+def _architecture(
+    name: str, network: nn.Module, classifier: Sequence[str], size: int = SIZE, where: str = ""
+) -> Architecture:
+    """Return the Architecture of a network that runs once for it. where: what begins the messages."""
+    where = where or f"--arch {name}"
     trunk = partial(_trunk, classifier)
     prefixes = tuple(f"{part}." for part in classifier)
     made = Architecture(
-        name=name, build=partial(_build, name), trunk=trunk, classifier=prefixes, aliases={}, size=SIZE,
+        name=name, build=partial(_build, name), trunk=trunk, classifier=prefixes, aliases={}, size=size,
         signature=next((key for key in network.state_dict() if not key.startswith(prefixes)), ""),
         infer=partial(_infer, name),
-        note=f"input taken as {SIZE} pixels with ImageNet's mean and std, unless options say otherwise",
+        note=f"input taken as {SIZE} pixels, {NOTE}",
     )  # fmt: skip
     network = trunk(network).eval()
     try:
-        modules = outputs(network, made, SIZE)
+        modules = outputs(network, made, size)
     except Exception as error:
-        raise BadInput(f"--arch {name}: the network does not run on [B, 3, {SIZE}, {SIZE}]: {_line(error)}") from None
+        raise BadInput(f"{where}: the network does not run on [B, 3, {size}, {size}]: {_line(error)}") from None
     last = find_last(modules)
     if last is None:
-        raise BadInput(f"--arch {name}: no module of the network yields a map [B, C, H, W] or tokens [B, N, D]")
+        raise BadInput(f"{where}: no module of the network yields a map [B, C, H, W] or tokens [B, N, D]")
     values = modules[last].values
     return replace(
-        made, aliases={"last": last}, tokens=tokens_of(network, values.shape[1], SIZE) if values.ndim == 3 else None
+        made, aliases={"last": last}, tokens=tokens_of(network, values.shape[1], size) if values.ndim == 3 else None
     )
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint says itself about the input it was trained for: files beside the weights, and records inside.
 
-Beside the weights: timm's and Hugging Face's config.json, preprocessor_config.json, open_clip_config.json. Inside: the
+Beside the weights: timm's and Hugging Face's config.json, preprocessor_config.json (for videos too), open_clip_config.json. Inside: the
 configuration of mmpretrain and related packages, and what `featcache export` wrote.
 """
 
@@ -18,7 +18,7 @@ import safetensors
 from featcache.backbones.architecture import Fields, Origins
 from featcache.backbones.input.preprocessing import INTERPOLATION
 
-CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+CONFIGS = ("config.json", "preprocessor_config.json", "video_preprocessor_config.json", "open_clip_config.json")
 # A configuration is a few kilobytes; a file larger than this is none.
 MOST_BYTES = 4 << 20
 # PIL's numbers, in which Hugging Face writes them.
@@ -199,11 +199,18 @@ def _hugging_face(data: dict[str, Any]) -> Stated:
     if data.get("do_normalize") is False:
         fields |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     else:
-        fields |= {k: _three(data[f"image_{k}"], k) for k in ("mean", "std") if f"image_{k}" in data}
+        # The unit of mean and std, where that of pixels is 1: it is that too, unless the file rescales otherwise.
+        unit = 255 * (1 if data.get("do_rescale") is False else data.get("rescale_factor", 1 / 255))
+        unit = 1 if math.isclose(unit, 1) else unit
+        means = {k: data[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in data}
+        fields |= {k: _three([v / unit for v in values], k) for k, values in means.items()}
     if "resample" in data:
         fields["interpolation"] = RESAMPLE.get(data["resample"], str(data["resample"]))
     if data.get("do_resize") is False or "size" not in data:
         return fields, notices
+    if isinstance(data["size"], dict) and data["size"].keys() == {"longest_edge"}:
+        notices.append("pads images at their borders; here they are squashed")
+        return fields | {"size": _side(data["size"]["longest_edge"]), "resize": "squash"}, notices
     resized, both = _edge(data["size"])
     crop, _ = _edge(data["crop_size"]) if data.get("do_center_crop") and "crop_size" in data else (None, None)
     if crop is not None:
