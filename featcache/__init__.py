@@ -14,6 +14,7 @@ _FUNCTIONS = {
     "layers": "featcache.backbones.layers",
     "extract": "featcache.extraction.extract",
     "extract_many": "featcache.extraction.extract",
+    "plan": "featcache.planning",
     "open_store": "featcache.store.reader",
     "inspect": "featcache.store.inspect",
     "inspect_dataset": "featcache.datasets.inspect",
@@ -21,7 +22,7 @@ _FUNCTIONS = {
     "convert": "featcache.store.convert",
     "train_probes": "featcache.probes.train",
     "plan_probes": "featcache.probes.plan",
-    "sweep": "featcache.sweep",
+    "sweep": "featcache.sweeping",
     "knn": "featcache.probes.knn",
     "svm": "featcache.probes.svm",
     "schema": "featcache.probes.grids.schema",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from featcache.extraction.extract import extract_many as extract_many
     from featcache.finetuning.finetune import finetune as finetune
     from featcache.finetuning.plan import plan_finetune as plan_finetune
+    from featcache.planning import plan as plan
     from featcache.probes.compare import compare as compare
     from featcache.probes.grids.schema import schema as schema
     from featcache.probes.knn import knn as knn
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
     from featcache.store.convert import convert as convert
     from featcache.store.inspect import inspect as inspect
     from featcache.store.reader import open_store as open_store
-    from featcache.sweep import sweep as sweep
+    from featcache.sweeping import sweep as sweep
 else:
     # Not for type checkers, which would believe that every attribute exists.
     def __getattr__(name: str) -> object:

@@ -95,18 +95,32 @@ def extraction_options(command: Command) -> Command:
     return command
 
 
+def masks_options(command: Command) -> Command:
+    """Add --masks, --limit and --seed."""
+    options = (
+        click.option(
+            "--masks",
+            metavar="KIND:N",
+            help="Write the features of N masked variants of every image that has a box, for attribute, to a store of "
+            "their own: rise:2000, lime:1000, kernel_shap:1000 or occlusion, with fields as in rise:2000:cells=7. Needs "
+            "--split.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --masks: only the first N images that have a box.",
+        ),
+        click.option("--seed", type=int, default=0, help="Of a random backbone, and of views."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @extraction_options
-@click.option(
-    "--masks",
-    metavar="KIND:N",
-    help="Write the features of N masked variants of every image that has a box, for attribute, to a store of their own: "
-    "rise:2000, lime:1000, kernel_shap:1000 or occlusion, with fields as in rise:2000:cells=7. Needs --split.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="With --masks: only the first N images that have a box."
-)
-@click.option("--seed", type=int, default=0, help="Of a random backbone, and of views.")
+@masks_options
 def extract(backbones: tuple[str, ...], **options: Any) -> None:
     """Run a frozen backbone once over a dataset and write its features to a store.
 

@@ -7,7 +7,7 @@ import click
 from featcache.cli.extract import extraction_options
 
 if TYPE_CHECKING:
-    from featcache.sweep import Swept
+    from featcache.sweeping import Swept
 
 
 @click.command()
@@ -23,7 +23,7 @@ def sweep(backbones: tuple[str, ...], **options: Any) -> None:
     The same command again does only what is missing, be it after an interruption or with more checkpoints.
     """
     from featcache.reporting.table import format_table
-    from featcache.sweep import sweep as run
+    from featcache.sweeping import sweep as run
 
     swept = run(backbones, **options)
     click.echo(format_table(*_table(swept)))

@@ -1,7 +1,7 @@
 """`featcache extract`: from checkpoints and a dataset to finished stores."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -133,19 +133,59 @@ def extract_many(
         paths = featcache.extract_many(["runs/epoch_*.pth"], "voc", root="/data", features="pooled")
     """
     ranks = join_ranks()
-    bound = signature(extract).bind("", dataset, **more)
-    bound.apply_defaults()
-    bound.arguments["workers"] = _workers(bound.arguments["workers"], ranks)
-    settings = Settings(**bound.arguments)
+    settings = _settings(dataset, more, ranks)
     files = checkpoint_files(backbones)
-    each = [
-        replace(settings, backbone=file, place=store, stem=stem) for file, stem in zip(files, stems(files), strict=True)
-    ]
+    each = _of_each(settings, files, store)
     data, paths, seen = _read(settings, ranks), list[str](), dict[str, str]()
     groups = _groups(files, choose_device(settings.device, ranks.local_rank), ranks)
     for start, end in groups:
         paths += _extract_together(each[start:end], data, ranks, seen)
     return paths
+
+
+def growths_of(
+    backbone: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    dataset: str,
+    store: str | os.PathLike[str] | None = None,
+    **more: Any,
+) -> Iterator[list[Growth]]:
+    """Yield what extract, or extract_many for a list of backbones, would do to the stores of those held at a time.
+
+    Takes their arguments. Nothing is written. Raises BadInput.
+    """
+    alone = Alone()
+    settings = _settings(dataset, more, alone)
+    if isinstance(backbone, list | tuple):
+        files = checkpoint_files(backbone)
+        each = _of_each(settings, files, store)
+        groups = _groups(files, choose_device(settings.device), alone)
+    else:
+        assert isinstance(backbone, str | os.PathLike), "one that is no list is a path"
+        each, groups = [replace(settings, backbone=backbone, store=store)], [(0, 1)]
+    data, said, seen = _read(settings, alone), set[str](), set[str]()
+    for start, end in groups:
+        growths = list[Growth]()
+        for own in each[start:end]:
+            job = find_store(_prepare(own, data, alone, said))
+            if job.id not in seen:
+                seen.add(job.id)
+                growths.append(plan_growth(job))
+        yield growths
+
+
+def _settings(dataset: str, more: dict[str, Any], ranks: Alone) -> Settings:
+    """Return the settings of an extraction, whose backbone is still to be named. more: arguments of extract."""
+    bound = signature(extract).bind("", dataset, **more)
+    bound.apply_defaults()
+    bound.arguments["workers"] = _workers(bound.arguments["workers"], ranks)
+    return Settings(**bound.arguments)
+
+
+def _of_each(settings: Settings, files: Sequence[str], place: str | os.PathLike[str] | None) -> list[Settings]:
+    """Return the settings for each of several checkpoints, whose stores lie in a folder."""
+    return [
+        replace(settings, backbone=file, place=place, stem=stem) for file, stem in zip(files, stems(files), strict=True)
+    ]
 
 
 def _groups(files: Sequence[str], device: torch.device, ranks: Alone) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from featcache.store.manifest import Manifest, read_manifest, split_of
 from featcache.store.reader import Store
 from featcache.store.records import with_axes
 from featcache.store.shard import Shard
-from featcache.store.writer import check_whole, create_store, discard_if_empty, missing_shards
+from featcache.store.writer import check_is_free, check_whole, create_store, discard_if_empty, missing_shards
 from featcache.words import written
 
 # Below this cosine a precision's features are no longer those of the network.
@@ -74,13 +74,13 @@ def write(growths: Sequence[Growth], ranks: Alone) -> list[str]:
             for store in stores:
                 _check_as_begun(store.job, store.parts, ranks)
             _check_room(stores, ranks)
-            for together in _passes(stores):
+            for together in passes(stores):
                 # The shards of each pass are drawn and counted by themselves.
                 ranks.share([]) if leads else ranks.shared([])
                 _fill(together, [store.todo for store in together], ranks)
             while leads and (left := ranks.left_behind(lambda: [s for store in stores for s in store.missing()])):
                 ranks.say(f"notice: no news of {len(left)} shards that other processes took; doing them here")
-                for together in _passes(stores):
+                for together in passes(stores):
                     _fill(together, [store.missing() for store in together], ranks.alone())
             return [_finish(store.job, store.parts) if leads else "" for store in stores]
         except BaseException:
@@ -89,6 +89,25 @@ def write(growths: Sequence[Growth], ranks: Alone) -> list[str]:
                     discard_if_begun(store.folder, store.growth.additions)
                     discard_if_empty(store.folder, (store.growth.parts or store.planned)[0])
             raise
+
+
+def plan_writing(growth: Growth, ranks: Alone) -> Writing:
+    """Return what would be written of a store, with the shards that are missing. Nothing is written.
+
+    Raises BadInput where `write` would do so before its first shard, but for a lack of room.
+    """
+    folder, additions = growth.job.folder, list(growth.additions)
+    if growth.parts:
+        begun = {part.id: part for part in find_additions(folder)}
+        additions = [begun.get(addition.id, addition) for addition in additions]
+    else:
+        check_is_free(folder)
+        additions = [lay_out(growth.job)]
+    store = Writing(growth, additions, [*growth.parts, *additions])
+    store.todo = store.missing()
+    if store.todo:
+        _check_as_begun(growth.job, growth.parts, ranks)
+    return store
 
 
 def _missing(folder: Folder, parts: Sequence[Manifest]) -> list[Shard]:
@@ -145,7 +164,7 @@ def _join(stores: Sequence[Writing], ranks: Alone) -> None:
             store.todo = [Shard(folder, parts[name], split, shard) for name, split, shard in own]
 
 
-def _passes(stores: Sequence[Writing]) -> list[list[Writing]]:
+def passes(stores: Sequence[Writing]) -> list[list[Writing]]:
     """Return the stores that lack shards, in groups that can be written in one pass over the images."""
     groups: dict[str, list[Writing]] = {}
     for number, store in enumerate(stores):

@@ -5,6 +5,7 @@ Readers map the dataset's bytes at the offset that the marker gives.
 """
 
 import io
+import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 SUFFIX = ".hdf5"
 INDEX = "index.h5"
 ROWS = "rows"
-# Rows begin on a page.
-ALIGNMENT = 4096
+# Rows begin on a page, if they fill one; else after what HDF5 writes first.
+ALIGNMENT, HEADER = 4096, 1400
 # By this name netCDF readers, such as xarray, know a dimension that has no coordinates.
 DIMENSION = "This is a netCDF dimension but not a netCDF variable. %10d"
 
@@ -99,6 +100,12 @@ def write_shard(file: BinaryIO, rows: np.ndarray, spec: FeatureSpec, shard_rows:
         dataset = written.create_dataset(ROWS, data=np.ascontiguousarray(rows))
         offset: int = dataset.id.get_offset()
         return offset
+
+
+def shard_bytes(spec: FeatureSpec, shard_rows: int, rows: int) -> int:
+    """Return the length of the file of a shard with so many rows."""
+    length = rows * math.prod(spec["shape"]) * STORED[spec["dtype"]].itemsize
+    return length + (ALIGNMENT if length >= ALIGNMENT else HEADER)
 
 
 def view_shard(data: bytes | mmap.mmap, offset: int, spec: FeatureSpec, shard_rows: int, rows: int) -> np.ndarray:

@@ -49,6 +49,11 @@ class Shard:
         axes = 1 + len(self.manifest.features[feature]["shape"])
         return format_of(self.manifest).shard_name(self.split, feature, self.number, axes)
 
+    def file_bytes(self, feature: str) -> int:
+        """Return the length of the file that holds the shard's rows of a feature, if it is not compressed."""
+        spec, shard_rows = self.manifest.features[feature], self.manifest.splits[self.split]["shard_rows"]
+        return format_of(self.manifest).shard_bytes(spec, shard_rows, len(self))
+
 
 def all_shards(folder: Folder, manifest: Manifest) -> list[Shard]:
     """Return every shard of a store, in order, whether or not it is there."""

@@ -38,15 +38,12 @@ def create_store(place: object, manifest: Manifest, arrays: Mapping[str, AxedArr
     featcache.store.records. Raises BadInput if something else is in the way.
     """
     folder = open_folder(place)
-    # A writer that was killed at its very first file leaves only a part of the manifest.
-    entries = {name for name in folder.names() if not (name.startswith(MANIFEST) and name.endswith(PARTIAL))}
+    entries = check_is_free(folder)
     if MANIFEST in entries:
         manifest = _begun(folder, manifest)
         folder.sweep()
         lacking = missing_files(folder, manifest)
         files = format_of(manifest).metadata_files(manifest, arrays) if lacking else {}
-    elif entries and COMMITS not in entries:
-        raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
     else:
         # Only now it is certain that the folder is ours to sweep.
         folder.sweep()
@@ -60,6 +57,15 @@ def create_store(place: object, manifest: Manifest, arrays: Mapping[str, AxedArr
         # Without a manifest nobody could check the shards.
         verify(folder, repair=True)
     return manifest
+
+
+def check_is_free(folder: Folder) -> set[str]:
+    """Return the names of what lies in the place of a store. Raises BadInput if that is something else than a store."""
+    # A writer that was killed at its very first file leaves only a part of the manifest.
+    entries = {name for name in folder.names() if not (name.startswith(MANIFEST) and name.endswith(PARTIAL))}
+    if entries and not entries & {MANIFEST, COMMITS}:
+        raise BadInput(f"{folder} is there already and is not a featcache store: choose another place with --store")
+    return entries
 
 
 def write_files(folder: Folder, manifest: Manifest, files: Mapping[str, bytes], names: Iterable[str]) -> None:

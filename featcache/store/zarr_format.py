@@ -5,6 +5,7 @@ the index (offset and length of every inner chunk, uint64) and the crc32c of the
 """
 
 import json
+import math
 import mmap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -133,6 +134,13 @@ def write_shard(file: BinaryIO, rows: np.ndarray, spec: FeatureSpec, shard_rows:
     file.write(index.tobytes())
     file.write(crc_of(index).to_bytes(CRC_BYTES, "little"))
     return 0
+
+
+def shard_bytes(spec: FeatureSpec, shard_rows: int, rows: int) -> int:
+    """Return the length of the file of a shard with so many rows, if it is not compressed."""
+    chunk_rows = spec["chunk_rows"]
+    chunk = chunk_rows * math.prod(spec["shape"]) * STORED[spec["dtype"]].itemsize + CRC_BYTES
+    return -(-rows // chunk_rows) * chunk + shard_rows // chunk_rows * 16 + CRC_BYTES
 
 
 def crc_of(data: Any) -> int:
