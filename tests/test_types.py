@@ -17,7 +17,7 @@ features = featcache.open_store(path)["train"]["last:pooled"]
 """
 # What mypy says about an expression of that program.
 TYPES = {
-    "featcache.extract": "def (backbone: str | os.PathLike[str], dataset: str, root: str | os.PathLike[str] | None =, ",
+    "featcache.extract": "def (backbone: str | os.PathLike[str] | torch.nn.modules.module.Module, dataset: str, root: ",
     "path": "str",
     "featcache.open_store": "def (path: str | os.PathLike[str]) -> featcache.store.reader.Store",
     "features": "featcache.store.feature_array.FeatureArray",

@@ -34,10 +34,9 @@ def load_backbone(
     """Load a frozen backbone from a checkpoint, or copy one from memory.
 
     path: checkpoint file or folder, "random" for an untrained network of `arch` drawn from `seed`, or a module in memory,
-    which takes images [B, 3, H, W]. arch:
-    architecture name; by default inferred from the tensors' names and shapes. weights_key: which encoder of a
-    checkpoint that holds several, such as "teacher". preprocessing: fields of Preprocessing (size, resize, ...) in
-    place of the weights' own, see preprocessing_of. Raises BadInput.
+    which takes images [B, 3, H, W]. arch: architecture name; by default inferred from the tensors' names and shapes.
+    weights_key: which encoder of a checkpoint that holds several, such as "teacher". preprocessing: fields of
+    Preprocessing (size, resize, ...) in place of the weights' own, see preprocessing_of. Raises BadInput.
 
         backbone = load_backbone("dino_vitsmall16_pretrain_full_checkpoint.pth", weights_key="teacher", size=448)
         print(backbone.load_report)

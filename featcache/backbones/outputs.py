@@ -66,6 +66,7 @@ def tokens_of(network: nn.Module, count: int, size: int) -> Tokens | None:
         prefix = 0 if math.isqrt(count) ** 2 == count else 1
         cls = prefix == 1
     else:
-        cls = getattr(network, "cls_token", None) is not None
+        # timm's NaFlexViT holds it in its embedding.
+        cls = getattr(getattr(network, "embeds", network), "cls_token", None) is not None
     side = math.isqrt(max(count - prefix, 0))
     return Tokens(prefix, cls, size // side) if side and side * side == count - prefix else None

@@ -26,6 +26,7 @@ SAM = {"mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2, "output_chan
 MODELS = {
     "vit": (transformers.ViTConfig(**VIT), 1, True),
     "deit": (transformers.DeiTConfig(**VIT), 2, True),
+    "vit_msn": (transformers.ViTMSNConfig(**VIT), 1, True),
     "ijepa": (transformers.IJepaConfig(**VIT), 0, False),
     "dinov2": (transformers.Dinov2Config(**VIT), 1, True),
     "dinov2_with_registers": (transformers.Dinov2WithRegistersConfig(**VIT, num_register_tokens=4), 5, True),

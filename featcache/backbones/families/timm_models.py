@@ -92,13 +92,23 @@ def _with_layers(architecture: Architecture, trunk: nn.Module) -> Architecture:
         return replace(architecture, aliases=aliases)
     blocks = [path for path in modules if path.startswith("blocks.") and path.count(".") == 1]
     order = list(modules)
-    if blocks and last in order and set(order[order.index(blocks[-1]) + 1 : order.index(last)]) <= {"blocks"}:
+    # Some networks end with a block: there is no norm through which the others could go.
+    if (
+        blocks
+        and last in order
+        and last not in blocks
+        and set(order[order.index(blocks[-1]) + 1 : order.index(last)]) <= {"blocks"}
+    ):
         aliases = last_blocks(blocks, last)
     return replace(architecture, aliases=aliases, tokens=tokens_of(trunk, final.output.shape[1], architecture.size))
 
 
 def _fit(name: str, native: int | None, network: Any, size: int) -> str:
-    if size == native or not hasattr(network, "set_input_size"):
+    if size == native:
+        return ""
+    if not hasattr(network, "set_input_size"):
+        if network.pretrained_cfg.get("fixed_input_size"):
+            raise BadInput(f"--size {size}: {name} takes images of {native} pixels alone: --size {native}")
         return ""
     try:
         network.set_input_size((size, size))

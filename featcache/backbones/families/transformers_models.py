@@ -54,8 +54,8 @@ def transformers_architecture(name: str) -> Architecture:
 def load_transformers(path: Any, name: str) -> tuple[Architecture, nn.Module, str] | None:
     """Load the weights of a folder or cached name as transformers does: (architecture, network, load report).
 
-    path: what --backbone names; None is returned if it is a file. Raises BadInput for weights that do
-    not fit, or if --arch names another model than the folder holds.
+    path: what --backbone names; None is returned if it is a file. Raises BadInput for weights that do not fit, or if --arch
+    names another model than the folder holds.
     """
     if Path(path).is_file():
         return None
@@ -116,7 +116,7 @@ def find_folder(word: str) -> Path | None:
 def _nowhere(option: str) -> BadInput:
     return BadInput(
         f"{option}: there is no such folder, and no model of that name in the local cache; nothing is downloaded here: "
-        f"fetch a model of the hub with hf download NAME"
+        "fetch a model of the hub with hf download NAME"
     )
 
 

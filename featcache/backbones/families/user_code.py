@@ -50,7 +50,7 @@ def module_architecture(network: nn.Module, size: int | None) -> tuple[Architect
     except Exception as error:
         raise BadInput(f"backbone: the {kind.__qualname__} in memory cannot be copied: {_line(error)}") from None
     made = _architecture(name, copy, (), size or SIZE, f"backbone: the {kind.__qualname__} in memory")
-    return replace(made, build=partial(_undrawable, name), infer=None, note=f"input {NOTE}"), copy
+    return replace(made, build=partial(_undrawable, name), infer=None, note=f"input taken {NOTE}"), copy
 
 
 def _undrawable(name: str) -> nn.Module:
@@ -97,7 +97,7 @@ def _architecture(
         name=name, build=partial(_build, name), trunk=trunk, classifier=prefixes, aliases={}, size=size,
         signature=next((key for key in network.state_dict() if not key.startswith(prefixes)), ""),
         infer=partial(_infer, name),
-        note=f"input taken as {SIZE} pixels, {NOTE}",
+        note=f"input taken as {SIZE} pixels {NOTE}",
     )  # fmt: skip
     network = trunk(network).eval()
     try:

@@ -1,7 +1,7 @@
 """What a checkpoint says itself about the input it was trained for: files beside the weights, and records inside.
 
-Beside the weights: timm's and Hugging Face's config.json, preprocessor_config.json (for videos too), open_clip_config.json. Inside: the
-configuration of mmpretrain and related packages, and what `featcache export` wrote.
+Beside the weights: timm's and Hugging Face's config.json, preprocessor_config.json, the same for videos, and
+open_clip_config.json. Inside: the configuration of mmpretrain and related packages, and what `featcache export` wrote.
 """
 
 import ast
@@ -199,8 +199,8 @@ def _hugging_face(data: dict[str, Any]) -> Stated:
     if data.get("do_normalize") is False:
         fields |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     else:
-        # The unit of mean and std, where that of pixels is 1: it is that too, unless the file rescales otherwise.
-        unit = 255 * (1 if data.get("do_rescale") is False else data.get("rescale_factor", 1 / 255))
+        # Mean and std are in the unit that the file rescales pixels to; here pixels are in 0..1.
+        unit = 255 * (1 if data.get("do_rescale") is False else (data.get("rescale_factor") or 1 / 255))
         unit = 1 if math.isclose(unit, 1) else unit
         means = {k: data[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in data}
         fields |= {k: _three([v / unit for v in values], k) for k, values in means.items()}
