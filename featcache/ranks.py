@@ -14,9 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-import click
-
 from featcache.errors import BadInput, shown
+from featcache.progress import say
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as KeyValues
@@ -63,7 +62,7 @@ def first_to_say(line: str) -> bool:
 def say_once(line: str) -> None:
     """Print a line to stderr, unless another process of this command has done so."""
     if first_to_say(line):
-        click.echo(line, err=True)
+        say(line)
 
 
 def _follow_launcher() -> None:
@@ -97,7 +96,7 @@ class Alone:
     def say(self, line: str) -> None:
         """Print a line on standard error, once for all processes."""
         if self.rank == 0:
-            click.echo(line, err=True)
+            say(line)
 
     @contextmanager
     def leading(self, lock: AbstractContextManager[None]) -> Iterator[bool]:
@@ -244,7 +243,7 @@ def _meet() -> tuple["KeyValues", int, int]:
     meeting.start()
     meeting.join(TELL_SECONDS)
     if not met:
-        click.echo(f"waiting: process {rank} of {size} for the others, for {patience} s at most", err=True)
+        say(f"waiting: process {rank} of {size} for the others, for {patience} s at most")
         meeting.join(patience - TELL_SECONDS)
     if met and isinstance(met[0], tuple):
         return met[0]

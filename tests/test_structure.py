@@ -17,7 +17,20 @@ from featcache.errors import BadInput
 
 PACKAGE = Path(featcache.__file__).parent
 FLOORS = [
-    {"errors", "arguments", "atomic", "device", "digest", "feature", "kinds", "names", "ranks", "words", "__init__"},
+    {
+        "errors",
+        "arguments",
+        "atomic",
+        "device",
+        "digest",
+        "feature",
+        "kinds",
+        "names",
+        "progress",
+        "ranks",
+        "words",
+        "__init__",
+    },
     {"datasets", "backbones", "store"},
     {"extraction", "probes"},
     {"attribution", "finetuning", "exchange", "planning", "sweeping"},

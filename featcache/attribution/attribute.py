@@ -5,8 +5,6 @@ from os import PathLike
 from statistics import median
 from typing import Any
 
-from tqdm import tqdm
-
 from featcache.arguments import CHECKPOINT, FLAG, NAME, NAMES, PATH, PATHS, takes, whole
 from featcache.attribution.examples import EXAMPLES
 from featcache.attribution.explain import explain_piece
@@ -18,6 +16,7 @@ from featcache.attribution.saved_maps import describe, opened, write_maps
 from featcache.attribution.settings import Settings
 from featcache.attribution.task import Task, prepare
 from featcache.device import choose_device, multiplying
+from featcache.progress import Progress
 from featcache.ranks import Alone, join_ranks
 from featcache.store.folder import LocalFolder
 
@@ -131,10 +130,10 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
     each = len(task.explained) * len(task.methods)
     maps = each * sum(map(len, task.pieces))
     done = maps - each * sum(len(task.pieces[number]) for number in todo)
-    with tqdm(total=maps, initial=done, unit="map", desc="attribute", disable=ranks.rank != 0) as progress:
+    with Progress("attribute", maps, unit="map", done=done) as progress:
 
         def tell(count: int) -> None:
-            progress.update(done + ranks.count(count) - progress.n)
+            progress.reach(done + ranks.count(count))
 
         def work(numbers: Iterable[int]) -> None:
             for number in numbers:
@@ -146,3 +145,5 @@ def _fill(task: Task, pieces: Pieces, ranks: Alone) -> None:
         while ranks.rank == 0 and (left := ranks.left_behind(pieces.missing)):
             ranks.say(f"notice: no news of {len(left)} pieces that other processes took; doing them here")
             work(left)
+        # The others have finished meanwhile.
+        tell(0)

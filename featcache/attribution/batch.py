@@ -21,6 +21,7 @@ from featcache.datasets import Record, read_dataset
 from featcache.errors import BadInput
 from featcache.extraction.images import DECODERS, read_input
 from featcache.extraction.masks.masking import Masking
+from featcache.probes.heads.module import HeadModule
 from featcache.store.manifest import difference
 from featcache.store.reader import Split, Store
 
@@ -240,6 +241,16 @@ class Batch:
     def backbone(self) -> Backbone:
         """The backbone, on the device of the maps."""
         return self.source.backbone
+
+    def blocks(self, heads: Sequence[HeadModule], maps: int | None = None) -> Iterator[Sequence[HeadModule]]:
+        """Yield heads, in order, in blocks whose maps take half of the memory at most; a block has at least one head.
+
+        maps: how many float32 [S, S] are held for each head, by default one for each pair of the batch.
+        """
+        each = 4 * self.size**2 * (maps or len(self.targets))
+        most = max(1, int(self.source.memory / 2 / each))
+        for first in range(0, len(heads), most):
+            yield heads[first : first + most]
 
     def release(self) -> None:
         """Let go of the forward pass that is held, before one that needs the memory."""

@@ -96,12 +96,12 @@ def _explanations(task: Task, batch: Batch, probes: Sequence[int]) -> Iterator[t
     """
     for group in task.sharing():
         numbers = [task.methods.index(method) for method in group]
-        for reading in task.source.features:
+        for reading in batch.source.features:
             alike = [number for number in probes if task.explained[number].feature == reading]
             if not alike:
                 continue
             heads = [task.explained[number].head for number in alike]
-            with task.profile.explaining(heads, task.source):
+            with task.profile.explaining(heads, batch.source):
                 for probe, maps in zip(alike, group[0].explain_together(group, heads, reading, batch), strict=True):
                     for number, made in zip(numbers, maps, strict=True):
                         yield number, probe, made if isinstance(made, Explanation) else Explanation(made)

@@ -16,8 +16,8 @@ from featcache.store.reader import Split
 class Explained:
     """A probe to explain: its id, its head as a module, and what its head reads while it is explained.
 
-    reads: what the probe reads of the store. note: stands behind the method in
-    tables where the head is not the probe's own, as for a sanity check.
+    reads: what the probe reads of the store. note: stands behind the method in tables where head and backbone are not
+    those of the run, as for a sanity check.
     """
 
     probe: str

@@ -1,4 +1,4 @@
-"""Whether the methods that are asked for can explain a backbone and its probes."""
+"""Whether the methods that are asked for can explain a backbone and its probes, and whether the scores fit the protocol."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,9 @@ from featcache.attribution.mask_stores import through_backbone
 from featcache.attribution.methods import METHODS
 from featcache.attribution.methods.masked import Masked
 from featcache.attribution.methods.method import Method
+from featcache.attribution.protocols.protocol import Protocol
+from featcache.attribution.scores import SCORES
+from featcache.attribution.scores.score import Score
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BadInput
 from featcache.ranks import say_once
@@ -27,6 +30,24 @@ def check_methods(methods: Sequence[Method], explained: Sequence[Explained], sou
                 fit = [kind for kind in _defaults() if not kind.unfit(one.head.head, one.feature)]
                 able = [kind for kind in fit if backbone is None or _serves(kind, backbone)]
                 raise _refused(method, f"probe {one.probe} {reason}", able)
+
+
+def check_scores(scores: Sequence[Score], protocol: Protocol, backbone: bool) -> None:
+    """Raise BadInput if a score stands there twice, looks at what the protocol does not have, or lacks the backbone.
+
+    backbone: whether it was named.
+    """
+    if len({score.type for score in scores}) < len(scores):
+        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
+    for score in scores:
+        if score.regions and protocol.region not in score.regions:
+            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
+            raise BadInput(
+                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
+                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
+            )
+        if score.runs_backbone and not backbone:
+            raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
 
 
 def _refused(method: Method, reason: str, able: Sequence[Method]) -> BadInput:

@@ -17,6 +17,9 @@ from featcache.attribution.saved_maps import read_map
 from featcache.attribution.targets import Target
 from featcache.attribution.task import Task
 
+# Of a map with less of its energy than this on the positive side, a picture that a score chose says so.
+FAIR = 0.1
+
 
 class Pictured(NamedTuple):
     """K targets whose maps are kept, and their results.
@@ -62,17 +65,47 @@ def pictured_by_rule(task: Task, pieces: Sequence[Piece], files: Pieces, first: 
         for number, reason in choose(task.examples.rules, targets, measured).items()
     }
     known = {(target.row, target.label) for target in first.targets}
-    more = [t.as_pictured() for t in targets if (t.row, t.label) in chosen.keys() - known]
+    wanted = [pair for pair in chosen if pair not in known]
+    kept = set(wanted[: max(1, int(task.pictured_at_most) - len(known))])
+    more = [t.as_pictured() for t in targets if (t.row, t.label) in kept]
+    notices = missing(task.examples.rules, targets, measured)
+    if len(kept) < len(wanted):
+        notices.append(
+            f"notice: the maps of {len(kept)} pairs of image and class that rules choose are kept, not of {len(wanted)}; "
+            "--memory holds no more"
+        )
     parts = [first.piece]
     if more:
         saved = task.settings.save_maps and not any(method.coloured for method in task.methods)
-        piece = _saved(task, pieces, files, more) if saved else explain_piece(task, more, lambda count: None)
+        piece = _saved(task, pieces, files, more) if saved else _again(task, targets, pieces, more)
         parts.append(replace(piece, coloured=piece.coloured + torch.tensor([0, 0, len(first.targets)])))
-    both = [*first.targets, *more]
-    reasons = [chosen.get((target.row, target.label), "") for target in both]
+    both, piece = [*first.targets, *more], _joined(parts)
+    reasons = [
+        _cautious(chosen.get((target.row, target.label), ""), measured, map_)
+        for target, map_ in zip(both, piece.maps[0, 0], strict=True)
+    ]
     places = {pair: place for place, pair in enumerate(chosen)}
     order = sorted(range(len(both)), key=lambda number: places.get((both[number].row, both[number].label), -1))
-    return Pictured(both, _joined(parts), reasons, order), missing(task.examples.rules, targets, measured)
+    return Pictured(both, piece, reasons, order), notices
+
+
+def _cautious(reason: str, measured: Measured, map_: torch.Tensor) -> str:
+    """Add to a reason that goes by a score that hardly anything of the map [S, S] is positive, which is all that scores see."""
+    share = float(map_.clamp(min=0).sum() / map_.abs().sum())
+    return (
+        f"{reason}; {share:.1%} of that map's energy is positive" if measured.by in reason and share < FAIR else reason
+    )
+
+
+def _again(task: Task, targets: Sequence[Target], pieces: Sequence[Piece], more: Sequence[Target]) -> Piece:
+    """Return the results of more targets, whose maps are computed a second time. Their scores are known.
+
+    targets: all, those of the finished pieces.
+    """
+    places = {(target.row, target.label): number for number, target in enumerate(targets)}
+    cells = torch.cat([piece.cells for piece in pieces], 2)
+    known = cells[:, :, [places[target.row, target.label] for target in more]]
+    return replace(explain_piece(replace(task, scores=()), more, lambda count: None), cells=known)
 
 
 def _saved(task: Task, pieces: Sequence[Piece], files: Pieces, targets: Sequence[Target]) -> Piece:
@@ -119,7 +152,8 @@ def _measured(task: Task, pieces: Sequence[Piece]) -> Measured:
 def arrays_of(task: Task, pictured: Pictured) -> dict[str, np.ndarray]:
     """Return the arrays of attribution.npz.
 
-    ids, boxes and, where they are known, images: of the pictured images. maps [N, S, S] and panels, what attribution.csv
+    ids, boxes and, where they are known, images: of the pictured images. masks bool [K, S, S]: the objects of each target,
+    where maps are scored on masks. maps [N, S, S] and panels, what attribution.csv
     says of each as text; logits and probabilities of its class, and reasons. colours uint8 [n, S, S, 4] of the maps with
     numbers coloured [n].
     """
@@ -150,6 +184,9 @@ def arrays_of(task: Task, pictured: Pictured) -> dict[str, np.ndarray]:
         "colours": piece.colours.numpy(),
         "coloured": np.array([at[tuple(place)] for place in piece.coloured.tolist()], int),
     }
+    if task.protocol.region == "masks":
+        masks = [pictured.targets[number].mask for number in pictured.order]
+        arrays["masks"] = np.array([mask.numpy() for mask in masks if mask is not None], bool).reshape(-1, size, size)
     pictures = [picture.permute(1, 2, 0).numpy() for row in kept if (picture := source.picture(row)) is not None]
     if pictures:
         arrays["images"] = np.stack(pictures)

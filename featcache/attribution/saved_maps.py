@@ -17,8 +17,8 @@ from featcache.attribution.task import Task
 from featcache.errors import BadInput
 from featcache.probes.runs.run_file import SAVED_MAPS, checksum
 
-# Bytes of a chunk, before compression.
-CHUNK_BYTES = 8 << 20
+# Bytes of a chunk, which is read as a whole, and of a shard, which is a file; before compression. run.json lists the files.
+CHUNK_BYTES, SHARD_BYTES = 1 << 20, 64 << 20
 
 
 def in_half_precision(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +109,9 @@ def write_maps(task: Task, pieces: Pieces, finished: Sequence[Piece], facts: dic
     }
     for name, values in columns.items():
         root.create_array(name, data=np.array(values, np.int32), dimension_names=("row",))
-    chunk = max(1, min(len(order), CHUNK_BYTES // (2 * size**2)))
+    each = 2 * size**2
+    chunk = max(1, min(len(order), CHUNK_BYTES // each))
+    shard = chunk * max(1, min(math.ceil(len(order) / chunk), SHARD_BYTES // (chunk * each)))
     for number, method in enumerate(task.methods):
         name = array_name(method.label)
         scales = torch.cat([_scales(piece)[number].flatten() for piece in finished]).numpy()
@@ -118,12 +120,13 @@ def write_maps(task: Task, pieces: Pieces, finished: Sequence[Piece], facts: dic
             name,
             shape=(len(order), size, size),
             chunks=(chunk, size, size),
+            shards=(shard, size, size),
             dtype=np.float16,
             compressors=[ZstdCodec(level=3)],
             dimension_names=("row", "y", "x"),
             attributes={"method": method.label},
         )
-        for start, rows in _chunks(pieces, number, chunk):
+        for start, rows in _shards(pieces, number, shard):
             array[start : start + len(rows)] = rows
     return path
 
@@ -135,8 +138,8 @@ def _scales(piece: Piece) -> torch.Tensor:
     return piece.scales
 
 
-def _chunks(pieces: Pieces, method: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, rows float16 [n, S, S]) of a method's maps of all pieces, in chunks of `count` rows."""
+def _shards(pieces: Pieces, method: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, rows float16 [n, S, S]) of a method's maps of all pieces, `count` rows at a time."""
     held, start = list[np.ndarray](), 0
     for number in range(pieces.count):
         maps = np.load(pieces.maps_file(number), mmap_mode="r")[method]

@@ -15,7 +15,7 @@ from featcache.arguments import listed
 from featcache.attribution.batch import Network, Source, open_network, open_random_network, open_records
 from featcache.attribution.examples import Examples, only, parse_examples
 from featcache.attribution.explained import Explained
-from featcache.attribution.fit import check_methods
+from featcache.attribution.fit import check_methods, check_scores
 from featcache.attribution.mask_stores import find_masked, through_backbone
 from featcache.attribution.methods import DEFAULT_METHODS, METHODS
 from featcache.attribution.methods.method import Method
@@ -84,6 +84,11 @@ class Task:
         """The columns of attribution.csv that hold numbers."""
         extra = (column for method in self.methods for column in method.columns)
         return [*(column for score in self.scores for column in score.columns), *dict.fromkeys(extra), REGION]
+
+    @property
+    def pictured_at_most(self) -> float:
+        """Of how many targets the maps can be kept for pictures."""
+        return _pictured_at_most(self.source, len(self.explained) * len(self.methods))
 
     def identity(self, method: int, probe: int, target: Target) -> tuple[str, ...]:
         """Return what names a map in tables: probe, method, split, image and class, in the order of IDENTITY."""
@@ -169,10 +174,7 @@ def prepare(settings: Settings, device: torch.device) -> Task:
         protocol = parse_kind(PROTOCOLS, settings.protocol, "--protocol")
     protocol = profile.protocol(protocol)
     scores = _parsed(SCORES, settings.scores, protocol.scores, "--score")
-    _check_scores(scores, protocol)
-    for score in scores:
-        if score.runs_backbone and network is None:
-            raise BadInput(f"--score {score.type} runs the backbone: give --backbone, --dataset and --root")
+    check_scores(scores, protocol, network is not None)
     features, taken = tuple(dict.fromkeys(one.feature for one in explained)), MEMORY if memory is None else memory
     images = Source(data, preprocessing, device, network, features, taken, records=records)
     source, targets = protocol.pose(images, settings.limit, explained)
@@ -185,12 +187,16 @@ def prepare(settings: Settings, device: torch.device) -> Task:
     if settings.images is not None:
         targets = only(settings.images, source, targets)
         examples = examples._replace(first=len(targets))
-    # They are copied some four times on their way into a file.
-    most = taken / 4 / (4 * source.preprocessing.size**2 * len(explained) * len(methods))
-    kept = _pictured_rows(targets, examples.first, most)
+    kept = _pictured_rows(targets, examples.first, _pictured_at_most(source, len(explained) * len(methods)))
     targets = [target.as_pictured() if target.row in kept else target for target in targets]
     pieces = list(in_pieces(targets))
     return Task(run, explained, methods, scores, protocol, source, randomised, pieces, examples, settings)
+
+
+def _pictured_at_most(source: Source, maps: int) -> float:
+    """Return of how many targets the maps fit into memory. maps: of each target."""
+    # They are copied some four times on their way into a file.
+    return source.memory / 4 / (4 * source.preprocessing.size**2 * maps)
 
 
 def _pictured_rows(targets: Sequence[Target], first: int, most: float) -> set[int]:
@@ -208,19 +214,6 @@ def _pictured_rows(targets: Sequence[Target], first: int, most: float) -> set[in
 def _parsed(kinds: Registry[K], words: Sequence[str] | None, default: Sequence[str], option: str) -> list[K]:
     """Return the kinds that words name, each once."""
     return list(dict.fromkeys(parse_kind(kinds, word, option) for word in (default if words is None else words)))
-
-
-def _check_scores(scores: Sequence[Score], protocol: Protocol) -> None:
-    """Raise BadInput if a score stands there twice, or looks at what the protocol does not have."""
-    if len({score.type for score in scores}) < len(scores):
-        raise BadInput("--score: the same score stands there twice with different fields; run attribute for each")
-    for score in scores:
-        if score.regions and protocol.region not in score.regions:
-            fit = [name for name, kind in SCORES.items() if not kind.regions or protocol.region in kind.regions]
-            raise BadInput(
-                f"--score {score.type} looks at {' or '.join(score.regions)}, and --protocol {protocol.type} has "
-                f"{protocol.region or 'neither'}; scores that fit it: {', '.join(fit)}"
-            )
 
 
 def _network(

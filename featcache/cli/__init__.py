@@ -22,6 +22,7 @@ from featcache.cli.import_probes import import_probes
 from featcache.cli.inspect import inspect
 from featcache.cli.knn import knn
 from featcache.cli.layers import layers
+from featcache.cli.options import Command
 from featcache.cli.plan import plan
 from featcache.cli.report import report
 from featcache.cli.schema import schema
@@ -31,6 +32,7 @@ from featcache.cli.sweep import sweep
 from featcache.cli.train_probes import train_probes
 from featcache.cli.verify import verify
 from featcache.errors import BadInput, one_line
+from featcache.progress import VARIABLE, choose, choosing, mode
 
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 
@@ -53,9 +55,29 @@ debug_option = click.option(
 )
 
 
+def _tell(context: click.Context, option: click.Parameter, given: bool) -> None:
+    """Choose how progress is told. Raises UsageError for two ways at once."""
+    if not given:
+        return
+    noted: dict[str, Any] = context.find_root().ensure_object(dict)
+    if noted.setdefault("progress", option.name) != option.name:
+        raise click.UsageError("--json and --quiet exclude each other")
+    choose(str(option.name))
+
+
+def common_options(command: Command) -> Command:
+    """Add the options that stand before or after any command: --json, --quiet and --debug."""
+    telling: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _tell}
+    command = click.option("--json", **telling, help="Write progress and notices as JSON, an object on each line.")(
+        command
+    )
+    quiet = f"No progress and no notices; warnings and errors alone. The environment's {VARIABLE} can say both too."
+    return debug_option(click.option("--quiet", **telling, help=quiet)(command))
+
+
 @click.group(context_settings={"show_default": True})
 @click.version_option(featcache.__version__)
-@debug_option
+@common_options
 def cli() -> None:
     """Extract frozen features once; train, score and explain whole grids of probes on them.
 
@@ -68,7 +90,7 @@ for command in (
     demo, layers, plan, extract, inspect, verify, convert, train_probes, sweep, knn, svm, finetune, compare, attribute, report, export,
     import_probes, schema,
 ):  # fmt: skip
-    cli.add_command(debug_option(command))
+    cli.add_command(common_options(command))
 
 
 def main() -> None:
@@ -94,7 +116,9 @@ def run(words: Sequence[str], noted: dict[str, Any]) -> int:
         # The shell asks for completions of a word.
         cli.main(prog_name="featcache")
     try:
-        with cli.make_context("featcache", list(words), obj=noted) as context:
+        with choosing(), cli.make_context("featcache", list(words), obj=noted) as context:
+            # The environment is checked before anything is done.
+            mode()
             cli.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code

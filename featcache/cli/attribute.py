@@ -130,7 +130,11 @@ def attribute(
             click.echo(line)
         if drawn:
             paths = write_pictures(options["run"], pictures)
-            click.echo(f"pictures: {len(paths)} sheets in {paths[0].parent}" if paths else "pictures: none were kept")
+            click.echo(
+                f"pictures: {len(paths)} sheet{'s' * (len(paths) > 1)} in {paths[0].parent}"
+                if paths
+                else "pictures: none were kept"
+            )
 
 
 def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

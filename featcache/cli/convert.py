@@ -12,7 +12,7 @@ from featcache.cli.options import compression_option, format_option
 @format_option("--to", help="Format of the new store.  [default: what the suffix of --out says]")
 @click.option("--out", metavar="PATH", help="Folder or URL.  [default: beside STORE, with the format's suffix]")
 @compression_option
-def convert(store: str, compression: str, **options: Any) -> None:
+def convert(store: str, **options: Any) -> None:
     """Write a STORE (path or URL) in another format, compressed, or to another place.
 
     Every row is checked against its checksum on the way out and in. The same command again goes on.

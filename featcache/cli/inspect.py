@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from featcache.cli.options import dataset_options, split_option
 from featcache.errors import BadInput
+from featcache.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ def _statistics_rows(store: "Store", splits: Sequence[str]) -> list[tuple[str, .
     arrays = [(split, name, store[split][name]) for name in store.manifest.features for split in splits]
     rows: list[tuple[str, ...]] = []
     size = sum(array.nbytes for _, _, array in arrays)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="statistics", leave=False) as progress:
+    with Progress("statistics", size, unit="B", fleeting=True) as progress:
         for split, name, array in arrays:
             s = statistics(array, progress)
             figures = (f"{s.mean:.4g}", f"{s.std:.4g}", f"{100 * s.zeros:.1f}", f"{s.peak:.4g}", str(s.not_finite))

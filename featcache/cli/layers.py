@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from featcache.cli.options import arch_option, size_option, weights_key_option
+from featcache.progress import say
 
 
 @click.command()
@@ -23,7 +24,7 @@ def layers(checkpoint: str, **options: Any) -> None:
     from featcache.reporting.table import format_table
 
     backbone = load_backbone(checkpoint, **options)
-    click.echo(f"backbone: {backbone.load_report}\n", err=True)
+    say(f"backbone: {backbone.load_report}\n")
     rows = [
         (layer.path, " ".join(layer.aliases), " x ".join(map(str, layer.shape)), " ".join(layer.reductions))
         for layer in run(backbone)

@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
-import click
 import numpy as np
-from tqdm import tqdm
 
 from featcache.datasets.image import measure_image
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, shown
 from featcache.names import is_text
+from featcache.progress import Progress, say
 
 # Many threads, since they wait for the disk. A task is a run of images, since a task for each would be all overhead.
 THREADS = 16
@@ -48,7 +47,7 @@ def completed(dataset: Dataset) -> Dataset:
         pairs = zip(records, splits[split], strict=True)
         cut += sum(int((a.boxes != b.boxes).any(1).sum()) for a, b in pairs if len(a.boxes))
     if cut:
-        click.echo(f"notice: {cut:,} boxes hang over the edges of their images and were cut there", err=True)
+        say(f"notice: {cut:,} boxes hang over the edges of their images and were cut there")
     return replace(dataset, splits=splits)
 
 
@@ -97,7 +96,7 @@ def over_threads(
     tasks = [items[n : n + TASK] for n in range(0, len(items), TASK)]
     pool = ThreadPoolExecutor(threads)
     try:
-        with tqdm(total=len(items), desc=title, unit=unit, delay=2, leave=False) as progress:
+        with Progress(title, len(items), unit=unit, fleeting=True) as progress:
             for results in pool.map(lambda task: [function(item) for item in task], tasks):
                 yield from results
                 progress.update(len(results))

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
-import click
 import numpy as np
 
 from featcache.datasets.label_lists import Where, split_texts
@@ -13,6 +12,7 @@ from featcache.datasets.layout import known_splits, whole_number
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, shown
 from featcache.names import is_text, split_name
+from featcache.progress import say
 
 # No dataset has more classes; a larger index is another number, such as an id.
 MOST_CLASSES = 1_000_000
@@ -48,7 +48,7 @@ def index_labels(
         names = _names(lists, where)
     if note:
         task = "multi-label" if several else "single-label"
-        click.echo("; ".join([f"notice: {place} {note}: {task}, {len(names):,} classes", *advice]), err=True)
+        say("; ".join([f"notice: {place} {note}: {task}, {len(names):,} classes", *advice]))
     index: dict[int | str, int] = {name: n for n, name in enumerate(names)}
     index |= {n: n for n in range(len(names))}
     for n, labels in enumerate(lists):

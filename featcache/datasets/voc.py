@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import click
 import numpy as np
 from PIL import Image
 
@@ -18,6 +17,7 @@ from featcache.datasets.layout import read_flag, read_text, require_folder, whol
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput, shown
 from featcache.names import file_name
+from featcache.progress import say
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -110,10 +110,9 @@ def read_voc(root: Path, year: int, splits: Sequence[str] | None = None) -> Data
     classes: tuple[str, ...] = CLASSES
     if {box.name for _, boxes in annotations.values() for box in boxes} - set(CLASSES):
         classes = _classes_from_data(home)
-        click.echo(
+        say(
             f"notice: {home} is not annotated with VOC's 20 classes; using the {len(classes)} found there: "
-            f"{', '.join(classes)}",
-            err=True,
+            f"{', '.join(classes)}"
         )
     return Dataset(
         name=f"voc{year}",

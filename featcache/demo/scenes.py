@@ -11,10 +11,10 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from featcache.atomic import PARTIAL, write_whole
 from featcache.errors import BadInput
+from featcache.progress import Progress
 
 WIDTH, HEIGHT = 320, 240
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -75,7 +75,7 @@ def _write_scenes(
     random = np.random.default_rng(seed)
     pools = np.array_split(random.permutation(len(digits)), len(counts))
     number = 0
-    with tqdm(total=sum(counts.values()), unit="img", desc="scenes") as progress:
+    with Progress("scenes", sum(counts.values()), unit="img") as progress:
         for pool, (split, count) in zip(pools, counts.items(), strict=True):
             ids = []
             for _ in range(count):

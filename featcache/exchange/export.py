@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import click
 import safetensors.torch
 import torch
 
@@ -29,6 +28,7 @@ from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.runs.tuned import backbone_path, is_tuned
 from featcache.probes.scores.metrics import task_of
 from featcache.probes.spec import complete
+from featcache.progress import say
 
 
 @takes(checkpoints=PATHS, to=PATH, run=PATH, probe=NAME, rule=NAME, backbone=CHECKPOINT, arch=NAME, weights_key=NAME)
@@ -111,7 +111,7 @@ def _export_backbone(checkpoint: str | PathLike, target: Path, arch: str | None,
     write_state_dict(target, tensors, _backbone_meta(backbone, checkpoint, backbone.preprocessing.describe()))
     if taken_for(tensors, target) != architecture.name:
         # Strides or a number of heads, for example, may follow from how the checkpoint was wrapped, not from its tensors.
-        click.echo(f"note: load {target} with --arch {architecture.name}; its tensors alone do not say so", err=True)
+        say(f"note: load {target} with --arch {architecture.name}; its tensors alone do not say so")
 
 
 def _backbone_meta(backbone: Backbone, checkpoint: str | PathLike, preprocessing: Mapping[str, Any]) -> dict[str, Any]:

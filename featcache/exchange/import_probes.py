@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import click
 import safetensors.torch
 import torch
 
@@ -32,6 +31,7 @@ from featcache.probes.scores.metrics import default_metric
 from featcache.probes.spec import ProbeSpec, imported_spec
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.weights import initial_weights
+from featcache.progress import say
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
 
@@ -102,7 +102,7 @@ def _write(
         raise BadInput(f"cannot write run folder {folder}: {of_the_system(error)}") from None
     for probe, path in probes.values():
         save_probes(folder, [probe], Origin(store.id, identity(basis)))
-        click.echo(f"imported: {probe.spec.id} from {path}", err=True)
+        say(f"imported: {probe.spec.id} from {path}")
     return earlier, files
 
 

@@ -8,12 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, Any, cast
 
-import click
 import safetensors.torch
 import torch
 
 from featcache.atomic import replacing
 from featcache.errors import BadInput, of_the_system
+from featcache.progress import say
 
 STATE_DICTS = (".safetensors", ".pth", ".pt")
 PROGRAM = ".pt2"
@@ -101,14 +101,14 @@ def _write(path: Path, put: Callable[[IO[bytes]], object], reads_back: Callable[
         raise BadInput(
             f"{path} does not read back as it was written; look after the disk, and run the same export again"
         )
-    click.echo(f"export: {path}", err=True)
+    say(f"export: {path}")
 
 
 def _keep_or_refuse(path: Path, same: bool) -> None:
     """Say that a file is there already. Raises BadInput if it is not the same."""
     if not same:
         raise BadInput(f"--to {path}: there is a file already, and it holds something else; remove it or name another")
-    click.echo(f"export: {path} holds these tensors already", err=True)
+    say(f"export: {path} holds these tensors already")
 
 
 def _read(path: Path) -> Any:

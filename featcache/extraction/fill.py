@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from featcache.backbones.precision import running
 from featcache.errors import BadInput
 from featcache.extraction.images import Images, image_batches
 from featcache.extraction.job import Job
 from featcache.extraction.masked import masked_features
+from featcache.progress import Progress
 from featcache.ranks import Alone
 from featcache.store.manifest import feature_of
 from featcache.store.shard import Shard
@@ -69,13 +69,16 @@ def fill(jobs: Sequence[Job], todo: Sequence[Sequence[Shard]], images: Images, r
     batches = _batches(ranks.draw(work), drawn, 1 if first.masking else batch_size)
     side, on_gpu = first.model.preprocessing.size, first.device.type == "cuda"
     memory = torch.empty(batch_size, side, side, 3, device=first.device)
-    progress = tqdm(total=sum(map(len, work)), unit="img", desc="extract", disable=ranks.rank != 0)
+    progress = Progress("extract", sum(map(len, work)), unit="img")
     stretch: Stretch | None = None
     row = 0
     filled: dict[int, _Rows] = {}
     writing: dict[int, Future[None]] = {}
     with ThreadPoolExecutor(1) as writer, progress:
-        for pixels, digests in image_batches(images, batches, first.settings.workers, pin_memory=on_gpu):
+        # The copy of features from a GPU waits for the forward pass, so that its time is known without waiting otherwise.
+        for pixels, digests in progress.waiting(
+            "decode", image_batches(images, batches, first.settings.workers, pin_memory=on_gpu), "forward"
+        ):
             if stretch is None or row == stretch.end:
                 stretch = drawn.popleft()
                 row = stretch.first
@@ -88,11 +91,14 @@ def fill(jobs: Sequence[Job], todo: Sequence[Sequence[Shard]], images: Images, r
                     rows.add(_features(job, normalised, rows, batch_size), digests)
                 if rows.are_complete:
                     if number in writing:
+                        progress.phase("write")
                         writing[number].result()
+                        progress.phase("forward")
                     writing[number] = writer.submit(put_shard, rows.shard, rows.ids, rows.stored(), rows.digests())
                     del filled[number]
             row += len(pixels)
-            progress.update(ranks.count(len(pixels)) - progress.n)
+            progress.reach(ranks.count(len(pixels)))
+        progress.phase("write")
         for written in writing.values():
             written.result()
 

@@ -10,7 +10,6 @@ from multiprocessing.queues import Queue
 from types import TracebackType
 from typing import Any, NoReturn
 
-import click
 import numpy as np
 import torch
 import torch.utils.data
@@ -19,6 +18,7 @@ from featcache.backbones.input.preprocessing import OPENCV, Preprocessing, impor
 from featcache.datasets.image import read_image
 from featcache.datasets.record import Dataset, Record
 from featcache.errors import BadInput
+from featcache.progress import say
 from featcache.store.manifest import split_of
 
 # What users call the decoders, and what the identity of a store calls them.
@@ -189,7 +189,7 @@ def image_batches(
         if not workers:
             raise
         # There is no room for a semaphore in /dev/shm, or no further process may be started.
-        click.echo(f"notice: no worker can be started ({error.strerror}); images are decoded without workers", err=True)
+        say(f"notice: no worker can be started ({error.strerror}); images are decoded without workers")
         loader = begin(0)
     shared = True
     for batch in loader:
@@ -198,10 +198,9 @@ def image_batches(
         pixels, digests = batch
         if isinstance(pixels, np.ndarray):
             if shared:
-                click.echo(
+                say(
                     "notice: shared memory (/dev/shm) is too small for batches of images; they go through pipes, which "
-                    "is slower. docker run --shm-size 2g gives a container more",
-                    err=True,
+                    "is slower. docker run --shm-size 2g gives a container more"
                 )
             shared, pixels = False, torch.from_numpy(pixels)
         yield pixels.permute(0, 3, 1, 2), digests

@@ -19,7 +19,6 @@ from featcache.finetuning.draws import Draws, batches, parts, remaining, steps_o
 from featcache.finetuning.images import Key, TrainingImages
 from featcache.finetuning.logits import logits_of
 from featcache.finetuning.network import Network, batch_norms
-from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import Task
 from featcache.finetuning.tuner import Part, Tuner
 from featcache.probes.engine.mini_batch import MiniBatchRecipe
@@ -31,6 +30,7 @@ from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec, spec_to_dict
 from featcache.probes.trained import TrainedProbe
 from featcache.probes.tuning import Full
+from featcache.progress import Progress
 from featcache.ranks import Alone
 
 # A state is written after a step, but not more often than this, so a kill costs about that much.
@@ -103,7 +103,7 @@ class Configuration:
                 begun, rows = epoch, self._batches(epoch)
                 factors = spec.schedule.factors(self.recipe.epochs, self.steps, epoch)
             tuner.train_step(self._rows(rows[step]), self._parts(rows[step], loader), float(factors[step]))
-            self.progress.tell(len(rows[step]), "")
+            self.progress.update(len(rows[step]))
             if step == self.steps - 1 and tuner.diverged is None:
                 stopped = self._end_epoch()
             if tuner.diverged is not None or stopped:
@@ -152,7 +152,10 @@ class Configuration:
 
     def _parts(self, batch: np.ndarray, loader: Iterator[Tensor]) -> Iterator[Part]:
         for number, rows in self._mine(batch):
-            yield number, next(loader), self._rows(rows)
+            self.progress.phase("decode")
+            pixels = next(loader)
+            self.progress.phase("train")
+            yield number, pixels, self._rows(rows)
 
     def _end_epoch(self) -> str | None:
         """Close an epoch; return why training ends early, or None."""
@@ -169,11 +172,12 @@ class Configuration:
             score = gain(metric, value)
             line += f", {chosen_on} {metric} {value:.4f}"
         tuner.validated(score)
-        self.progress.tell(0, line)
+        self.progress.note(f"{spec.id}: {line}")
         return "patience" if tuner.impatient() else None
 
     def _logits(self, role: str) -> Tensor:
         tuner = self.tuner
+        self.progress.phase("validate")
         at_once = tuner.network.tuning.micro_batch or min(self.recipe.batch_size, SCORED_AT_ONCE)
         names = self.task.resolved.splits[role]
         return logits_of(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from featcache.datasets.sources import open_source
 from featcache.device import choose_device, multiplying
 from featcache.digest import image_digest
 from featcache.finetuning.configuration import Configuration
-from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import Task, prepare
 from featcache.finetuning.settings import EXPECTED, Settings
 from featcache.probes.engine.scoring import score_logits
@@ -31,6 +29,7 @@ from featcache.probes.scores.metrics import metrics_of
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.train import begin_run
 from featcache.probes.tuning import Full
+from featcache.progress import Progress, say
 from featcache.ranks import Alone, join_ranks
 from featcache.store.folder import open_folder
 
@@ -90,7 +89,7 @@ def finetune(
         begun = begin_run(folder, task, [], {}, lambda specs: {}, {"finetuned": _origin(task)})
         if begun is None:
             ranks.share([])
-            click.echo(f"run: {folder} is finished already", err=True)
+            say(f"run: {folder} is finished already")
             return open_run(folder)
         summary, others = begun
         everything = [*task.resolved.specs, *others]
@@ -133,17 +132,16 @@ def _train(
         return
     specs = [spec for spec in task.resolved.specs if spec.id in todo]
     sets = task.resolved.sets
-    progress = Progress(sum(len(sets[spec.sample]) * (spec.epochs or 0) for spec in specs), ranks.rank == 0)
+    total = sum(len(sets[spec.sample]) * (spec.epochs or 0) for spec in specs)
     origin = Origin(task.basis.store_id, identity(task.basis.to_json()))
     count = max(1, min(8, (os.cpu_count() or 1) // 2 // ranks.local_size)) if workers is None else workers
     # Training draws from torch's global generators, which the caller finds as they were.
     own = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with own, ranks.adding_up("nccl" if device.type == "cuda" else "gloo"):
-        for number, spec in enumerate(specs, 1):
-            progress.begin(f"{spec.id} ({number} of {len(specs)})" if len(specs) > 1 else spec.id)
+    progress = Progress("finetune", total, unit="img")
+    with own, ranks.adding_up("nccl" if device.type == "cuda" else "gloo"), progress:
+        for spec in specs:
             with multiplying(spec.precision):
                 Configuration(task, spec, folder, origin, device, count, ranks, progress).train()
-    progress.close()
 
 
 def _finish(

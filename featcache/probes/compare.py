@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-import click
 import numpy as np
 import torch
 
@@ -19,6 +18,7 @@ from featcache.probes.runs.tuned import ScoredImages, is_tuned, read_images, rea
 from featcache.probes.scores.jackknife import paired_test
 from featcache.probes.scores.metrics import task_of
 from featcache.probes.scores.tally import Tally
+from featcache.progress import say
 from featcache.store.reader import Store
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -75,9 +75,7 @@ def compare(
         _tally(run, store, probe, place, first.metrics) for (run, store), probe in zip(pairs[:2], chosen, strict=True)
     ]
     if tallies[0].softmax != tallies[1].softmax:
-        click.echo(
-            "note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly", err=True
-        )
+        say("note: one probe gives a softmax, the other sigmoids; only ranking metrics compare them fairly")
     tables = [tally.influences() for tally in tallies]
     result = []
     for metric in first.metrics:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-import click
 import torch
 
 from featcache.errors import BadInput
@@ -18,6 +17,7 @@ from featcache.probes.runs.run import field_column
 from featcache.probes.sample import FOLDS
 from featcache.probes.scores.metrics import gain, metric_kind, metrics_of
 from featcache.probes.spec import ProbeSpec
+from featcache.progress import say
 
 
 def why_no_refit(
@@ -82,9 +82,7 @@ def chosen_refits(
         means = {r: fmean(scored[s.id, role].values[metric][0] for s in seeds) for r, seeds in recipes.items()}
         finite = [recipe for recipe, mean in means.items() if mean == mean]
         if not finite:
-            click.echo(
-                f"refit: all probes like {next(iter(recipes.values()))[0].id} diverged; none is chosen", err=True
-            )
+            say(f"refit: all probes like {next(iter(recipes.values()))[0].id} diverged; none is chosen")
             continue
         best = max(finite, key=lambda recipe: gain(metric, means[recipe]))
         for spec in recipes[best]:
@@ -97,8 +95,7 @@ def chosen_refits(
 
 def _say(spec: ProbeSpec, metric: str, role: str) -> None:
     until = f", to epoch {spec.stop} of {spec.epochs}" if spec.stop else ""
-    click.echo(
+    say(
         f"refit: {spec.refit_of} ({spec.optimizer.summary_of_rate}), chosen by {role} {metric_kind(metric).title}, again "
-        f"on {spec.refit} as {spec.id}{until}",
-        err=True,
+        f"on {spec.refit} as {spec.id}{until}"
     )

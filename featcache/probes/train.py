@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
 import torch
 import yaml
 
@@ -39,6 +38,7 @@ from featcache.probes.runs.run_file import (
 from featcache.probes.runs.tables import read_table
 from featcache.probes.sample import FOLDS
 from featcache.probes.spec import ProbeSpec, spec_from_dict, spec_to_dict
+from featcache.progress import say
 from featcache.ranks import join_ranks
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store, open_store
@@ -162,7 +162,7 @@ def train_grid(
                 # Neither probes nor refits are left to train.
                 ranks.share([])
                 ranks.share([])
-                click.echo(f"run: {folder} is finished already", err=True)
+                say(f"run: {folder} is finished already")
                 return open_run(folder)
             summary, others = begun
             sets.subsets.update({name: str(entry["list"]) for name, entry in _lists(summary).items()})
@@ -313,7 +313,7 @@ def begin_run(
     if task.resolved.chosen_on is None and not task.grid.reports_all and (reason := undecided(everything)):
         raise BadInput(f"run {folder}, with this grid: {reason}; or choose another --run")
     if of_grids:
-        click.echo(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores", err=True)
+        say(f"run: {len(of_grids)} probes of other grids are in {folder}, and stay in its scores")
     asked_for = {*task.grid.intervals, *begun.get("intervals", ())}
     summary = {
         **basis,

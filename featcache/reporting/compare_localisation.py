@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import click
-
 from featcache.arguments import NAME, NAMES, PATHS, listed, takes
 from featcache.attribution.results import IDENTITY
 from featcache.attribution.scores.score import Score
@@ -16,6 +14,7 @@ from featcache.probes.compare import Paths, choose_probes
 from featcache.probes.runs.probe_file import find_probes, load_specs
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.scores.jackknife import paired_test
+from featcache.progress import say
 from featcache.reporting.localisation import FEW, MARK, Localisation, mean_with_influences, read_localisation
 from featcache.reporting.table import percent
 
@@ -85,10 +84,7 @@ def compare_localisation(
     if not result:
         raise BadInput(f"{' and '.join(str(run.path) for run in opened)} have no score of maps in common")
     if any(score.runs_backbone for score in tables[0].scores) and len(set(_links(opened, chosen))) > 1:
-        click.echo(
-            "note: one probe gives a softmax, the other sigmoids; scores of probabilities do not compare them fairly",
-            err=True,
-        )
+        say("note: one probe gives a softmax, the other sigmoids; scores of probabilities do not compare them fairly")
     return result
 
 

@@ -8,7 +8,6 @@ from functools import cached_property
 from os import PathLike
 from typing import Any, NamedTuple
 
-import click
 import numpy as np
 import torch
 
@@ -19,6 +18,7 @@ from featcache.attribution.scores.score import Score
 from featcache.attribution.task import REGION
 from featcache.probes.runs.run import Run, open_run
 from featcache.probes.scores.jackknife import deviations, fraction_interval, influences
+from featcache.progress import say
 from featcache.reporting.configuration import naming
 from featcache.reporting.table import percent
 
@@ -98,18 +98,16 @@ def read_localisation(run: Run) -> Localisation:
     probes = {row["probe"] for row in run.scores}
     gone = list(dict.fromkeys(row["probe"] for row in rows if row["probe"] not in probes))
     if gone:
-        click.echo(
+        say(
             f"notice: {name} of run {run.path} has {len(gone)} probes that the run does not have "
-            f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again",
-            err=True,
+            f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); they are left out, attribute again"
         )
     reported = {REGION, *(column for method in METHODS.values() for column in method.columns)}
     unknown = [column for column in columns_held if column not in (*IDENTITY, *columns, *reported)]
     if unknown:
-        click.echo(
+        say(
             f"notice: {name} of run {run.path} has columns of localisation scores that are not installed "
-            f"({', '.join(unknown)}); they are left out",
-            err=True,
+            f"({', '.join(unknown)}); they are left out"
         )
     return Localisation(scores, [row for row in rows if row["probe"] in probes], read_facts(run))
 
@@ -238,10 +236,9 @@ def explained(run: Run, name: str) -> bool:
     files, exists = run.summary.get("files"), (run.path / name).exists()
     if files is None or exists == (name in files):
         return exists
-    click.echo(
+    say(
         f"notice: {name} of run {run.path} {'has no checksum in run.json' if exists else 'is missing'}; "
-        "it is left out, attribute again",
-        err=True,
+        "it is left out, attribute again"
     )
     return False
 

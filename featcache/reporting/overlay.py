@@ -1,10 +1,10 @@
-"""Maps as pixels: over the photograph, and with the boxes of objects."""
+"""Maps as pixels: over the photograph, and with the boxes or the contours of objects."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 # Values of this quantile of a map's absolute values, and larger ones, have the strongest colour: with the maximum as the
 # peak, one bright pixel would leave the rest dark.
@@ -83,6 +83,18 @@ def with_boxes(pixels: np.ndarray, boxes: Sequence[Box], size: int) -> np.ndarra
         lines = [min(max(round(side / size * edge - width / 2), 0), side - width) for edge in box.edges]
         _outline(pixels, lines, width, EDGE, dash)
         _outline(pixels, [line + dark for line in lines], light, colour, dash)
+    return pixels
+
+
+def with_contour(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the contour of a mask, bool [S, S], on a copy of square pixels uint8 [P, P, 3], in the lines of explained boxes."""
+    pixels, side = pixels.copy(), len(pixels)
+    enlarged = Image.fromarray(mask).convert("L").resize((side, side), Image.Resampling.NEAREST)
+    reach = max(1, round(side / 224))
+    for colour, width in ((EDGE, 2 * reach), (LINES[True][0], reach)):
+        # The pixels within `width` of the border between the mask and the rest.
+        outer, inner = (enlarged.filter(rank(2 * width + 1)) for rank in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+        pixels[np.asarray(outer) != np.asarray(inner)] = colour
     return pixels
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from featcache.reporting.overlay import key, resized, with_boxes
+from featcache.reporting.overlay import key
 from featcache.reporting.sheets import Sheet
 
 # Characters that the sheets of a page may take in all, and what a pixel takes about.
@@ -78,7 +78,7 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
     side = min(side, max(sheet.size, SIDES[-1]))
 
     def shown(pixels: np.ndarray, alt: str, caption: str = "") -> Shown:
-        return Shown(_data_url(with_boxes(resized(pixels, side), sheet.boxes, sheet.size)), alt, caption)
+        return Shown(_data_url(sheet.framed(pixels, side)), alt, caption)
 
     about = f"class {sheet.label} in image {sheet.id}"
     rows = list[tuple[str, list[Shown | None]]]()
@@ -90,7 +90,11 @@ def _embed(sheet: Sheet, side: int) -> PageSheet:
             row.append(shown(panel.pixels, alt, panel.caption) if panel else None)
         rows.append((name, row))
     picture = sheet.picture
-    photograph = None if picture is None else shown(picture, f"image {sheet.id}, with boxes of {sheet.label}")
+    photograph = (
+        None
+        if picture is None
+        else shown(picture, f"image {sheet.id}, with {'boxes' if sheet.mask is None else 'contours'} of {sheet.label}")
+    )
     width = min(side, WIDE if sheet.size > GRID else WIDTH)
     return PageSheet(sheet.title, sheet.reason, width, photograph, sheet.methods, sheet.coloured, rows)
 

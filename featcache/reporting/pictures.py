@@ -12,7 +12,7 @@ from featcache.atomic import local_path
 from featcache.errors import BadInput, of_the_system, printable, without_middle
 from featcache.probes.runs.run import open_run
 from featcache.reporting.localisation import read_localisation
-from featcache.reporting.overlay import key, resized, with_boxes
+from featcache.reporting.overlay import key
 from featcache.reporting.sheets import Sheet, read_sheets
 
 try:
@@ -33,7 +33,7 @@ TITLE, TEXT, SMALL = 20, 15, 13
 INK, GREY = (28, 36, 48), (85, 96, 110)
 EXPLANATION = (
     "Every map has a scale of its own, to the 99.5th percentile of its absolute values.",
-    "Boxes: thick and green for the class explained, thin and white for others, dashed if difficult.",
+    "Boxes, or contours of masks: thick and green for the class explained, thin and white for others, dashed if difficult.",
 )
 COLOURED = (
     "In a column of colours, a pixel has the colour that the network looks for there, and is opaque where that speaks "
@@ -115,11 +115,11 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
             y += _height(TEXT)
         y += 2
         if row == 0 and sheet.picture is not None:
-            pasted.append((MARGIN, y, _framed(sheet, sheet.picture, side)))
+            pasted.append((MARGIN, y, sheet.framed(sheet.picture, side)))
         for column, method in enumerate(sheet.methods):
             if panel := sheet.panels.get((probe, method)):
                 x = left + column * step
-                pasted.append((x, y, _framed(sheet, panel.pixels, side)))
+                pasted.append((x, y, sheet.framed(panel.pixels, side)))
                 for n, line in enumerate(panel.caption.splitlines()):
                     texts.append((x, y + side + 2 + n * _height(SMALL), line, SMALL, INK))
         y += side + 4 + lines * _height(SMALL) + GAP
@@ -150,11 +150,6 @@ def _explain(texts: list, pasted: list, y: int, width: int, coloured: bool) -> i
             texts.append((MARGIN, y, line, SMALL, GREY))
             y += _height(SMALL)
     return y
-
-
-def _framed(sheet: Sheet, pixels: np.ndarray, side: int) -> np.ndarray:
-    """Return a panel at the size of the sheet, with the boxes."""
-    return with_boxes(resized(pixels, side), sheet.boxes, sheet.size)
 
 
 def _side(size: int) -> int:

@@ -14,7 +14,7 @@ from featcache.errors import without_middle
 from featcache.probes.runs.run import Run
 from featcache.reporting.configuration import labels
 from featcache.reporting.localisation import MAPS, Localisation, explained
-from featcache.reporting.overlay import Box, on_white, overlay
+from featcache.reporting.overlay import Box, on_white, overlay, resized, with_boxes, with_contour
 
 BOX_ARRAYS = ("box_examples", "boxes", "box_classes", "box_difficult")
 # What stands behind a method's name above its colours, which are a column of their own.
@@ -35,7 +35,8 @@ class Panel:
 class Sheet:
     """What is drawn of an image and a class.
 
-    picture: the photograph as the backbone sees it, uint8 [S, S, 3], or None where attribute was given no images. reason: why the image was
+    picture: the photograph as the backbone sees it, uint8 [S, S, 3], or None where attribute was given no images. mask: bool
+    [S, S], the pixels of the class's objects where maps are scored on masks, else None. reason: why the image was
     chosen, or "". probes: {id: name, and what the probe says of the class}. methods: names. panels: by probe and method.
     """
 
@@ -44,6 +45,7 @@ class Sheet:
     reason: str
     picture: np.ndarray | None
     boxes: Sequence[Box]
+    mask: np.ndarray | None
     probes: Mapping[str, str]
     methods: Sequence[str]
     panels: Mapping[tuple[str, str], Panel]
@@ -57,6 +59,17 @@ class Sheet:
     def coloured(self) -> bool:
         """Whether it has columns of colours."""
         return any(method.endswith(f" {COLOURS}") for method in self.methods)
+
+    def framed(self, pixels: np.ndarray, side: int) -> np.ndarray:
+        """Resize a panel's pixels or the photograph to `side`, and draw the boxes: uint8 [side, side, 3].
+
+        The objects of a mask have its contour in the place of their boxes.
+        """
+        pixels = resized(pixels, side)
+        if self.mask is None:
+            return with_boxes(pixels, self.boxes, self.size)
+        others = [box for box in self.boxes if box.difficult or not box.explained]
+        return with_contour(with_boxes(pixels, others, self.size), self.mask)
 
     @property
     def title(self) -> str:
@@ -113,7 +126,8 @@ def _sheet(
             panels[probe, f"{method} {COLOURS}"] = Panel(on_white(kept["colours"][coloured[number]]), "")
     methods = list(dict.fromkeys(method for _, method in panels))
     reason = str(kept["reasons"][numbers[0]]) if "reasons" in kept else ""
-    return Sheet(*key, reason, picture, _boxes(kept, at, key[1]), probes, methods, panels)
+    mask = kept["masks"][numbers[0] % len(kept["masks"])] if "masks" in kept else None
+    return Sheet(*key, reason, picture, _boxes(kept, at, key[1]), mask, probes, methods, panels)
 
 
 def _prediction(kept: Mapping[str, np.ndarray], number: int) -> str:

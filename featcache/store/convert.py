@@ -2,13 +2,12 @@
 
 import os
 
-import click
 import numpy as np
-from tqdm import tqdm
 
 from featcache.arguments import NAME, takes
 from featcache.errors import BadInput
 from featcache.names import MANIFEST
+from featcache.progress import Progress, say
 from featcache.store.additions import part_of
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import FORMATS, choose_format
@@ -50,12 +49,12 @@ def convert(
         arrays = {split: with_axes(source[split].arrays()) for split in source.manifest.splits}
         manifest = create_store(target, manifest, arrays)
         todo = missing_shards(target, manifest)
-        with tqdm(total=sum(map(len, todo)), unit="row", desc="convert") as progress:
+        with Progress("convert", sum(map(len, todo)), unit="row") as progress:
             for shard in todo:
                 _copy(source, shard)
                 progress.update(len(shard))
         check_whole(target, manifest)
-    click.echo(f"store: {target} (id {manifest.id[:8]}, all rows checked)", err=True)
+    say(f"store: {target} (id {manifest.id[:8]}, all rows checked)")
     return str(target)
 
 

@@ -17,12 +17,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, Literal, ParamSpec, TypeVar
 
-import click
-
 from featcache.arguments import is_path
 from featcache.atomic import PARTIAL, replacing, sync_folder
 from featcache.errors import BadInput, shown
 from featcache.names import path_within
+from featcache.progress import say
 
 REQUESTS_AT_ONCE = 16
 
@@ -180,7 +179,7 @@ class LocalFolder:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                click.echo(waiting, err=True)
+                say(waiting)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError:
                 return descriptor

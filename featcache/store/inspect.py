@@ -4,8 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from featcache.progress import Progress
 from featcache.store.feature_array import FeatureArray
 from featcache.store.folder import Folder
 from featcache.store.manifest import Manifest
@@ -44,7 +43,7 @@ def count_shards(folder: Folder, parts: Sequence[Manifest]) -> dict[str, tuple[i
     return counts
 
 
-def statistics(array: FeatureArray, progress: tqdm | None = None) -> Statistics:
+def statistics(array: FeatureArray, progress: Progress | None = None) -> Statistics:
     """Return the Statistics of a feature, which is read once from end to end.
 
     Means and variances of pieces are merged in float64 (Chan et al. 1979). progress: is told the bytes as they are read.
@@ -82,7 +81,7 @@ def inspect(store: str | os.PathLike[str]) -> dict[str, dict[str, Statistics]]:
     arrays = [(split, name, opened[split][name]) for split in whole for name in opened.manifest.features]
     result: dict[str, dict[str, Statistics]] = {split: {} for split in whole}
     size = sum(array.nbytes for _, _, array in arrays)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="inspect", leave=False) as progress:
+    with Progress("inspect", size, unit="B", fleeting=True) as progress:
         for split, name, array in arrays:
             result[split][name] = statistics(array, progress)
     return result

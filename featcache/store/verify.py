@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from featcache.errors import BadInput
 from featcache.names import ADDITION, COMMITS, MANIFEST
+from featcache.progress import Progress
 from featcache.store.additions import fits, merge, order_parts, read_file
 from featcache.store.folder import Folder, open_folder
 from featcache.store.formats import format_of
@@ -63,7 +63,7 @@ def verify(store: str | os.PathLike[str] | Folder, repair: bool = False) -> list
             folder.delete(LOCK)
         findings.append(Finding(LOCK, "it is no file"))
     total = sum(entry["bytes"] for entry in manifest.files.values()) or 1
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
+    with Progress("verify", total, unit="B", fleeting=True) as progress:
         for split in manifest.splits:
             ids = _read_ids(folder, manifest, split) if ids_are_whole else None
             for part in (part for part in parts if split in part.splits):
@@ -161,7 +161,7 @@ def _check_files(folder: Folder, manifest: Manifest, additions: Sequence[Manifes
             yield Finding(name, "its bytes do not fit the manifest's checksum")
 
 
-def _check_shard(shard: Shard, ids: np.ndarray | None, repair: bool, progress: tqdm) -> list[Finding]:
+def _check_shard(shard: Shard, ids: np.ndarray | None, repair: bool, progress: Progress) -> list[Finding]:
     """Check a shard. ids: those of its split, uint8 [N, L], None if they are not known."""
     try:
         marker = find_marker(shard)
@@ -178,7 +178,7 @@ def _check_shard(shard: Shard, ids: np.ndarray | None, repair: bool, progress: t
     if ids is not None and ids_sha256(ids[first:end]) != marker["ids_sha256"]:
         findings.append(Finding(shard.marker_name, f"{shard}: it was made for other ids"))
     for feature, file in marker["files"].items():
-        progress.total = max(progress.total or 0, progress.n + file["bytes"])
+        progress.total = max(progress.total, progress.done + file["bytes"])
         reason = _wrong_with_file(shard, feature, file)
         progress.update(file["bytes"])
         if reason:

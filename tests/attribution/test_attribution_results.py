@@ -53,8 +53,10 @@ def test_parquet_holds_what_csv_does(run, command, tmp_path):
     assert code == 2 and "parquet" in err
 
 
-def test_all_maps_are_read_by_plain_zarr(run, store, command):
-    """The table follows from the maps, row by row."""
+def test_all_maps_are_read_by_plain_zarr(run, store, command, monkeypatch):
+    """The table follows from the maps, row by row, over several shards of several chunks."""
+    monkeypatch.setattr("featcache.attribution.saved_maps.CHUNK_BYTES", 2 * 2 * 64**2)
+    monkeypatch.setattr("featcache.attribution.saved_maps.SHARD_BYTES", 3 * 2 * 2 * 64**2)
     methods = "gradcam,cached_occlusion:window=2"
     words = ["attribute", "--run", run, "--limit", 6, "--method", methods, "--examples", 0, "--sanity"]
     code, _, err = command(*words, "--save-maps")
@@ -77,6 +79,7 @@ def test_all_maps_are_read_by_plain_zarr(run, store, command):
     for name in ("gradcam", "cached_occlusion-window=2"):
         maps, scales = group[name], group[f"{name}.scale"][:]
         assert maps.shape == (len(rows) // 2, 64, 64) and maps.dtype == np.float16
+        assert maps.chunks == (2, 64, 64) and maps.shards == (6, 64, 64) and maps.shape[0] > 6
         for number, map_ in enumerate(maps[:].astype(np.float32) * scales[:, None, None]):
             row, at = rows[at], at + 1
             assert (row["probe"], row["id"], row["class"]) == (labels[number].split()[0], ids[number], classes[number])

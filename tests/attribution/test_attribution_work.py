@@ -47,6 +47,12 @@ def words(trained, scenes, checkpoint):
     return ["--method", "gradcam,input_x_gradient", *backbone, *chosen]
 
 
+def read_rows(table):
+    """EPG by what names a map, -1 where there is none."""
+    rows = [line.split(",") for line in table.decode().splitlines()[1:]]
+    return {tuple(row[:5]): float(row[5] or -1) for row in rows}
+
+
 def written(run):
     return {name: (run / name).read_bytes() for name in FILES}
 
@@ -101,6 +107,23 @@ def test_what_a_dry_run_counts_is_what_every_method_takes(trained, words, comman
     code, out, err = command(*line)
     assert code == 0 and f"through the backbone: {counts}\n" in err, (counts, err)
     assert len(re.findall("^[0-9a-f]{10} ", out, re.MULTILINE)) == 3 * 16
+    # With no memory the maps of one probe are made after those of another, and variants go through the backbone once.
+    table = (tmp_path / "r/attribution.csv").read_bytes()
+    several = [
+        "deeplift",
+        "lrp",
+        "smoothgrad:samples=3",
+        "intgrad:steps=2",
+        "rise:masks=5",
+        "lime:samples=4",
+        "scorecam",
+    ]
+    code, _, err = command(*line[:-1], ",".join(several), "--memory", 1e-6)
+    assert code == 0, err
+    expected, rows = (read_rows(data) for data in (table, (tmp_path / "r/attribution.csv").read_bytes()))
+    assert rows.keys() == {key for key in expected if key[1] in several}
+    for key, value in rows.items():
+        assert value == pytest.approx(expected[key], abs=2e-3), key
 
 
 def test_memory_changes_nothing_but_the_batches(trained, words, command, tmp_path):
@@ -234,3 +257,7 @@ def test_maps_for_pictures_keep_within_the_memory(trained, command, tmp_path):
     assert code == 0 and "are kept for pictures, not of 4; --memory holds no more" in err, err
     with np.load(tmp_path / "r/attribution.npz") as kept:
         assert kept["maps"].nbytes <= memory / 4 and len(kept["maps"]) == 3 * len(kept["ids"]) > 0
+    code, _, err = command(*words[:-4], "--examples", "right:3,wrong:3", *words[-2:])
+    assert code == 0 and "notice: the maps of 2 pairs of image and class that rules choose are kept, not of" in err, err
+    with np.load(tmp_path / "r/attribution.npz") as kept:
+        assert kept["maps"].nbytes == memory / 4

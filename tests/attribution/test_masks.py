@@ -143,6 +143,10 @@ def test_every_number_by_loops(trained, run, segmented, store, command):
         else:
             assert row["epg"] == row["mask_iou"] == row["pointing_game"] == ""
     assert any(shown_as == "" or float(shown_as) >= 0 for shown_as in (row["compactness"] for row in rows))
+    with np.load(run / "attribution.npz") as kept:
+        panels, masks = kept["panels"], kept["masks"]
+    sizes = {(row["id"], row["class"]): float(row["region_pixels"]) for row in rows}
+    assert [sizes[panel[3], panel[4]] for panel in panels] == [*masks.sum((1, 2))] * 2
     code, _, err = command("report", "--run", run, "--out", run / "page.html")
     assert code == 0 and "Mask IoU: intersection" in (run / "page.html").read_text(), err
 

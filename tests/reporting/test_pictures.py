@@ -21,7 +21,7 @@ from featcache.probes.heads.module import HeadModule
 from featcache.probes.runs.probe_file import load_probe
 from featcache.reporting import page_sheets
 from featcache.reporting.localisation import localisation_rows, narrow_tables, read_localisation
-from featcache.reporting.overlay import EDGE, LINES, Box, overlay, resized, with_boxes
+from featcache.reporting.overlay import EDGE, LINES, Box, overlay, resized, with_boxes, with_contour
 from featcache.reporting.pictures import GAP, MARGIN, draw_sheet
 from featcache.reporting.sheets import _sheets, read_sheets
 
@@ -117,6 +117,15 @@ def test_bcos_colours_equal_those_of_the_package():
     got = BcosContributions().colour(image, weights).numpy() / 255
     assert got == pytest.approx(gradient_to_image(image, weights), abs=0.51 / 255)
     assert BcosContributions().colour(image, torch.zeros(6, 40, 40))[..., 3].max() == 0, "no weights, no colour"
+
+
+def test_a_contour_lies_on_the_border_of_a_mask():
+    mask = np.zeros((64, 64), bool)
+    mask[20:40, 10:50] = True
+    drawn = with_contour(np.full((64, 64, 3), 77, np.uint8), mask)
+    light, dark = (drawn == LINES[True][0]).all(2), (drawn == EDGE).all(2)
+    assert light[19:21, 10:50].all() and light[20:40, 49:51].all() and dark[18, 10:50].all() and dark[21, 13:47].all()
+    assert (drawn[23:37, 13:47] == 77).all() and (drawn[:17] == 77).all() and not (light | dark)[43:].any()
 
 
 def test_rules_choose_by_hand():

@@ -6,10 +6,10 @@ from torch import nn
 
 import featcache
 from featcache.finetuning.configuration import Configuration
-from featcache.finetuning.progress import Progress
 from featcache.finetuning.recipe import prepare
 from featcache.finetuning.settings import Settings
 from featcache.probes.runs.probe_file import Origin
+from featcache.progress import Progress
 from featcache.ranks import Alone
 
 SIZE = 32
@@ -49,7 +49,7 @@ def configuration(images, content, folder, arch="tuning:network", seed=0, **more
     task = prepare(Settings(**given | more))
     (spec,) = task.resolved.specs
     origin, cpu = Origin(task.basis.store_id, "x"), torch.device("cpu")
-    return Configuration(task, spec, folder, origin, cpu, 0, Alone(), Progress(0, False))
+    return Configuration(task, spec, folder, origin, cpu, 0, Alone(), Progress("finetune", 0, unit="img"))
 
 
 def trained(images, content, folder, **more):

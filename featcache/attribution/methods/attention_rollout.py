@@ -18,8 +18,8 @@ from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
 
-# What a pass keeps, beside a plain forward pass: the weights of all attention.
-KEPT = 4
+# What a pass takes, as a multiple of a plain pass: it keeps the weights of all attention. Measured as 1.4 on a ViT-B/16.
+KEPT = 2
 
 
 class AttentionRollout(Method):
@@ -63,12 +63,13 @@ class AttentionRollout(Method):
         """Yield the maps of one head after another, once all images are done."""
         batch.release()
         source, classes = batch.source, batch.by_image
-        maps = torch.empty(len(heads), *classes.shape, batch.size, batch.size, device=source.device)
         at_once = max(1, source.at_once // KEPT)
-        for first in range(0, len(classes), at_once):
-            part = slice(first, first + at_once)
-            self._explain_part(heads, feature, batch, part, maps[:, part])
-        yield from maps.flatten(1, 2)
+        for block in batch.blocks(heads):
+            maps = torch.empty(len(block), *classes.shape, batch.size, batch.size, device=source.device)
+            for first in range(0, len(classes), at_once):
+                part = slice(first, first + at_once)
+                self._explain_part(block, feature, batch, part, maps[:, part])
+            yield from maps.flatten(1, 2)
 
     def _explain_part(
         self, heads: Sequence[HeadModule], feature: Reading, batch: Batch, part: slice, maps: torch.Tensor

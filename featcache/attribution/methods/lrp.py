@@ -18,8 +18,9 @@ from featcache.probes.heads.bn_linear import BnLinear
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
 
-# What a pass keeps, beside a plain forward pass: the inputs that rules make, and what layers make of them.
-KEPT = 16
+# What a pass takes, as a multiple of a plain pass: the inputs that rules make, and what layers make of them. Measured as
+# 9 on a ResNet-18 and a ResNet-50.
+KEPT = 10
 
 
 class LRP(LayerRules):
@@ -56,6 +57,11 @@ class LRP(LayerRules):
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
         """Yield the maps of one head after another, once all images are done and the backbone is as it was."""
         batch.release()
+        for block in batch.blocks(heads):
+            yield from self._explain_block(block, feature, batch)
+
+    def _explain_block(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> torch.Tensor:
+        """Return the maps of heads: [heads, T, S, S]."""
         relevance, source, classes = _relevance(), batch.source, batch.by_image
         rule = self._head_rule(relevance)
         layers = [relevance.canonical_head(head) for head in heads]
@@ -70,7 +76,7 @@ class LRP(LayerRules):
                         starts = _relevances(canonical, head, forward.maps[feature].detach(), classes[part])
                         for at, start in enumerate(starts):
                             maps[number, part, at] = forward.gradient(feature, start).sum(1)
-        yield from maps.flatten(1, 2)
+        return maps.flatten(1, 2)
 
     def _composite(self, relevance: Any, batch: Batch) -> Any:
         if self.composite == "plus_flat":

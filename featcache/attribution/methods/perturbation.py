@@ -64,16 +64,22 @@ class Perturbation(Method):
         return sum(self.count(work.size, channels) for channels in work.channels)
 
     def explain(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> Iterator[torch.Tensor]:
-        """Yield the maps of one head after another, once all images are done."""
+        """Yield the maps of one head after another, once all variants have been scored."""
         if not heads:
             return
-        maps = torch.empty(len(heads), len(batch.targets), batch.size, batch.size, device=batch.source.device)
+        scored = []
         for values, row, own in zip(batch.inputs, batch.rows, batch.pairs_of, strict=True):
             image = Image(values, row, batch.source.id_of(row), batch, feature)
             made = self.begin(image)
-            scores = self._scores(heads, image, made, batch.classes[own])
-            maps[:, own] = self.maps(batch.size, made, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
-        yield from maps
+            scored.append((own, made, self._scores(heads, image, made, batch.classes[own])))
+        done = 0
+        for block in batch.blocks(heads):
+            maps = torch.empty(len(block), len(batch.targets), batch.size, batch.size, device=batch.source.device)
+            for own, made, scores in scored:
+                part = scores[done : done + len(block)]
+                maps[:, own] = self.maps(batch.size, made, part.flatten(0, 1)).unflatten(0, part.shape[:2])
+            yield from maps
+            done += len(block)
 
     @torch.no_grad()
     def _scores(self, heads: Sequence[HeadModule], image: Image, made: Any, classes: torch.Tensor) -> torch.Tensor:

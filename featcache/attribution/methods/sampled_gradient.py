@@ -49,8 +49,15 @@ class SampledGradient(Method):
     def explain(
         self, heads: Sequence[HeadModule], feature: Reading, batch: Batch
     ) -> Iterator[torch.Tensor | Explanation]:
-        """Yield the maps of one head after another, once all images are done."""
+        """Yield the maps of one head after another, once all images are done for a block of heads."""
         batch.release()
+        # The sums of one image have channels, which its maps have not.
+        sums = batch.by_image.shape[1] * batch.inputs.shape[1]
+        for block in batch.blocks(heads, max(sums, len(batch.targets))):
+            yield from self._explain_block(block, feature, batch)
+
+    def _explain_block(self, heads: Sequence[HeadModule], feature: Reading, batch: Batch) -> torch.Tensor:
+        """Return the maps of heads: [heads, T, S, S]."""
         classes = batch.by_image
         shape = (len(heads), *classes.shape, batch.size, batch.size)
         maps = torch.empty(shape, device=batch.source.device)
@@ -64,4 +71,4 @@ class SampledGradient(Method):
                     for at, cotangent in enumerate(forward.cotangents(module, feature, given)):
                         sums[head, at] += torch.einsum("n,nchw->chw", own, forward.gradient(feature, cotangent))
             maps[:, number] = self.combine(image, sums)
-        yield from maps.flatten(1, 2)
+        return maps.flatten(1, 2)

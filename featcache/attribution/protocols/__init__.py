@@ -1,6 +1,5 @@
 """Protocols, each in a file of its own. Other packages add theirs by the entry points of PROTOCOLS."""
 
-import click
 import numpy as np
 
 from featcache.attribution.protocols.boxes import Boxes
@@ -10,6 +9,7 @@ from featcache.attribution.protocols.masks import Masks
 from featcache.attribution.protocols.protocol import Protocol
 from featcache.errors import BadInput
 from featcache.kinds import Registry
+from featcache.progress import say
 from featcache.ranks import first_to_say
 from featcache.store.reader import Split
 from featcache.words import written
@@ -32,5 +32,5 @@ def default_protocol(split: Split, runs_backbone: bool) -> Protocol:
         raise BadInput(f"{what} (--protocol gridpg), which runs the backbone: give --backbone, --dataset and --root")
     chosen = GridPG() if len(np.unique(split.labels)) >= 9 else GridPG(side=2)
     if first_to_say(what):
-        click.echo(f"{what}: --protocol {written(chosen)}", err=True)
+        say(f"{what}: --protocol {written(chosen)}")
     return chosen

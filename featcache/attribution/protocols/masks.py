@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 
 from featcache.attribution.batch import Source
 from featcache.attribution.explained import Explained
@@ -13,7 +12,8 @@ from featcache.attribution.protocols.protocol import Protocol
 from featcache.attribution.targets import Target
 from featcache.datasets.record import Record
 from featcache.errors import BadInput
-from featcache.ranks import first_to_say, say_once
+from featcache.progress import Progress
+from featcache.ranks import say_once
 
 
 class Masks(Protocol):
@@ -37,7 +37,7 @@ class Masks(Protocol):
         if not masked:
             raise BadInput(
                 f"--protocol {self.type}: no image of split {split.name} has a segmentation mask (VOC: in "
-                "SegmentationObject/, COCO: segmentation of its annotations); take --protocol boxes"
+                "SegmentationClass/ and SegmentationObject/, COCO: segmentation of its annotations); take --protocol boxes"
             )
         if len(masked) < len(shown):
             left_out = len(shown) - len(masked)
@@ -45,12 +45,14 @@ class Masks(Protocol):
         targets: list[Target] = []
         images = 0
         # The annotations of COCO take minutes.
-        for row in tqdm(masked, unit="img", desc="masks", delay=5, disable=not first_to_say("reading masks")):
-            if images == limit:
-                break
-            own = _targets_of(row, source.records[row], source)
-            images += bool(own)
-            targets += own
+        with Progress("masks", len(masked), unit="img", fleeting=True) as progress:
+            for row in masked:
+                if images == limit:
+                    break
+                own = _targets_of(row, source.records[row], source)
+                images += bool(own)
+                targets += own
+                progress.update()
         if not targets:
             raise BadInput(
                 f"--protocol {self.type}: no mask of split {split.name} has a pixel in what the backbone sees"

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from featcache.errors import BadInput
 from featcache.probes.engine.memory import FeatureMemory
@@ -17,6 +15,7 @@ from featcache.probes.neighbours.rows import TrainingRows
 from featcache.probes.neighbours.search import Draw, Search, candidates
 from featcache.probes.neighbours.votes import vote
 from featcache.probes.spec import ProbeSpec
+from featcache.progress import Progress, say
 from featcache.store.reader import Store
 
 # Bytes of the logits, and of the labels of neighbours, that are computed at a time.
@@ -68,7 +67,7 @@ class NeighbourPredictor:
         numbers = torch.arange(sum(len(self._store[name]) for name in splits))
         numbers = numbers if rows is None else numbers[torch.from_numpy(rows)]
         own = _places(self._among_training(splits)[numbers], wanted).to(self._device)
-        with tqdm(total=len(numbers), unit="image", desc="neighbours", leave=False) as progress:
+        with Progress("neighbours", len(numbers), unit="image", fleeting=True) as progress:
             for images in self._images(splits, rows, memory.images):
                 part = slice(done, done + len(images))
                 self._check(images.double().norm(dim=1), splits, numbers[part])
@@ -117,10 +116,9 @@ class NeighbourPredictor:
         how = "held in memory" if memory.held else f"read again for every {memory.images} images"
         if not self._said:
             self._said = True
-            click.echo(
+            say(
                 f"kNN: {rows} training images of {self._read.feature}{averaged} ({width} numbers), {how}; "
-                f"{memory.bytes / 1e9:.2g} GB on {self._device}",
-                err=True,
+                f"{memory.bytes / 1e9:.2g} GB on {self._device}"
             )
         return memory
 

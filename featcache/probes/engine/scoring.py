@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from featcache.probes.engine.blocks import Block
 from featcache.probes.engine.memory import MemoryBudget
@@ -22,6 +21,7 @@ from featcache.probes.scores.metrics import metric_kind
 from featcache.probes.scores.tally import Tally
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import ROWS
+from featcache.progress import Progress
 from featcache.store.reader import Store
 
 Blocks = Sequence[Sequence[ProbeSpec]]
@@ -123,7 +123,7 @@ def score_probes(
     scored on the images that it learns from lacks the role train.
     """
     scored, places = {}, find_probes(folder)
-    with tqdm(total=len(specs) * len(labels), unit="score", desc="score") as progress:
+    with Progress("score", len(specs) * len(labels), unit="score") as progress:
         largest = max(labels.values(), key=len)
         for part, predictors in predicting(folder, specs, store, splits, largest, device, metrics, places, memory):
             for role in labels:

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import click
 import safetensors
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from featcache.errors import BadInput
 from featcache.probes.engine.fit import fit_block
@@ -35,6 +33,7 @@ from featcache.probes.sample import Sample
 from featcache.probes.scores.metrics import gain
 from featcache.probes.spec import ProbeSpec
 from featcache.probes.trained import ROWS, TrainedProbe
+from featcache.progress import Progress, say
 from featcache.ranks import Alone
 
 # States are written after an epoch, but not more often than this, so a kill costs about that much.
@@ -54,7 +53,7 @@ class Sweep:
         seed: int,
         selection: tuple[str, str | None],
         ranks: Alone,
-        progress: tqdm,
+        progress: Progress,
         run: str,
     ):
         self.folder, self.store, self.sets, self.device, self.seed = folder, sets.store, sets, device, seed
@@ -79,10 +78,11 @@ class Sweep:
     def tell(self) -> None:
         """Tell the other processes and the progress bar about the steps since the last time."""
         done, self._untold, self._told_at = self.ranks.count(self._untold), 0, time.monotonic()
-        self.progress.update(done - self.progress.n)
+        self.progress.reach(done)
 
     def source(self, wave: Wave) -> Resident | Streamed:
         """Return the training features of a wave: in memory, or streamed through a buffer."""
+        self.progress.phase("read")
         images = self.sets[wave.sample]
         if wave.buffer_rows is None:
             return Resident(wave.input, self.store, images.splits, self.device, images.rows)
@@ -124,6 +124,7 @@ class Sweep:
         """Train a block whose optimizer sees all images at once."""
         if isinstance(source, Streamed):
             raise TypeError("plan_buffers keeps the features in memory for an optimizer that sees all images at once")
+        self.progress.phase("train")
         # Folds that the source leaves out already are not held out by the solver.
         held_out = {s.fold: self.sets.places_held_out(s.sample) for s in specs if s.fold and s.sample != sample}
         probes = fit_block(specs, source[0], self.sets[sample].labels, len(self.store.classes), held_out)
@@ -157,7 +158,7 @@ class Sweep:
             behind = [t for t in active if t.epoch == epoch]
             for view in sorted({view_of_epoch(t.views, epoch) for t in behind}):
                 same_view = [t for t in behind if view_of_epoch(t.views, epoch) == view]
-                pieces = source.pieces(view, self.seed, epoch)
+                pieces = self.progress.waiting("read", source.pieces(view, self.seed, epoch), "train")
                 train_epoch(same_view, pieces, labels, self.device, self.tick)
             for training in behind:
                 self._after_epoch(training, wave.input, until)
@@ -177,6 +178,7 @@ class Sweep:
         """Return the selection metric of a block's probes on the selection split, float64 [P], higher is better."""
         if self.selected_on is None:
             raise RuntimeError("this block validates, but the grid has no split to choose on")
+        self.progress.phase("validate")
         (names, labels), device = self.selected_on, self.device
         tally = new_tally(training.specs, labels, len(self.store.classes), [self.metric])
         if read not in self._validation:
@@ -196,22 +198,23 @@ class Sweep:
 
     def _keep(self, probes: Sequence[TrainedProbe], origin: Origin) -> None:
         if probes:
+            self.progress.phase("save")
             save_probes(self.folder, probes, origin)
         for probe in probes:
             if probe.diverged is not None:
-                click.echo(
+                say(
                     f"warning: probe {probe.spec.id} ({probe.spec.optimizer.summary_of_rate}) diverged in epoch "
-                    f"{probe.diverged_epoch}, at step {probe.diverged + 1}; its scores are empty",
-                    err=True,
+                    f"{probe.diverged_epoch}, at step {probe.diverged + 1}; its scores are empty"
                 )
             elif probe.stopped == "iterations":
                 shortfall = probe.spec.optimizer.shortfall(len(probe.losses) - 1, probe.optimality)
                 # Folds and refits are not among the probes that a user asked for.
                 which = f" ({probe.spec.sample.name})" if probe.spec.fold or probe.spec.refit else ""
-                click.echo(f"warning: probe {probe.spec.id}{which} {shortfall}", err=True)
+                say(f"warning: probe {probe.spec.id}{which} {shortfall}")
 
     def save(self, trainings: Iterable[Training]) -> None:
         """Write the states of blocks."""
+        self.progress.phase("save")
         for training in trainings:
             (self.folder / PARTIAL).mkdir(exist_ok=True)
             training.save(self.folder, self._origins[training.name])
@@ -266,7 +269,7 @@ def train_missing(
         ranks.share([wave.to_json() for wave in waves])
     else:
         waves = [Wave.from_json(content) for content in ranks.shared()]
-    with tqdm(total=0, unit="step", desc="train", unit_scale=True, disable=ranks.rank != 0) as progress:
+    with Progress("train", 0, unit="step") as progress:
         sweep = Sweep(folder, specs, sets, device, seed, selection, ranks, progress, run)
         progress.total = sum(map(sweep.steps_of, missing_specs(folder, specs)))
         if search:
@@ -275,8 +278,10 @@ def train_missing(
             _train(sweep, ranks.draw(waves))
         sweep.tell()
         while ranks.rank == 0 and (left := ranks.left_behind(lambda: unsaved(folder, waves))):
-            click.echo(f"notice: no news of {len(left)} blocks that other processes took; doing them here", err=True)
+            say(f"notice: no news of {len(left)} blocks that other processes took; doing them here")
             _train(sweep, left)
+        # The others have finished meanwhile.
+        sweep.tell()
     if ranks.rank == 0:
         with suppress(OSError):
             (folder / PARTIAL).rmdir()

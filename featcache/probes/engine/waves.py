@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from featcache.errors import BadInput
@@ -20,6 +19,7 @@ from featcache.probes.runs.sealed_tensors import read_content
 from featcache.probes.sample import Sample
 from featcache.probes.solvers.solver import FullBatchSolver
 from featcache.probes.spec import ProbeSpec, spec_from_dict
+from featcache.progress import say
 from featcache.store.reader import Store
 
 # Rows of the shuffle buffer of each Source by name, None for features that are in memory.
@@ -97,7 +97,7 @@ def plan_waves(
     """Return the probes of a grid that a run folder lacks, as Waves."""
     shared, missing = shared_inputs(specs, buffers), missing_specs(folder, specs)
     if len(missing) < len(specs):
-        click.echo(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already", err=True)
+        say(f"run: {len(specs) - len(missing)} of {len(specs)} probes are trained already")
     states = _states(folder, {spec.id for spec in missing}, any(spec.refit for spec in specs))
     resumed = {spec.id for _, members in states for spec in members}
     waves = []

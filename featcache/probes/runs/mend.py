@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from featcache.errors import BadInput
 from featcache.probes.runs.probe_file import check_files, find_probes, read_origin
 from featcache.probes.runs.run_file import (
@@ -27,6 +25,7 @@ from featcache.probes.runs.run_file import (
 from featcache.probes.runs.tables import find_table, tables_of
 from featcache.probes.runs.tuned import BACKBONES, IMAGES, LOGITS, is_tuned, tuned_damage
 from featcache.probes.scores.metrics import metrics_of, task_of
+from featcache.progress import say
 from featcache.store.folder import open_folder
 from featcache.store.reader import Store
 
@@ -72,7 +71,7 @@ def drop_damaged(folder: str | Path, summary: Summary, grid: str | None) -> bool
         if of_attribution(name):
             continue
         mine = name == grid or not name.startswith("grid")
-        click.echo(f"notice: damaged {Path(folder) / name}: {reason}; {_what_now(name, mine, summary)}", err=True)
+        say(f"notice: damaged {Path(folder) / name}: {reason}; {_what_now(name, mine, summary)}")
         if mine:
             place.delete(name)
             whole = False
@@ -112,10 +111,9 @@ def without_summary(folder: str | Path, basis: Mapping[str, Any], reason: str) -
     if origins and not buffers:
         raise BadInput(f"{reason}; its probes are of another store, seed, splits or selection: choose another --run")
     if origins or os.path.lexists(Path(folder) / FILE):
-        click.echo(
+        say(
             f"notice: {reason}; it is made anew, without what it alone knew of other grids: which roles get intervals, "
-            "and the checksums of their files",
-            err=True,
+            "and the checksums of their files"
         )
         open_folder(folder).delete(FILE)
     return {"buffers": buffers} if origins else {}
@@ -158,7 +156,7 @@ def _lost(folder: str | Path, name: str, files: dict[str, dict[str, int]]) -> bo
     try:
         read_file(folder, name, files)
     except ValueError as error:
-        click.echo(f"notice: damaged {Path(folder) / name}: {error}; attribute again", err=True)
+        say(f"notice: damaged {Path(folder) / name}: {error}; attribute again")
         open_folder(folder).delete(name)
         return True
     return False

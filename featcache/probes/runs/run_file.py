@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from featcache.arguments import is_path
 from featcache.atomic import local_path, remove, write_whole
 from featcache.errors import BadInput, of_the_system, shown
 from featcache.probes.sample import FOLDS
+from featcache.progress import say
 from featcache.store.sealed import seal, unseal
 
 # The content of run.json.
@@ -144,10 +143,9 @@ def _parsed(data: bytes) -> Summary:
 
 @functools.cache
 def _say_unsealed(folder: str) -> None:
-    click.echo(
+    say(
         f"notice: run {folder} was made by an earlier version, which kept no checksums: damage to it may go unnoticed "
-        "until another grid is trained into it",
-        err=True,
+        "until another grid is trained into it"
     )
 
 
