@@ -43,7 +43,9 @@ def stretches(todo: Sequence[Sequence[Shard]]) -> list[Stretch]:
     joined: list[Stretch] = []
     for number, shard in sorted(shards, key=lambda one: (order[one[1].split], one[1].rows[0])):
         (first, end), last = shard.rows, joined[-1] if joined else None
-        if last and last.split == shard.split and first < last.end:
+        # Shards of one store that overlap are of two parts of it, and are filled one after the other.
+        twice = last and any(other == number and first < own.rows[1] for other, own in last.shards)
+        if last and last.split == shard.split and first < last.end and not twice:
             joined[-1] = Stretch(last.split, last.first, max(last.end, end), (*last.shards, (number, shard)))
         else:
             joined.append(Stretch(shard.split, first, end, ((number, shard),)))

@@ -25,7 +25,7 @@ def decode_speed(images: Images, todo: Sequence[Stretch], workers: int) -> tuple
     """
     keys = _spread(todo)
     batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
-    # The first batch of each worker tells how long it takes to start.
+    # The first batch of each worker takes as long as the worker needs to start.
     skipped = max(1, workers)
     skipped *= len(batches) > skipped
     decoded, started = 0, time.perf_counter()
@@ -41,13 +41,13 @@ def decode_speed(images: Images, todo: Sequence[Stretch], workers: int) -> tuple
 
 
 def _spread(todo: Sequence[Stretch]) -> list[tuple[str, int]]:
-    """Return the keys of MOST_IMAGES images at equal distances, or of all if there are fewer."""
+    """Return the keys of about MOST_IMAGES images at equal distances, or of all if there are fewer."""
     total = sum(map(len, todo))
     step = max(1, total // MOST_IMAGES)
-    keys, next_row = list[tuple[str, int]](), 0
+    keys, before = list[tuple[str, int]](), 0
     for stretch in todo:
-        keys += [(stretch.split, row) for row in range(stretch.first + next_row, stretch.end, step)]
-        next_row = (next_row - len(stretch)) % step if next_row < len(stretch) else next_row - len(stretch)
+        keys += [(stretch.split, row) for row in range(stretch.first + -before % step, stretch.end, step)]
+        before += len(stretch)
     return keys
 
 
