@@ -43,9 +43,7 @@ def stretches(todo: Sequence[Sequence[Shard]]) -> list[Stretch]:
     joined: list[Stretch] = []
     for number, shard in sorted(shards, key=lambda one: (order[one[1].split], one[1].rows[0])):
         (first, end), last = shard.rows, joined[-1] if joined else None
-        # Shards of one store that overlap are of two parts of it, and are filled one after the other.
-        twice = last and any(other == number and first < own.rows[1] for other, own in last.shards)
-        if last and last.split == shard.split and first < last.end and not twice:
+        if last and last.split == shard.split and first < last.end:
             joined[-1] = Stretch(last.split, last.first, max(last.end, end), (*last.shards, (number, shard)))
         else:
             joined.append(Stretch(shard.split, first, end, ((number, shard),)))
@@ -55,7 +53,8 @@ def stretches(todo: Sequence[Sequence[Shard]]) -> list[Stretch]:
 def fill(jobs: Sequence[Job], todo: Sequence[Sequence[Shard]], images: Images, ranks: Alone) -> None:
     """Compute and write shards of stores, each with the features of its manifest, as the processes draw them.
 
-    jobs: of stores that read the same images in the same batches. todo: the shards of each. Worker processes decode
+    jobs: of stores that read the same images in the same batches. todo: the shards of each, all of one part of its store.
+    Worker processes decode
     every image once for all stores, this thread runs the backbones, and another one writes.
     """
     work = stretches(todo)

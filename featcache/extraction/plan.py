@@ -211,7 +211,7 @@ def _planned(store: Writing) -> PlannedStore:
 def _pass(stores: Sequence[Writing], measure: bool, speeds: dict[str, float]) -> PlannedPass:
     """Plan one pass. speeds: those that were measured, to which new ones are added."""
     todo, job = stretches([store.todo for store in stores]), stores[0].job
-    images, paths = sum(map(len, todo)), tuple(str(store.folder) for store in stores)
+    images, paths = sum(map(len, todo)), tuple(dict.fromkeys(str(store.folder) for store in stores))
     if not measure:
         return PlannedPass(paths, images, None, None, None)
     decode, pixels = decode_speed(job.images(), todo, job.settings.workers)

@@ -50,6 +50,11 @@ class Writing:
         """The store's folder."""
         return self.job.folder
 
+    def by_part(self) -> list["Writing"]:
+        """Return the parts that lack shards, each by itself: shards of two parts may be of the same rows."""
+        own = {part.file_name: [shard for shard in self.todo if shard.manifest is part] for part in self.parts}
+        return [Writing(self.growth, self.planned, [p], own[p.file_name]) for p in self.parts if own[p.file_name]]
+
     def missing(self) -> list[Shard]:
         """Return the shards that are missing now."""
         return _missing(self.folder, self.parts)
@@ -165,16 +170,15 @@ def _join(stores: Sequence[Writing], ranks: Alone) -> None:
 
 
 def passes(stores: Sequence[Writing]) -> list[list[Writing]]:
-    """Return the stores that lack shards, in groups that can be written in one pass over the images."""
+    """Return the parts of stores that lack shards, in groups that can be written in one pass over the images."""
     groups: dict[str, list[Writing]] = {}
-    for number, store in enumerate(stores):
-        if store.todo:
-            groups.setdefault(_reading(store, number), []).append(store)
+    for number, part in enumerate(part for store in stores for part in store.by_part()):
+        groups.setdefault(_reading(part, number), []).append(part)
     return list(groups.values())
 
 
 def _reading(store: Writing, number: int) -> str:
-    """Return how a store reads images, as text: what two stores have in common that share a pass."""
+    """Return how a part of a store reads images, as text: what two have in common that share a pass."""
     job, compute = store.job, store.todo[0].manifest.compute
     if job.masking:
         # Which images are masked depends on the preprocessing, and variants take most of the time anyway.

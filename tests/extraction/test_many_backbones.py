@@ -1,6 +1,7 @@
 """Several backbones in one pass over the images: one store each, with the bytes of an extraction by itself."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +173,19 @@ def test_a_sweep_is_one_table_and_takes_in_new_checkpoints(folder, scenes, tmp_p
     (tmp_path / "small.yaml").write_text("store: features/x.zarr\n" + grid)
     code, _, err = command(*words)
     assert code == 2 and err.splitlines()[-1].endswith("take the line store: out of the grid")
+
+
+def test_two_parts_of_a_store_that_lack_the_same_rows(folder, scenes, small_shards, tmp_path, monkeypatch):
+    """Of both stores a shard of the first part and one of an addition are lost; their lengths differ."""
+    files = [folder / "epoch_2.pth", folder / "epoch_10.pth"]
+    given = settings(scenes, batch_size=3, splits=["train"], store=tmp_path / "all")
+    featcache.extract_many(files, "voc", features="pooled", **given)
+    paths = featcache.extract_many(files, "voc", features="pooled,layer1:pooled", **given)
+    whole = [tree_hash(path) for path in paths]
+    for path in paths:
+        lost = sorted(Path(path).glob("commits/train/000000*.json"))
+        assert len(lost) == 2
+        for marker in lost:
+            marker.unlink()
+    assert featcache.extract_many(files, "voc", features="pooled,layer1:pooled", **given) == paths
+    assert [tree_hash(path) for path in paths] == whole
