@@ -62,7 +62,7 @@ def assert_each(got, images, heads, oracle):
                 torch.testing.assert_close(got[number, image, at], expected, rtol=1e-3, atol=close)
 
 
-@pytest.mark.parametrize("window, stride", [(8, 4), (10, 7)])
+@pytest.mark.parametrize("window, stride", [pytest.param(8, 4, marks=pytest.mark.slow), (10, 7)])
 def test_occlusion_equals_captums(backbone, heads, images, window, stride):
     got = explain(Occlusion(window=window, stride=stride), backbone, LAYER, heads, images, CHOSEN)
 

@@ -356,6 +356,7 @@ def bcos_architecture(monkeypatch):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_b_cos_backbone_and_its_heads(scenes, bcos_architecture, tmp_path):
     """Also with a head of B-cos layers on top, from import to the program that runs alone."""

@@ -276,7 +276,7 @@ print(n)
 
 @pytest.mark.parametrize("suffix", ["zarr", "hdf5"])
 @pytest.mark.parametrize("mode", ["kill", "error"])
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_at_every_file_operation(tmp_path, suffix, mode, stride):
     """At every third, and in the slow test at all."""
     words = [sys.executable, "-c", FAULTS, str(SUPPORT), str(tmp_path), suffix, mode, str(stride)]

@@ -85,4 +85,5 @@ def test_folds_are_stores_without_a_part(stores, tmp_path, kind):
         assert run.row(probe, metric, "folds")["value"] == pytest.approx(np.mean(values), abs=1e-6), metric
     (chosen,) = select(run, "best top1")
     whole = featcache.train_probes({"probes": [GROUPS[kind]]}, store=stores["all"], run=tmp_path / "w")
-    assert on_test(run, chosen) == on_test(whole, chosen)
+    # The exact solver trains folds and the whole side by side, which moves the last digits.
+    assert on_test(run, chosen) == pytest.approx(on_test(whole, chosen), abs=1e-6)

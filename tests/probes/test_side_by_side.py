@@ -211,7 +211,9 @@ def test_class_tokens_side_by_side_are_no_map(run, command):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("memory", [None, SMALL / 1e9], ids=["in memory", "streamed"])
+@pytest.mark.parametrize(
+    "memory", [None, pytest.param(SMALL / 1e9, marks=pytest.mark.slow)], ids=["in memory", "streamed"]
+)
 def test_killed_and_started_again_gives_the_same_bits(store, tmp_path, memory):
     grid, more = tmp_path / "grid.yaml", [] if memory is None else ["--memory", memory]
     grid.write_text(yaml.safe_dump({"probes": [GRID["probes"][0] | {"epochs": 60, "keep": "best"}]}))

@@ -322,6 +322,7 @@ def test_a_run_with_a_search_takes_no_other_probes(store, tmp_path):
     assert featcache.train_probes(grid, store=store, run=tmp_path / "r").scores == first.scores
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_probes_that_left_the_grid_are_not_trained_on(store, tmp_path):
     """Killed while their block had a state, and gone from the grid when it goes on."""

@@ -1,6 +1,5 @@
 """A store that has grown: read as one, damaged and mended part by part, and whole at every moment while it grows."""
 
-import itertools
 import shutil
 import subprocess
 import sys
@@ -127,7 +126,8 @@ print(n)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("suffix", "mode"), list(itertools.product(SUFFIXES, ["kill", "error"])))
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("mode", ["error", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_fault_at_every_file_operation(tmp_path, suffix, mode):
     words = [sys.executable, "-c", FAULTS, str(SUPPORT), str(tmp_path), suffix, mode]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -41,7 +41,11 @@ def test_dead_streams_stop_nothing(store, tmp_path, shell):
     words = f"{sys.executable} -m featcache train-probes --grid {grid} --store {store}"
     subprocess.run(f"{words} --run {tmp_path}/quiet", shell=True, check=True, capture_output=True)
     done = subprocess.run(
-        ["bash", "-c", f"{words} --run {tmp_path}/run {shell}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+        ["bash", "-c", f"{words} --run {tmp_path}/run {shell}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        # Bars go on after the first line, so that there is something to say once the reader has gone.
+        env=os.environ | {"FEATCACHE_PROGRESS": "bar"},
     )
     assert done.returncode == (141 if "|" in shell else 0), done.stderr
     for name in ("scores.csv", "history.csv"):
@@ -81,6 +85,7 @@ def test_lines_stay_short_and_printable():
     assert len(many.message.split("\n")) == 22 and many.message.endswith("... and 80 more")
 
 
+@pytest.mark.slow
 def test_ranks_without_their_launcher_end(store, tmp_path):
     """torchrun is killed at work: its ranks see that their parent is gone."""
     grid = tmp_path / "grid.yaml"
