@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from featcache.attribution.attention import attending, is_attention, is_timms
 from featcache.attribution.forward import Rule
-from featcache.attribution.rules import replaced
+from featcache.attribution.replaced import replaced
 from featcache.backbones.families.clip import QuickGELU
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, QuickGELU)

@@ -73,7 +73,8 @@ def attribute(
 
     Writes attribution.csv (a row for each probe, method, image and class), attribution.json (how it was made) and
     attribution.npz (the maps that pictures show) into the run; returns the rows, in which a map without a score has NaN.
-    Pieces of 16 images are saved as they are done, and the same call goes on after a kill. Under torchrun the processes share the pieces, and all but the first return None. Raises BadInput.
+    Pieces of 16 images are saved as they are done, and the same call goes on after a kill. Under torchrun the processes
+    share the pieces, and all but the first return None. Raises BadInput.
 
         rows = featcache.attribute("runs/voc", rule="best map per loss", limit=100)
         featcache.report("runs/voc")

@@ -17,6 +17,7 @@ from zennit.core import BasicHook, Composite, ParamMod
 from zennit.layer import Sum
 from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanonizer
 
+from featcache.attribution.frozen_norms import scale_and_shift
 from featcache.backbones.families import clip, efficientnet_lite
 from featcache.backbones.families.resnet import DeepStem
 from featcache.backbones.families.torchvision_import import models
@@ -236,10 +237,7 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(norm, BatchNormUncentered2d):
         scale = uncentred_scale(norm.weight, norm.running_var)
         return scale, torch.zeros_like(scale)
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    return scale_and_shift(norm)
 
 
 def _merge(layer: Any, scale: torch.Tensor, shift: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from featcache.attribution.forward import Rule
-from featcache.attribution.rules import replaced
+from featcache.attribution.replaced import replaced
 
 # Modules that change every number by itself, as they are in evaluation.
 ELEMENTWISE = (

@@ -1,6 +1,6 @@
 """Rules by which modules compute within a block, so that gradients mean something else than usual."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,19 +8,7 @@ import torch
 from torch import nn
 
 from featcache.attribution.forward import Rule
-
-
-@contextmanager
-def replaced(network: nn.Module, forward_of: Callable[[nn.Module], Callable[..., Any] | None]) -> Iterator[None]:
-    """Let every module compute what forward_of(module) returns within the block, unless that is None."""
-    modules = [(module, forward) for module in network.modules() if (forward := forward_of(module))]
-    for module, forward in modules:
-        vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, _ in modules:
-            vars(module).pop("forward", None)
+from featcache.attribution.replaced import replaced
 
 
 class _GuidedReLU(torch.autograd.Function):

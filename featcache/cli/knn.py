@@ -4,18 +4,12 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import device_option, memory_option, name, several
+from featcache.cli.options import device_option, features_option, memory_option, several, splits_option
 
 
 @click.command()
 @click.option("--store", required=True, type=click.Path(), help="Store with the features.")
-@click.option(
-    "--features",
-    metavar="SPEC,...",
-    default="pooled",
-    callback=several(name, "the name of a feature"),
-    help="LAYER:REDUCE, each on its own; a map is averaged over its positions.",
-)
+@features_option("LAYER:REDUCE, each on its own; a map is averaged over its positions.", default="pooled")
 @click.option(
     "--k",
     metavar="K,...",
@@ -46,21 +40,9 @@ from featcache.cli.options import device_option, memory_option, name, several
 @click.option(
     "--leave-one-out", is_flag=True, help="Choose on the training images, each without itself, rather than on val."
 )
-@click.option(
-    "--train",
-    metavar="S,...",
-    callback=several(name, "the name of a split"),
-    help="Splits whose images vote.  [default: train]",
-)
-@click.option(
-    "--val", metavar="S,...", callback=several(name, "the name of a split"), help="Splits to choose on.  [default: val]"
-)
-@click.option(
-    "--test",
-    metavar="S,...",
-    callback=several(name, "the name of a split"),
-    help="Splits to score on.  [default: test]",
-)
+@splits_option("--train", "Splits whose images vote.  [default: train]")
+@splits_option("--val", "Splits to choose on.  [default: val]")
+@splits_option("--test", "Splits to score on.  [default: test]")
 @click.option("--metric", metavar="NAME", help="To choose by.  [default: top1, or map for several labels]")
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/knn-ID]")
 @device_option

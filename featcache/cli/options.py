@@ -160,6 +160,17 @@ def memory_option(help: str) -> Option:
     )
 
 
+def features_option(help: str, **settings: Any) -> Option:
+    """Add --features of a command that reads each feature on its own."""
+    names = several(name, "the name of a feature")
+    return click.option("--features", metavar="SPEC,...", callback=names, help=help, **settings)
+
+
+def splits_option(flag: str, help: str) -> Option:
+    """Add an option for the splits that play a role, such as --train."""
+    return click.option(flag, metavar="S,...", callback=several(name, "the name of a split"), help=help)
+
+
 device_option = click.option("--device", metavar="DEV", help="cpu, cuda, cuda:1.  [default: cuda if there is one]")
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import device_option, memory_option, name, parts, several
+from featcache.cli.options import device_option, features_option, memory_option, parts, several, splits_option
 
 
 def _costs(_context: click.Context, _option: click.Parameter, text: str) -> Any:
@@ -17,12 +17,7 @@ def _costs(_context: click.Context, _option: click.Parameter, text: str) -> Any:
 
 @click.command()
 @click.option("--store", required=True, type=click.Path(), help="Store with the features.")
-@click.option(
-    "--features",
-    metavar="SPEC,...",
-    callback=several(name, "the name of a feature"),
-    help="LAYER:REDUCE, each on its own.  [default: all that are one vector an image]",
-)
+@features_option("LAYER:REDUCE, each on its own.  [default: all that are one vector an image]")
 @click.option("--low-shot", is_flag=True, help="Train on a few images of each class, drawn several times.")
 @click.option(
     "--shots",
@@ -50,18 +45,8 @@ def _costs(_context: click.Context, _option: click.Parameter, text: str) -> Any:
     help="liblinear: scikit-learn's LinearSVC.",
 )
 @click.option("--parity", metavar="NAME", help="openmixup: the published protocol, with its quirks.")
-@click.option(
-    "--train",
-    metavar="S,...",
-    callback=several(name, "the name of a split"),
-    help="Splits to train on.  [default: trainval, or train,val]",
-)
-@click.option(
-    "--test",
-    metavar="S,...",
-    callback=several(name, "the name of a split"),
-    help="Splits to score on.  [default: test]",
-)
+@splits_option("--train", "Splits to train on.  [default: trainval, or train,val]")
+@splits_option("--test", "Splits to score on.  [default: test]")
 @click.option("--run", type=click.Path(), help="Where to write.  [default: runs/svm-ID, or runs/low-shot-svm-ID]")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the first draw of --low-shot.")

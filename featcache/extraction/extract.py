@@ -134,12 +134,10 @@ def extract_many(
     """
     ranks = join_ranks()
     settings = _settings(dataset, more, ranks)
-    files = checkpoint_files(backbones)
-    each = _of_each(settings, files, store)
+    groups = _held_together(settings, backbones, store, ranks)
     data, paths, seen = _read(settings, ranks), list[str](), dict[str, str]()
-    groups = _groups(files, choose_device(settings.device, ranks.local_rank), ranks)
-    for start, end in groups:
-        paths += _extract_together(each[start:end], data, ranks, seen)
+    for each in groups:
+        paths += _extract_together(each, data, ranks, seen)
     return paths
 
 
@@ -156,16 +154,14 @@ def growths_of(
     alone = Alone()
     settings = _settings(dataset, more, alone)
     if isinstance(backbone, list | tuple):
-        files = checkpoint_files(backbone)
-        each = _of_each(settings, files, store)
-        groups = _groups(files, choose_device(settings.device), alone)
+        groups = _held_together(settings, backbone, store, alone)
     else:
         assert isinstance(backbone, str | os.PathLike), "one that is no list is a path"
-        each, groups = [replace(settings, backbone=backbone, store=store)], [(0, 1)]
+        groups = [[replace(settings, backbone=backbone, store=store)]]
     data, said, seen = _read(settings, alone), set[str](), set[str]()
-    for start, end in groups:
+    for each in groups:
         growths = list[Growth]()
-        for own in each[start:end]:
+        for own in each:
             job = find_store(_prepare(own, data, alone, said))
             if job.id not in seen:
                 seen.add(job.id)
@@ -181,11 +177,21 @@ def _settings(dataset: str, more: dict[str, Any], ranks: Alone) -> Settings:
     return Settings(**bound.arguments)
 
 
-def _of_each(settings: Settings, files: Sequence[str], place: str | os.PathLike[str] | None) -> list[Settings]:
-    """Return the settings for each of several checkpoints, whose stores lie in a folder."""
-    return [
-        replace(settings, backbone=file, place=place, stem=stem) for file, stem in zip(files, stems(files), strict=True)
-    ]
+def _held_together(
+    settings: Settings,
+    backbones: Sequence[str | os.PathLike[str]],
+    place: str | os.PathLike[str] | None,
+    ranks: Alone,
+) -> list[list[Settings]]:
+    """Return the settings for each of several checkpoints, in groups of those that are held at a time.
+
+    place: the folder for their stores. Raises BadInput for a word that names no checkpoint.
+    """
+    files = checkpoint_files(backbones)
+    named = zip(files, stems(files), strict=True)
+    each = [replace(settings, backbone=file, place=place, stem=stem) for file, stem in named]
+    groups = _groups(files, choose_device(settings.device, ranks.local_rank), ranks)
+    return [each[start:end] for start, end in groups]
 
 
 def _groups(files: Sequence[str], device: torch.device, ranks: Alone) -> list[tuple[int, int]]:

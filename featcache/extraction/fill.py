@@ -54,8 +54,7 @@ def fill(jobs: Sequence[Job], todo: Sequence[Sequence[Shard]], images: Images, r
     """Compute and write shards of stores, each with the features of its manifest, as the processes draw them.
 
     jobs: of stores that read the same images in the same batches. todo: the shards of each, all of one part of its store.
-    Worker processes decode
-    every image once for all stores, this thread runs the backbones, and another one writes.
+    Worker processes decode every image once for all stores, this thread runs the backbones, and another one writes.
     """
     work = stretches(todo)
     if not work:

@@ -1,7 +1,6 @@
 """Attribution methods and localisation scores that other packages bring, and what is wrong with some of these."""
 
 import csv
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,19 +63,6 @@ GRID = {
         {"features": "pooled", "head": "linear", "loss": ["bce", "ce"], "epochs": 2, "optimizer": {"type": "sgd", "lr": 0.5}},
     ]
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    """A finished run with two linear probes."""
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """The folder of a copy of it."""
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
 
 
 @pytest.fixture(scope="module")

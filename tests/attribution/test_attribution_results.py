@@ -18,17 +18,6 @@ GRID = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
-
-
 def test_parquet_holds_what_csv_does(run, command, tmp_path):
     words = ["attribute", "--run", run, "--limit", 5, "--sanity", "--score", "epg,pointing_game"]
     tables = {}

@@ -32,12 +32,6 @@ SMALL_PIECES = "import featcache.attribution.pieces as p; p.IMAGES = 2; from fea
 FILES = ("attribution.csv", "attribution.npz")
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    """A finished run with probes of two layers."""
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
 @pytest.fixture
 def words(trained, scenes, checkpoint):
     """Words of a command line that explains all probes with both ways of working."""

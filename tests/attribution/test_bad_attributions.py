@@ -24,19 +24,6 @@ GRID = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    """A finished run."""
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """The folder of a copy of it."""
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
-
-
 @pytest.fixture
 def refused(command):
     """Run `attribute` on a run, which must be refused by one line that has some words in it, and leave no file."""

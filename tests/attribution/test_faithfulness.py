@@ -2,7 +2,6 @@
 
 import csv
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -33,19 +32,6 @@ GRID = {
          "optimizer": {"type": "adam", "lr": 0.01}},
     ]
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    """A finished run with probes of two layers."""
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """The folder of a copy of it."""
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
 
 
 @pytest.fixture

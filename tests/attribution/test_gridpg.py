@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -47,12 +46,6 @@ def trained(manifest, checkpoint, tmp_path_factory):
         workers=0, batch_size=8, store=place / "s.zarr",
     )  # fmt: skip
     return featcache.train_probes(GRID, store=store, run=place / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
 
 
 @pytest.fixture

@@ -91,11 +91,6 @@ def test_box_iou_of_guided_backprop_is_smoothed_otherwise_than_its_epg(maps):
         smooth(torch.zeros(1, 64, 64), 129)
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
 class Whole(nn.Module):
     """torchvision's own network up to layer4, then a probe's head."""
 

@@ -18,7 +18,7 @@ from featcache.attribution.methods.deeplift import DeepLIFT
 from featcache.attribution.methods.input_x_gradient import InputXGradient
 from featcache.attribution.methods.intgrad import GAP
 from featcache.attribution.reading import Reading
-from featcache.attribution.rules import replaced
+from featcache.attribution.replaced import replaced
 from featcache.backbones.architecture import Architecture
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.families import clip

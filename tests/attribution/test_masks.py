@@ -48,19 +48,6 @@ def segmented(scenes, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    """A finished run with two linear probes."""
-    return featcache.train_probes(GRID, store=store, run=tmp_path_factory.mktemp("runs") / "r")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """The folder of a copy of it."""
-    shutil.copytree(trained.path, tmp_path / "r")
-    return tmp_path / "r"
-
-
 def table(run):
     with open(run / "attribution.csv", newline="") as file:
         return list(csv.DictReader(file))

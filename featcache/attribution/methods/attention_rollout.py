@@ -13,7 +13,7 @@ from featcache.attribution.methods.cam import upsample
 from featcache.attribution.methods.method import Method
 from featcache.attribution.passes import Passes, Work
 from featcache.attribution.reading import Reading
-from featcache.attribution.rules import replaced
+from featcache.attribution.replaced import replaced
 from featcache.backbones.backbone import Backbone
 from featcache.probes.heads.head import Head
 from featcache.probes.heads.module import HeadModule
